@@ -1,0 +1,121 @@
+"""What the benchmarks share: running commands in turn, noticing a disturbed machine, and keeping tables in docs/."""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # configs/ is beside the package, not in it
+MARK = "RESULT "  # before the JSON that a worker prints
+DISTURBED = 0.2  # cores that others may use while a worker runs; more, and its result is thrown away
+ATTEMPTS = 4  # per result
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a worker printed, and how busy others kept the machine meanwhile."""
+
+    values: dict[str, Any]
+    other_load: float  # cores
+
+
+def report(**values: Any) -> None:
+    """Called by a worker at its end."""
+    print(MARK + json.dumps(values), flush=True)
+
+
+def peak_memory() -> float:
+    """Most memory this process ever held, in bytes (resident set)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def alternate(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[Result]]:
+    """Runs the commands in turn, `rounds` times; a result got on a disturbed machine is taken again."""
+    found: dict[str, list[Result]] = {name: [] for name in commands}
+    for turn in range(rounds):
+        for name, command in commands.items():
+            result = _undisturbed(name, command)
+            found[name].append(result)
+            print(f"round {turn + 1}: {name}: {result.values} (others used {result.other_load:.2f} cores)", flush=True)
+    return found
+
+
+def _undisturbed(name: str, command: Sequence[str]) -> Result:
+    for _ in range(ATTEMPTS):
+        result = _run(name, command)
+        if result.other_load <= DISTURBED:
+            return result
+        print(f"{name}: others used {result.other_load:.2f} cores; thrown away", flush=True)
+    raise RuntimeError(f"the machine was busy in {ATTEMPTS} attempts at {name}; stop what else runs and try again")
+
+
+def _run(name: str, command: Sequence[str]) -> Result:
+    busy, own, started = _busy_seconds(), _children_seconds(), time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    elapsed = time.monotonic() - started
+    others = (_busy_seconds() - busy) - (_children_seconds() - own)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not lines:
+        raise RuntimeError(f"{name} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return Result(json.loads(lines[-1][len(MARK) :]), max(0.0, others / elapsed))
+
+
+def _busy_seconds() -> float:
+    """Seconds that all cores together were not idle since the machine started (user, nice, system, irq, softirq)."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system, _, _, irq, softirq = map(int, fields[:7])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def _children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def median(results: Sequence[Result], key: str) -> float:
+    return statistics.median(result.values[key] for result in results)
+
+
+def spread(results: Sequence[Result], key: str) -> str:
+    """Median (smallest to largest)."""
+    values = sorted(result.values[key] for result in results)
+    return f"{statistics.median(values):,.0f} ({values[0]:,.0f} to {values[-1]:,.0f})"
+
+
+def machine() -> str:
+    """One line about this machine."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{os.cpu_count()} cores of {model}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Left column as text, the others as numbers."""
+    head = "| " + " | ".join(columns) + " |"
+    rule = "|---" + "|--:" * (len(columns) - 1) + "|"
+    return "\n".join([head, rule, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)])
+
+
+def write_section(document: Path, name: str, text: str) -> None:
+    """Puts `text` between the document's marks `<!-- name -->` and `<!-- end name -->`.
+
+    Raises:
+      ValueError: the document has no such marks.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+    content = document.read_text(encoding="utf-8")
+    if begin not in content or end not in content:
+        raise ValueError(f"{document} has no marks {begin} and {end}; put them where the table belongs")
+    before, rest = content.split(begin, 1)
+    after = rest.split(end, 1)[1]
+    document.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}", encoding="utf-8")
+    print(f"wrote {name} into {document}", file=sys.stderr)

@@ -1,0 +1,108 @@
+"""Reasoning Trace Distillation on a laptop: the bundled tiny teacher, and word problems made on the spot.
+
+    python launch/train.py --config=configs/rtd_tiny.py
+    python launch/train.py --config=configs/rtd_tiny.py --workdir=runs/no_coherence --config.loss.coherence_weight=0.0
+
+A few minutes on two CPU cores. Every key can be overridden on the command line.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+BUNDLED_TEACHER = Path(__file__).resolve().parents[1] / "rtd_jax" / "bundled" / "tiny_teacher"
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0  # of params and data order
+
+    c.teacher = ConfigDict()
+    c.teacher.path = str(BUNDLED_TEACHER)  # Hugging Face folder or hub name; 4 layers, width 128
+    c.teacher.param_dtype = "float32"  # of the weights in memory
+    c.teacher.compute_dtype = "float32"  # of matrix products and states
+    c.teacher.sharding = "fsdp"  # what travels between devices: fsdp the weights, tensor the activations
+    c.teacher.offload = False  # True: layers lie in host memory and come to the devices one by one
+
+    c.student = ConfigDict()
+    c.student.init = "teacher_layers"  # random, teacher_layers or pretrained
+    c.student.layers = 2  # transformer blocks; of teacher_layers, evenly spaced ones of the teacher
+    c.student.width = 0  # hidden units; from here to head_dim read by init=random, 0 otherwise
+    c.student.mlp_width = 0  # hidden units of the SwiGLU
+    c.student.heads = 0  # query heads
+    c.student.kv_heads = 0  # key/value heads
+    c.student.head_dim = 0  # units of one head
+    c.student.compute_dtype = "float32"  # of matrix products and states; params stay float32
+    c.student.remat = "none"  # what the backward pass recomputes: none, dots, full
+
+    c.data = ConfigDict()
+    for split, limit in (("train", 12_000), ("validation", 600), ("test", 600)):
+        c.data[split] = ConfigDict()
+        c.data[split].schema = "synthetic"  # the generator; its splits are disjoint
+        c.data[split].split = split  # of the data set
+        c.data[split].limit = limit  # problems
+        c.data[split].depths = (1, 2, 3, 4, 5, 6)  # reasoning steps, equally often
+        c.data[split].seed = 0  # of the generator
+    c.data.text = ConfigDict()
+    c.data.text.prompt_template = "Question: {prompt}\nAnswer:\n"  # what the tiny tokenizer is made for
+    c.data.text.completion_prefix = ""  # between prompt and completion
+    c.data.segmentation = "annotated"  # where steps end; random: as many boundaries elsewhere, a control
+    c.data.row_length = 160  # tokens; the longest chain has about 150
+    c.data.chains_per_row = 4  # at most
+
+    c.batch_size = 16  # rows per update
+    c.micro_batches = 1  # per update; changes memory, not the update
+    c.total_updates = 600  # optimizer updates over all stages
+
+    c.loss = ConfigDict()
+    c.loss.temperature = 4.0  # T of the soft loss
+    c.loss.alpha = 0.7  # share of the soft loss; the labels' cross-entropy gets 1 - alpha
+    c.loss.alignment_weight = 0.3  # of the boundary alignment
+    c.loss.coherence_weight = 0.5  # of the reasoning coherence
+    c.loss.anchor_prompt = True  # the prompt's end is h_0, so that a one-step problem has a transition
+    c.loss.hidden_layer = -1  # of the teacher, matched at the boundaries; -1 is the final normed state
+    c.loss.student_hidden_layer = -1  # of the student; -1 is the final normed state
+    c.loss.chunk_length = 160  # positions of each row whose logits exist at one time
+    c.loss.token_alignment_weight = 0.0  # a control: alignment at every token of a completion
+    c.loss.intermediate_weight = 0.0  # a baseline: intermediate layers matched at every token
+    c.loss.intermediate_layers = 4  # pairs of evenly spaced layers, when intermediate_weight is not 0
+
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 2e-3  # peak
+    c.optimizer.warmup_updates = 50  # optimizer updates
+    c.optimizer.final_fraction = 0.0  # of the peak, at the last update
+    c.optimizer.b1 = 0.9  # decay of the first moment, per update
+    c.optimizer.b2 = 0.98  # decay of the second moment, per update
+    c.optimizer.weight_decay = 0.01  # on matrices
+    c.optimizer.clip_norm = 1.0  # global norm of the gradient
+    c.optimizer.offload = False  # True: moments lie in host memory and come to the devices for the update
+
+    c.curriculum = ConfigDict()
+    c.curriculum.enabled = True  # False: all depths at once (an ablation)
+    c.curriculum.depths = (1, 2, 3, 4, 5)  # reasoning steps, one stage each; the last means 5 and more
+    c.curriculum.replay = 0.3  # share of chains from the earlier stages
+    c.curriculum.threshold_factor = 1.0  # x the teacher's coherence loss against itself under another context
+    c.curriculum.calibration_shots = 1  # solved problems put before the prompt to change the teacher's context
+    c.curriculum.validate_every = 20  # updates
+    c.curriculum.validation_chains = 96  # per stage
+    c.curriculum.min_updates = 40  # before a stage may end by threshold or plateau
+    c.curriculum.plateau_patience = 4  # validations without improvement
+    c.curriculum.plateau_tolerance = 0.02  # relative improvement that counts
+    c.curriculum.spend_budget = True  # the last stage trains to the last update
+
+    c.mesh = ConfigDict()
+    c.mesh.data = 1  # devices: replicas
+    c.mesh.fsdp = -1  # devices that share rows and weights; -1: all that are left
+    c.mesh.tensor = 1  # devices that share heads, MLP and vocabulary
+
+    c.evaluation = ConfigDict()
+    c.evaluation.problems_per_depth = 100  # test problems
+    c.evaluation.max_new_tokens = 128  # of a generated solution
+    c.evaluation.batch_size = 100  # problems decoded at one time
+    c.evaluation.teacher = True  # evaluate the teacher beside the student
+
+    c.log_every = 10  # updates
+    c.checkpoint_every = 100  # updates between rolling checkpoints
+    c.keep_checkpoints = 2  # rolling ones; stage checkpoints are all kept
+    c.resume_from = ""  # a stage checkpoint of another run, e.g. runs/rtd_tiny/checkpoints/stages/2
+    return c

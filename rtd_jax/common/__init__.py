@@ -1,0 +1,1 @@
+"""What every part shares: batch and output types, masked reductions, sharding, safe file writes."""

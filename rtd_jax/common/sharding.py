@@ -1,0 +1,187 @@
+"""One device mesh, and tables from logical axes to mesh axes.
+
+Mesh axes: `data` (replicas of everything), `fsdp` (rows of the batch, and a slice of every weight), `tensor` (heads,
+MLP and vocabulary). Weights name their dimensions logically (rtd_jax/models/weights.py); a table places each. Teacher
+and student may use different tables: the frozen 70B can stay where it lies and let the activations travel.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+
+ROW_AXES = ("data", "fsdp")  # the batch axis is spread over both
+
+MeshAxes = str | tuple[str, ...] | None
+LogicalToMesh = Mapping[str, MeshAxes]
+
+# Weights lie in slices over fsdp and are gathered for each layer; rows stay on their devices.
+FSDP: LogicalToMesh = {
+    "layers": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "head_dim": None,
+    "norm": None,
+    "student_width": "fsdp",
+    "teacher_width": "tensor",
+}
+# Every device computes its heads, its part of the MLP and of the vocabulary for all rows of its replica.
+_SPLIT = ("fsdp", "tensor")
+TENSOR: LogicalToMesh = {**FSDP, "embed": None, "vocab": _SPLIT, "heads": _SPLIT, "kv_heads": _SPLIT, "mlp": _SPLIT}
+TABLES = {"fsdp": FSDP, "tensor": TENSOR}
+
+
+@dataclass(frozen=True)
+class MeshSettings:
+    """Size of each mesh axis, in devices. One of them may be -1: whatever is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor) over all devices.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [settings.data, settings.fsdp, settings.tensor]
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        raise ValueError(f"mesh sizes data, fsdp, tensor are {sizes}; use positive numbers, at most one of them -1")
+    known = math.prod(size for size in sizes if size != -1)
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh data {sizes[0]} x fsdp {sizes[1]} x tensor {sizes[2]} = {math.prod(sizes)}, but there are "
+            f"{len(devices)} devices; set one axis to -1 to take what is left"
+        )
+    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices)
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over (data, fsdp); every other axis whole."""
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def activation_sharding(mesh: Mesh, table: LogicalToMesh = FSDP) -> NamedSharding:
+    """Of the states between layers, [B, L, D], where weights lie as the table says."""
+    return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in ROW_AXES if axis not in _names(table["mlp"]))))
+
+
+def row_ways(mesh: Mesh) -> int:
+    """Into how many equal parts the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: Any, mesh: Mesh | None, *axes: Any) -> Any:
+    """`x` with its dimensions spread over mesh axes as PartitionSpec names them; unchanged without a mesh.
+
+    A dimension that its mesh axes do not divide stays whole.
+    """
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(x.shape, axes, mesh)))
+
+
+def _spec(shape: tuple[int, ...], axes: Sequence[MeshAxes], mesh: Mesh) -> PartitionSpec:
+    """The axes that divide their dimension, others None; no trailing None, because jit compares specs as written."""
+    ways = [math.prod(mesh.shape[name] for name in _names(axis)) for axis in axes]
+    spec = [axis if size % way == 0 else None for axis, size, way in zip(axes, shape, ways, strict=True)]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return PartitionSpec(*spec)
+
+
+def _names(axis: MeshAxes) -> tuple[str, ...]:
+    return (axis,) if isinstance(axis, str) else axis or ()
+
+
+def check_rows(rows: int, mesh: Mesh, micro_batches: int = 1) -> None:
+    """Raises ValueError when `rows` cannot be spread over the mesh in `micro_batches` equal parts."""
+    ways = row_ways(mesh) * micro_batches
+    if rows % ways:
+        lower = rows // ways * ways
+        options = f"{lower} or {lower + ways}" if lower else f"{ways}"
+        raise ValueError(
+            f"batch_size {rows} is not divisible by the {ways // micro_batches}-way data axis x {micro_batches} "
+            f"micro-batches; use {options}"
+        )
+
+
+def param_shardings(abstract: Any, logical_axes: Any, mesh: Mesh, table: LogicalToMesh = FSDP) -> Any:
+    """NamedSharding for each leaf of `abstract`, from the tuple of logical axes at the same place.
+
+    A dimension that its mesh axis does not divide (3 KV heads over 2 devices) stays whole: correct, only less spread.
+    """
+
+    def sharding(leaf: Any, axes: tuple[str, ...]) -> NamedSharding:
+        return NamedSharding(mesh, _spec(leaf.shape, [table[axis] for axis in axes], mesh))
+
+    return jax.tree.map(sharding, abstract, logical_axes)
+
+
+def in_host_memory(shardings: Any) -> Any:
+    """The same shardings, each device's part in its host's pinned memory."""
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), shardings)
+
+
+def host_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which of `count` equal, contiguous parts of a batch's rows this process feeds.
+
+    Not (process index, process count): processes that differ along `tensor` only feed the same rows.
+
+    Raises:
+      ValueError: the mesh gives this process rows that are not contiguous.
+    """
+    ways = row_ways(mesh)
+    parts = row_sharding(mesh).addressable_devices_indices_map((ways,)).values()
+    starts = sorted({part[0].start or 0 for part in parts if part is not None})
+    first, length = starts[0], len(starts)
+    if starts != list(range(first, first + length)) or first % length or ways % length:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} gives process {jax.process_index()} the parts {starts} of {ways} of every batch; "
+            "choose mesh sizes that keep a process's devices together, with tensor the innermost"
+        )
+    return first // length, ways // length
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Each process's own rows (its `host_share`) -> one global array per field, rows spread over (data, fsdp)."""
+    sharding = row_sharding(mesh)
+    _, parts = host_share(mesh)
+
+    def put(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * parts, *x.shape[1:]))
+
+    return jax.tree.map(put, batch)
+
+
+def put_same(tree: Any, sharding: Sharding | None) -> Any:
+    """Host arrays that every process holds whole -> global arrays; unchanged without a sharding."""
+    return tree if sharding is None else jax.device_put(tree, sharding)
+
+
+def to_host(tree: Any) -> Any:
+    """Global arrays -> NumPy arrays, whole, on every process; all processes must call it."""
+
+    def fetch(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(fetch, tree)

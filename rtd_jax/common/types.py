@@ -1,0 +1,48 @@
+"""The arrays that travel between the parts of rtd_jax.
+
+Axis suffixes, used in every array name of the code base:
+
+    B  rows of a batch                L  tokens of a row             V  vocabulary (padded rows included)
+    C  chains packed into a row       K  boundaries of a chain       D  model width (S: student's, where both meet)
+    N  layers                         H  query heads                 G  key/value heads
+    T  tokens flattened (B * L)       F  MLP width                   E  width of one head
+
+Boundary 0 of a chain is its last prompt token; boundary i >= 1 is the token that covers the last non-space character of
+step i. A chain with k steps therefore has k + 1 valid boundary slots.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+Params = dict  # nested dict of arrays: a pure pytree, no functions, no metadata
+
+
+class Batch(NamedTuple):
+    """Fixed-shape rows of packed chains.
+
+    `loss_weights_BL[b, l]` weights the prediction *of* token l, made from position l - 1, so the first token of a chain
+    always has weight 0. `chain_ids_BL` is 0 on padding and 1..C on chains; attention never crosses chains.
+    """
+
+    tokens_BL: Array  # int32
+    positions_BL: Array  # int32, restart at 0 in each chain
+    chain_ids_BL: Array  # int32
+    loss_weights_BL: Array  # float32; 0 on prompt and padding
+    boundary_positions_BCK: Array  # int32, index into L; 0 where masked
+    boundary_mask_BCK: Array  # bool
+
+
+class TeacherOutputs(NamedTuple):
+    """What the objective needs of the teacher for one batch.
+
+    `hidden_BLD` is the state that the LM head reads; it meets the head inside the chunked loss, so [B, L, V] logits
+    never exist. `boundary_states_BCKD` are the states at the boundaries, from the same or another layer.
+    `token_states` are whole layers, [B, L, D] each, for methods that match states at every token.
+    """
+
+    hidden_BLD: Array
+    boundary_states_BCKD: Array
+    token_states: tuple[Array, ...] = ()

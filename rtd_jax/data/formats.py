@@ -1,0 +1,113 @@
+"""How a trace becomes one text: a plain prompt, or the tokenizer's own chat template.
+
+Either way the text is prompt + completion + closing. The closing ends the turn: the end-of-sequence token of a plain
+text, or what the chat template writes after an assistant's message. Special tokens are part of the text, and the text
+is tokenised with `add_special_tokens=False`, so a beginning-of-sequence token cannot be doubled.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+_SENTINEL = "@@completion@@"
+# Llama-3.1's template writes today's date unless told one: the same data would differ from day to day.
+_TEMPLATE_ARGUMENTS: dict[str, Any] = {"date_string": "26 Jul 2024"}
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """`kind` is 'plain' or 'chat'.
+
+    `prompt_template` holds {prompt} (of a chat: the user's message). `completion_prefix` (plain only) stands between
+    prompt and completion and is predicted as part of the completion: with byte-pair tokenizers the separating space
+    belongs there, because it is one token with the word that follows. `context` is put in front of the prompt as it is:
+    an instruction, or solved examples.
+    """
+
+    kind: str = "plain"
+    prompt_template: str = ""
+    completion_prefix: str = " "
+    context: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("plain", "chat"):
+            raise ValueError(f"text format {self.kind!r} is unknown; use 'plain' or 'chat'")
+        if self.prompt_template and self.prompt_template.count("{prompt}") != 1:
+            raise ValueError(f"prompt_template is {self.prompt_template!r}; expected {{prompt}} in it exactly once")
+
+    @property
+    def template(self) -> str:
+        """The prompt template in use; each kind has its default."""
+        return self.prompt_template or {"plain": "Question: {prompt}\nAnswer:", "chat": "{prompt}"}[self.kind]
+
+    def fill(self, prompt: str) -> str:
+        """Context and prompt as one text. Braces inside the prompt are left alone."""
+        return self.context + self.template.replace("{prompt}", prompt)
+
+
+class Rendered(NamedTuple):
+    """The three pieces of a text; the model is trained on `completion` and `closing`."""
+
+    prompt: str
+    completion: str
+    closing: str
+    completion_offset: int  # characters of `completion` before the trace's own completion begins
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.completion + self.closing
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, text_format: TextFormat) -> Rendered:
+    """The whole text of a chain. Raises ValueError where the chat template is missing or cannot be continued."""
+    if text_format.kind == "plain":
+        prefix = text_format.completion_prefix
+        eos = str(tokenizer.eos_token) if tokenizer.eos_token is not None else ""
+        return Rendered(_bos(tokenizer) + text_format.fill(prompt), prefix + completion, eos, len(prefix))
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use format kind 'plain', "
+            "or an instruct model's tokenizer"
+        )
+    user = {"role": "user", "content": text_format.fill(prompt)}
+    opening = _apply(tokenizer, [user], add_generation_prompt=True)
+    whole = _apply(tokenizer, [user, {"role": "assistant", "content": _SENTINEL}], add_generation_prompt=False)
+    before, found, closing = whole.rpartition(_SENTINEL)
+    if not found or before != opening:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} does not continue its generation prompt: it ends with "
+            f"{opening[-40:]!r}, but an assistant's message begins after {before[-40:]!r}; use format kind 'plain'"
+        )
+    # White space after the end-of-turn token is never generated: decoding has stopped there.
+    return Rendered(opening, completion, closing.rstrip(), 0)
+
+
+def solved_examples(text_format: TextFormat, examples: Iterable[tuple[str, str]]) -> str:
+    """(prompt, completion) pairs as one text to put before a prompt: a few-shot `context`."""
+    joined = text_format.completion_prefix if text_format.kind == "plain" else "\n"
+    return "".join(f"{text_format.fill(prompt)}{joined}{completion}\n\n" for prompt, completion in examples)
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> tuple[int, ...]:
+    """Token ids that end a generation in this format: the first token of the closing, and the end-of-sequence token."""
+    closing = render(tokenizer, "x", "x", text_format).closing
+    ids = tokenizer(closing, add_special_tokens=False)["input_ids"][:1] if closing else []
+    if tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]
+    return tuple(dict.fromkeys(int(i) for i in ids))
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The beginning-of-sequence token as text where the tokenizer itself would put it, else nothing."""
+    ids = tokenizer("x")["input_ids"]
+    starts = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token) if starts else ""
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt, **_TEMPLATE_ARGUMENTS
+    )
+    return str(text)

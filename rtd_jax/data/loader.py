@@ -1,0 +1,100 @@
+"""The training stream: shuffled, endless, packed, and resumable at any batch.
+
+Every process computes the same global batches and keeps its own rows, so the data does not depend on how many processes
+there are, and a run can be resumed on another number of them.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+
+from rtd_jax.common.types import Batch
+from rtd_jax.data.packing import check_fit, host_rows, pack, to_batch, token_features
+from rtd_jax.data.tokens import EncodedChain, chains_fingerprint
+
+Pool = tuple[Sequence[EncodedChain], float]  # chains and the weight they are drawn with
+
+
+class BatchLoader:
+    """Endless iterator of Batch; `set_state()` continues bit for bit where `get_state()` (JSON-able) was taken."""
+
+    def __init__(
+        self,
+        dataset: "grain.IterDataset[Any]",
+        fingerprint: str,
+        shape: tuple[int, int],
+        share: tuple[int, int],
+    ) -> None:
+        self.fingerprint = fingerprint  # of everything that decides the stream
+        self._iterator = iter(dataset)
+        self._chains_per_row, self._max_boundaries = shape
+        self._share = share
+
+    def __iter__(self) -> "BatchLoader":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = to_batch(next(self._iterator), self._chains_per_row, self._max_boundaries)
+        return host_rows(batch, self._share)
+
+    def get_state(self) -> dict[str, Any]:
+        """Position after the last batch given out, and the identity of the stream it is a position in."""
+        return {"fingerprint": self.fingerprint, "iterator": self._iterator.get_state()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError where the state was taken from another stream (other chains, weights, shapes or seed)."""
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"the saved data position belongs to the stream {state['fingerprint'][:12]}, this one is "
+                f"{self.fingerprint[:12]}: chains, their weights, rows, row_length, chains_per_row or seed differ; "
+                "restore those settings, or start a new run"
+            )
+        self._iterator.set_state(dict(state["iterator"]))
+
+
+def make_loader(
+    pools: Sequence[Pool],
+    rows: int,
+    row_length: int,
+    chains_per_row: int,
+    max_boundaries: int,
+    seed: int,
+    *,
+    share: tuple[int, int] = (0, 1),
+) -> BatchLoader:
+    """Mix the pools by weight, chain by chain, e.g. 0.7 of the stage's depth and 0.3 of earlier ones.
+
+    Each pool is reshuffled at each of its epochs. Pools without chains are left out and their weight falls to the
+    others. `rows` counts the rows of all hosts, `share` (index, count) says which of them are given out (see
+    `rtd_jax.common.sharding.host_share`). Raises ValueError where no pool has chains, a weight is not
+    positive, or the chains do not fit (see `check_fit`).
+    """
+    for index, (chains, weight) in enumerate(pools):
+        if not weight > 0:
+            raise ValueError(f"pool {index} has weight {weight}; expected more than 0 (leave the pool out instead)")
+        check_fit(chains, rows, row_length, chains_per_row, max_boundaries, share)
+    filled = [(chains, weight) for chains, weight in pools if len(chains)]
+    if not filled:
+        raise ValueError(f"none of the {len(pools)} pools has a chain; check the depths and the source of the data")
+    fingerprint = _fingerprint(filled, rows, row_length, chains_per_row, seed)
+    streams = [
+        grain.MapDataset.source(chains).map(token_features).shuffle(seed=_pool_seed(seed, index)).repeat()
+        for index, (chains, _) in enumerate(filled)
+    ]
+    mixed = grain.MapDataset.mix(streams, [weight for _, weight in filled]) if len(streams) > 1 else streams[0]
+    # No reader threads: the chains are in memory, and packing is a few copies.
+    source = mixed.to_iter_dataset(grain.ReadOptions(num_threads=0))
+    batches = pack(source, rows, row_length, chains_per_row).batch(rows, drop_remainder=True)
+    return BatchLoader(batches, fingerprint, (chains_per_row, max_boundaries), share)
+
+
+def _pool_seed(seed: int, index: int) -> int:
+    # grain adds the epoch to the seed: neighbouring seeds would repeat one another's order an epoch later.
+    return int.from_bytes(hashlib.sha256(f"pool/{seed}/{index}".encode()).digest()[:4])
+
+
+def _fingerprint(pools: Sequence[Pool], rows: int, row_length: int, chains_per_row: int, seed: int) -> str:
+    parts = [f"{chains_fingerprint(chains)}*{weight!r}" for chains, weight in pools]
+    return hashlib.sha256("/".join([*parts, repr((rows, row_length, chains_per_row, seed))]).encode()).hexdigest()

@@ -1,0 +1,123 @@
+"""Several chains into one row, and rows into a Batch of fixed shapes.
+
+grain packs; what is ours is a per-token feature that carries boundary numbers along (0: none; i + 1: boundary i of its
+chain), so that boundary positions in the packed row can be read off wherever a chain was put.
+"""
+
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from rtd_jax.common.types import Batch
+from rtd_jax.data.tokens import EncodedChain
+
+Features = dict[str, np.ndarray]
+
+
+def token_features(chain: EncodedChain) -> Features:
+    """Three features of one length: `tokens`, `loss_weights`, `boundary_numbers`. [L] each."""
+    numbers = np.zeros(len(chain), np.int32)
+    numbers[chain.boundaries] = np.arange(1, len(chain.boundaries) + 1)
+    weights = chain.loss_weights.astype(np.float32)
+    weights[0] = 0.0  # nothing before it in its chain predicts it
+    return {"tokens": chain.tokens.astype(np.int32), "loss_weights": weights, "boundary_numbers": numbers}
+
+
+def pack(
+    chains: "grain.IterDataset[Features]", rows: int, row_length: int, chains_per_row: int
+) -> "grain.IterDataset[Features]":
+    """First-fit into `rows` open rows; all are emitted, in order, as soon as a chain fits into none of them.
+
+    One filling is thus `rows` rows: one batch, except for the last filling of a finite data set.
+    """
+    return grain.experimental.FirstFitPackIterDataset(
+        chains,
+        length_struct={"tokens": row_length, "loss_weights": row_length, "boundary_numbers": row_length},
+        num_packing_bins=rows,
+        shuffle_bins=False,
+        max_sequences_per_bin=chains_per_row,
+    )
+
+
+def to_batch(packed: Features, chains_per_row: int, max_boundaries: int) -> Batch:
+    """Packed features [B, L] each, with grain's segment ids and positions, as a Batch."""
+    chain_ids_BL = packed["tokens_segment_ids"].astype(np.int32)
+    numbers_BL = packed["boundary_numbers"]
+    shape = (len(chain_ids_BL), chains_per_row, max_boundaries)
+    positions_BCK = np.zeros(shape, np.int32)
+    mask_BCK = np.zeros(shape, np.bool_)
+    row, column = np.nonzero(numbers_BL)
+    slot = (row, chain_ids_BL[row, column] - 1, numbers_BL[row, column] - 1)
+    positions_BCK[slot] = column
+    mask_BCK[slot] = True
+    return Batch(
+        tokens_BL=packed["tokens"].astype(np.int32),
+        positions_BL=packed["tokens_positions"].astype(np.int32),
+        chain_ids_BL=chain_ids_BL,
+        loss_weights_BL=packed["loss_weights"].astype(np.float32),
+        boundary_positions_BCK=positions_BCK,
+        boundary_mask_BCK=mask_BCK,
+    )
+
+
+def fixed_batches(
+    chains: Sequence[EncodedChain],
+    rows: int,
+    row_length: int,
+    chains_per_row: int,
+    max_boundaries: int,
+    *,
+    share: tuple[int, int] = (0, 1),
+) -> list[Batch]:
+    """Every chain once, in order, for validation; the last batch is filled up with empty rows (chain id 0).
+
+    With several processes each gets its `share` of every batch's rows, as from `make_loader`.
+    """
+    check_fit(chains, rows, row_length, chains_per_row, max_boundaries, share)
+    if not chains:
+        return []
+    source = grain.MapDataset.source(chains).map(token_features).to_iter_dataset(grain.ReadOptions(num_threads=0))
+    packed = list(pack(source, rows, row_length, chains_per_row))
+    empty = {name: np.zeros_like(value) for name, value in packed[0].items()}
+    packed += [empty] * (-len(packed) % rows)
+    batches = []
+    for start in range(0, len(packed), rows):
+        stacked = {name: np.stack([row[name] for row in packed[start : start + rows]]) for name in empty}
+        batches.append(host_rows(to_batch(stacked, chains_per_row, max_boundaries), share))
+    return batches
+
+
+def host_rows(batch: Batch, share: tuple[int, int]) -> Batch:
+    """The rows of a global batch that one process feeds: part `index` of `count` equal, contiguous ones."""
+    index, count = share
+    rows = len(batch.tokens_BL) // count
+    return Batch(*(array[index * rows : (index + 1) * rows] for array in batch))
+
+
+def check_fit(
+    chains: Sequence[EncodedChain],
+    rows: int,
+    row_length: int,
+    chains_per_row: int,
+    max_boundaries: int,
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Raises ValueError where the chains do not go into such rows, or the rows cannot be shared among the processes."""
+    index, count = share
+    for name, value in (("rows", rows), ("chains_per_row", chains_per_row), ("the number of shares", count)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected at least 1")
+    if not 0 <= index < count:
+        raise ValueError(f"share {index} of {count} does not exist; expected 0 to {count - 1}")
+    if rows % count:
+        raise ValueError(
+            f"{rows} rows cannot be shared equally among {count} hosts; use {max(rows // count, 1) * count} rows"
+        )
+    for chain in chains:
+        if len(chain) > row_length:
+            raise ValueError(f"{chain.source}: {len(chain)} tokens do not fit into a row of {row_length}")
+        if len(chain.boundaries) > max_boundaries:
+            raise ValueError(
+                f"{chain.source}: {len(chain.boundaries)} boundaries, but max_boundaries is {max_boundaries}"
+            )

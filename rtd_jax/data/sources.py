@@ -1,0 +1,165 @@
+"""Traces from where they are: the generator, a local folder or file, or the Hugging Face hub."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rtd_jax.data import synthetic
+from rtd_jax.data.traces import PARSERS, Trace
+
+_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """Where traces come from.
+
+    `location` is a local folder holding `<split>.jsonl`, `.json` or `.parquet` (or parquet shards `<split>-*.parquet`,
+    also under `<subset>/` or `data/`), a single file of these kinds, or the name of a data set on the hub.
+    """
+
+    schema: str  # synthetic, gsm8k, math, strategyqa, arc or stepwise
+    location: str = ""  # unused by synthetic
+    split: str = "train"
+    subset: str = ""  # the hub's configuration name ("main" of openai/gsm8k)
+    revision: str = ""  # the hub's commit or tag; "" is the newest
+    limit: int = 0  # traces; 0 takes all (synthetic needs a number)
+    keep_marks: bool = True  # the <<48/2=24>> of gsm8k and synthetic
+    reasoning_field: str = "reasoning"  # of arc
+    depths: tuple[int, ...] = ()  # keep only chains of these depths; () keeps all (synthetic: 1 to 6)
+    seed: int = 0  # of synthetic
+
+    def __post_init__(self) -> None:
+        known = ("synthetic", *PARSERS)
+        if self.schema not in known:
+            raise ValueError(f"schema {self.schema!r} is unknown; use one of {', '.join(known)}")
+        if self.limit < 0:
+            raise ValueError(f"limit is {self.limit}; expected 0 (all) or more traces")
+        if self.schema == "synthetic" and not self.limit:
+            raise ValueError("limit is 0; the synthetic source is endless and needs the number of problems to make")
+        if self.schema != "synthetic" and not self.location:
+            raise ValueError(f"schema {self.schema!r} needs a location: a local folder or file, or a hub name")
+
+
+def load_traces(settings: SourceSettings) -> list[Trace]:
+    """All traces of a split, in order.
+
+    Raises ValueError naming file and row where a row is damaged or no trace; naming what is there where a file is
+    missing; and saying how to point to a folder where the hub cannot be reached.
+    """
+    if settings.schema == "synthetic":
+        depths = settings.depths or (1, 2, 3, 4, 5, 6)
+        keep_marks = settings.keep_marks
+        return synthetic.generate(settings.limit, depths, settings.split, settings.seed, keep_marks=keep_marks)
+    options: dict[str, Any] = {}
+    if settings.schema == "gsm8k":
+        options["keep_marks"] = settings.keep_marks
+    if settings.schema == "arc":
+        options["reasoning_field"] = settings.reasoning_field
+    parse = PARSERS[settings.schema]
+    traces: list[Trace] = []
+    count = 0
+    for count, (place, row) in enumerate(_rows(settings), start=1):  # noqa: B007
+        trace = parse(row, place, **options)
+        if settings.depths and trace.depth not in settings.depths:
+            continue
+        traces.append(trace)
+        if len(traces) == settings.limit:
+            break
+    if not traces:
+        raise ValueError(
+            f"{settings.location} ({settings.split}): none of its {count} rows "
+            + (f"has a depth among {settings.depths}" if count else "could be read: it is empty")
+        )
+    return traces
+
+
+def _rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, row) pairs; place is "file:row", rows counted from 1."""
+    path = Path(settings.location).expanduser()
+    if path.exists():
+        for file in [path] if path.is_file() else _split_files(path, settings):
+            for index, row in enumerate(_read_file(file)):
+                yield f"{file}:{index + 1}", row
+        return
+    if not _HUB_NAME.fullmatch(settings.location):
+        raise ValueError(f"{settings.location}: no such folder or file, and not a hub name (name or owner/name)")
+    for index, row in enumerate(_read_hub(settings)):
+        yield f"{settings.location}/{settings.split}:{index + 1}", row
+
+
+def _split_files(folder: Path, settings: SourceSettings) -> list[Path]:
+    places = [folder / settings.subset, folder / "data", folder] if settings.subset else [folder, folder / "data"]
+    for place in places:
+        for suffix in _SUFFIXES:
+            if (place / f"{settings.split}{suffix}").is_file():
+                return [place / f"{settings.split}{suffix}"]
+        shards = sorted(place.glob(f"{settings.split}-*.parquet"))
+        if shards:
+            return shards
+    there = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix in _SUFFIXES)
+    raise ValueError(
+        f"{folder}: no file of the split {settings.split!r} (looked for {settings.split}.jsonl, .json, .parquet and "
+        f"{settings.split}-*.parquet); the folder has {', '.join(there[:20]) or 'no data files'}"
+    )
+
+
+def _read_file(file: Path) -> Iterable[Mapping[str, Any]]:
+    import datasets  # slow to import, and the generator needs none of it
+
+    if file.suffix not in _SUFFIXES:
+        raise ValueError(f"{file}: unknown kind of file; expected one of {', '.join(_SUFFIXES)}")
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file}: the file is empty")
+    quiet = not datasets.are_progress_bars_disabled()
+    if quiet:
+        datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(_SUFFIXES[file.suffix], data_files=str(file), split="train")
+    except OSError as error:
+        raise ValueError(f"{file}: could not be read or cached: {error}") from error
+    except Exception as error:
+        raise ValueError(_diagnosis(file, error)) from error
+    finally:
+        if quiet:
+            datasets.enable_progress_bars()
+
+
+def _diagnosis(file: Path, error: Exception) -> str:
+    """Why a file could not be read, with the number of the first bad line where it has lines."""
+    if file.suffix == ".jsonl":
+        kinds: dict[str, type] = {}
+        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as cause:
+                return f"{file}:{number}: damaged JSON ({cause}): {line[:60]!r}; expected one JSON object a line"
+            if not isinstance(row, dict):
+                return f"{file}:{number}: {line[:60]!r} is no JSON object; expected one JSON object a line"
+            for field, value in row.items():
+                if value is not None and kinds.setdefault(field, type(value)) is not type(value):
+                    seen, before = type(value).__name__, kinds[field].__name__
+                    return f"{file}:{number}: field {field!r} is {seen}, in the rows before it {before}"
+    return f"{file}: could not be read: {error.__cause__ or error}"
+
+
+def _read_hub(settings: SourceSettings) -> Iterable[Mapping[str, Any]]:
+    import datasets
+
+    try:
+        return datasets.load_dataset(
+            settings.location, settings.subset or None, split=settings.split, revision=settings.revision or None
+        )
+    except Exception as error:
+        raise ValueError(
+            f"{settings.location}: no such local folder, and it could not be loaded from the Hugging Face hub "
+            f"({type(error).__name__}: {str(error)[:200]}). Without a connection, put {settings.split}.jsonl or "
+            f"{settings.split}.parquet with the hub's field names into a folder and set the source's location "
+            "to that folder"
+        ) from error

@@ -1,0 +1,120 @@
+"""Whether two tokenizers are the same one, judged by content.
+
+Distillation compares the two models' distributions token by token, so an id must mean the same text on both sides.
+Names prove nothing: the comparison reads what the fast tokenizer would write to tokenizer.json.
+"""
+
+import hashlib
+import json
+import re
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+_RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>|<unused_?\d+>|\[unused\d+\]")
+_SHOWN = 5  # differing ids that an error lists
+# What maps text to ids. Padding, truncation and chat template do not; the post-processor only adds special tokens,
+# which rtd_jax writes itself.
+_TEXT_PARTS = ("normalizer", "pre_tokenizer", "decoder")
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what maps text to ids and back: vocabulary, merges, (pre-)processing, special tokens."""
+    content = _content(tokenizer)
+    content["bos"], content["eos"] = tokenizer.bos_token, tokenizer.eos_token
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def compare_tokenizers(
+    teacher: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
+    teacher_name: str = "teacher",
+    student_name: str = "student",
+) -> list[str]:
+    """Notes on tolerated differences; empty where there are none.
+
+    Tolerated are reserved slots that one side has since given a name (Llama-3 and Llama-3.1/3.2), and different
+    begin/end-of-sequence choices among the same tokens. Raises ValueError on any other difference, saying which.
+    """
+    ours, theirs = _content(teacher), _content(student)
+    notes: list[str] = []
+    problems: list[str] = []
+    reserved, real = _id_differences(ours, theirs)
+    if real:
+        shown = "; ".join(f"id {i}: {a!r} / {b!r}" for i, a, b in real[:_SHOWN])
+        problems.append(f"{len(real)} ids differ, first {shown}")
+    if reserved:
+        shown = "; ".join(f"id {i}: {a!r} / {b!r}" for i, a, b in reserved[:_SHOWN])
+        notes.append(
+            f"{len(reserved)} reserved slots are named differently in {teacher_name} and {student_name}: {shown}"
+        )
+    problems += _merge_differences(ours["merges"], theirs["merges"])
+    problems += [
+        f"the {part} differs: {json.dumps(ours[part])[:120]} / {json.dumps(theirs[part])[:120]}"
+        for part in ("model", *_TEXT_PARTS)
+        if ours[part] != theirs[part]
+    ]
+    if problems:
+        raise ValueError(
+            f"the tokenizers of {teacher_name} ({len(ours['ids'])} tokens) and {student_name} ({len(theirs['ids'])} "
+            f"tokens) differ: {' | '.join(problems)}. Distillation compares the models token by token: choose a "
+            "student of the teacher's family, or save the student with the teacher's tokenizer if it was made for it"
+        )
+    for role in ("bos_token", "eos_token"):
+        if getattr(teacher, role) != getattr(student, role):
+            notes.append(
+                f"{role} is {getattr(teacher, role)!r} in {teacher_name}, {getattr(student, role)!r} in {student_name}"
+            )
+    return notes
+
+
+def _content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no fast form; save it with a tokenizer.json")
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = dict(whole["model"])
+    vocabulary = model.pop("vocab")
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model.pop("merges", [])]
+    if isinstance(vocabulary, list):  # Unigram: [token, score] in the order of ids
+        ids = {str(index): token for index, (token, _) in enumerate(vocabulary)}
+        model["scores"] = [score for _, score in vocabulary]
+    else:
+        ids = {str(index): token for token, index in vocabulary.items()}
+    added = {str(token["id"]): token for token in whole.get("added_tokens") or []}
+    ids |= {index: token["content"] for index, token in added.items()}
+    return {
+        "ids": ids,
+        "special": sorted(index for index, token in added.items() if token["special"]),
+        "merges": merges,
+        "model": model,
+        **{part: whole.get(part) for part in _TEXT_PARTS},
+    }
+
+
+_Difference = tuple[int, str | None, str | None]
+
+
+def _id_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[list[_Difference], list[_Difference]]:
+    """(tolerated, real) differences as (id, our token, their token), by id."""
+    reserved: list[_Difference] = []
+    real: list[_Difference] = []
+    for index in sorted(ours["ids"].keys() | theirs["ids"].keys(), key=int):
+        first, second = ours["ids"].get(index), theirs["ids"].get(index)
+        if first == second:
+            continue
+        spare = [token is not None and _RESERVED.fullmatch(token) is not None for token in (first, second)]
+        harmless = [
+            is_spare or token is None or index in side["special"]
+            for is_spare, token, side in zip(spare, (first, second), (ours, theirs), strict=True)
+        ]
+        (reserved if any(spare) and all(harmless) else real).append((int(index), first, second))
+    return reserved, real
+
+
+def _merge_differences(ours: list[tuple[str, ...]], theirs: list[tuple[str, ...]]) -> list[str]:
+    if ours == theirs:
+        return []
+    first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    seen = [" ".join(merges[first]) if first < len(merges) else None for merges in (ours, theirs)]
+    return [f"the merges differ ({len(ours)} / {len(theirs)}), first at merge {first}: {seen[0]!r} / {seen[1]!r}"]

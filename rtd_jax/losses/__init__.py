@@ -1,0 +1,36 @@
+"""Pure losses on arrays. No model, no data, no settings: usable from any JAX training code.
+
+>>> from rtd_jax.losses import coherence
+>>> # [..., K, S], [..., K, D], bool [..., K], [S, D] -> scalar
+>>> loss = coherence(student_states, teacher_states, mask, projection=g)
+"""
+
+from rtd_jax.losses.distillation import KDSums, cross_entropy_sums, kd, kd_sums, kd_token_losses
+from rtd_jax.losses.objective import Denominators, LossWeights, Projections, denominators, rtd
+from rtd_jax.losses.trajectory import (
+    alignment,
+    boundary_losses,
+    coherence,
+    transition_losses,
+    transition_mask,
+    transitions,
+)
+
+__all__ = [
+    "Denominators",
+    "KDSums",
+    "LossWeights",
+    "Projections",
+    "alignment",
+    "boundary_losses",
+    "coherence",
+    "cross_entropy_sums",
+    "denominators",
+    "kd",
+    "kd_sums",
+    "kd_token_losses",
+    "rtd",
+    "transition_losses",
+    "transition_mask",
+    "transitions",
+]

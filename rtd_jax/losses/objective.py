@@ -1,0 +1,136 @@
+"""The whole objective, L_RTD = L_KD + 0.3 * L_align + 0.5 * L_coherence, on a batch or on a micro-batch of one.
+
+Each term is a sum divided by a denominator counted over the *global* batch (`denominators`), so that adding the
+gradients of micro-batches, or of devices, gives the gradient of the batch whatever the split.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rtd_jax.common.boundaries import shifted_labels, step_boundaries, transition_boundaries
+from rtd_jax.common.reductions import Mean, mean_per_chain, safe_divide
+from rtd_jax.common.types import Array, Batch, TeacherOutputs
+from rtd_jax.losses.distillation import kd_sums
+from rtd_jax.losses.trajectory import Projection, boundary_losses, transition_losses, transition_mask
+
+Metrics = dict[str, Mean]
+
+
+class LossWeights(NamedTuple):
+    """Coefficients of the objective. Traced, so that changing one does not recompile. Defaults: the article's."""
+
+    temperature: Array | float = 4.0
+    alpha: Array | float = 0.7  # weight of the soft loss; the labels' cross-entropy gets 1 - alpha
+    alignment: Array | float = 0.3
+    coherence: Array | float = 0.5
+    token_alignment: Array | float = 0.0  # of the comparisons in `everywhere`; RTD has neither
+    intermediate: Array | float = 0.0
+
+
+class Denominators(NamedTuple):
+    """What each term is averaged over, counted over the global batch; float32 scalars."""
+
+    tokens: Array  # sum of loss weights
+    aligned_chains: Array  # chains with at least one step boundary
+    coherent_chains: Array  # chains with at least one transition
+
+
+class Projections(NamedTuple):
+    """The learned maps from student width to teacher width, [S, D] each: f for states, g for transitions."""
+
+    f: Projection = None
+    g: Projection = None
+
+
+def denominators(batch: Batch, *, anchor_prompt: bool = True) -> Denominators:
+    """Counts what the terms are averaged over. Call it on the global batch, before any split."""
+    _, weights_BL = shifted_labels(batch)
+    aligned = step_boundaries(batch.boundary_mask_BCK)
+    coherent = transition_mask(transition_boundaries(batch.boundary_mask_BCK, anchor_prompt))
+    return Denominators(
+        tokens=jnp.sum(weights_BL),
+        aligned_chains=jnp.sum(jnp.any(aligned, axis=-1)).astype(jnp.float32),
+        coherent_chains=jnp.sum(jnp.any(coherent, axis=-1)).astype(jnp.float32),
+    )
+
+
+def rtd(
+    student_hidden_BLS: Array,
+    student_boundary_states_BCKS: Array,
+    student_head_SV: Array,
+    teacher: TeacherOutputs,
+    teacher_head_DV: Array,
+    batch: Batch,
+    *,
+    projections: Projections,
+    weights: LossWeights,
+    totals: Denominators,
+    vocab_size: int,
+    anchor_prompt: bool = True,
+    chunk_length: int = 32,
+    mesh: Mesh | None = None,
+) -> tuple[Array, Metrics]:
+    """L_KD + w_a * L_align + w_c * L_coherence of the rows given, each over the global batch's denominators.
+
+    Args:
+      student_hidden_BLS: states that the student's head reads.
+      student_boundary_states_BCKS: the student's states at the boundaries (of the layer that is matched).
+      student_head_SV, teacher_head_DV: LM heads.
+      teacher: the teacher's outputs on the same batch; no gradient flows into them.
+      batch: the rows (all of the batch, or a micro-batch).
+      projections: f and g.
+      weights: coefficients.
+      totals: `denominators` of the global batch.
+      vocab_size: real vocabulary entries.
+      anchor_prompt: whether the prompt's end is h_0 (see `transition_boundaries`).
+      chunk_length, mesh: see `kd_sums`.
+
+    Returns:
+      The loss (float32 scalar; sums over a partition of the rows to the batch's loss), and the metrics as (sum, count).
+    """
+    labels_BL, loss_weights_BL = shifted_labels(batch)
+    kd = kd_sums(
+        student_hidden_BLS,
+        student_head_SV,
+        teacher.hidden_BLD,
+        teacher_head_DV,
+        labels_BL,
+        loss_weights_BL,
+        temperature=weights.temperature,
+        alpha=weights.alpha,
+        vocab_size=vocab_size,
+        chunk_length=chunk_length,
+        mesh=mesh,
+    )
+    align_mask = step_boundaries(batch.boundary_mask_BCK)
+    align = _chain_mean(
+        boundary_losses(student_boundary_states_BCKS, teacher.boundary_states_BCKD, align_mask, projections.f),
+        align_mask,
+    )
+    path_mask = transition_boundaries(batch.boundary_mask_BCK, anchor_prompt)
+    cohere = _chain_mean(
+        transition_losses(student_boundary_states_BCKS, teacher.boundary_states_BCKD, path_mask, projections.g),
+        transition_mask(path_mask),
+    )
+    loss = (
+        safe_divide(kd.loss, totals.tokens)
+        + weights.alignment * safe_divide(align.sum, totals.aligned_chains)
+        + weights.coherence * safe_divide(cohere.sum, totals.coherent_chains)
+    )
+    metrics = {
+        "distill/soft_loss": Mean(kd.soft, kd.weight),
+        "distill/hard_loss": Mean(kd.hard, kd.weight),
+        "distill/kl_div_T1": Mean(kd.kl_T1, kd.weight),
+        "distill/token_accuracy": Mean(kd.correct, kd.weight),
+        "distill/alignment": align,
+        "distill/coherence": cohere,
+        "loss": Mean(loss, jnp.ones(())),  # a sum over micro-batches; the step sets the count back to one per update
+    }
+    return loss, metrics
+
+
+def _chain_mean(losses_BCK: Array, mask_BCK: Array) -> Mean:
+    means_BC, has_any_BC = mean_per_chain(losses_BCK, mask_BCK)
+    return Mean(jnp.sum(means_BC), jnp.sum(has_any_BC).astype(jnp.float32))

@@ -1,0 +1,157 @@
+"""Losses on the trajectory of hidden states through reasoning steps: boundary alignment and reasoning coherence.
+
+Both compare directions. With h_i the state at boundary i and delta_i = h_{i+1} - h_i the transition between steps,
+
+    alignment = mean_i       1 - cos(f(h^S_i), h^T_i)              (the waypoints)
+    coherence = mean_i      (1 - cos(g(delta^S_i), delta^T_i))^2   (the way between them)
+
+f and g are learned linear maps from student width to teacher width. Source: "Reasoning Trace Distillation: Preserving
+Multi-Step Logic in Compressed Student Models" (KriraAI), sections "Step-Boundary Representation Alignment" and "The
+Reasoning Coherence Loss".
+
+The plain functions (`alignment`, `coherence`) return one scalar. The per-item forms (`boundary_losses`,
+`transition_losses`) return what each boundary or transition contributes, for people who reduce differently: under
+micro-batches or a sharded batch the denominators have to be counted over the global batch.
+"""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rtd_jax.common.reductions import mean_per_chain, safe_divide
+from rtd_jax.common.types import Array
+
+Projection = Array | Callable[[Array], Array] | None  # a [S, D] matrix, a function [..., S] -> [..., D], or identity
+
+
+def alignment(student_states: Array, teacher_states: Array, mask: Array, projection: Projection = None) -> Array:
+    """Mean over chains of the mean over a chain's boundaries of 1 - cos(f(h_S), h_T).
+
+    Args:
+      student_states: [..., K, S] student hidden states at K boundaries.
+      teacher_states: [..., K, D] teacher hidden states at the same boundaries.
+      mask: bool [..., K], True where the boundary exists.
+      projection: f; a [S, D] matrix, a callable, or None when S == D.
+
+    Returns:
+      float32 scalar in [0, 2]: the mean over chains that have a boundary; 0 if there is none.
+
+    Raises:
+      ValueError: the widths differ and there is no projection, or the projection does not fit.
+    """
+    losses_K = boundary_losses(student_states, teacher_states, mask, projection)
+    return _mean_over_chains(losses_K, mask)
+
+
+def coherence(student_states: Array, teacher_states: Array, mask: Array, projection: Projection = None) -> Array:
+    """Mean over chains of the mean over a chain's transitions of (1 - cos(g(delta_S), delta_T))^2.
+
+    Args:
+      student_states: [..., K, S] student hidden states at K boundaries.
+      teacher_states: [..., K, D] teacher hidden states at the same boundaries.
+      mask: bool [..., K], True where the boundary exists; transitions join neighbouring ones that do.
+      projection: g; a [S, D] matrix, a callable, or None when S == D.
+
+    Returns:
+      float32 scalar in [0, 4]: the mean over chains that have a transition; 0 if there is none.
+
+    Raises:
+      ValueError: the widths differ and there is no projection, or the projection does not fit.
+    """
+    losses_K = transition_losses(student_states, teacher_states, mask, projection)
+    return _mean_over_chains(losses_K, transition_mask(mask))
+
+
+def boundary_losses(student_states: Array, teacher_states: Array, mask: Array, projection: Projection = None) -> Array:
+    """1 - cos(f(h_S_i), h_T_i) per boundary, in [0, 2]; float32 [..., K].
+
+    Exactly 0, with zero gradient, where masked or where either vector has zero length.
+
+    Raises:
+      ValueError: the widths differ and there is no projection, or the projection does not fit.
+    """
+    _check(student_states, teacher_states, mask)
+    student_states = _cleared(student_states, mask)
+    return _cosine_distance(_project(student_states, teacher_states, projection), teacher_states, mask)
+
+
+def transition_losses(
+    student_states: Array, teacher_states: Array, mask: Array, projection: Projection = None
+) -> Array:
+    """Squared cosine distance between consecutive boundary states' differences, per transition, in [0, 4].
+
+    (1 - cos(g(h_S[i+1] - h_S[i]), h_T[i+1] - h_T[i]))^2; float32 [..., K-1]. The square forgives small deviations
+    and is smooth at zero. Exactly 0, with zero gradient, where masked or where either transition has zero length.
+
+    Raises:
+      ValueError: the widths differ and there is no projection, or the projection does not fit.
+    """
+    _check(student_states, teacher_states, mask)
+    student_deltas, teacher_deltas = transitions(_cleared(student_states, mask)), transitions(teacher_states)
+    projected = _project(student_deltas, teacher_deltas, projection)
+    return jnp.square(_cosine_distance(projected, teacher_deltas, transition_mask(mask)))
+
+
+def transitions(states: Array) -> Array:
+    """delta_i = h_{i+1} - h_i along the boundary axis, in float32: [..., K, D] -> [..., K-1, D].
+
+    The difference is taken in float32: two neighbouring bfloat16 states share most of their leading bits.
+    """
+    states = jnp.asarray(states, jnp.float32)
+    return states[..., 1:, :] - states[..., :-1, :]
+
+
+def transition_mask(mask: Array) -> Array:
+    """A transition exists where both of its boundaries do: bool [..., K] -> [..., K-1]."""
+    return mask[..., 1:] & mask[..., :-1]
+
+
+def _mean_over_chains(losses_K: Array, mask_K: Array) -> Array:
+    per_chain, counts = mean_per_chain(losses_K, mask_K)
+    return safe_divide(jnp.sum(per_chain), jnp.sum(counts).astype(jnp.float32))
+
+
+def _cosine_distance(a: Array, b: Array, mask: Array) -> Array:
+    """1 - cos(a, b) over the last axis, in float32; 0 with zero gradient where masked or degenerate."""
+    a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    # d|x|/dx is 0/0 at x = 0, and a NaN survives a where() on the result only. So the operand is replaced first, and
+    # then the result.
+    usable = mask & jnp.any(a != 0, axis=-1) & jnp.any(b != 0, axis=-1)
+    a, b = (jnp.where(usable[..., None], x, 1.0) for x in (a, b))
+    # Scaling by the largest entry keeps the squares of very short and very long vectors inside float32's range.
+    a, b = (x / jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True)) for x in (a, b))
+    dot = jnp.sum(a * b, axis=-1)
+    norms = jnp.sqrt(jnp.sum(jnp.square(a), axis=-1)) * jnp.sqrt(jnp.sum(jnp.square(b), axis=-1))
+    return jnp.where(usable, 1.0 - dot / norms, 0.0)
+
+
+def _cleared(states: Array, mask: Array) -> Array:
+    # Masked slots may hold anything, even NaN; cleared before the projection, they cannot reach its gradient.
+    return jnp.where(mask[..., None], states, jnp.zeros((), states.dtype))
+
+
+def _project(student: Array, teacher: Array, projection: Projection) -> Array:
+    widths = f"student width {student.shape[-1]}, teacher width {teacher.shape[-1]}"
+    if projection is None:
+        if student.shape[-1] != teacher.shape[-1]:
+            raise ValueError(f"{widths}: pass a projection, a [{student.shape[-1]}, {teacher.shape[-1]}] matrix")
+        return student
+    if callable(projection):
+        projected = projection(student)
+    else:
+        if jnp.shape(projection) != (student.shape[-1], teacher.shape[-1]):
+            raise ValueError(f"projection has shape {jnp.shape(projection)}, but {widths}")
+        # Accumulated in float32 whatever the inputs are: the cosine of a bfloat16 sum would lose three digits.
+        projected = jnp.einsum("...s,sd->...d", jnp.asarray(student, jnp.float32), jnp.asarray(projection, jnp.float32))
+    if projected.shape != teacher.shape:
+        raise ValueError(f"projection gives {projected.shape}, but the teacher's states are {teacher.shape}")
+    return projected
+
+
+def _check(student_states: Array, teacher_states: Array, mask: Array) -> None:
+    chex.assert_type([student_states, teacher_states], float)
+    chex.assert_type(mask, bool)
+    chex.assert_equal_shape_prefix([student_states, teacher_states], jnp.ndim(student_states) - 1)
+    chex.assert_shape(mask, student_states.shape[:-1])

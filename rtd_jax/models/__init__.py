@@ -1,0 +1,21 @@
+"""Llama in JAX: description, pure functions, and Hugging Face checkpoints in and out."""
+
+from rtd_jax.models.checkpoint import load_config, load_params, resolve
+from rtd_jax.models.config import LlamaConfig, RopeConfig
+from rtd_jax.models.export import save_pretrained
+from rtd_jax.models.functional import LlamaModel
+from rtd_jax.models.llama import KVCache
+from rtd_jax.models.weights import evenly_spaced_layers, logical_axes
+
+__all__ = [
+    "KVCache",
+    "LlamaConfig",
+    "LlamaModel",
+    "RopeConfig",
+    "evenly_spaced_layers",
+    "load_config",
+    "load_params",
+    "logical_axes",
+    "resolve",
+    "save_pretrained",
+]

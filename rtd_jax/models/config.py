@@ -1,0 +1,190 @@
+"""What defines a Llama: sizes, rotary embedding, and the ids that `config.json` carries along."""
+
+from dataclasses import dataclass
+from typing import Any
+
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_ROPE_KINDS = ("default", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding, Su et al. 2021, with the frequency scaling of Llama 3.1 (`kind="llama3"`).
+
+    `factor` stretches the wavelengths longer than `original_max_positions / low_freq_factor` tokens, leaves alone those
+    shorter than `original_max_positions / high_freq_factor`, and blends in between. Unused when `kind="default"`.
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in _ROPE_KINDS:
+            raise ValueError(f"rope kind {self.kind!r} is not supported; known kinds: {', '.join(_ROPE_KINDS)}")
+        if self.kind == "llama3" and not self.high_freq_factor > self.low_freq_factor > 0:
+            raise ValueError(
+                f"llama3 rope needs high_freq_factor > low_freq_factor > 0, got {self.high_freq_factor} and "
+                f"{self.low_freq_factor}"
+            )
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any], source: str) -> "RopeConfig":
+        """Reads `rope_parameters` (transformers >= 5) or top-level `rope_theta` and `rope_scaling` (before)."""
+        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0)
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
+        if partial != 1.0:
+            raise ValueError(f"{source}: partial_rotary_factor {partial} is not supported; only 1.0 is (plain Llama)")
+        if kind not in _ROPE_KINDS:
+            raise ValueError(
+                f"{source}: rope type {kind!r} is not supported; known: {', '.join(_ROPE_KINDS)}. "
+                "Use a checkpoint without it, or a Llama 3.x one"
+            )
+        if kind == "default":
+            return cls(theta=theta)
+        missing = [key for key in ("factor", "low_freq_factor", "high_freq_factor") if key not in rope]
+        if missing:
+            raise ValueError(f"{source}: rope type 'llama3' lacks {', '.join(missing)}; add them as in Llama-3.1")
+        return cls(
+            theta=theta,
+            kind=kind,
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_max_positions=int(
+                rope.get("original_max_position_embeddings") or hf.get("max_position_embeddings") or 2048
+            ),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Both spellings: a reader that knows only one of them would silently fall back to theta 10,000."""
+        scaling: dict[str, Any] = {"rope_type": self.kind}
+        if self.kind == "llama3":
+            scaling |= {
+                "factor": self.factor,
+                "low_freq_factor": self.low_freq_factor,
+                "high_freq_factor": self.high_freq_factor,
+                "original_max_position_embeddings": self.original_max_positions,
+            }
+        return {
+            "rope_theta": self.theta,
+            "rope_scaling": None if self.kind == "default" else scaling,
+            "rope_parameters": {"rope_theta": self.theta, **scaling},
+        }
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a Llama; hashable, so it can be a static argument of jit. Raises ValueError on sizes that cannot be."""
+
+    vocab_size: int  # rows of the embedding, padded rows included
+    width: int
+    mlp_width: int
+    layers: int
+    heads: int  # query heads
+    kv_heads: int  # key/value heads; heads % kv_heads == 0
+    head_dim: int
+    norm_eps: float = 1e-5
+    rope: RopeConfig = RopeConfig()
+    tied_embeddings: bool = False
+    max_positions: int = 2048  # tokens; only recorded, nothing is cut to it
+    init_std: float = 0.02  # of every matrix at random initialisation (HF initializer_range)
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads", "head_dim", "max_positions")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"LlamaConfig.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"LlamaConfig.heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; "
+                f"use a divisor of {self.heads} for kv_heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"LlamaConfig.head_dim {self.head_dim} is odd; rotary embedding needs pairs")
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> "LlamaConfig":
+        """From the content of a Hugging Face `config.json`; `source` is named in errors.
+
+        Raises ValueError for another architecture, missing sizes, or what this Llama does not compute (biases,
+        other activations, other rope types, quantised weights).
+        """
+        if hf.get("model_type") != "llama":
+            raise ValueError(
+                f"{source}: model_type is {hf.get('model_type')!r}, expected 'llama'; use a Llama checkpoint"
+            )
+        missing = [key for key in _REQUIRED if hf.get(key) is None]
+        if missing:
+            raise ValueError(f"{source}: missing {', '.join(missing)}; take config.json from the original checkpoint")
+        for key in ("attention_bias", "mlp_bias"):
+            if hf.get(key):
+                raise ValueError(f"{source}: {key} is {hf[key]!r}; only Llamas without biases are supported")
+        if hf.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"{source}: hidden_act is {hf['hidden_act']!r}; only 'silu' is supported")
+        if hf.get("quantization_config"):
+            raise ValueError(
+                f"{source}: the checkpoint is quantised (quantization_config); use the original float weights, or "
+                "dequantise it and save it again with transformers"
+            )
+        heads = int(hf["num_attention_heads"])
+        width = int(hf["hidden_size"])
+        if not hf.get("head_dim") and width % heads:
+            raise ValueError(
+                f"{source}: hidden_size {width} is not a multiple of num_attention_heads {heads}; set head_dim"
+            )
+        eos = hf.get("eos_token_id")
+        try:
+            return cls(
+                vocab_size=int(hf["vocab_size"]),
+                width=width,
+                mlp_width=int(hf["intermediate_size"]),
+                layers=int(hf["num_hidden_layers"]),
+                heads=heads,
+                kv_heads=int(hf.get("num_key_value_heads") or heads),
+                head_dim=int(hf.get("head_dim") or width // heads),
+                norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+                rope=RopeConfig.from_hf(hf, source),
+                tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
+                max_positions=int(hf.get("max_position_embeddings", 2048)),
+                init_std=float(hf.get("initializer_range", 0.02)),
+                bos_token_id=hf.get("bos_token_id"),
+                eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+                pad_token_id=hf.get("pad_token_id"),
+            )
+        except (TypeError, ValueError) as error:
+            raise error if source in str(error) else ValueError(f"{source}: {error}") from error
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of a `config.json` that `transformers` reads as LlamaForCausalLM."""
+        eos = self.eos_token_id
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.width,
+            "intermediate_size": self.mlp_width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rms_norm_eps": self.norm_eps,
+            "tie_word_embeddings": self.tied_embeddings,
+            "max_position_embeddings": self.max_positions,
+            "initializer_range": self.init_std,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+            "pad_token_id": self.pad_token_id,
+            **self.rope.to_hf(),
+        }

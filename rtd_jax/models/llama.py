@@ -1,0 +1,271 @@
+"""Llama in Flax NNX: RMSNorm, rotary grouped-query attention, SwiGLU; layers created stacked and run by one scan.
+
+Kernels are laid out for `x @ kernel` with heads as their own axis, so nothing is transposed or repeated at run time:
+q [D, H, E], k and v [D, G, E], o [H, E, D], gate and up [D, F], down [F, D]; stacked layers lead with N.
+Sources: Touvron et al. 2023 (arXiv:2302.13971), Llama 3 (arXiv:2407.21783), GQA (arXiv:2305.13245).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from rtd_jax.models.config import LlamaConfig, RopeConfig
+from rtd_jax.models.quantized import as_float
+
+# What the backward pass keeps of a layer: everything; only its input; or its input and the matrix products that have no
+# batch axes (projections, not attention scores).
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a Llama is computed; none of it changes what is computed beyond rounding."""
+
+    compute_dtype: str = "float32"
+    remat: str = "none"  # a key of REMAT_POLICIES
+    attention: Literal["xla", "cudnn"] | None = (
+        None  # jax.nn.dot_product_attention's implementation: None, "xla" or "cudnn"
+    )
+    activation_sharding: NamedSharding | None = None  # of [B, L, D]
+    streamed: bool = False  # whether the layers' weights lie in host memory, and each is copied when it runs
+
+    def __post_init__(self) -> None:
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat {self.remat!r} is not a policy; use one of {', '.join(REMAT_POLICIES)}")
+        if self.attention not in (None, "xla", "cudnn"):
+            raise ValueError(f"attention {self.attention!r} is not an implementation; use None, 'xla' or 'cudnn'")
+        if not jnp.issubdtype(jnp.dtype(self.compute_dtype), jnp.floating):
+            raise ValueError(f"compute_dtype {self.compute_dtype!r} is not a float type; use 'float32' or 'bfloat16'")
+
+
+class KVCache(NamedTuple):
+    """Rotated keys and values of every layer. The slot of a token is its position."""
+
+    keys_NBLGE: jax.Array
+    values_NBLGE: jax.Array
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Angle per position of each rotated pair, in radians. float32 [E / 2]."""
+    frequencies = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.kind == "llama3":
+        turns = rope.original_max_positions * frequencies / (2 * np.pi)  # over the original context
+        smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        smooth = np.clip(smooth, 0.0, 1.0)
+        frequencies = frequencies * (smooth + (1 - smooth) / rope.factor)
+    return frequencies.astype(np.float32)
+
+
+def rope_angles(rope: RopeConfig, head_dim: int, positions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the rotary angles, float32, each [B, L, 1, E / 2]."""
+    frequencies = rope_frequencies(rope, head_dim)[None, None, None]
+    angles = positions_BL.astype(jnp.float32)[..., None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BLHE: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates pair (i, i + E / 2) by its angle (the half-split convention of the Hugging Face weights)."""
+    cos, sin = angles
+    first, second = jnp.split(x_BLHE.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+    return rotated.astype(x_BLHE.dtype)
+
+
+# Takes the new keys and values of a layer; gives the keys and values to attend to, and what the layer hands back.
+Exchange = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]]
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, in float32 whatever the dtype of x."""
+
+    def __init__(self, width: int, eps: float, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x_f32 = x.astype(jnp.float32)
+        normed = x_f32 * jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + self.eps)
+        scale = jnp.expand_dims(self.scale[...].astype(jnp.float32), tuple(range(x.ndim - 1)))
+        return (normed * scale).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention. `exchange` stands between the new keys and values and the cache, if there is one."""
+
+    def __init__(self, config: LlamaConfig, runtime: Runtime, dtype: jnp.dtype):
+        width, head_dim = config.width, config.head_dim
+        self.q = _zeros(dtype, (width, config.heads, head_dim))
+        self.k = _zeros(dtype, (width, config.kv_heads, head_dim))
+        self.v = _zeros(dtype, (width, config.kv_heads, head_dim))
+        self.o = _zeros(dtype, (config.heads, head_dim, width))
+        self.implementation = runtime.attention
+
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        mask: jax.Array | None,
+        exchange: Exchange,
+    ) -> tuple[jax.Array, Any]:
+        dtype = x_BLD.dtype
+        q_BLHE = rotate(jnp.einsum("BLD,DHE->BLHE", x_BLD, _weight(self.q, dtype)), angles)
+        k_BLGE = rotate(jnp.einsum("BLD,DGE->BLGE", x_BLD, _weight(self.k, dtype)), angles)
+        v_BLGE = jnp.einsum("BLD,DGE->BLGE", x_BLD, _weight(self.v, dtype))
+        seen_k, seen_v, handed_back = exchange(k_BLGE, v_BLGE)
+        mixed_BLHE = jax.nn.dot_product_attention(
+            q_BLHE, seen_k, seen_v, mask=mask, is_causal=mask is None, implementation=self.implementation
+        )
+        return jnp.einsum("BLHE,HED->BLD", mixed_BLHE, _weight(self.o, dtype)), handed_back
+
+
+class SwiGLU(nnx.Module):
+    """(silu(x gate) * (x up)) down."""
+
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype):
+        self.gate = _zeros(dtype, (config.width, config.mlp_width))
+        self.up = _zeros(dtype, (config.width, config.mlp_width))
+        self.down = _zeros(dtype, (config.mlp_width, config.width))
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        dtype = x_BLD.dtype
+        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])  # tokens in one axis: XLA's CPU backward is twice as fast
+        gate_TF = x_TD @ _weight(self.gate, dtype)
+        up_TF = x_TD @ _weight(self.up, dtype)
+        return ((jax.nn.silu(gate_TF) * up_TF) @ _weight(self.down, dtype)).reshape(x_BLD.shape)
+
+
+class Block(nnx.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: LlamaConfig, runtime: Runtime, dtype: jnp.dtype):
+        self.attention_norm = RMSNorm(config.width, config.norm_eps, dtype)
+        self.attention = Attention(config, runtime, dtype)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps, dtype)
+        self.mlp = SwiGLU(config, dtype)
+
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        mask: jax.Array | None,
+        exchange: Exchange,
+    ) -> tuple[jax.Array, Any]:
+        mixed_BLD, handed_back = self.attention(self.attention_norm(x_BLD), angles, mask, exchange)
+        x_BLD = x_BLD + mixed_BLD
+        return x_BLD + self.mlp(self.mlp_norm(x_BLD)), handed_back
+
+
+class Llama(nnx.Module):
+    """The whole network up to the states that the head reads. Zeros as built: weights come from LlamaModel."""
+
+    def __init__(self, config: LlamaConfig, runtime: Runtime, dtype: jnp.dtype):
+        self.config = config
+        self.runtime = runtime
+        self.embedding = _zeros(dtype, (config.vocab_size, config.width))
+
+        stacked = nnx.vmap(lambda _: Block(config, runtime, dtype), in_axes=0, out_axes=0)
+        self.layers = stacked(jnp.arange(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps, dtype)
+        if not config.tied_embeddings:
+            self.head = _zeros(dtype, (config.width, config.vocab_size))
+
+    def __call__(
+        self, tokens_BL: jax.Array, positions_BL: jax.Array, mask: jax.Array | None, kept_layers: tuple[int, ...] = ()
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Final normed states [B, L, D], and the residual stream before layer i for each i of `kept_layers`."""
+        angles = rope_angles(self.config.rope, self.config.head_dim, positions_BL)
+
+        graphdef, layers = nnx.split(self.layers)
+
+        def layer(x_BLD, weights):
+            x_BLD, _ = nnx.merge(graphdef, self._fetched(weights))(x_BLD, angles, mask, lambda k, v: (k, v, None))
+            return self._constrain(x_BLD)
+
+        run = self._rematerialised(layer)
+
+        def body(carry, scanned):
+            x_BLD, kept = carry
+            index, weights = scanned
+            # Selected into the carry, outside the checkpoint: neither all N states nor more for backward are kept.
+            kept = tuple(jnp.where(index == wanted, x_BLD, old) for wanted, old in zip(kept_layers, kept, strict=True))
+            return (run(x_BLD, weights), kept), None
+
+        x_BLD = self._embed(tokens_BL)
+        kept = tuple(jnp.zeros_like(x_BLD) for _ in kept_layers)
+        (x_BLD, kept), _ = jax.lax.scan(body, (x_BLD, kept), (jnp.arange(self.config.layers), layers))
+        return self.norm(x_BLD), kept
+
+    def prefill(self, tokens_BL: jax.Array, positions_BL: jax.Array, last_B: jax.Array) -> tuple[jax.Array, KVCache]:
+        """Final normed state at index `last_B` of each row [B, D], and the cache of all L tokens."""
+        angles = rope_angles(self.config.rope, self.config.head_dim, positions_BL)
+        graphdef, layers = nnx.split(self.layers)
+
+        def body(x_BLD, weights):
+            block = nnx.merge(graphdef, self._fetched(weights))
+            x_BLD, new = block(x_BLD, angles, None, lambda k, v: (k, v, KVCache(k, v)))
+            return self._constrain(x_BLD), new
+
+        x_BLD, cache = jax.lax.scan(body, self._embed(tokens_BL), layers)
+        last_BD = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]
+        return self.norm(last_BD), cache
+
+    def decode(self, cache: KVCache, tokens_B: jax.Array, positions_B: jax.Array) -> tuple[jax.Array, KVCache]:
+        """Final normed state of one more token per row [B, D], and the cache with that token in slot `positions_B`."""
+        angles = rope_angles(self.config.rope, self.config.head_dim, positions_B[:, None])
+        slots = jnp.arange(cache.keys_NBLGE.shape[2])
+        mask_B11L = (slots[None] <= positions_B[:, None])[:, None, None, :]
+        rows_B = jnp.arange(tokens_B.shape[0])
+        graphdef, layers = nnx.split(self.layers)
+
+        def body(carry, scanned):
+            # The cache is carried, not scanned: only the new slots are written, the rest stays in place.
+            x_B1D, cache = carry
+            index, weights = scanned
+
+            def exchange(k_B1GE, v_B1GE):
+                new = KVCache(k_B1GE[:, 0], v_B1GE[:, 0])
+                stored = jax.tree.map(lambda x, y: x.at[index, rows_B, positions_B].set(y.astype(x.dtype)), cache, new)
+                k_BLGE, v_BLGE = (jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in stored)
+                return k_BLGE.astype(k_B1GE.dtype), v_BLGE.astype(v_B1GE.dtype), stored
+
+            x_B1D, cache = nnx.merge(graphdef, self._fetched(weights))(x_B1D, angles, mask_B11L, exchange)
+            return (self._constrain(x_B1D), cache), None
+
+        carry = (self._embed(tokens_B[:, None]), cache)
+        (x_B1D, cache), _ = jax.lax.scan(body, carry, (jnp.arange(self.config.layers), layers))
+        return self.norm(x_B1D[:, 0]), cache
+
+    def _embed(self, tokens_BL: jax.Array) -> jax.Array:
+        # Rows are taken before they are turned into floats: with an int8 table, of each part.
+        rows = jax.tree.map(lambda part: part[tokens_BL], self.embedding.get_value())
+        return self._constrain(as_float(rows, self.runtime.compute_dtype))
+
+    def _fetched(self, weights: Any) -> Any:
+        return jax.device_put(weights, jax.memory.Space.Device) if self.runtime.streamed else weights
+
+    def _constrain(self, x_BLD: jax.Array) -> jax.Array:
+        sharding = self.runtime.activation_sharding
+        return x_BLD if sharding is None else jax.lax.with_sharding_constraint(x_BLD, sharding)
+
+    def _rematerialised(self, run: Callable) -> Callable:
+        policy = REMAT_POLICIES[self.runtime.remat]
+        # Inside scan XLA cannot undo the recomputation, so the barriers of prevent_cse would only cost.
+        return run if policy is None else jax.checkpoint(run, policy=policy, prevent_cse=False)
+
+
+def _weight(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    return as_float(param.get_value(), dtype)
+
+
+def _zeros(dtype: jnp.dtype, shape: tuple[int, ...]) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape, dtype))

@@ -1,0 +1,41 @@
+"""A frozen model's matrices in int8, half of bfloat16: one scale for each output channel, products in floating point.
+
+    w ~ q * s,  q int8,  s = max |w| / 127.5 over the axes that the product sums over
+
+Weight-only "absmax" quantisation as in LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339) without its outlier columns;
+norms stay as they are. The arrays and their arithmetic are qwix's.
+"""
+
+import jax
+import jax.numpy as jnp
+import qwix
+from qwix import QArray
+
+from rtd_jax.common.types import Params
+from rtd_jax.models.weights import TABLE, Weight, nested
+
+INT8 = "int8"
+
+
+def quantize_weight(array: jax.Array, weight: Weight) -> QArray | jax.Array:
+    """One array of the params, stacked or of one layer, in int8; norms are given back as they came."""
+    if not weight.inputs:
+        return array
+    axes = weight.axes if array.ndim == len(weight.axes) else weight.here
+    outputs = [i for i, axis in enumerate(axes) if axis not in weight.inputs]
+    return qwix.quantize(array, jnp.int8, channelwise_axes=outputs, scale_dtype=jnp.float32)
+
+
+def quantize_params(params: Params) -> Params:
+    """Params with every matrix as a `QArray`. Traceable; raises KeyError for a leaf that is no Llama weight."""
+    rows = {weight.path: weight for weight in TABLE}
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths = {tuple(entry.key for entry in path): leaf for path, leaf in leaves}
+    return nested({path: quantize_weight(leaf, rows[path]) for path, leaf in paths.items()})
+
+
+def as_float(value: QArray | jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The array itself, or what its int8 values stand for, in `dtype`."""
+    if isinstance(value, QArray):
+        return (value.qvalue.astype(dtype) * value.scale.astype(dtype)).astype(dtype)
+    return value.astype(dtype)

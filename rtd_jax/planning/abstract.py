@@ -1,0 +1,110 @@
+"""A recipe's train state, teacher and batch as shapes with shardings: everything but the numbers."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from rtd_jax.common.files import read_json
+from rtd_jax.common.sharding import check_rows, row_sharding
+from rtd_jax.common.types import Batch, Params
+from rtd_jax.models.checkpoint import load_config
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.functional import LlamaModel
+from rtd_jax.training.optimizer import make_optimizer
+from rtd_jax.training.prepare import student_config, teacher_model, teacher_shardings
+from rtd_jax.training.recipe import Recipe
+from rtd_jax.training.state import TrainState, create_state, init_projections, state_shardings
+from rtd_jax.training.step import make_train_step
+
+ARCHITECTURES = Path(__file__).resolve().parents[1] / "bundled" / "architectures.json"
+MAX_BOUNDARIES = 17  # slots of a chain where the data are not there to be counted: 16 steps and the prompt's end
+
+
+class Abstract(NamedTuple):
+    """A training step and its arguments, none of them allocated."""
+
+    teacher: LlamaModel
+    student: LlamaModel
+    vocab_size: int
+    state: TrainState
+    teacher_params: Params
+    batch: Batch
+    step: Any  # a TrainStep, as jit made it
+
+
+def architecture(path: str) -> LlamaConfig:
+    """Sizes of a checkpoint: from its folder if it is here, else by its hub name from the table that is bundled.
+
+    Raises:
+      ValueError: neither; names the models of the table.
+    """
+    if (Path(path).expanduser() / "config.json").is_file():
+        return load_config(Path(path).expanduser())
+    table = read_json(ARCHITECTURES)
+    if path not in table:
+        raise ValueError(
+            f"the sizes of {path!r} are not known here; give a folder with its config.json, or one of "
+            f"{', '.join(table)}"
+        )
+    return LlamaConfig.from_hf(table[path], path)
+
+
+def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:
+    """The step that `launch/train.py` would run on this mesh, with its arguments as shapes.
+
+    Raises:
+      ValueError: sizes that are not known, or rows that the mesh does not divide.
+    """
+    check_rows(recipe.batch_size, mesh, recipe.micro_batches)
+    of_teacher = architecture(recipe.teacher.path)
+    pretrained = architecture(recipe.student.path) if recipe.student.init == "pretrained" else None
+    of_student = pretrained or student_config(recipe.student, of_teacher)
+    rows = row_sharding(mesh)
+    teacher = teacher_model(recipe.teacher, of_teacher, mesh)
+    student = LlamaModel(of_student, recipe.student.compute_dtype, recipe.student.remat, activation_sharding=rows)
+    optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
+    settings = recipe.step(of_student.layers, of_teacher.layers)
+    vocab_size = min(of_teacher.vocab_size, of_student.vocab_size)
+    return Abstract(
+        teacher,
+        student,
+        vocab_size,
+        _state(recipe, student, of_teacher, optimizer, mesh, len(settings.intermediate)),
+        _placed(teacher.abstract_params(recipe.teacher.param_dtype), teacher_shardings(recipe.teacher, teacher, mesh)),
+        _batch(recipe, mesh),
+        make_train_step(student, teacher, optimizer, settings, vocab_size, mesh),
+    )
+
+
+def _state(
+    recipe: Recipe,
+    student: LlamaModel,
+    of_teacher: LlamaConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    pairs: int,
+) -> TrainState:
+    def assemble(params: Params) -> TrainState:
+        key = jax.random.PRNGKey(recipe.seed)
+        maps = init_projections(key, student.config.width, of_teacher.width, pairs)
+        return create_state({"student": params, **maps}, optimizer, key)
+
+    state = jax.eval_shape(assemble, student.abstract_params())
+    return _placed(state, state_shardings(state, optimizer, mesh, recipe.optimizer.offload))
+
+
+def _batch(recipe: Recipe, mesh: Mesh) -> Batch:
+    rows, length, chains = recipe.batch_size, recipe.data.row_length, recipe.data.chains_per_row
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    boundaries = [jax.ShapeDtypeStruct((rows, chains, MAX_BOUNDARIES), dtype) for dtype in (jnp.int32, jnp.bool_)]
+    weights = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+    batch: Any = Batch._make([tokens, tokens, tokens, weights, *boundaries])
+    return _placed(batch, jax.tree.map(lambda _: row_sharding(mesh), batch))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -1,0 +1,201 @@
+"""What a compiled program does: memory, arithmetic, bytes, collectives. Loops are counted as often as they run.
+
+XLA's own cost analysis counts the body of a loop once, and the A100 compiler gives none at all; a scanned Llama of 80
+layers would look like one of a single layer. So arithmetic is counted in the jaxpr, where scans have lengths, and bytes
+and collectives in the optimised HLO, where loops have known trip counts.
+"""
+
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from jax.extend import core
+
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4}
+BYTES |= {"u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Moves no bytes of its own: names, tuples, control flow (whose bodies are counted), and the second halves of pairs.
+_FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"}
+_FREE |= {"partition-id", "replica-id", "iota", "opt-barrier", "async-done", "async-update", "copy-done"}
+
+_SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)$")
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    arguments: int
+    temporaries: int
+    output: int
+    peak: (
+        int  # as the compiler has it, where it says; else arguments + temporaries + what of the output is not in place
+    )
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective instruction, on one device."""
+
+    kind: str
+    shape: str  # of its result
+    bytes: float  # of its result
+    times: int  # how often it runs in one call of the program
+
+
+def memory(compiled: Any) -> Memory:
+    """Of a `jax.stages.Compiled`."""
+    stats = compiled.memory_analysis()
+    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes
+    total += stats.output_size_in_bytes - stats.alias_size_in_bytes
+    peak = getattr(stats, "peak_memory_in_bytes", 0) or total
+    return Memory(stats.argument_size_in_bytes, stats.temp_size_in_bytes, stats.output_size_in_bytes, peak)
+
+
+def matmul_flops(jaxpr: core.Jaxpr) -> float:
+    """Multiply-adds of all matrix products, times two, over all devices; scans times their length.
+
+    The body of a `while` of unknown length is counted once: decoding is planned token by token.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            lhs: Any = equation.invars[0].aval
+            result: Any = equation.outvars[0].aval
+            total += 2.0 * math.prod(result.shape) * math.prod(lhs.shape[axis] for axis in contracted)
+        repeat = equation.params["length"] if equation.primitive.name == "scan" else 1
+        inner = [matmul_flops(sub) for sub in _subjaxprs(equation.params)]
+        # Of a conditional's branches one runs; the dearest stands for them.
+        total += repeat * (max(inner, default=0.0) if equation.primitive.name == "cond" else sum(inner))
+    return total
+
+
+def _subjaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
+    found = []
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                found.append(item.jaxpr)
+            elif isinstance(item, core.Jaxpr):
+                found.append(item)
+    return found
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    rest: str  # operands and attributes
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.rest.split("), ")[0])
+
+    def called(self, *attributes: str) -> list[str]:
+        return re.findall(rf"(?:{'|'.join(attributes)})=%?([\w.\-]+)", self.rest)
+
+
+class Hlo:
+    """Optimised HLO text, read once."""
+
+    def __init__(self, text: str):
+        self._computations: dict[str, list[_Instruction]] = {}
+        current: list[_Instruction] = []
+        for line in text.splitlines():
+            header = _HEADER.match(line)
+            if header:
+                current = self._computations.setdefault(header[1], [])
+                if line.startswith("ENTRY"):
+                    self._entry = header[1]
+            elif (match := _INSTRUCTION.match(line)) is not None:
+                current.append(_Instruction(*match.groups()))
+        self._shapes = {i.name: i.shape for body in self._computations.values() for i in body}
+        self._times: dict[str, int] = defaultdict(int)
+        self._count(self._entry, 1)
+
+    def _count(self, computation: str, times: int) -> None:
+        """How often each computation runs that is not the inside of a fusion."""
+        self._times[computation] += times
+        for instruction in self._computations.get(computation, []):
+            if instruction.opcode == "while":
+                trips = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', instruction.rest)
+                repeat = int(trips[1]) if trips else 1
+                for name in instruction.called("body"):
+                    self._count(name, times * repeat)
+            elif instruction.opcode in ("call", "conditional", "async-start"):
+                for name in instruction.called("to_apply", "calls", "true_computation", "false_computation"):
+                    self._count(name, times)
+
+    def collectives(self) -> list[Collective]:
+        """Every collective instruction, with how often it runs."""
+        found = []
+        for computation, times in self._times.items():
+            for instruction in self._computations.get(computation, []):
+                kind = instruction.opcode.removesuffix("-start")
+                if kind in COLLECTIVES:
+                    shape = _result(instruction)
+                    found.append(Collective(kind, shape, shape_bytes(shape), times))
+        return found
+
+    def bytes_moved(self) -> float:
+        """Bytes read and written on one device: operands and results of every instruction that is not inside a fusion.
+
+        A fusion or slice that reads a part of its operand is charged with the part.
+        """
+        total = 0.0
+        for computation, times in self._times.items():
+            for instruction in self._computations.get(computation, []):
+                if instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
+                    total += times * self._moved(instruction)
+        return total
+
+    def _moved(self, instruction: _Instruction) -> float:
+        written = shape_bytes(instruction.shape)
+        if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * written
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * shape_bytes(self._shapes.get(instruction.operands[1], ""))
+        if instruction.opcode == "fusion":
+            (body,) = instruction.called("calls")
+            return self._fusion(instruction, body)
+        return written + sum(shape_bytes(self._shapes.get(name, "")) for name in instruction.operands)
+
+    def _fusion(self, instruction: _Instruction, body: str) -> float:
+        inside = self._computations.get(body, [])
+        total = shape_bytes(instruction.shape)
+        updated = [i for i in inside if i.opcode == "dynamic-update-slice"]
+        if updated:  # in place: the rest of the result is not touched
+            total = sum(2 * shape_bytes(self._shapes.get(i.operands[1], "")) for i in updated)
+        in_place = {i.operands[0] for i in updated}
+        for parameter in (i for i in inside if i.opcode == "parameter"):
+            readers = [i for i in inside if parameter.name in i.operands]
+            if parameter.name in in_place:
+                continue
+            if readers and all(i.opcode in ("dynamic-slice", "slice", "gather") for i in readers):
+                total += sum(shape_bytes(i.shape) for i in readers)
+            else:
+                total += shape_bytes(parameter.shape)
+        return total
+
+
+def shape_bytes(shape: str) -> float:
+    """Bytes of an HLO shape, tuples included."""
+    return sum(
+        BYTES[dtype] * math.prod(int(size) for size in sizes.split(",") if size)
+        for dtype, sizes in _SHAPE.findall(shape)
+        if dtype in BYTES
+    )
+
+
+def _result(instruction: _Instruction) -> str:
+    """The shape a collective delivers; a `-start` carries its operands in the tuple as well."""
+    shapes = [f"{dtype}[{sizes}]" for dtype, sizes in _SHAPE.findall(instruction.shape)]
+    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
+        shapes = shapes[len(shapes) // 2 :]
+    return shapes[0] if len(shapes) == 1 else f"({', '.join(shapes)})"

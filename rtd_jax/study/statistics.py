@@ -1,0 +1,149 @@
+"""From finished runs to numbers with intervals, over seeds and over problems."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from rtd_jax.common.files import read_json
+from rtd_jax.common.types import Array
+
+RESAMPLES = 2_000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """One finished run on its test problems; the same problems in the same order for every run of a task."""
+
+    task: str
+    method: str
+    seed: int
+    depths: np.ndarray  # int [problems]
+    correct: np.ndarray  # bool [problems]; every intermediate result and the answer right, free-running
+    teacher_correct: np.ndarray | None  # bool [problems]
+    step_accuracy: float  # teacher-forced, over all depths
+    perplexity: float
+    updates: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and problems with its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """A paired difference of two methods; `p_value` of a two-sided t-test over seeds, None where that is undefined."""
+
+    p_value: float | None
+
+
+def read_outcome(task: str, method: str, seed: int, workdir: Path) -> Outcome:
+    """Reads report.json and generations.jsonl of a finished run.
+
+    Raises:
+      ValueError: a file is missing or damaged.
+    """
+    report = read_json(workdir / "report.json")
+    path = workdir / "generations.jsonl"
+    records: dict[str, list[dict]] = {"student": [], "teacher": []}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            records[record["model"]].append(record)
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not what a run writes ({error!r}); delete {workdir} and run again") from error
+
+    def correct(model: str) -> np.ndarray:
+        return np.array([record["correct"] for record in records[model]], bool)
+
+    return Outcome(
+        task,
+        method,
+        seed,
+        np.array([record["depth"] for record in records["student"]]),
+        correct("student"),
+        correct("teacher") if records["teacher"] else None,
+        report["student"]["step_accuracy"]["all"]["mean"],
+        report["student"]["perplexity"],
+        report["updates"],
+        report["wall_seconds"],
+    )
+
+
+def accuracy(outcomes: Sequence[Outcome], chosen: Callable[[Array], Array]) -> Interval:
+    """Chain accuracy of one method over its seeds, on the problems whose depth `chosen` keeps."""
+    return Interval(*_bootstrap(_table(outcomes, chosen)), len(outcomes))
+
+
+def difference(
+    outcomes: Sequence[Outcome], baseline: Sequence[Outcome], chosen: Callable[[Array], Array]
+) -> Difference | None:
+    """Chain accuracy of a method minus the baseline's, paired by seed and problem; None without a common seed."""
+    pairs = [(a, b) for a in outcomes for b in baseline if a.seed == b.seed]
+    if not pairs:
+        return None
+    table_SP = _table([a for a, _ in pairs], chosen) - _table([b for _, b in pairs], chosen)
+    per_seed = table_SP.mean(axis=1)
+    p_value = None
+    if len(per_seed) > 1 and np.ptp(per_seed) > 0:
+        p_value = float(stats.ttest_1samp(per_seed, 0.0).pvalue)
+    return Difference(*_bootstrap(table_SP), len(pairs), p_value)
+
+
+def share_of_gain_lost(full: Interval, ablated: Interval, baseline: Interval) -> float | None:
+    """(full - ablated) / (full - baseline); None where there is no gain to lose."""
+    gain = full.mean - baseline.mean
+    return (full.mean - ablated.mean) / gain if gain > 0 else None
+
+
+def _table(outcomes: Sequence[Outcome], chosen: Callable[[Array], Array]) -> np.ndarray:
+    """float64 [seeds, problems].
+
+    Raises:
+      ValueError: the runs were not tested on the same problems.
+    """
+    first = outcomes[0]
+    for outcome in outcomes:
+        if not np.array_equal(outcome.depths, first.depths):
+            raise ValueError(
+                f"{outcome.task} {outcome.method} seed {outcome.seed} was tested on other problems than seed "
+                f"{first.seed}; all runs of a task need the same test set"
+            )
+    keep = np.asarray(chosen(first.depths), bool)
+    return np.stack([outcome.correct[keep] for outcome in outcomes]).astype(np.float64)
+
+
+def _bootstrap(table_SP: np.ndarray) -> tuple[float, float, float]:
+    """(mean, low, high): seeds and problems are both drawn with replacement, for both are samples of what could be.
+
+    With one seed, the interval is over problems only.
+    """
+    mean = float(table_SP.mean())
+    seeds, problems = table_SP.shape
+    rng = np.random.default_rng(0)
+    weights_RP = rng.multinomial(problems, np.full(problems, 1 / problems), RESAMPLES) / problems
+    per_seed_RS = weights_RP @ table_SP.T
+    weights_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
+    means_R = np.sum(per_seed_RS * weights_RS, axis=1)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means_R, [tail, 1 - tail])
+    return mean, float(low), float(high)
+
+
+def verdict(expected_sign: int, found: Difference | None) -> str:
+    """Whether a paired difference has the sign the article reports: "agrees", "disagrees" or "undecided"."""
+    if found is None or math.isnan(found.low) or found.low <= 0.0 <= found.high:
+        return "undecided"
+    return "agrees" if math.copysign(1, found.mean) == expected_sign else "disagrees"

@@ -1,0 +1,1 @@
+"""The trainer: state, optimizer, step, stages, checkpoints. Everything else meets here."""

@@ -1,0 +1,36 @@
+"""Where the time of a run goes, by what it is spent on."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+
+class Clock:
+    """Seconds by name. Spans may lie inside one another: each second counts for the innermost only."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = time.monotonic()
+
+    @contextlib.contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Counts the time until the block ends as `name`."""
+        self._settle()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._settle()
+            self._open.pop()
+
+    def seconds(self) -> dict[str, float]:
+        """What was counted so far, in the order of first use."""
+        self._settle()
+        return {name: round(value, 2) for name, value in self._seconds.items()}
+
+    def _settle(self) -> None:
+        now = time.monotonic()
+        if self._open:
+            self._seconds[self._open[-1]] = self._seconds.get(self._open[-1], 0.0) + now - self._since
+        self._since = now

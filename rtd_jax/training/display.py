@@ -1,0 +1,86 @@
+"""What a person sees while a run goes on: a live panel in a terminal, plain lines elsewhere."""
+
+import io
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_INTERVAL = 5.0  # seconds between progress lines when not a terminal
+
+
+class Display:
+    """Progress over global updates. Use as a context manager; `note` prints a line that stays.
+
+    `silent`: for all but one of several processes, which would say the same.
+    """
+
+    def __init__(self, total_updates: int, done: int = 0, console: Console | None = None, silent: bool = False):
+        # Outside a terminal rich would wrap lines at 80 columns, which breaks up paths that people copy.
+        self._console = Console(file=io.StringIO()) if silent else console or Console()
+        if not self._console.is_terminal:
+            self._console = Console(width=200, soft_wrap=True, file=self._console.file)
+        self._total, self._start, self._started = total_updates, done, time.monotonic()
+        self._last_plain = 0.0
+        self._live: Live | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("updates", total=total_updates, completed=done)
+            self._live = Live(self._progress, console=self._console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> "Display":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
+
+    def update(self, done: int, stage: str, values: dict[str, str]) -> None:
+        """`done` global updates; `stage` names where we are; `values` are shown as they are."""
+        if self._live:
+            self._progress.update(self._task, completed=done, description=f"stage {stage}")
+            table = Table.grid(padding=(0, 2))
+            for name, value in values.items():
+                table.add_row(name, value)
+            self._live.update(Group(self._progress, table))
+            return
+        now = time.monotonic()
+        if now - self._last_plain < PLAIN_INTERVAL and done < self._total:
+            return
+        self._last_plain = now
+        rate = (done - self._start) / max(now - self._started, 1e-9)
+        eta = f"ETA {(self._total - done) / rate:.0f} s" if rate > 0 else ""
+        shown = "  ".join(f"{name} {value}" for name, value in values.items())
+        self.note(f"stage {stage}  update {done}/{self._total}  {shown}  {eta}")
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], console: Console | None = None
+) -> None:
+    """A table at the end of a run."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console = console or Console()
+    if not console.is_terminal and console.width < 120:  # in a log file nothing forces a cell to be cut
+        console = Console(width=120, file=console.file)
+    console.print(table)

@@ -1,0 +1,58 @@
+"""AdamW under a cosine over global updates, with global-norm clipping and no decay on norms."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Units: `learning_rate` per update at the peak; `warmup_updates` in optimizer updates."""
+
+    learning_rate: float = 2e-5
+    warmup_updates: int = 500
+    final_fraction: float = 0.0  # of the peak, reached at the last update
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on matrices only
+    clip_norm: float = 1.0  # global norm of the gradient
+    offload: bool = False  # the moments lie in host memory and come to the devices for the update only
+
+
+def learning_rate_schedule(settings: OptimizerSettings, total_updates: int) -> optax.Schedule:
+    """Linear warm-up, then a cosine that ends at update `total_updates`.
+
+    Raises:
+      ValueError: the warm-up leaves no updates.
+    """
+    warmup = min(settings.warmup_updates, total_updates // 2)  # a 20-update trial keeps the recipe's shape
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else settings.learning_rate,
+        peak_value=settings.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=total_updates,
+        end_value=settings.learning_rate * settings.final_fraction,
+    )
+
+
+def make_optimizer(settings: OptimizerSettings, total_updates: int) -> optax.GradientTransformation:
+    """The optimizer of the recipe. Its count is the global update, so micro-batches do not advance the schedule."""
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip_norm),
+        optax.adamw(
+            learning_rate_schedule(settings, total_updates),
+            b1=settings.b1,
+            b2=settings.b2,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            mask=decay_mask,
+        ),
+    )
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies: everything but norm scales."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) != "scale", params)

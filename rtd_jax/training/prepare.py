@@ -1,0 +1,290 @@
+"""From a recipe to everything a run needs in memory: models, params, chains, mesh, optimizer, step."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rtd_jax.common.sharding import (
+    TABLES,
+    activation_sharding,
+    check_rows,
+    in_host_memory,
+    make_mesh,
+    param_shardings,
+    row_sharding,
+)
+from rtd_jax.common.types import Params
+from rtd_jax.data.sources import load_traces
+from rtd_jax.data.tokenizer_match import compare_tokenizers, tokenizer_fingerprint
+from rtd_jax.data.tokens import EncodedChain, chains_fingerprint, encode_traces
+from rtd_jax.data.traces import Trace
+from rtd_jax.models.checkpoint import load_config, load_params, resolve
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.functional import LlamaModel
+from rtd_jax.models.weights import evenly_spaced_layers, logical_axes
+from rtd_jax.segmentation.select import make_segmenter
+from rtd_jax.training.curriculum import Stage, stages
+from rtd_jax.training.optimizer import make_optimizer
+from rtd_jax.training.recipe import DataSettings, Recipe, StudentSettings, TeacherSettings
+from rtd_jax.training.state import TrainState, create_state, init_projections, state_shardings
+from rtd_jax.training.step import TrainStep, make_train_step
+
+
+@dataclass(frozen=True)
+class Chains:
+    """One split: the traces that fit into a row, and the same encoded. Aligned by index."""
+
+    traces: tuple[Trace, ...]
+    encoded: tuple[EncodedChain, ...]
+    too_long: int
+
+    def of_stage(self, stage: Stage) -> list[int]:
+        return [i for i, trace in enumerate(self.traces) if stage.holds(trace.depth)]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that stays the same while a run goes on."""
+
+    recipe: Recipe
+    mesh: Mesh
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    teacher: LlamaModel
+    teacher_params: Params
+    student: LlamaModel
+    optimizer: optax.GradientTransformation
+    step: TrainStep
+    train: Chains
+    validation: Chains
+    stages: tuple[Stage, ...]
+    max_boundaries: int  # slots of a chain, the prompt's end included
+    fingerprints: dict[str, str]
+
+
+def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experiment, TrainState]:
+    """Everything a run needs, and its initial state. Cheap checks come first, weights last; `note` says what goes on.
+
+    Raises:
+      ValueError: anything in the recipe, the data or the checkpoints that cannot work, with the place and the way out.
+    """
+    mesh = make_mesh(recipe.mesh)
+    check_rows(recipe.batch_size, mesh, recipe.micro_batches)
+    teacher_dir = resolve(recipe.teacher.path)
+    teacher_config = load_config(teacher_dir)
+    tokenizer = load_tokenizer(teacher_dir)
+    student_dir = resolve(recipe.student.path) if recipe.student.init == "pretrained" else None
+    of_student = load_config(student_dir) if student_dir else student_config(recipe.student, teacher_config)
+    if student_dir is not None:
+        for line in compare_tokenizers(tokenizer, load_tokenizer(student_dir), str(teacher_dir), str(student_dir)):
+            note(line)
+    vocab_size = len(tokenizer)
+    for name, config in (("teacher", teacher_config), ("student", of_student)):
+        if config.vocab_size < vocab_size:
+            raise ValueError(
+                f"the tokenizer has {vocab_size} tokens but the {name}'s embedding only {config.vocab_size} rows; "
+                f"give the {name} that belongs to the tokenizer in {teacher_dir}"
+            )
+
+    note("reading and tokenising the chains")
+    train, validation = load_splits(recipe.data, tokenizer)
+    plan = tuple(stages(recipe.curriculum))
+    _check_stages(plan, train, validation)
+    for split, chains in (("train", train), ("validation", validation)):
+        if chains.too_long:
+            note(
+                f"{split}: {chains.too_long} chains longer than a row of {recipe.data.row_length} tokens were left out"
+            )
+
+    rows = row_sharding(mesh)
+    teacher = teacher_model(recipe.teacher, teacher_config, mesh)
+    student = LlamaModel(of_student, recipe.student.compute_dtype, recipe.student.remat, activation_sharding=rows)
+    note(f"loading the teacher from {teacher_dir}")
+    teacher_params = load_params(
+        teacher_dir,
+        teacher_config,
+        dtype=recipe.teacher.param_dtype,
+        shardings=teacher_shardings(recipe.teacher, teacher, mesh),
+    )
+    optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
+    state = _initial_state(recipe, student, student_dir, teacher_dir, teacher_config, optimizer, mesh)
+    settings = recipe.step(of_student.layers, teacher_config.layers)
+    step = make_train_step(student, teacher, optimizer, settings, vocab_size, mesh)
+    experiment = Experiment(
+        recipe=recipe,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        teacher=teacher,
+        teacher_params=teacher_params,
+        student=student,
+        optimizer=optimizer,
+        step=step,
+        train=train,
+        validation=validation,
+        stages=plan,
+        max_boundaries=1 + max(t.depth for chains in (train, validation) for t in chains.traces),
+        fingerprints={
+            "teacher": weights_fingerprint(teacher_dir),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "data": chains_fingerprint((*train.encoded, *validation.encoded)),
+            "student_config": _digest(repr(of_student)),
+        },
+    )
+    return experiment, state
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a Hugging Face folder; never runs code from it.
+
+    Raises:
+      ValueError: there is none, or it is a slow one (no character offsets).
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(
+            f"{directory} has no tokenizer that can be loaded ({type(error).__name__}: {error}); put "
+            "tokenizer.json and tokenizer_config.json beside the weights"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"{directory} has a slow tokenizer without character offsets; add its tokenizer.json")
+    return tokenizer
+
+
+def teacher_model(settings: TeacherSettings, config: LlamaConfig, mesh: Mesh) -> LlamaModel:
+    """The teacher without its weights."""
+    between_layers = activation_sharding(mesh, TABLES[settings.sharding])
+    return LlamaModel(config, settings.compute_dtype, activation_sharding=between_layers, streamed=settings.offload)
+
+
+def teacher_shardings(settings: TeacherSettings, model: LlamaModel, mesh: Mesh) -> Params:
+    """Where each of the teacher's weights lies."""
+    abstract = model.abstract_params(settings.param_dtype)
+    shardings = param_shardings(abstract, logical_axes(abstract), mesh, TABLES[settings.sharding])
+    return shardings | {"layers": in_host_memory(shardings["layers"])} if settings.offload else shardings
+
+
+def load_splits(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[Chains, Chains]:
+    """Training and validation chains, encoded."""
+    traces = load_traces(data.train)
+    if data.validation is not None:
+        held_out = load_traces(data.validation)
+    else:
+        # By a stable hash of the prompt, so that the split survives new rows and another order.
+        chosen = [_unit_hash(trace.prompt) < data.validation_fraction for trace in traces]
+        held_out = [trace for trace, out in zip(traces, chosen, strict=True) if out]
+        traces = [trace for trace, out in zip(traces, chosen, strict=True) if not out]
+        if not held_out or not traces:
+            raise ValueError(
+                f"data.validation_fraction {data.validation_fraction} leaves {len(traces)} training and "
+                f"{len(held_out)} validation traces; both need some"
+            )
+    return encode_split(traces, data, tokenizer), encode_split(held_out, data, tokenizer)
+
+
+def encode_split(traces: Sequence[Trace], data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Chains:
+    """Tokenises traces; those longer than a row are counted, and an error when they are too many."""
+    encoded, report = encode_traces(
+        tokenizer,
+        traces,
+        data.text,
+        row_length=data.row_length,
+        segmenter=make_segmenter(data.segmentation),
+        max_dropped_fraction=data.max_dropped_fraction,
+    )
+    dropped = set(report.dropped)
+    kept = tuple(trace for i, trace in enumerate(traces) if i not in dropped)
+    return Chains(kept, tuple(encoded), len(dropped))
+
+
+def _check_stages(plan: Sequence[Stage], train: Chains, validation: Chains) -> None:
+    for split, chains in (("training", train), ("validation", validation)):
+        for stage in plan:
+            if not chains.of_stage(stage):
+                have = sorted({trace.depth for trace in chains.traces})
+                raise ValueError(
+                    f"curriculum stage {stage.name} has no {split} chain: the chains have {have} steps. Set "
+                    f"curriculum.depths to depths that exist, e.g. {tuple(have[:5])}, or add data"
+                )
+
+
+def student_config(student: StudentSettings, teacher: LlamaConfig) -> LlamaConfig:
+    """Sizes of a student that has no checkpoint of its own: cut from the teacher, or as the settings say.
+
+    Raises:
+      ValueError: more layers than the teacher has.
+    """
+    if student.init == "teacher_layers":
+        if not 1 <= student.layers <= teacher.layers:
+            raise ValueError(f"student.layers is {student.layers}; the teacher has {teacher.layers} to take them from")
+        return replace(teacher, layers=student.layers)
+    return replace(
+        teacher,
+        layers=student.layers,
+        width=student.width,
+        mlp_width=student.mlp_width,
+        heads=student.heads,
+        kv_heads=student.kv_heads,
+        head_dim=student.head_dim,
+    )
+
+
+def _initial_state(
+    recipe: Recipe,
+    student: LlamaModel,
+    student_dir: Path | None,
+    teacher_dir: Path,
+    teacher_config: LlamaConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> TrainState:
+    student_key, projection_key, run_key = jax.random.split(jax.random.PRNGKey(recipe.seed), 3)
+    widths = (student.config.width, teacher_config.width)
+    pairs = len(recipe.loss.intermediate_pairs(student.config.layers, teacher_config.layers))
+
+    def assemble(params: Params) -> TrainState:
+        return create_state({"student": params, **init_projections(projection_key, *widths, pairs)}, optimizer, run_key)
+
+    abstract = jax.eval_shape(assemble, student.abstract_params())
+    shardings = state_shardings(abstract, optimizer, mesh, recipe.optimizer.offload)
+    of_student = shardings.params["student"]
+    if student_dir is not None:
+        params = load_params(student_dir, student.config, dtype="float32", shardings=of_student)
+    elif recipe.student.init == "teacher_layers":
+        # From the files, not from the params in memory, which may be rounded.
+        chosen = evenly_spaced_layers(teacher_config.layers, recipe.student.layers)
+        params = load_params(teacher_dir, teacher_config, dtype="float32", shardings=of_student, layers=chosen)
+    else:
+        params = jax.jit(student.init, out_shardings=of_student)(student_key)
+    return jax.jit(assemble, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """sha256 over config.json and, of each safetensors file, name, size and header (names, dtypes, shapes, offsets) and
+    the first and last MiB of data: enough to tell checkpoints apart without reading 140 GB."""
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            head = file.read(8)
+            digest.update(head + file.read(min(int.from_bytes(head, "little"), size)) + file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _digest(text: Any) -> str:
+    return hashlib.sha256(str(text).encode()).hexdigest()
+
+
+def _unit_hash(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

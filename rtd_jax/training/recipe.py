@@ -1,0 +1,180 @@
+"""Everything a run is told, as one tree of frozen dataclasses. The configs in configs/ are these, with comments."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rtd_jax.common.sharding import MeshSettings
+from rtd_jax.data.formats import TextFormat
+from rtd_jax.data.sources import SourceSettings
+from rtd_jax.losses import LossWeights
+from rtd_jax.losses.everywhere import evenly_spaced
+from rtd_jax.training.curriculum import CurriculumSettings
+from rtd_jax.training.optimizer import OptimizerSettings
+from rtd_jax.training.step import StepSettings
+
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "full"]
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """The frozen teacher: a Hugging Face folder or hub name."""
+
+    path: str
+    param_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"  # int8: one scale per output channel
+    compute_dtype: Dtype = "bfloat16"
+    sharding: Literal["fsdp", "tensor"] = "fsdp"  # what travels: "fsdp" weights, "tensor" activations
+    offload: bool = False  # layers in host memory, each copied to the devices when it runs
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """Where the student comes from. Params are float32; the optimizer needs the digits.
+
+    `init`: "random" takes the sizes below; "teacher_layers" copies `layers` evenly spaced layers of the teacher, and
+    its embeddings; "pretrained" loads `path`.
+    """
+
+    init: Literal["random", "teacher_layers", "pretrained"]
+    path: str = ""  # Hugging Face folder or hub name; "pretrained" only
+    layers: int = 0  # "random" and "teacher_layers"
+    width: int = 0  # the sizes from here on: "random" only
+    mlp_width: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    compute_dtype: Dtype = "bfloat16"
+    remat: Remat = "none"  # what the backward pass recomputes; "full" keeps one state per layer
+
+    def __post_init__(self) -> None:
+        needed = {"pretrained": ("path",), "teacher_layers": ("layers",)}.get(
+            self.init, ("layers", "width", "mlp_width", "heads", "kv_heads", "head_dim")
+        )
+        missing = [name for name in needed if not getattr(self, name)]
+        unused = [
+            name
+            for name in ("path", "layers", "width", "mlp_width", "heads", "kv_heads", "head_dim")
+            if getattr(self, name) and name not in needed
+        ]
+        if missing or unused:
+            raise ValueError(
+                f"init={self.init!r} "
+                + (f"needs {', '.join(missing)}" if missing else f"does not read {', '.join(unused)}; leave them out")
+            )
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Traces, their text form, and the shape of a row."""
+
+    train: SourceSettings
+    test: SourceSettings
+    validation: SourceSettings | None = None  # None: `validation_fraction` of the training traces, chosen by hash
+    validation_fraction: float = 0.05
+    text: TextFormat = field(default_factory=TextFormat)
+    segmentation: str = "annotated"  # where steps end: "annotated", or "random" (a control)
+    row_length: int = 1024  # tokens
+    chains_per_row: int = 8  # at most; 1 switches packing off
+    max_dropped_fraction: float = 0.0  # of chains longer than a row; more is an error
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """L = alpha T^2 KL + (1 - alpha) CE + alignment_weight L_align + coherence_weight L_coherence."""
+
+    temperature: float = 4.0
+    alpha: float = 0.7
+    alignment_weight: float = 0.3
+    coherence_weight: float = 0.5
+    anchor_prompt: bool = True  # the prompt's end is h_0, so that a one-step problem has a transition
+    hidden_layer: int = -1  # of the teacher, matched at the boundaries; -1 final normed state
+    student_hidden_layer: int = -1
+    chunk_length: int = 32  # positions of each row whose logits exist at one time
+    token_alignment_weight: float = 0.0  # a control: alignment at every token of a completion
+    intermediate_weight: float = 0.0  # a baseline: intermediate layers matched at every token
+    intermediate_layers: int = 4  # pairs of evenly spaced layers; read when intermediate_weight is not 0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"loss.temperature is {self.temperature}; it must be positive, the article uses 4.0")
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(
+                f"loss.alpha is {self.alpha}; it is the soft loss's share, in [0, 1]; the article uses 0.7"
+            )
+        if self.intermediate_layers < 1:
+            raise ValueError(f"loss.intermediate_layers is {self.intermediate_layers}; FitNets-style matching uses 4")
+
+    def weights(self) -> LossWeights:
+        return LossWeights(
+            self.temperature,
+            self.alpha,
+            self.alignment_weight,
+            self.coherence_weight,
+            self.token_alignment_weight,
+            self.intermediate_weight,
+        )
+
+    def intermediate_pairs(self, student_layers: int, teacher_layers: int) -> tuple[tuple[int, int], ...]:
+        """(student layer, teacher layer) matched at every token; none where their weight is 0."""
+        if not self.intermediate_weight:
+            return ()
+        count = self.intermediate_layers
+        return tuple(zip(evenly_spaced(student_layers, count), evenly_spaced(teacher_layers, count), strict=True))
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """The final evaluation by free-running greedy decoding."""
+
+    problems_per_depth: int = 100
+    max_new_tokens: int = 256
+    batch_size: int = 64  # problems decoded at one time
+    teacher: bool = True  # evaluate the teacher beside the student
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run. `total_updates` and every other count of updates are optimizer updates, not micro-batches."""
+
+    teacher: TeacherSettings
+    student: StudentSettings
+    data: DataSettings
+    batch_size: int  # rows per update
+    total_updates: int  # over all stages
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    curriculum: CurriculumSettings = CurriculumSettings()
+    mesh: MeshSettings = MeshSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    micro_batches: int = 1  # per update; changes memory, not the update
+    seed: int = 0
+    log_every: int = 10  # updates
+    checkpoint_every: int = 500  # updates between rolling checkpoints
+    keep_checkpoints: int = 2  # rolling ones; stage checkpoints are all kept
+    resume_from: str = ""  # a stage checkpoint of another run; "" starts afresh or resumes this workdir
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size",
+            "total_updates",
+            "micro_batches",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def step(self, student_layers: int, teacher_layers: int) -> StepSettings:
+        """What is compiled into the update, for models of so many layers."""
+        loss = self.loss
+        return StepSettings(
+            self.micro_batches,
+            loss.anchor_prompt,
+            loss.hidden_layer,
+            loss.student_hidden_layer,
+            loss.chunk_length,
+            bool(loss.token_alignment_weight),
+            loss.intermediate_pairs(student_layers, teacher_layers),
+            self.optimizer.offload,
+        )

@@ -1,0 +1,102 @@
+"""The end of a run: evaluation of a model in the recipe's text form, and the tables a person reads."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from rtd_jax.common.sharding import row_sharding, row_ways
+from rtd_jax.common.types import Params
+from rtd_jax.data.formats import TextFormat, render, stop_token_ids
+from rtd_jax.data.traces import Trace
+from rtd_jax.evaluation.evaluate import EvaluationReport, Record, evaluate_model
+from rtd_jax.models.functional import LlamaModel
+from rtd_jax.training.display import print_table
+
+
+def evaluate_traces(
+    model: LlamaModel,
+    params: Params,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Trace],
+    text: TextFormat,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    rows: int,
+    row_length: int,
+    mesh: Mesh,
+    note: Callable[[str], None],
+    name: str,
+) -> tuple[EvaluationReport, list[Record]]:
+    """Free-running and teacher-forced evaluation; `note` gets a progress line for each batch of problems."""
+    ways = row_ways(mesh)
+
+    def progress(done: int, total: int) -> None:
+        note(f"{name}: {done} of {total} problems decoded")
+
+    return evaluate_model(
+        model,
+        params,
+        tokenizer,
+        problems,
+        render=lambda trace: render(tokenizer, trace.prompt, trace.completion, text),
+        stop_ids=stop_token_ids(tokenizer, text),
+        max_new_tokens=max_new_tokens,
+        text_format=text.kind,
+        batch_size=-(-batch_size // ways) * ways,
+        scoring_batch_size=-(-rows // ways) * ways,
+        batch_sharding=row_sharding(mesh),
+        row_length=row_length,
+        progress=progress,
+    )
+
+
+def first_of_each_depth(traces: Sequence[Trace], count: int) -> list[Trace]:
+    """The first `count` problems of each depth, shallow first."""
+    chosen: dict[int, list[Trace]] = {}
+    for trace in traces:
+        group = chosen.setdefault(trace.depth, [])
+        if len(group) < count:
+            group.append(trace)
+    return [trace for depth in sorted(chosen) for trace in chosen[depth]]
+
+
+def print_report(report: dict[str, Any], workdir: Path) -> None:
+    """Prints what report.json says, and the next useful commands."""
+    names = [name for name in ("student", "teacher") if name in report]
+    depths = list(report["student"]["chain_accuracy"])
+    rows = []
+    for depth in depths:
+        row = [depth]
+        for metric in ("chain_accuracy", "step_accuracy"):
+            for name in names:
+                estimate = report[name][metric].get(depth)
+                row.append("-" if estimate is None else percent(estimate))
+        rows.append(row)
+    columns = ["depth", *(f"{name} {metric}" for metric in ("chain %", "step %") for name in names)]
+    print_table("Accuracy by reasoning depth (± one standard error)", columns, rows)
+    stages = [
+        (
+            s["depth"],
+            s["updates"],
+            f"{s['threshold']:.4f}",
+            "-" if s["coherence"] is None else f"{s['coherence']:.4f}",
+            s["ended_by"],
+        )
+        for s in report["stages"]
+    ]
+    print_table("Curriculum", ["stage", "updates", "threshold", "coherence", "ended by"], stages)
+    perplexities = ", ".join(f"{name} {report[name]['perplexity']:.3f}" for name in names)
+    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report["seconds"].items())
+    print(f"perplexity: {perplexities}.  {report['wall_seconds']:.0f} s in all: {spent}.")
+    print(f"report: {workdir / 'report.json'}   student: {workdir / 'student'}")
+    print(f"next: look at the curves with `tensorboard --logdir {workdir / 'tensorboard'}`, or load the student with")
+    print(f"      transformers.AutoModelForCausalLM.from_pretrained({str(workdir / 'student')!r})")
+
+
+def percent(estimate: Mapping[str, Any]) -> str:
+    error = estimate["stderr"]
+    return f"{100 * estimate['mean']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")

@@ -1,0 +1,207 @@
+"""One jitted, donated update, and the forward passes that measure without changing anything."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from rtd_jax.common.boundaries import shifted_labels, transition_boundaries
+from rtd_jax.common.reductions import Mean, mean_per_chain
+from rtd_jax.common.sharding import row_sharding
+from rtd_jax.common.types import Array, Batch, Params
+from rtd_jax.losses import LossWeights, cross_entropy_sums, denominators, rtd, transition_losses, transition_mask
+from rtd_jax.losses.everywhere import intermediate, token_alignment, token_counts
+from rtd_jax.losses.objective import Metrics
+from rtd_jax.models.functional import LlamaModel
+from rtd_jax.teacher.online import states_at_boundaries, teacher_outputs
+from rtd_jax.training.state import TrainState, projections, state_shardings
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What is compiled into the step (the loss weights are not: they are traced)."""
+
+    micro_batches: int = 1  # per update; the gradient does not depend on it
+    anchor_prompt: bool = True  # whether the prompt's end is h_0, so that a one-step problem has a transition
+    hidden_layer: int = -1  # teacher layer whose states are matched; -1 final normed
+    student_hidden_layer: int = -1
+    chunk_length: int = 32  # positions of each row whose logits exist at one time
+    token_alignment: bool = False  # whether states are aligned at every token of a completion
+    intermediate: tuple[tuple[int, int], ...] = ()  # (student layer, teacher layer) matched at every token
+    offload_optimizer: bool = False  # whether the optimizer's moments lie in host memory between updates
+
+    def token_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Layers needed at every token, of student and teacher: the aligned pair first, if any."""
+        aligned = ((self.student_hidden_layer, self.hidden_layer),) if self.token_alignment else ()
+        pairs = (*aligned, *self.intermediate)
+        return tuple(student for student, _ in pairs), tuple(teacher for _, teacher in pairs)
+
+
+# (state, teacher params, batch, loss weights) -> (state, metrics)
+TrainStep = Callable[[TrainState, Params, Batch, LossWeights], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    student: LlamaModel,
+    teacher: LlamaModel,
+    optimizer: optax.GradientTransformation,
+    settings: StepSettings,
+    vocab_size: int,
+    mesh: Mesh | None = None,
+) -> TrainStep:
+    """Builds the RTD update. The teacher's params are an argument: closed over, they would be copied into the program.
+
+    Gradients of micro-batches are added under denominators counted over the whole batch, so the update does not depend
+    on `settings.micro_batches`, on the mesh, or on how chains are packed into rows.
+    """
+    student_layers, teacher_layers = settings.token_layers()
+
+    def loss_of(
+        params: Params, teacher_params: Params, batch: Batch, weights: LossWeights, totals: Any
+    ) -> tuple[Array, Metrics]:
+        hidden_BLS, states_BCKS, everywhere = states_at_boundaries(
+            student, params["student"], batch, settings.student_hidden_layer, student_layers
+        )
+        of_teacher = teacher_outputs(teacher, teacher_params, batch, settings.hidden_layer, teacher_layers)
+        loss, metrics = rtd(
+            hidden_BLS,
+            states_BCKS,
+            student.head(params["student"]),
+            of_teacher,
+            teacher.head(teacher_params),
+            batch,
+            projections=projections(params),
+            weights=weights,
+            totals=totals[0],
+            vocab_size=vocab_size,
+            anchor_prompt=settings.anchor_prompt,
+            chunk_length=settings.chunk_length,
+            mesh=mesh,
+        )
+        pairs = list(zip(everywhere, of_teacher.token_states, strict=True))
+        if settings.token_alignment:
+            term, metrics["distill/token_alignment"] = token_alignment(*pairs.pop(0), batch, params["f"], totals[1])
+            loss += weights.token_alignment * term
+        if pairs:
+            students, teachers = zip(*pairs, strict=True)
+            term, metrics["distill/intermediate"] = intermediate(
+                students, teachers, batch, params["regressors"], totals[1]
+            )
+            loss += weights.intermediate * term
+        return loss, metrics | {"loss": Mean(loss, jnp.ones(()))}
+
+    def step(
+        state: TrainState, teacher_params: Params, batch: Batch, weights: LossWeights
+    ) -> tuple[TrainState, Metrics]:
+        if settings.offload_optimizer:
+            state = _moved(state, optimizer, mesh, offload=False)
+        totals = (denominators(batch, anchor_prompt=settings.anchor_prompt), token_counts(batch))
+        gradients, metrics = accumulate(
+            jax.grad(loss_of, has_aux=True),
+            split_rows(batch, settings.micro_batches, mesh),
+            lambda part: (state.params, teacher_params, part, weights, totals),
+        )
+        state, metrics = apply_update(optimizer, state, gradients, metrics)
+        if mesh is not None:
+            # Where it came from. Left to choose, the compiler spreads norms, and the next update is compiled anew.
+            state = jax.lax.with_sharding_constraint(state, state_shardings(state, optimizer, mesh))
+        return _moved(state, optimizer, mesh, offload=True) if settings.offload_optimizer else state, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _moved(state: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh | None, offload: bool) -> TrainState:
+    """The state with the optimizer's moments in host memory, or on the devices."""
+    if mesh is None:
+        raise ValueError("an optimizer in host memory needs a mesh; give make_train_step one")
+    placed = state_shardings(state, optimizer, mesh, offload)
+    return state._replace(opt_state=jax.device_put(state.opt_state, placed.opt_state))
+
+
+# (state, batch) -> (state, metrics)
+PretrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_pretrain_step(
+    model: LlamaModel, optimizer: optax.GradientTransformation, vocab_size: int, chunk_length: int = 32
+) -> PretrainStep:
+    """Builds the plain language-model update, cross-entropy per predicted token; used to make the bundled teacher."""
+
+    def loss_of(params: Params, batch: Batch) -> tuple[Array, Metrics]:
+        hidden_BLD = model.hidden(params["student"], batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL)
+        labels_BL, weights_BL = shifted_labels(batch)
+        total, weight = cross_entropy_sums(
+            hidden_BLD,
+            model.head(params["student"]),
+            labels_BL,
+            weights_BL,
+            vocab_size=vocab_size,
+            chunk_length=chunk_length,
+        )
+        loss = total / jnp.maximum(weight, 1.0)
+        return loss, {"loss": Mean(loss, jnp.ones(())), "distill/hard_loss": Mean(total, weight)}
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradients, metrics = jax.grad(loss_of, has_aux=True)(state.params, batch)
+        return apply_update(optimizer, state, gradients, metrics)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_coherence_eval(
+    student: LlamaModel, teacher: LlamaModel, settings: StepSettings
+) -> Callable[[Params, Params, Batch], Mean]:
+    """Builds (params, teacher params, batch) -> the student's coherence loss as (sum over chains, chains)."""
+
+    @jax.jit
+    def evaluate(params: Params, teacher_params: Params, batch: Batch) -> Mean:
+        _, student_states, _ = states_at_boundaries(student, params["student"], batch, settings.student_hidden_layer)
+        _, teacher_states, _ = states_at_boundaries(teacher, teacher_params, batch, settings.hidden_layer)
+        mask_BCK = transition_boundaries(batch.boundary_mask_BCK, settings.anchor_prompt)
+        losses = transition_losses(student_states, teacher_states, mask_BCK, projections(params).g)
+        means_BC, has_any_BC = mean_per_chain(losses, transition_mask(mask_BCK))
+        return Mean(jnp.sum(means_BC), jnp.sum(has_any_BC).astype(jnp.float32))
+
+    return evaluate
+
+
+def accumulate(gradient: Callable, parts: Any, arguments: Callable[[Any], tuple]) -> tuple[Any, Metrics]:
+    """Adds gradients and metrics over the leading axis of `parts`; one part is not scanned."""
+    count = jax.tree.leaves(parts)[0].shape[0]
+    if count == 1:
+        return gradient(*arguments(jax.tree.map(lambda x: x[0], parts)))
+    shapes = jax.eval_shape(lambda part: gradient(*arguments(part)), jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def body(sums: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, gradient(*arguments(part))), None
+
+    return jax.lax.scan(body, zeros, parts)[0]
+
+
+def split_rows(batch: Batch, parts: int, mesh: Mesh | None = None) -> Batch:
+    """[B, ...] -> [parts, B / parts, ...]. Part p takes rows p, p + parts, ..: every device keeps its own rows."""
+
+    def split(x: Array) -> Array:
+        x = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+        if mesh is None:
+            return x
+        spec = jax.sharding.PartitionSpec(None, *row_sharding(mesh).spec)
+        return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
+
+    return jax.tree.map(split, batch)
+
+
+def apply_update(
+    optimizer: optax.GradientTransformation, state: TrainState, gradients: Any, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
+    """One optimizer update; adds the gradient's norm to the metrics, and makes `loss` count once per update."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    one = jnp.ones(())
+    metrics |= {"loss": Mean(metrics["loss"].sum, one), "grad_norm": Mean(optax.tree.norm(gradients), one)}
+    return TrainState(state.step + 1, params, opt_state, state.rng), metrics

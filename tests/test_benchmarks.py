@@ -1,0 +1,44 @@
+"""What the benchmarks stand on: workers in turn, disturbed results thrown away, tables between their marks."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import measure
+
+WORKER = "import sys; sys.path.insert(0, 'benchmarks'); import measure; print('noise'); measure.report(speed={})"
+
+
+def test_commands_run_in_turn_and_medians_are_over_rounds(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "DISTURBED", 100.0)
+    commands = {name: [sys.executable, "-c", WORKER.format(speed)] for name, speed in (("a", 3.0), ("b", 5.0))}
+    found = measure.alternate(commands, rounds=2)
+    assert [line.split(":")[1].strip() for line in capsys.readouterr().out.splitlines()] == ["a", "b", "a", "b"]
+    assert [result.values for result in found["a"]] == [{"speed": 3.0}] * 2
+    assert measure.median(found["b"], "speed") == 5.0
+
+
+def test_a_disturbed_result_is_taken_again_and_at_last_given_up(monkeypatch):
+    loads = iter([9.0, 0.0, *[9.0] * measure.ATTEMPTS])
+    monkeypatch.setattr(measure, "_run", lambda name, command: measure.Result({"speed": 1.0}, next(loads)))
+    assert measure.alternate({"a": []}, rounds=1)["a"][0].other_load == 0.0
+    with pytest.raises(RuntimeError, match="the machine was busy in 4 attempts at a"):
+        measure.alternate({"a": []}, rounds=1)
+
+
+def test_a_worker_that_fails_is_shown():
+    with pytest.raises(RuntimeError, match=r"broken failed:[\s\S]*ZeroDivisionError"):
+        measure.alternate({"broken": [sys.executable, "-c", "1 / 0"]}, rounds=1)
+
+
+def test_a_table_replaces_the_one_before_it_and_nothing_else(tmp_path):
+    document = tmp_path / "page.md"
+    document.write_text("before\n<!-- t -->\nold\n<!-- end t -->\nafter\n")
+    table = measure.markdown_table(["", "x"], [["row", 1]])
+    measure.write_section(document, "t", table)
+    assert document.read_text() == "before\n<!-- t -->\n|  | x |\n|---|--:|\n| row | 1 |\n<!-- end t -->\nafter\n"
+    with pytest.raises(ValueError, match="no marks <!-- u --> and <!-- end u -->"):
+        measure.write_section(document, "u", "x")
