@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 ROW_AXES = ("data", "fsdp")  # the batch axis is spread over both
 
@@ -98,9 +98,18 @@ def constrain(x: Any, mesh: Mesh | None, *axes: Any) -> Any:
 
 
 def _spec(shape: tuple[int, ...], axes: Sequence[MeshAxes], mesh: Mesh) -> PartitionSpec:
-    """The axes that divide their dimension, others None; no trailing None, because jit compares specs as written."""
-    ways = [math.prod(mesh.shape[name] for name in _names(axis)) for axis in axes]
-    spec = [axis if size % way == 0 else None for axis, size, way in zip(axes, shape, ways, strict=True)]
+    """The axes that divide their dimension, others None.
+
+    As the compiler writes it, because jit compares specs as written: no mesh axis of one device, no trailing None.
+    """
+
+    def of_dimension(size: int, axis: MeshAxes) -> MeshAxes:
+        names = tuple(name for name in _names(axis) if mesh.shape[name] > 1)
+        if not names or size % math.prod(mesh.shape[name] for name in names):
+            return None
+        return names[0] if len(names) == 1 else names
+
+    spec = [of_dimension(size, axis) for size, axis in zip(shape, axes, strict=True)]
     while spec and spec[-1] is None:
         spec.pop()
     return PartitionSpec(*spec)
@@ -171,9 +180,15 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, batch)
 
 
-def put_same(tree: Any, sharding: Sharding | None) -> Any:
-    """Host arrays that every process holds whole -> global arrays; unchanged without a sharding."""
-    return tree if sharding is None else jax.device_put(tree, sharding)
+def put_same(tree: Any, sharding: NamedSharding | None) -> Any:
+    """Host arrays that every process holds whole -> global arrays; unchanged without a sharding.
+
+    Of a spec for [batch, length], an array of fewer dimensions takes the first entries.
+    """
+    if sharding is None:
+        return tree
+    mesh, spec = sharding.mesh, sharding.spec
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec[: x.ndim]))), tree)
 
 
 def to_host(tree: Any) -> Any:

@@ -80,7 +80,7 @@ def evaluate_model(
     scoring_batch_size: int = 8,
     row_length: int = 512,
     chunk_tokens: int = 512,
-    batch_sharding: jax.sharding.Sharding | None = None,
+    batch_sharding: jax.sharding.NamedSharding | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[EvaluationReport, list[Record]]:
     """Evaluates a model; neither changes nor donates its params.
@@ -97,7 +97,7 @@ def evaluate_model(
       open_from: first depth of the open bucket "5+"; None gives every depth its own bucket.
       batch_size: problems decoded together.
       scoring_batch_size, row_length, chunk_tokens: shape of the teacher-forced pass, see `scoring.score_chains`.
-      batch_sharding: where to put [batch, length] arrays; None leaves it to the compiler.
+      batch_sharding: where to put [batch] and [batch, length] arrays; None leaves it to the compiler.
       progress: called with (problems generated, problems in all).
 
     Returns:

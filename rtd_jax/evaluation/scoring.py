@@ -99,7 +99,7 @@ def score_chains(
     row_length: int = 512,
     batch_size: int = 8,
     chunk_tokens: int = 512,
-    batch_sharding: jax.sharding.Sharding | None = None,
+    batch_sharding: jax.sharding.NamedSharding | None = None,
 ) -> list[TokenScores]:
     """Scores every token of every chain, packed into rows; NumPy arrays as long as the chain, in the order given.
 
@@ -107,7 +107,7 @@ def score_chains(
       chains: token ids, each at least one.
       row_length: tokens of a packed row; made longer where a chain asks for it, so nothing is cut.
       batch_size: rows scored together.
-      batch_sharding: where to put [batch, length] arrays; None leaves it to the compiler.
+      batch_sharding: where to put [batch] and [batch, length] arrays; None leaves it to the compiler.
 
     Raises:
       ValueError: an empty chain, or an id outside the vocabulary.

@@ -42,7 +42,7 @@ def generate(
     vocab_size: int,
     batch_size: int = 128,
     pad_id: int = 0,
-    batch_sharding: jax.sharding.Sharding | None = None,
+    batch_sharding: jax.sharding.NamedSharding | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """The most probable continuation of each prompt, token by token, in the order of the prompts.
@@ -56,7 +56,7 @@ def generate(
       vocab_size: ids from here on are padding of the vocabulary and are never chosen.
       batch_size: rows decoded together.
       pad_id: fills prompts on the right, and rows that have ended.
-      batch_sharding: where to put [batch, length] arrays; None leaves it to the compiler.
+      batch_sharding: where to put [batch] and [batch, length] arrays; None leaves it to the compiler.
       progress: called with (prompts done, prompts in all) after each batch.
 
     Returns:
