@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     c.teacher.path = "meta-llama/Meta-Llama-3-70B-Instruct"  # hub name or local Hugging Face folder
     c.teacher.param_dtype = "bfloat16"  # 141 GB over the mesh; int8 takes 71
     c.teacher.compute_dtype = "bfloat16"  # of matrix products and states
+    c.teacher.attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's; xla or cudnn force one
     c.teacher.sharding = "fsdp"  # what travels between devices: fsdp the weights, tensor the activations
     c.teacher.offload = False  # True: layers lie in host memory and come to the devices one by one
 
@@ -26,6 +27,7 @@ def get_config() -> ConfigDict:
     c.student.init = "pretrained"  # random, teacher_layers or pretrained
     c.student.path = "meta-llama/Meta-Llama-3-8B-Instruct"  # hub name or local Hugging Face folder
     c.student.compute_dtype = "bfloat16"  # params and optimizer stay float32
+    c.student.attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's; xla or cudnn force one
     c.student.remat = "full"  # keep one state per layer, recompute the rest
 
     c.data = ConfigDict()

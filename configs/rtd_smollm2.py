@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     c.teacher.path = ".cache/smollm2-135m-instruct"  # or HuggingFaceTB/SmolLM2-135M-Instruct from the hub
     c.teacher.param_dtype = "float32"  # of the weights in memory
     c.teacher.compute_dtype = "float32"  # bfloat16 on an accelerator
+    c.teacher.attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's; xla or cudnn force one
     c.teacher.sharding = "fsdp"  # what travels between devices: fsdp the weights, tensor the activations
     c.teacher.offload = False  # True: layers lie in host memory and come to the devices one by one
 
@@ -25,6 +26,7 @@ def get_config() -> ConfigDict:
     c.student.init = "teacher_layers"  # random, teacher_layers or pretrained
     c.student.layers = 15  # evenly spaced, of the teacher's 30
     c.student.compute_dtype = "float32"  # bfloat16 on an accelerator
+    c.student.attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's; xla or cudnn force one
     c.student.remat = "full"  # keep one state per layer, recompute the rest
 
     c.data = ConfigDict()

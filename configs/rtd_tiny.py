@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     c.teacher.path = str(BUNDLED_TEACHER)  # Hugging Face folder or hub name; 4 layers, width 128
     c.teacher.param_dtype = "float32"  # of the weights in memory
     c.teacher.compute_dtype = "float32"  # of matrix products and states
+    c.teacher.attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's; xla or cudnn force one
     c.teacher.sharding = "fsdp"  # what travels between devices: fsdp the weights, tensor the activations
     c.teacher.offload = False  # True: layers lie in host memory and come to the devices one by one
 
@@ -33,6 +34,7 @@ def get_config() -> ConfigDict:
     c.student.kv_heads = 0  # key/value heads
     c.student.head_dim = 0  # units of one head
     c.student.compute_dtype = "float32"  # of matrix products and states; params stay float32
+    c.student.attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's; xla or cudnn force one
     c.student.remat = "none"  # what the backward pass recomputes: none, dots, full
 
     c.data = ConfigDict()

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import chex
 import jax
@@ -15,7 +14,7 @@ from qwix import QArray
 
 from rtd_jax.common.types import Array, Params
 from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.llama import KVCache, Llama, Runtime
+from rtd_jax.models.llama import AttentionKernel, KVCache, Llama, Runtime
 from rtd_jax.models.quantized import INT8, as_float, quantize_params
 
 
@@ -26,8 +25,8 @@ class LlamaModel:
     `compute_dtype`: dtype of matrix products and of the hidden states ("float32" or "bfloat16"); params keep their own.
     `remat`: what backward recomputes, "none", "full" (keeps only layer inputs) or "dots" (keeps projections too).
     `activation_sharding`: sharding constraint put on [B, L, D] states between layers, e.g. rows over ('data', 'fsdp').
-    `attention`: implementation given to `jax.nn.dot_product_attention`; None lets it choose, "cudnn" asks for cuDNN's
-    kernel (bfloat16 on NVIDIA GPUs).
+    `attention`: implementation given to `jax.nn.dot_product_attention`: "xla", "cudnn", or "auto" (cuDNN's kernel where
+    it runs; see `attention_kernel`).
     `streamed`: the layers' weights lie in host memory; each layer is copied to the device when it runs.
     """
 
@@ -35,7 +34,7 @@ class LlamaModel:
     compute_dtype: str = "float32"
     remat: str = "none"
     activation_sharding: NamedSharding | None = None
-    attention: Literal["xla", "cudnn"] | None = None
+    attention: AttentionKernel = "auto"
     streamed: bool = False
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ Sources: Touvron et al. 2023 (arXiv:2302.13971), Llama 3 (arXiv:2407.21783), GQA
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,23 +27,24 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 }
 
 
+AttentionKernel = Literal["auto", "xla", "cudnn"]
+
+
 @dataclass(frozen=True)
 class Runtime:
     """How a Llama is computed; none of it changes what is computed beyond rounding."""
 
     compute_dtype: str = "float32"
     remat: str = "none"  # a key of REMAT_POLICIES
-    attention: Literal["xla", "cudnn"] | None = (
-        None  # jax.nn.dot_product_attention's implementation: None, "xla" or "cudnn"
-    )
+    attention: AttentionKernel = "auto"  # of jax.nn.dot_product_attention; see `attention_kernel`
     activation_sharding: NamedSharding | None = None  # of [B, L, D]
     streamed: bool = False  # whether the layers' weights lie in host memory, and each is copied when it runs
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat {self.remat!r} is not a policy; use one of {', '.join(REMAT_POLICIES)}")
-        if self.attention not in (None, "xla", "cudnn"):
-            raise ValueError(f"attention {self.attention!r} is not an implementation; use None, 'xla' or 'cudnn'")
+        if self.attention not in get_args(AttentionKernel):
+            raise ValueError(f"attention {self.attention!r} is not an implementation; use 'auto', 'xla' or 'cudnn'")
         if not jnp.issubdtype(jnp.dtype(self.compute_dtype), jnp.floating):
             raise ValueError(f"compute_dtype {self.compute_dtype!r} is not a float type; use 'float32' or 'bfloat16'")
 
@@ -99,6 +100,26 @@ class RMSNorm(nnx.Module):
         return (normed * scale).astype(x.dtype)
 
 
+def attention_kernel(wanted: AttentionKernel, length: int, head_dim: int, dtype: jnp.dtype) -> Literal["xla", "cudnn"]:
+    """The implementation for queries of `length` tokens a row; jax.nn.dot_product_attention's own default is XLA's.
+
+    "auto" takes cuDNN's kernel, which holds no [L, L] scores, where it runs: on NVIDIA GPUs from compute capability 8.0
+    on, for bfloat16, rows of an even length, and heads of a multiple of 8 up to 128. Single queries are XLA's in any
+    case: they are bound by reading the cache.
+    """
+    if length == 1 or wanted == "xla":
+        return "xla"
+    runs = dtype == jnp.bfloat16 and length % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128
+    return "cudnn" if wanted == "cudnn" or (runs and _on_nvidia_ampere()) else "xla"
+
+
+def _on_nvidia_ampere() -> bool:
+    if jax.default_backend() != "gpu":
+        return False
+    capability = str(getattr(jax.devices()[0], "compute_capability", "0"))  # "8.0"; AMD's are names such as gfx942
+    return capability.split(".")[0].isdigit() and int(capability.split(".")[0]) >= 8
+
+
 class Attention(nnx.Module):
     """Grouped-query attention. `exchange` stands between the new keys and values and the cache, if there is one."""
 
@@ -108,7 +129,7 @@ class Attention(nnx.Module):
         self.k = _zeros(dtype, (width, config.kv_heads, head_dim))
         self.v = _zeros(dtype, (width, config.kv_heads, head_dim))
         self.o = _zeros(dtype, (config.heads, head_dim, width))
-        self.implementation = runtime.attention
+        self.wanted = runtime.attention
 
     def __call__(
         self,
@@ -123,7 +144,12 @@ class Attention(nnx.Module):
         v_BLGE = jnp.einsum("BLD,DGE->BLGE", x_BLD, _weight(self.v, dtype))
         seen_k, seen_v, handed_back = exchange(k_BLGE, v_BLGE)
         mixed_BLHE = jax.nn.dot_product_attention(
-            q_BLHE, seen_k, seen_v, mask=mask, is_causal=mask is None, implementation=self.implementation
+            q_BLHE,
+            seen_k,
+            seen_v,
+            mask=mask,
+            is_causal=mask is None,
+            implementation=attention_kernel(self.wanted, q_BLHE.shape[1], q_BLHE.shape[3], dtype),
         )
         return jnp.einsum("BLHE,HED->BLD", mixed_BLHE, _weight(self.o, dtype)), handed_back
 

@@ -15,7 +15,7 @@ from rtd_jax.models.checkpoint import load_config
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.functional import LlamaModel
 from rtd_jax.training.optimizer import make_optimizer
-from rtd_jax.training.prepare import student_config, teacher_model, teacher_shardings
+from rtd_jax.training.prepare import student_config, student_model, teacher_model, teacher_shardings
 from rtd_jax.training.recipe import Recipe
 from rtd_jax.training.state import TrainState, create_state, init_projections, state_shardings
 from rtd_jax.training.step import make_train_step
@@ -63,9 +63,8 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:
     of_teacher = architecture(recipe.teacher.path)
     pretrained = architecture(recipe.student.path) if recipe.student.init == "pretrained" else None
     of_student = pretrained or student_config(recipe.student, of_teacher)
-    rows = row_sharding(mesh)
     teacher = teacher_model(recipe.teacher, of_teacher, mesh)
-    student = LlamaModel(of_student, recipe.student.compute_dtype, recipe.student.remat, activation_sharding=rows)
+    student = student_model(recipe.student, of_student, mesh)
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
     settings = recipe.step(of_student.layers, of_teacher.layers)
     vocab_size = min(of_teacher.vocab_size, of_student.vocab_size)

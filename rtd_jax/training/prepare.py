@@ -103,9 +103,8 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
                 f"{split}: {chains.too_long} chains longer than a row of {recipe.data.row_length} tokens were left out"
             )
 
-    rows = row_sharding(mesh)
     teacher = teacher_model(recipe.teacher, teacher_config, mesh)
-    student = LlamaModel(of_student, recipe.student.compute_dtype, recipe.student.remat, activation_sharding=rows)
+    student = student_model(recipe.student, of_student, mesh)
     note(f"loading the teacher from {teacher_dir}")
     teacher_params = load_params(
         teacher_dir,
@@ -162,7 +161,24 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 def teacher_model(settings: TeacherSettings, config: LlamaConfig, mesh: Mesh) -> LlamaModel:
     """The teacher without its weights."""
     between_layers = activation_sharding(mesh, TABLES[settings.sharding])
-    return LlamaModel(config, settings.compute_dtype, activation_sharding=between_layers, streamed=settings.offload)
+    return LlamaModel(
+        config,
+        settings.compute_dtype,
+        activation_sharding=between_layers,
+        attention=settings.attention,
+        streamed=settings.offload,
+    )
+
+
+def student_model(settings: StudentSettings, config: LlamaConfig, mesh: Mesh) -> LlamaModel:
+    """The student without its weights."""
+    return LlamaModel(
+        config,
+        settings.compute_dtype,
+        settings.remat,
+        activation_sharding=row_sharding(mesh),
+        attention=settings.attention,
+    )
 
 
 def teacher_shardings(settings: TeacherSettings, model: LlamaModel, mesh: Mesh) -> Params:

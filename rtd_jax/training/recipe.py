@@ -14,6 +14,7 @@ from rtd_jax.training.step import StepSettings
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
+Attention = Literal["auto", "xla", "cudnn"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class TeacherSettings:
     path: str
     param_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"  # int8: one scale per output channel
     compute_dtype: Dtype = "bfloat16"
+    attention: Attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's
     sharding: Literal["fsdp", "tensor"] = "fsdp"  # what travels: "fsdp" weights, "tensor" activations
     offload: bool = False  # layers in host memory, each copied to the devices when it runs
 
@@ -44,6 +46,7 @@ class StudentSettings:
     kv_heads: int = 0
     head_dim: int = 0
     compute_dtype: Dtype = "bfloat16"
+    attention: Attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's
     remat: Remat = "none"  # what the backward pass recomputes; "full" keeps one state per layer
 
     def __post_init__(self) -> None:
