@@ -10,21 +10,17 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 from measure import ROOT, machine, markdown_table, write_section
 
+from rtd_jax.common.types import Array
+from rtd_jax.losses import kd, kd_token_losses
 from rtd_jax.planning.program import matmul_flops, memory
 from rtd_jax.planning.targets import find_target, prepare_backends
 
 TARGET = "a100-80gb:1"
-prepare_backends(TARGET)  # before the imports below ask for a backend
-
-import jax
-import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
-
-from rtd_jax.common.types import Array
-from rtd_jax.losses import kd, kd_token_losses
-
 ROWS, LENGTH, WIDTH, VOCAB = 8, 1024, 4096, 128_256
 TEACHERS = (4096, 8192)  # widths: the benchmark's, and Llama-3-70B's
 CHUNKS = (16, 32, 64, 128)
@@ -70,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no-write", action="store_true", help="print the table, leave docs/scale.md as it is")
     arguments = parser.parse_args()
+    prepare_backends(TARGET)
     (device,) = find_target(TARGET).devices
     rows = []
     for teacher_width in TEACHERS:
