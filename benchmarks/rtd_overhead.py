@@ -49,16 +49,20 @@ def published_flops(name: str) -> tuple[float, float]:
     return flops(slots), flops(slots) - slots * per_slot
 
 
-def step_times(rounds: int) -> dict[str, list[float]]:
-    """Seconds per update of plain KD (written without any boundary) and of RTD, in turn."""
-    teacher = LlamaModel(LlamaConfig(VOCAB, 512, 2048, layers=6, heads=8, kv_heads=4, head_dim=64))
-    student = LlamaModel(LlamaConfig(VOCAB, 256, 1024, layers=3, heads=8, kv_heads=4, head_dim=32))
-    key = jax.random.PRNGKey(0)
-    teacher_params, optimizer = teacher.init(key), optax.adamw(1e-4)
+def models() -> tuple[LlamaModel, LlamaModel]:
+    """Teacher and student."""
+    return (
+        LlamaModel(LlamaConfig(VOCAB, 512, 2048, layers=6, heads=8, kv_heads=4, head_dim=64)),
+        LlamaModel(LlamaConfig(VOCAB, 256, 1024, layers=3, heads=8, kv_heads=4, head_dim=32)),
+    )
+
+
+def random_batch() -> Batch:
+    """One chain a row, of steps of STEP_TOKENS."""
     tokens_BL = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32)
     ends = np.arange(STEP_TOKENS - 1, LENGTH, STEP_TOKENS, dtype=np.int32)
     places_BCK = np.broadcast_to(ends, (ROWS, 1, len(ends)))
-    batch = Batch(
+    return Batch(
         tokens_BL,
         np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens_BL.shape),
         np.ones_like(tokens_BL),
@@ -66,6 +70,14 @@ def step_times(rounds: int) -> dict[str, list[float]]:
         places_BCK,
         np.ones(places_BCK.shape, bool),
     )
+
+
+def step_times(rounds: int) -> dict[str, list[float]]:
+    """Seconds per update of plain KD (written without any boundary) and of RTD, in turn."""
+    teacher, student = models()
+    batch = random_batch()
+    key = jax.random.PRNGKey(0)
+    teacher_params, optimizer = teacher.init(key), optax.adamw(1e-4)
 
     def plain_loss(params: Any, teacher_params: Any, batch: Batch) -> Any:
         rows = batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL

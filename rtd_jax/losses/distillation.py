@@ -132,6 +132,7 @@ def kd(
     return safe_divide(sums.loss, sums.weight)
 
 
+@jax.named_scope("kd")
 def kd_sums(
     student_hidden_BLS: Array,
     student_head_SV: Array,

@@ -64,6 +64,7 @@ def coherence(student_states: Array, teacher_states: Array, mask: Array, project
     return _mean_over_chains(losses_K, transition_mask(mask))
 
 
+@jax.named_scope("alignment")
 def boundary_losses(student_states: Array, teacher_states: Array, mask: Array, projection: Projection = None) -> Array:
     """1 - cos(f(h_S_i), h_T_i) per boundary, in [0, 2]; float32 [..., K].
 
@@ -77,6 +78,7 @@ def boundary_losses(student_states: Array, teacher_states: Array, mask: Array, p
     return _cosine_distance(_project(student_states, teacher_states, projection), teacher_states, mask)
 
 
+@jax.named_scope("coherence")
 def transition_losses(
     student_states: Array, teacher_states: Array, mask: Array, projection: Projection = None
 ) -> Array:

@@ -186,9 +186,11 @@ class Block(nnx.Module):
         mask: jax.Array | None,
         exchange: Exchange,
     ) -> tuple[jax.Array, Any]:
-        mixed_BLD, handed_back = self.attention(self.attention_norm(x_BLD), angles, mask, exchange)
+        with jax.named_scope("attention"):
+            mixed_BLD, handed_back = self.attention(self.attention_norm(x_BLD), angles, mask, exchange)
         x_BLD = x_BLD + mixed_BLD
-        return x_BLD + self.mlp(self.mlp_norm(x_BLD)), handed_back
+        with jax.named_scope("mlp"):
+            return x_BLD + self.mlp(self.mlp_norm(x_BLD)), handed_back
 
 
 class Llama(nnx.Module):

@@ -24,6 +24,7 @@ def states_at_boundaries(
     return hidden_BLD, gather_boundaries(layer_BLD, batch.boundary_positions_BCK), tuple(everywhere)
 
 
+@jax.named_scope("teacher")
 def teacher_outputs(
     model: LlamaModel, params: Params, batch: Batch, hidden_layer: int = -1, token_layers: Sequence[int] = ()
 ) -> TeacherOutputs:

@@ -168,6 +168,11 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a micro-batch; validation and scoring take no more, so that they fit where an update does."""
+        return self.batch_size // self.micro_batches
+
     def step(self, student_layers: int, teacher_layers: int) -> StepSettings:
         """What is compiled into the update, for models of so many layers."""
         loss = self.loss

@@ -129,7 +129,7 @@ def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path)
             recipe.data.text,
             max_new_tokens=recipe.evaluation.max_new_tokens,
             batch_size=recipe.evaluation.batch_size,
-            rows=recipe.batch_size,
+            rows=recipe.rows_at_once,
             row_length=recipe.data.row_length,
             mesh=experiment.mesh,
             note=display.note,

@@ -183,7 +183,7 @@ def _validation(experiment: Experiment, stage: Stage) -> _Validation:
     chains = tuple(split.encoded[i] for i in chosen)
     batches = fixed_batches(
         chains,
-        rows=recipe.batch_size,
+        rows=recipe.rows_at_once,
         row_length=recipe.data.row_length,
         chains_per_row=recipe.data.chains_per_row,
         max_boundaries=experiment.max_boundaries,
@@ -223,7 +223,7 @@ def teacher_self_coherence(experiment: Experiment, traces: Sequence[Trace], chai
             put_batch(batch, experiment.mesh)
             for batch in fixed_batches(
                 chains,
-                rows=recipe.batch_size,
+                rows=recipe.rows_at_once,
                 row_length=row_length,
                 chains_per_row=1,
                 max_boundaries=experiment.max_boundaries,

@@ -63,9 +63,10 @@ def make_train_step(
     def loss_of(
         params: Params, teacher_params: Params, batch: Batch, weights: LossWeights, totals: Any
     ) -> tuple[Array, Metrics]:
-        hidden_BLS, states_BCKS, everywhere = states_at_boundaries(
-            student, params["student"], batch, settings.student_hidden_layer, student_layers
-        )
+        with jax.named_scope("student"):
+            hidden_BLS, states_BCKS, everywhere = states_at_boundaries(
+                student, params["student"], batch, settings.student_hidden_layer, student_layers
+            )
         of_teacher = teacher_outputs(teacher, teacher_params, batch, settings.hidden_layer, teacher_layers)
         loss, metrics = rtd(
             hidden_BLS,
@@ -196,6 +197,7 @@ def split_rows(batch: Batch, parts: int, mesh: Mesh | None = None) -> Batch:
     return jax.tree.map(split, batch)
 
 
+@jax.named_scope("optimizer")
 def apply_update(
     optimizer: optax.GradientTransformation, state: TrainState, gradients: Any, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
