@@ -1,7 +1,7 @@
 """Where the time of an RTD update goes on this machine, and its FLOPs, by part of the model; from a profiler trace.
 
 python benchmarks/profile_step.py                # a minute on two cores; writes docs/benchmarks.md
-python benchmarks/profile_step.py --keep=trace   # leaves the trace too: `tensorboard --logdir trace` with xprof installed
+python benchmarks/profile_step.py --keep=trace   # leaves the trace too, for xprof
 
 The instructions of the compiled program carry the scopes that they were traced under ("teacher", "student", "kd", ..);
 the trace has their durations. FLOPs are those of matrix products in the jaxpr, under the same scopes, loops as often as
