@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import entry  # puts the package on the path
-from absl import app, flags
+from absl import app, flags, logging
 
 from rtd_jax.settings import build
 
@@ -41,6 +41,7 @@ def run(settings: type[T], main: Callable[[T], object]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}; settings are given as --key=value")
         values: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+        logging.set_verbosity(logging.DEBUG if entry.DEBUG.value else logging.WARNING)  # orbax narrates what it reads
         missing = [name for name, value in values.items() if value is None]
         if missing:
             raise app.UsageError(f"--{missing[0]} is missing")
