@@ -22,6 +22,7 @@ from rtd_jax.evaluation.drift import (
 
 # What the article reports; drawn beside what is measured, never mixed with it.
 ARTICLE = {"cka": {"1": 0.89, "2": 0.81, "3": 0.72, "4": 0.58}, "auroc": 0.83}
+SMALL = 0.005  # fall of a cosine a step; int8 rounding alone makes a smaller one significant
 FEW = 8  # of failures or successes: below this nothing is said about what goes with failure
 
 
@@ -127,7 +128,9 @@ def verdict(texts: dict[str, Any], failed: np.ndarray, both_fail: int | None = N
     falls = [
         f"the {name} cosine falls by {-found['value']:.4f} a step (95%: {-found['high']:.4f} to {-found['low']:.4f})"
         for name in ("boundary", "transition")
-        if (found := reference["decline"][f"{name}_cosine"])["high"] is not None and found["high"] < 0
+        if (found := reference["decline"][f"{name}_cosine"])["high"] is not None
+        and found["high"] < 0
+        and -found["value"] >= SMALL
     ]
     curve = [s for s in reference["steps"] if s["step"] >= 1 and s["cka_same_chains"] is not None]
     ckas = [s["cka_same_chains"] for s in curve]
@@ -136,7 +139,9 @@ def verdict(texts: dict[str, Any], failed: np.ndarray, both_fail: int | None = N
     evidence = [f"{wrong} of {len(failed)} free-running chains are wrong"]
     if both_fail is not None:
         evidence.append(f"the teacher fails {both_fail} of those {wrong} too: its failures are not the student's drift")
-    evidence += falls or ["no measure falls along the chain beyond its 95% interval"]
+    evidence += falls or [
+        f"no measure falls along the chain beyond its 95% interval, or cosines by less than {SMALL} a step"
+    ]
     tells = []
     for name, text, key in (
         ("chains that fail from chains that do not, at the same depth", "reference", "chain"),
