@@ -16,7 +16,9 @@ MAY_USE = {
     "generation": {"models"},
     "evaluation": {"generation", "models"},
     "teacher": {"models"},
-    "training": SIBLINGS,
+    "reporting": set(),  # plain numbers in, a page out; training ends with it, and so do the jobs of assessment
+    "training": SIBLINGS | {"reporting"},
+    "assessment": SIBLINGS | {"training", "reporting", "settings"},  # reads the recipes and checkpoints of runs
     "study": set(),  # its runs are processes of launch/train.py
     "planning": {"models", "generation", "training"},  # compiles what training runs
 }

@@ -122,7 +122,11 @@ def test_gsm8k_patterns_read_as_the_harness_reads():
         (r"\frac{3}{4}", r"so the answer is $\boxed{\dfrac{3}{4}}$.", True, True),
         (r"\frac{3}{4}", r"#### $\frac{3}{4}$", True, True),
         (r"\frac{3}{4}", r"so \boxed{\frac{4}{3}}", False, False),
-        (r"\frac{3}{4}", r"so \boxed{\frac{3}{4}", False, False),
+        (r"\frac{3}{4}", r"so \boxed{\frac{3}{4}", False, True),  # math-verify reads on where a brace is missing
+        (r"(-\infty,2)\cup(2,\infty)", r"so \boxed{x \ne 2}", False, False),
+        (r"[2,5)", r"the domain is $\boxed{[2, 5)}$", True, True),
+        (r"\frac{3}{4}", r"so it is $\frac{6}{8}$.", False, True),
+        (r"\frac{3}{4}", r"Then it is 0.75.", False, True),
     ],
 )
 def test_answers_match_by_kind(answer, text, strict, flexible):

@@ -12,7 +12,7 @@ from rtd_jax.data.formats import render, stop_token_ids
 from rtd_jax.data.synthetic import generate as problems
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
 from rtd_jax.data.tokens import encode_traces
-from rtd_jax.evaluation.evaluate import evaluate_model
+from rtd_jax.evaluation.evaluate import evaluate_model, score_texts
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.functional import LlamaModel
 
@@ -186,3 +186,37 @@ def test_random_model_runs_and_keeps_its_params(tokenizer, traces):
 def test_no_problems_is_an_error(tokenizer):
     with pytest.raises(ValueError, match="no problems to evaluate"):
         run(Oracle(len(tokenizer)), {}, tokenizer, [])
+
+
+def test_texts_are_scored_without_a_model(traces):
+    # Depths 1, 2, 3 in turn; two samples of each: one perfect, one that goes wrong in its last step's result.
+    spoiled = [
+        "\n".join([*t.steps[:-1], t.steps[-1].replace(f"={t.answer}>>{t.answer}", "=99>>99"), t.final]) for t in traces
+    ]
+    texts = [[t.completion, bad] for t, bad in zip(traces, spoiled, strict=True)]
+    scores, records = score_texts(traces, texts, open_from=3)
+    assert (scores.problems, scores.samples, scores.unfinished) == (12, 2, 0)
+    assert scores.chain_accuracy["all"]["mean"] == 0.5
+    assert scores.chain_accuracy["all"]["stderr"] == 0.0  # every problem is half right: problems are the sample
+    assert scores.answer_strict["all"]["mean"] == scores.exact_match_flexible["all"]["mean"] == 1.0
+    # One wrong result in each second sample: of 2 * 2 results at depth 2, three are right.
+    assert [scores.step_accuracy_free[key]["mean"] for key in ("1", "2", "3+")] == [0.5, 0.75, pytest.approx(5 / 6)]
+    assert scores.independent_chain_accuracy_free["2"] == pytest.approx(0.75**2)
+    assert scores.first_error == {"1": {"1": 4}, "2": {"2": 4}, "3+": {"3": 4}, "all": {"1": 4, "2": 4, "3": 4}}
+    assert scores.first_error_position["3+"]["mean"] == 3.0
+    again, _ = score_texts(traces, [[r["text"] for r in records if r["problem"] == i] for i in range(12)], open_from=3)
+    assert again == scores
+    with pytest.raises(ValueError, match="same number"):
+        score_texts(traces, [["x"], *[["x", "y"]] * 11])
+
+
+def test_stop_texts_end_a_generation_and_samples_are_grouped(tokenizer, traces):
+    written = [trace.completion + "\n\nQuestion: How many" for trace in traces]
+    model, params = oracle(tokenizer, traces, written)
+    report, records = run(model, params, tokenizer, traces, stop_texts=["\n\nQuestion:"], samples=2)
+    assert (report.problems, report.samples, report.unfinished, len(records)) == (12, 2, 0, 24)
+    assert report.chain_accuracy["all"]["mean"] == 1.0
+    assert [record["text"] for record in records[::2]] == [trace.completion for trace in traces]
+    assert [(record["problem"], record["sample"]) for record in records[:3]] == [(0, 0), (0, 1), (1, 0)]
+    assert records[2]["teacher_forced"] == [True, True]
+    assert report.perplexity_by_depth["2"] == pytest.approx(1.0)

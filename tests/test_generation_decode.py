@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rtd_jax.generation import decode
-from rtd_jax.generation.decode import generate, greedy
+from rtd_jax.generation.decode import Sampling, generate, greedy, nucleus
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.functional import LlamaModel
 
@@ -175,3 +175,59 @@ def test_progress_counts_prompts(params, prompts):
 def test_bad_input_names_the_prompt(params, prompts, changes, message):
     with pytest.raises(ValueError, match=message):
         generate(MODEL, params, prompts, **options(**changes))
+
+
+def test_samples_depend_on_the_seed_and_the_place_in_the_list_only(params, prompts):
+    twice = [*prompts, *prompts]
+    found = generate(MODEL, params, twice, **options(sampling=Sampling(1.0, 0.9, seed=3)))
+    assert found == generate(MODEL, params, twice, **options(sampling=Sampling(1.0, 0.9, seed=3), batch_size=5))
+    assert found != generate(MODEL, params, twice, **options(sampling=Sampling(1.0, 0.9, seed=4)))
+    assert found[: len(prompts)] != found[len(prompts) :]  # two samples of one prompt are two draws
+
+
+def test_a_cold_or_a_narrow_sample_is_greedy(params, prompts):
+    expected = generate(MODEL, params, prompts, **options())
+    for sampling in (Sampling(temperature=1e-4), Sampling(top_p=1e-6)):
+        assert generate(MODEL, params, prompts, **options(sampling=sampling)) == expected
+
+
+def test_the_first_token_is_drawn_from_the_softmax(params, prompts):
+    prompt, temperature, draws = prompts[0], 0.7, 2000
+    row = np.zeros((1, 64), np.int32)
+    row[0, : len(prompt)] = prompt
+    logits = np.asarray(_hidden(params, row)[0, len(prompt) - 1] @ MODEL.head(params), np.float64)[:VOCAB]
+    expected = np.exp(logits / temperature) / np.sum(np.exp(logits / temperature))
+    sampling = Sampling(temperature, seed=0)
+    found = generate(MODEL, params, [prompt] * draws, **options(max_new_tokens=1, batch_size=500, sampling=sampling))
+    counts = np.bincount([ids[0] for ids in found], minlength=VOCAB) / draws
+    np.testing.assert_allclose(counts, expected, atol=4 * np.sqrt(0.25 / draws))
+
+
+def test_nucleus_worked_by_hand():
+    logits = jnp.log(jnp.array([[0.2, 0.5, 0.3], [0.2, 0.5, 0.3]]))
+    for top_p, kept in ((0.4, {1}), (0.6, {1, 2}), (0.85, {0, 1, 2}), (1.0, {0, 1, 2})):
+        assert set(np.flatnonzero(np.isfinite(nucleus(logits, top_p)[1])).tolist()) == kept, top_p
+
+
+def test_a_text_can_end_a_row(params, prompts, monkeypatch):
+    monkeypatch.setattr(decode, "STOP_INTERVAL", 3)
+    free = generate(MODEL, params, prompts, **options())
+    looks = []
+
+    def stopped(ids):
+        looks.append(len(ids))
+        return free[0][4] in ids
+
+    found = generate(MODEL, params, prompts, **options(stopped=stopped))
+    for row, whole in zip(found, free, strict=True):
+        end = whole.index(free[0][4]) if free[0][4] in whole else len(whole)
+        assert row == whole[: len(row)]  # nothing else changes
+        assert len(row) > end or len(row) == len(whole)
+    assert min(map(len, found)) < 12
+    assert set(looks) <= {1, 4, 7, 10}
+
+
+@pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_bad_sampling_is_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)

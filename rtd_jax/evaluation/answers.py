@@ -20,6 +20,7 @@ _PARSED = re.compile(r"-?(?:\d+(?:\.\d*)?|\.\d+)(?:/\d+)?")
 _ANSWER_LINE = re.compile(r"####[ \t]*(.*)")
 _YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 _LETTER = re.compile(r"[A-H]")
+_MAX_EXPRESSION = 4_000  # characters at the end of a solution in which its answer is looked for
 _MAX_CHARACTERS = 200  # a number longer than this is a model stuck in a loop; Python refuses to parse 4,300 digits
 
 
@@ -94,12 +95,30 @@ def flexible_answer(text: str) -> str | None:
     return matches[-1] if matches else None
 
 
+def harness_match(found: str | None, answer: str) -> bool:
+    """`exact_match` of lm-evaluation-harness' gsm8k: texts, without commas, dollar signs and a full stop at the end.
+
+    Stricter than equality of numbers: "18.0" is not "18".
+    """
+    return found is not None and _harness_form(found) == _harness_form(answer)
+
+
+def same_expression(text: str, answer: str) -> bool:
+    """Whether `text` ends in an expression that equals the LaTeX `answer`, by math-verify (sets and intervals too)."""
+    from math_verify import parse, verify  # it loads sympy, which takes a second
+
+    # Without its timeouts, which are signals and work in the main thread only; so long texts are cut from the left.
+    gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+    found = parse(text[-_MAX_EXPRESSION:], parsing_timeout=None)
+    return bool(verify(gold, found, timeout_seconds=None))
+
+
 def answer_matches(trace: Reference, text: str) -> AnswerMatch:
     """Whether `text` reaches the answer of `trace`, read strictly and flexibly.
 
     The kind of the reference answer decides what is looked for: a number, yes/no (true/false), a choice letter, or
-    other text, which is taken from the `####` line, or from `\\boxed{...}`, and compared without LaTeX's spacing. A
-    chain that has no answer of its own answers with the result of its last step.
+    other text, which is taken from the `####` line, or from `\\boxed{...}`, and compared without LaTeX's spacing or, if
+    read flexibly, by math-verify. A chain that has no answer of its own answers with the result of its last step.
     """
     answer = trace.answer.strip()
     if not answer:
@@ -129,7 +148,8 @@ def answer_matches(trace: Reference, text: str) -> AnswerMatch:
         return AnswerMatch(stated.strip("().") == answer, found == answer)
     strict_text = _plain(stated) == _plain(answer)
     box = boxed(text)
-    return AnswerMatch(strict_text or (not stated and _same(box, answer)), strict_text or _same(box, answer))
+    in_box = strict_text or (not stated and _same(box, answer))
+    return AnswerMatch(in_box, in_box or _same(box, answer) or same_expression(text, answer))
 
 
 def boxed(text: str) -> str | None:
@@ -144,6 +164,12 @@ def boxed(text: str) -> str | None:
         if depth == 0:
             return text[start:end]
     return None
+
+
+def _harness_form(text: str) -> str:
+    for ignored in (",", r"\$", r"(?s).*#### ", r"\.$"):
+        text = re.sub(ignored, "", text)
+    return text.lower()
 
 
 def _same(found: str | None, answer: str) -> bool:

@@ -53,7 +53,7 @@ def score_chain(text: str, trace: Reference) -> ChainScore:
     solution = "\n".join([*steps, answer_line]) if answer_line else text
     strict, flexible = answer_matches(trace, solution)
     first_error = -1
-    if not trace.answer or parse_number(trace.answer) is not None:
+    if comparable(trace):
         first_error = _first_wrong_step(steps, trace.steps)
     if first_error < 0 and not strict:
         first_error = len(steps)
@@ -65,6 +65,28 @@ def score_chain(text: str, trace: Reference) -> ChainScore:
         answer_flexible=flexible,
         first_error=first_error,
     )
+
+
+def results_right(steps: Sequence[str], reference: Sequence[str]) -> tuple[list[bool | None], list[bool]]:
+    """Whether results agree, place by place: for every generated step, and for every reference step that has a result.
+
+    The n-th result of one side is compared with the n-th of the other; steps that conclude no number are None, results
+    beyond the reference's wrong, and reference results that were not reached wrong too.
+    """
+    found, expected = _results(steps), _results(reference)
+    of_generated: list[bool | None] = [None] * len(steps)
+    of_reference = [False] * len(expected)
+    for place, (line, value) in enumerate(found):
+        right = place < len(expected) and value == expected[place][1]
+        of_generated[line] = right
+        if place < len(expected):
+            of_reference[place] = right
+    return of_generated, of_reference
+
+
+def comparable(trace: Reference) -> bool:
+    """Whether the steps of a reference can be compared: its answer is a number, or it has none of its own."""
+    return not trace.answer or parse_number(trace.answer) is not None
 
 
 def _first_wrong_step(steps: Sequence[str], reference: Sequence[str]) -> int:

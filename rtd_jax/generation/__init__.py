@@ -1,5 +1,5 @@
-"""Text out of a model: batched greedy decoding with a key/value cache."""
+"""Text out of a model: batched decoding, greedy or sampled, with a key/value cache."""
 
-from rtd_jax.generation.decode import generate, greedy
+from rtd_jax.generation.decode import Sampling, generate, greedy
 
-__all__ = ["generate", "greedy"]
+__all__ = ["Sampling", "generate", "greedy"]

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from rtd_jax.common.types import Params
 from rtd_jax.training.state import TrainState
 
 FORMAT = 1
@@ -116,6 +117,28 @@ def restore_state(path: Path, abstract: TrainState) -> TrainState:
         raise ValueError(_unreadable(path, error)) from error
     jax.block_until_ready(state)
     return state
+
+
+def restore_params(path: Path, abstract: Params, shardings: Params) -> Params:
+    """Some of a checkpoint's params, such as {"student": .., "f": .., "g": ..}; the optimizer is not read.
+
+    Args:
+      abstract: shapes and dtypes, as jax.ShapeDtypeStruct.
+      shardings: where each is to lie; a tree like `abstract`.
+
+    Raises:
+      ValueError: the checkpoint is damaged, or holds arrays of other names or shapes.
+    """
+    placed = jax.tree.map(lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y), abstract, shardings)
+    item = {"params": placed}
+    restore = ocp.args.PyTreeRestore(
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    try:
+        with _reader(path) as checkpointer:
+            return checkpointer.restore(path, args=ocp.args.Composite(state=restore))["state"]["params"]
+    except Exception as error:
+        raise ValueError(_unreadable(path, error)) from error
 
 
 def check_same_settings(path: Path, settings: dict[str, Any]) -> None:

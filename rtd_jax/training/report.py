@@ -1,5 +1,6 @@
 """The end of a run: evaluation of a model in the recipe's text form, and the tables a person reads."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rtd_jax.data.formats import TextFormat, render, stop_token_ids
 from rtd_jax.data.traces import Trace
 from rtd_jax.evaluation.evaluate import EvaluationReport, Record, evaluate_model
 from rtd_jax.models.functional import LlamaModel
+from rtd_jax.reporting.page import write_report
 from rtd_jax.training.display import print_table
 
 
@@ -92,9 +94,19 @@ def print_report(report: dict[str, Any], workdir: Path) -> None:
     perplexities = ", ".join(f"{name} {report[name]['perplexity']:.3f}" for name in names)
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report["seconds"].items())
     print(f"perplexity: {perplexities}.  {report['wall_seconds']:.0f} s in all: {spent}.")
-    print(f"report: {workdir / 'report.json'}   student: {workdir / 'student'}")
+    print(f"report: {workdir / 'report.html'}, {workdir / 'report.json'}   student: {workdir / 'student'}")
     print(f"next: look at the curves with `tensorboard --logdir {workdir / 'tensorboard'}`, or load the student with")
     print(f"      transformers.AutoModelForCausalLM.from_pretrained({str(workdir / 'student')!r})")
+
+
+def write_page(report: dict[str, Any], workdir: Path) -> None:
+    """report.html of a run: what report.json, metrics.jsonl and generations.jsonl in `workdir` say."""
+    lines = (workdir / "generations.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    models = {name: report[name] for name in ("student", "teacher") if name in report}
+    shown = {"title": f"Run {workdir.name}", "models": models, "stages": report["stages"]}
+    examples = [record for record in records if record["model"] == "student"]
+    write_report(workdir, shown, examples, workdir / "metrics.jsonl")
 
 
 def percent(estimate: Mapping[str, Any]) -> str:

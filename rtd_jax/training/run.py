@@ -19,7 +19,7 @@ from rtd_jax.training.display import Display
 from rtd_jax.training.metrics import MetricsLog
 from rtd_jax.training.prepare import Experiment, encode_split, prepare
 from rtd_jax.training.recipe import Recipe
-from rtd_jax.training.report import evaluate_traces, first_of_each_depth, print_report
+from rtd_jax.training.report import evaluate_traces, first_of_each_depth, print_report, write_page
 from rtd_jax.training.stages import Run, Sinks, run_stages
 from rtd_jax.training.state import TrainState
 
@@ -28,7 +28,7 @@ def train(recipe: Recipe, workdir: Path) -> Path:
     """Runs or resumes a recipe. Returns the path of report.json.
 
     Leaves in `workdir`: settings.json, metrics.jsonl, tensorboard/, checkpoints/, student/ (a Hugging Face folder),
-    generations.jsonl and report.json.
+    generations.jsonl, report.json, and report.html with its pictures.
 
     Raises:
       ValueError: bad settings, data, checkpoints or disk; the message has the place and the way out.
@@ -67,6 +67,7 @@ def train(recipe: Recipe, workdir: Path) -> Path:
     report["seconds"] = clock.seconds()  # of this process: a run that was resumed has had others before
     if speaks:
         write_json(workdir / "report.json", report)
+        write_page(report, workdir)
         print_report(report, workdir)
     return workdir / "report.json"
 

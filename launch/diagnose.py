@@ -1,0 +1,12 @@
+"""Does a student lose its teacher's trajectory, and is that why it fails?
+
+python launch/diagnose.py --teacher=rtd_jax/bundled/tiny_teacher --student=runs/rtd_tiny --data=synthetic
+python launch/diagnose.py --teacher=MODEL --student=MODEL --student_dtype=int8 --data=/data/gsm8k --schema=gsm8k
+"""
+
+import flag_entry
+
+from rtd_jax.assessment.diagnose import DiagnoseSettings, diagnose
+
+if __name__ == "__main__":
+    flag_entry.run(DiagnoseSettings, diagnose)

@@ -1,0 +1,13 @@
+"""Chain, step and answer accuracy by reasoning depth, of any Llama or of texts made elsewhere.
+
+python launch/evaluate.py --model=runs/rtd_tiny --tasks=synthetic --limit=120
+python launch/evaluate.py --model=MODEL --tasks=gsm8k --data_root=/data --limit=100
+python launch/evaluate.py --generations=runs/evaluation/generations.jsonl --out=runs/rescored
+"""
+
+import flag_entry
+
+from rtd_jax.assessment.evaluate import EvaluateSettings, evaluate
+
+if __name__ == "__main__":
+    flag_entry.run(EvaluateSettings, evaluate)

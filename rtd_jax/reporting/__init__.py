@@ -1,0 +1,1 @@
+"""report.json as pictures and one page."""
