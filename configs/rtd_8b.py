@@ -21,6 +21,10 @@ def get_config() -> ConfigDict:
     c.teacher.compute_dtype = "bfloat16"  # of matrix products and states
     c.teacher.sharding = "fsdp"  # what travels between devices: fsdp the weights, tensor the activations
     c.teacher.offload = False  # True: layers lie in host memory and come to the devices one by one
+    c.teacher.cache = ""  # folder of launch/cache_teacher.py: train from it, without the teacher's weights
+
+    c.cache = ConfigDict()
+    c.cache.top_k = 64  # most probable tokens kept of each prediction; the others' mass is one number
 
     c.student = ConfigDict()
     c.student.init = "pretrained"  # random, teacher_layers or pretrained

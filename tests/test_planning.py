@@ -94,9 +94,7 @@ def test_bytes_of_shapes():
 def test_no_collective_moves_logits_or_a_stack_of_layers(recipe, sizes):
     mesh = make_mesh(MeshSettings(*sizes))
     abstract = abstract_step(recipe, mesh)
-    compiled = abstract.step.lower(
-        abstract.state, abstract.teacher_params, abstract.batch, recipe.loss.weights()
-    ).compile()
+    compiled = abstract.step.lower(abstract.state, abstract.source, abstract.batch, recipe.loss.weights()).compile()
     collectives = Hlo(compiled.as_text()).collectives()
     assert collectives
     tokens = {ROWS, LENGTH, CHUNK, *(ROWS // n for n in (2, 4, 8)), ROWS * CHUNK}

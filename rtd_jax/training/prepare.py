@@ -75,6 +75,8 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
     Raises:
       ValueError: anything in the recipe, the data or the checkpoints that cannot work, with the place and the way out.
     """
+    if recipe.teacher.cache:
+        raise ValueError("teacher.cache is set: plans know the cached update, runs do not yet; leave it empty")
     mesh = make_mesh(recipe.mesh)
     check_rows(recipe.batch_size, mesh, recipe.micro_batches)
     teacher_dir = resolve(recipe.teacher.path)

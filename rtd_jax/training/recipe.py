@@ -25,6 +25,18 @@ class TeacherSettings:
     compute_dtype: Dtype = "bfloat16"
     sharding: Literal["fsdp", "tensor"] = "fsdp"  # what travels: "fsdp" weights, "tensor" activations
     offload: bool = False  # layers in host memory, each copied to the devices when it runs
+    cache: str = ""  # folder that launch/cache_teacher.py wrote: the weights are then never loaded; "" runs the teacher
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What a teacher cache holds of every token and step, and how finely; read when `teacher.cache` is set."""
+
+    top_k: int = 64  # most probable tokens kept; the mass of all others is kept as one number
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ValueError(f"cache.top_k is {self.top_k}; it must be at least 1, usually 64")
 
 
 @dataclass(frozen=True)
@@ -141,6 +153,7 @@ class Recipe:
     data: DataSettings
     batch_size: int  # rows per update
     total_updates: int  # over all stages
+    cache: CacheSettings = CacheSettings()
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     curriculum: CurriculumSettings = CurriculumSettings()
