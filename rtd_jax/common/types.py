@@ -48,7 +48,7 @@ class TopK(NamedTuple):
     """
 
     ids_BLM: Array  # int32, distinct, below the real vocabulary size
-    log_probs_BLM: Array  # float, nats at temperature 1, descending
+    log_probs_BLM: Array  # float, nats at temperature 1, in any order
     tail_BL: Array  # float32 in [0, 1): mass of all other tokens at temperature 1
     soft_tail_BL: Array  # the same at the temperature of the soft loss
 

@@ -8,6 +8,7 @@ from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings
 from rtd_jax.losses import LossWeights
 from rtd_jax.losses.everywhere import evenly_spaced
+from rtd_jax.teacher.cache import CacheSettings
 from rtd_jax.training.curriculum import CurriculumSettings
 from rtd_jax.training.optimizer import OptimizerSettings
 from rtd_jax.training.step import StepSettings
@@ -26,17 +27,6 @@ class TeacherSettings:
     sharding: Literal["fsdp", "tensor"] = "fsdp"  # what travels: "fsdp" weights, "tensor" activations
     offload: bool = False  # layers in host memory, each copied to the devices when it runs
     cache: str = ""  # folder that launch/cache_teacher.py wrote: the weights are then never loaded; "" runs the teacher
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """What a teacher cache holds of every token and step, and how finely; read when `teacher.cache` is set."""
-
-    top_k: int = 64  # most probable tokens kept; the mass of all others is kept as one number
-
-    def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"cache.top_k is {self.top_k}; it must be at least 1, usually 64")
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def make_train_step(
         hidden_BLS, states_BCKS, everywhere = states_at_boundaries(
             student, params["student"], batch, settings.student_hidden_layer, student_layers
         )
-        of_teacher, teacher_head = _teacher_on(teacher, source, batch, settings.hidden_layer, teacher_layers)
+        of_teacher, teacher_head = teacher_on(teacher, source, batch, settings.hidden_layer, teacher_layers)
         loss, metrics = rtd(
             hidden_BLS,
             states_BCKS,
@@ -125,7 +125,7 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def _teacher_on(
+def teacher_on(
     teacher: LlamaModel | None,
     source: TeacherSource,
     batch: Batch,
@@ -189,7 +189,7 @@ def make_coherence_eval(
     @jax.jit
     def evaluate(params: Params, source: TeacherSource, batch: Batch) -> Mean:
         _, student_states, _ = states_at_boundaries(student, params["student"], batch, settings.student_hidden_layer)
-        teacher_states = _teacher_on(teacher, source, batch, settings.hidden_layer)[0].boundary_states_BCKD
+        teacher_states = teacher_on(teacher, source, batch, settings.hidden_layer)[0].boundary_states_BCKD
         mask_BCK = transition_boundaries(batch.boundary_mask_BCK, settings.anchor_prompt)
         losses = transition_losses(student_states, teacher_states, mask_BCK, projections(params).g)
         means_BC, has_any_BC = mean_per_chain(losses, transition_mask(mask_BCK))
