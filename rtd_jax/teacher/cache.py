@@ -197,9 +197,7 @@ class TeacherCache:
         name, row, checksum = self._places[key]
         path = self._folder / f"{name}.array_record"
         try:
-            if name not in self._readers:
-                self._readers[name] = ArrayRecordReader(str(path), "readahead_buffer_size:0")
-            (record,) = self._readers[name].read([row])
+            record = self._record(name, row)
             if zlib.crc32(record) != checksum:
                 raise RuntimeError("checksum differs")
         except Exception as error:  # the reader raises many kinds; each of them means a damaged file
@@ -208,6 +206,18 @@ class TeacherCache:
                 "launch/cache_teacher.py again, which writes what is missing"
             ) from error
         return decode_record(record, self._identity)
+
+    def size(self, key: str) -> int:
+        """Bytes of a chain's record."""
+        name, row, _ = self._places[key]
+        return len(self._record(name, row))
+
+    def _record(self, name: str, row: int) -> bytes:
+        if name not in self._readers:
+            path = self._folder / f"{name}.array_record"
+            self._readers[name] = ArrayRecordReader(str(path), "readahead_buffer_size:0")
+        (record,) = self._readers[name].read([row])
+        return record
 
     def outputs(self, batch: Batch, *, states_only: bool = False, dtype: str = "float32") -> TeacherOutputs:
         """The teacher's outputs on a batch, packed as its chains are; zeros where nothing is predicted."""
