@@ -41,7 +41,7 @@ def published_flops(name: str) -> tuple[float, float]:
         places = jax.ShapeDtypeStruct((rows, chains, slots), jnp.int32)
         mask = jax.ShapeDtypeStruct((rows, chains, slots), jnp.bool_)
         batch = abstract.batch._replace(boundary_positions_BCK=places, boundary_mask_BCK=mask)
-        traced = abstract.step.trace(abstract.state, abstract.teacher_params, batch, recipe.loss.weights())
+        traced = abstract.step.trace(abstract.state, abstract.source, batch, recipe.loss.weights())
         return matmul_flops(traced.jaxpr.jaxpr)
 
     slots = abstract.batch.boundary_mask_BCK.shape[-1]

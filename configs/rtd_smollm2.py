@@ -21,6 +21,12 @@ def get_config() -> ConfigDict:
     c.teacher.attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's; xla or cudnn force one
     c.teacher.sharding = "fsdp"  # what travels between devices: fsdp the weights, tensor the activations
     c.teacher.offload = False  # True: layers lie in host memory and come to the devices one by one
+    c.teacher.cache = ""  # folder of launch/cache_teacher.py: train from it, without the teacher's weights
+
+    c.cache = ConfigDict()
+    c.cache.top_k = 64  # most probable tokens kept of each prediction; the others' mass is one number
+    c.cache.predictions = "compact"  # storage of log-probabilities: compact (8 bits) or float32
+    c.cache.states = "int8"  # storage of boundary states: int8 with a scale per vector, bfloat16 or float32
 
     c.student = ConfigDict()
     c.student.init = "teacher_layers"  # random, teacher_layers or pretrained

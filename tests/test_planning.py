@@ -90,13 +90,25 @@ def test_bytes_of_shapes():
     assert shape_bytes("(bf16[2,3]{1,0}, f32[4]{0}, pred[])") == 12 + 16 + 1
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4), (2, 2, 2)])
-def test_no_collective_moves_logits_or_a_stack_of_layers(recipe, sizes):
+def cached(recipe: Recipe, **changes) -> Recipe:
+    return dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, cache="not/there"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes"),
+    [
+        ((1, 8, 1), {}),
+        ((1, 2, 4), {}),
+        ((2, 2, 2), {}),
+        ((2, 2, 2), {"cached": True}),
+        ((1, 2, 4), {"cached": True, "micro_batches": 2}),
+    ],
+)
+def test_no_collective_moves_logits_or_a_stack_of_layers(recipe, sizes, changes):
     mesh = make_mesh(MeshSettings(*sizes))
+    recipe = cached(recipe, **changes) if changes.pop("cached", False) else recipe
     abstract = abstract_step(recipe, mesh)
-    compiled = abstract.step.lower(
-        abstract.state, abstract.teacher_params, abstract.batch, recipe.loss.weights()
-    ).compile()
+    compiled = abstract.step.lower(abstract.state, abstract.source, abstract.batch, recipe.loss.weights()).compile()
     collectives = Hlo(compiled.as_text()).collectives()
     assert collectives
     tokens = {ROWS, LENGTH, CHUNK, *(ROWS // n for n in (2, 4, 8)), ROWS * CHUNK}
@@ -122,6 +134,30 @@ def test_a_plan_of_the_whole_recipe(recipe, capsys):
     assert found.programs["decoding (teacher)"].resident > 2 * found.programs["validation"].resident / 2.1
     print_plan(recipe, target, found)
     assert "FITS on cpu:8" in capsys.readouterr().out
+
+
+def test_a_plan_from_a_cache_holds_no_teacher_and_stands_beside_the_online_one(recipe, capsys):
+    target = find_target("cpu:8")
+    found = plan(cached(recipe), target, lambda _: None)
+    assert set(found.programs) == {"update", "validation", "decoding (student)"}
+    online, from_cache = found.updates["online"], found.updates["cached"]
+    assert from_cache is found.programs["update"]
+    # The teacher's weights are not there; the outputs of one batch are.
+    config = architecture(recipe.teacher.path)
+    weights = 4 * (LAYERS * (TEACHER_WIDTH * 12 * (16 + 8) + 3 * TEACHER_WIDTH * 192) + 2 * TEACHER_WIDTH * VOCAB) / 8
+    weights += 4 * (2 * LAYERS + 1) * TEACHER_WIDTH  # norms are not spread
+    outputs = ROWS * LENGTH * (64 * 8 + 2 * 4) / 8 + ROWS * 2 * 17 * TEACHER_WIDTH * 4 / 8
+    saved = online.memory.arguments - from_cache.memory.arguments
+    assert saved == weights - outputs
+    # Nor is its arithmetic: what is left are three passes of the student, of which remat repeats part of one.
+    assert found.flops_without_remat == pytest.approx(found.ideal_flops, rel=0.05)
+    assert (online.flops - from_cache.flops) * 8 == pytest.approx(
+        ideal_flops(recipe, config, config) - ideal_flops(recipe, None, config), rel=0.05
+    )
+    print_plan(cached(recipe), target, found)
+    shown = capsys.readouterr().out
+    assert "teacher online, and read from a cache" in shown
+    assert f"{from_cache.flops / online.flops:.2f}" in shown
 
 
 def test_ideal_flops_by_hand(recipe):

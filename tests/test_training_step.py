@@ -15,12 +15,14 @@ from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
 from rtd_jax.data.tokens import encode_traces
 from rtd_jax.losses import LossWeights, alignment, coherence, kd_token_losses
 from rtd_jax.models.functional import LlamaModel
+from rtd_jax.teacher.online import teacher_outputs
+from rtd_jax.teacher.predictions import top_k_predictions
 from rtd_jax.training.optimizer import OptimizerSettings, decay_mask, learning_rate_schedule, make_optimizer
 from rtd_jax.training.prepare import teacher_model, teacher_shardings
 from rtd_jax.training.pretrain import SizeSettings, model_config
 from rtd_jax.training.recipe import TeacherSettings
 from rtd_jax.training.state import create_state, init_projections, state_shardings
-from rtd_jax.training.step import StepSettings, make_train_step
+from rtd_jax.training.step import StepSettings, make_coherence_eval, make_train_step
 
 TOKENIZER = tiny_tokenizer()
 VOCAB = len(TOKENIZER)
@@ -78,6 +80,33 @@ def after_updates(
     return to_host(state), jax.device_get(metrics)
 
 
+def cached_outputs(data, k: int, hidden_layer: int = -1):
+    """What a cache with float32 storage would hold of the batch."""
+    rows = jax.tree.map(jnp.asarray, data)
+    outputs = teacher_outputs(TEACHER, TEACHER_PARAMS, rows, hidden_layer)
+    top_k = top_k_predictions(
+        outputs.hidden_BLD, TEACHER.head(TEACHER_PARAMS), k=k, temperature=4.0, vocab_size=VOCAB, chunk_length=64
+    )
+    return jax.device_get(outputs._replace(hidden_BLD=None, top_k=top_k))
+
+
+def after_cached_updates(
+    mesh_settings: MeshSettings, data=PACKED, settings: StepSettings = STEP, k: int = VOCAB, updates: int = 3
+):
+    """As `after_updates`, from the teacher's outputs alone."""
+    mesh = make_mesh(mesh_settings, jax.devices()[: mesh_settings.data * mesh_settings.fsdp * mesh_settings.tensor])
+    state = jax.device_get(fresh_state())
+    state = jax.device_put(state, state_shardings(jax.eval_shape(lambda: state), OPTIMIZER, mesh))
+    step = make_train_step(STUDENT, None, OPTIMIZER, settings, VOCAB, mesh)
+    metrics = {}
+    for _ in range(updates):
+        batch, outputs = put_batch((data, cached_outputs(data, k)), mesh)
+        state, metrics = step(state, outputs, batch, LossWeights())
+    if mesh.size > 1:
+        assert step._cache_size() == 1
+    return to_host(state), jax.device_get(metrics)
+
+
 def assert_same_update(state, expected):
     for got, want in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
@@ -126,6 +155,48 @@ def test_any_number_of_micro_batches_gives_the_same_update(single, count):
 def test_packing_does_not_change_the_update(single):
     state, _ = after_updates(MeshSettings(1, 1, 1), data=UNPACKED)
     assert_same_update(state, single[0])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "data"),
+    [((1, 1, 1), 1, PACKED), ((2, 2, 2), 2, PACKED), ((1, 1, 1), 4, UNPACKED)],
+    ids=["one device", "mesh and micro-batches", "unpacked"],
+)
+def test_a_cache_of_every_token_gives_the_online_update(single, sizes, count, data):
+    state, metrics = after_cached_updates(MeshSettings(*sizes), data, replace(STEP, micro_batches=count))
+    assert_same_update(state, single[0])
+    for name, mean in metrics.items():
+        np.testing.assert_allclose(mean.value(), single[1][name].value(), rtol=1e-4, err_msg=name)
+
+
+def test_a_cache_of_some_tokens_gives_the_same_update_on_any_mesh():
+    expected, metrics = after_cached_updates(MeshSettings(1, 1, 1), k=8)
+    state, again = after_cached_updates(MeshSettings(1, 2, 2), settings=replace(STEP, micro_batches=2), k=8)
+    assert_same_update(state, expected)
+    for name, mean in again.items():
+        np.testing.assert_allclose(mean.value(), metrics[name].value(), rtol=1e-4, err_msg=name)
+
+
+def test_cached_updates_donate_the_state_only_and_read_states_at_every_token_nowhere():
+    step = make_train_step(STUDENT, None, OPTIMIZER, STEP, VOCAB)
+    state, outputs = fresh_state(), jax.tree.map(jnp.asarray, cached_outputs(PACKED, 8))
+    donated = state.params["student"]["embedding"]
+    step(state, outputs, PACKED, LossWeights())
+    assert donated.is_deleted()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(outputs))
+    for changes in ({"token_alignment": True}, {"intermediate": ((1, 1),)}):
+        with pytest.raises(ValueError, match="a cache has no teacher states at every token"):
+            make_train_step(STUDENT, None, OPTIMIZER, replace(STEP, **changes), VOCAB)
+
+
+@pytest.mark.parametrize("hidden_layer", [-1, 1])
+def test_validation_reads_the_teachers_states_from_either(hidden_layer):
+    settings, state = replace(STEP, hidden_layer=hidden_layer), fresh_state()
+    online = make_coherence_eval(STUDENT, TEACHER, settings)(state.params, TEACHER_PARAMS, PACKED)
+    outputs = cached_outputs(PACKED, 1, hidden_layer)._replace(top_k=None)
+    cached = make_coherence_eval(STUDENT, None, settings)(state.params, outputs, PACKED)
+    np.testing.assert_allclose(cached, online, rtol=1e-6)
+    assert float(online.sum) > 0
 
 
 @pytest.mark.parametrize("anchor_prompt", [True, False])

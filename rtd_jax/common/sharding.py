@@ -94,11 +94,11 @@ def constrain(x: Any, mesh: Mesh | None, *axes: Any) -> Any:
     """
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(x.shape, axes, mesh)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, mesh_spec(x.shape, axes, mesh)))
 
 
-def _spec(shape: tuple[int, ...], axes: Sequence[MeshAxes], mesh: Mesh) -> PartitionSpec:
-    """The axes that divide their dimension, others None.
+def mesh_spec(shape: tuple[int, ...], axes: Sequence[MeshAxes], mesh: Mesh) -> PartitionSpec:
+    """Spec of an array whose dimensions are spread over mesh axes where these divide them, and whole otherwise.
 
     As the compiler writes it, because jit compares specs as written: no mesh axis of one device, no trailing None.
     """
@@ -138,7 +138,7 @@ def param_shardings(abstract: Any, logical_axes: Any, mesh: Mesh, table: Logical
     """
 
     def sharding(leaf: Any, axes: tuple[str, ...]) -> NamedSharding:
-        return NamedSharding(mesh, _spec(leaf.shape, [table[axis] for axis in axes], mesh))
+        return NamedSharding(mesh, mesh_spec(leaf.shape, [table[axis] for axis in axes], mesh))
 
     return jax.tree.map(sharding, abstract, logical_axes)
 

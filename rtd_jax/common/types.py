@@ -6,6 +6,7 @@ Axis suffixes, used in every array name of the code base:
     C  chains packed into a row       K  boundaries of a chain       D  model width (S: student's, where both meet)
     N  layers                         H  query heads                 G  key/value heads
     T  tokens flattened (B * L)       F  MLP width                   E  width of one head
+    M  the teacher's most probable tokens that a cache keeps
 
 Boundary 0 of a chain is its last prompt token; boundary i >= 1 is the token that covers the last non-space character of
 step i. A chain with k steps therefore has k + 1 valid boundary slots.
@@ -35,14 +36,33 @@ class Batch(NamedTuple):
     boundary_mask_BCK: Array  # bool
 
 
-class TeacherOutputs(NamedTuple):
-    """What the objective needs of the teacher for one batch.
+class TopK(NamedTuple):
+    """The teacher's predictions as a cache keeps them: at each token the k most probable ones, and one bucket more.
 
-    `hidden_BLD` is the state that the LM head reads; it meets the head inside the chunked loss, so [B, L, V] logits
-    never exist. `boundary_states_BCKD` are the states at the boundaries, from the same or another layer.
-    `token_states` are whole layers, [B, L, D] each, for methods that match states at every token.
+    The bucket is all the other tokens together. It is kept at both temperatures at which the losses read it: the mass
+    beyond the top k at temperature T is 1 - sum_top p^(1/T) / sum_v p^(1/T), and the second sum runs over exactly the
+    probabilities that were not kept. Behind 64 equally likely tokens, T = 4 makes 0.31 of a bucket of mass 0.01 if a
+    hundred tokens share it, and 0.99 if 128,000 do. So it is computed where the whole distribution is at hand.
+
+    The k entries share what the bucket leaves, so `log_probs_BLM` may be off by a constant for each token (a rounding).
     """
 
-    hidden_BLD: Array
+    ids_BLM: Array  # int32, distinct, below the real vocabulary size
+    log_probs_BLM: Array  # float, nats at temperature 1, in any order
+    tail_BL: Array  # float32 in [0, 1): mass of all other tokens at temperature 1
+    soft_tail_BL: Array  # the same at the temperature of the soft loss
+
+
+class TeacherOutputs(NamedTuple):
+    """What the objective needs of the teacher for one batch: its predictions in one of two forms, and its states.
+
+    Online, `hidden_BLD` is the state that the LM head reads; it meets the head inside the chunked loss, so [B, L, V]
+    logits never exist. From a cache, `top_k` has the predictions, and `hidden_BLD` is None.
+    `boundary_states_BCKD` are the states at the boundaries, from the same or another layer.
+    `token_states` are whole layers, [B, L, D] each, for methods that match states at every token; online only.
+    """
+
+    hidden_BLD: Array | None
     boundary_states_BCKD: Array
     token_states: tuple[Array, ...] = ()
+    top_k: TopK | None = None

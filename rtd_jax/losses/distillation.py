@@ -7,13 +7,10 @@ inside the loss, a chunk of tokens at a time. While a chunk's logits exist, thei
 on to the student's states and head: the backward pass only scales what is there, and nothing is recomputed: what
 Liger-Kernel's fused linear losses do (Hsu et al., arXiv:2410.10989), here for two heads and in plain JAX.
 
-The divergence is formed from differences of logits, sum_v p_T (z_T - z_S) / T + log Z_S - log Z_T, in float32: as a
-difference of cross-entropy and entropy it would cancel to a few digits when teacher and student nearly agree. Source:
-Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531; T^2 keeps the gradient's
-size independent of T.
+Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531; T^2 keeps the
+gradient's size independent of T.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,8 +20,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rtd_jax.common.reductions import safe_divide
-from rtd_jax.common.sharding import ROW_AXES, constrain, row_ways
-from rtd_jax.common.types import Array
+from rtd_jax.common.types import Array, TopK
+from rtd_jax.losses.fused import chunk_logits, fused_sums, whole_columns
+from rtd_jax.losses.logits import Terms, mask_padding, token_terms, top_k_terms
 
 
 class KDSums(NamedTuple):
@@ -53,51 +51,8 @@ def kd_token_losses(
       temperature: T > 0.
       vocab_size: number of real vocabulary entries.
     """
-    soft, hard, kl_T1, correct, _, _ = _token_terms(student_logits, teacher_logits, labels, temperature, vocab_size)
-    return soft, hard, jax.lax.stop_gradient(kl_T1), correct
-
-
-def _token_terms(
-    student_logits: Array, teacher_logits: Array, labels: Array, temperature: Array | float, vocab_size: int
-) -> tuple[Array, Array, Array, Array, Array, Array]:
-    """The four losses of `kd_token_losses`, and the gradients of the first two, [..., V'], in closed form.
-
-    d soft / d z_S = T (softmax(z_S / T) - softmax(z_T / T)) and d hard / d z_S = softmax(z_S) - onehot(label). Each
-    exponential serves both its loss and its gradient: at a large vocabulary they are what the time goes into. V' is V,
-    or `vocab_size` where the two differ in padding.
-    """
-    chex.assert_equal_shape_prefix([student_logits, teacher_logits], jnp.ndim(student_logits) - 1)
-    chex.assert_shape(labels, student_logits.shape[:-1])
-    # Padded rows are masked, not sliced: slicing a vocabulary-sharded axis would move data between devices.
-    student, teacher = (_mask_padding(z.astype(jnp.float32), vocab_size) for z in (student_logits, teacher_logits))
-    if student.shape[-1] != teacher.shape[-1]:
-        student, teacher = student[..., :vocab_size], teacher[..., :vocab_size]
-    student, teacher = _below_largest(student), _below_largest(jax.lax.stop_gradient(teacher))
-    soft_student, soft_teacher = jnp.exp(student / temperature), jnp.exp(teacher / temperature)
-    hard_student, hard_teacher = jnp.exp(student), jnp.exp(teacher)
-    ahead = teacher - student
-
-    def total(x: Array) -> Array:
-        return jnp.sum(x, axis=-1, keepdims=True)
-
-    sums = [total(x) for x in (soft_student, soft_teacher, hard_student, hard_teacher)]
-    logs = [jnp.log(x) for x in sums]
-    soft = temperature**2 * (total(soft_teacher * ahead) / (temperature * sums[1]) + logs[0] - logs[1])
-    kl_T1 = total(hard_teacher * ahead) / sums[3] + logs[2] - logs[3]
-    # As a comparison: indexing into a sharded vocabulary would gather it.
-    is_label = jnp.arange(student.shape[-1]) == labels[..., None]
-    at_label = total(jnp.where(is_label, student, 0.0))
-    d_soft = temperature * (soft_student / sums[0] - soft_teacher / sums[1])
-    d_hard = hard_student / sums[2] - is_label
-    correct = (at_label >= 0.0).astype(jnp.float32)
-    losses = (x[..., 0] for x in (soft, logs[2] - at_label, kl_T1, correct))
-    soft, hard, kl_T1, correct = losses
-    return soft, hard, kl_T1, correct, d_soft, d_hard
-
-
-def _below_largest(logits: Array) -> Array:
-    """Logits less the largest of each token, so that no exponential overflows; no softmax depends on it."""
-    return logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    terms = token_terms(student_logits, teacher_logits, labels, temperature, vocab_size)
+    return terms.soft, terms.hard, jax.lax.stop_gradient(terms.kl_T1), terms.correct
 
 
 def kd(
@@ -168,29 +123,83 @@ def kd_sums(
     chex.assert_rank([student_head_SV, teacher_head_DV], 2)
     chex.assert_equal_shape_prefix([student_hidden_BLS, teacher_hidden_BLD, labels_BL, weights_BL], 2)
 
-    def losses(student_logits: Array, constants: tuple, chunk: tuple) -> tuple[Array, tuple[Array, ...], Array]:
-        teacher_head, temperature, alpha = constants
-        weights, labels, teacher_hidden = chunk
-        teacher_logits = _logits(teacher_hidden, teacher_head, weights, mesh)
-        labels = jnp.where(weights > 0, labels, 0)
-        *tokens, d_soft, d_hard = _token_terms(student_logits, teacher_logits, labels, temperature, vocab_size)
-        soft, hard, kl_T1, correct = (jnp.sum(weights * loss) for loss in tokens)
+    def terms(
+        student_logits: Array, labels: Array, weights: Array, temperature: Array, head: Any, hidden: Any
+    ) -> Terms:
+        teacher_logits = chunk_logits(hidden, head, weights, mesh)
+        return token_terms(student_logits, teacher_logits, labels, temperature, vocab_size)
+
+    head_DV = whole_columns(teacher_head_DV, teacher_hidden_BLD, mesh)
+    student = student_hidden_BLS, student_head_SV
+    tokens = weights_BL, labels_BL, teacher_hidden_BLD
+    return _weighted_sums(terms, student, tokens, head_DV, temperature, alpha, chunk_length, mesh)
+
+
+def top_k_kd_sums(
+    student_hidden_BLS: Array,
+    student_head_SV: Array,
+    top: TopK,
+    labels_BL: Array,
+    weights_BL: Array,
+    *,
+    temperature: Array | float,
+    alpha: Array | float,
+    vocab_size: int,
+    chunk_length: int = 32,
+    mesh: Mesh | None = None,
+) -> KDSums:
+    """The sums of `kd_sums` from a teacher's cached predictions: k tokens, and one bucket for the rest.
+
+    `soft` and `kl_T1` are T^2 KL and KL over these k + 1 buckets: never negative, at most those over all tokens, and
+    equal to them at k = V. Arguments and result as in `kd_sums`, but for:
+
+    Args:
+      top: see `TopK`; `soft_tail_BL` belongs to `temperature`. What it holds at tokens of weight 0 is not read.
+    """
+    chex.assert_rank([student_hidden_BLS, top.ids_BLM, top.log_probs_BLM], 3)
+    chex.assert_equal_shape([top.ids_BLM, top.log_probs_BLM])
+    chex.assert_equal_shape([labels_BL, weights_BL, top.tail_BL, top.soft_tail_BL])
+    chex.assert_equal_shape_prefix([student_hidden_BLS, top.ids_BLM, labels_BL], 2)
+
+    def terms(logits: Array, labels: Array, weights: Array, temperature: Array, _: Any, *top: Any) -> Terms:
+        is_read = weights > 0
+        entries = jnp.arange(top[0].shape[-1])
+        top = TopK(*(jnp.where(is_read.reshape(is_read.shape + (1,) * (x.ndim - 2)), x, 0) for x in top))
+        top = top._replace(ids_BLM=jnp.where(is_read[..., None], top.ids_BLM, entries))  # distinct, as everywhere
+        return top_k_terms(logits, top, labels, temperature, vocab_size, mesh)
+
+    student, tokens = (student_hidden_BLS, student_head_SV), (weights_BL, labels_BL, *top)
+    return _weighted_sums(terms, student, tokens, None, temperature, alpha, chunk_length, mesh)
+
+
+def _weighted_sums(
+    terms: Callable[..., Terms],
+    student: tuple[Array, Array],
+    tokens: tuple[Array, ...],
+    constant: Array | None,
+    temperature: Array | float,
+    alpha: Array | float,
+    chunk_length: int,
+    mesh: Mesh | None,
+) -> KDSums:
+    """Sums over chunks of `terms(student logits, labels, weights, temperature, constant, *others)`.
+
+    Args:
+      student: states and head.
+      tokens: loss weights, labels, and what else `terms` reads of each token, [B, L, ...].
+    """
+
+    def losses(logits: Array, constants: tuple, chunk: tuple) -> tuple[Array, tuple[Array, ...], Array]:
+        constant, temperature, alpha = constants
+        weights, labels, *others = chunk
+        of_tokens = terms(logits, jnp.where(weights > 0, labels, 0), weights, temperature, constant, *others)
+        *values, d_soft, d_hard = of_tokens
+        soft, hard, kl_T1, correct = (jnp.sum(weights * value) for value in values)
         d_logits = weights[..., None] * (alpha * d_soft + (1.0 - alpha) * d_hard)
         return alpha * soft + (1.0 - alpha) * hard, (soft, hard, kl_T1, correct, jnp.sum(weights)), d_logits
 
-    loss, others = _fused_sums(
-        losses,
-        chunk_length,
-        mesh,
-        student_hidden_BLS,
-        student_head_SV,
-        (
-            _whole_columns(teacher_head_DV, teacher_hidden_BLD, mesh),
-            jnp.asarray(temperature, jnp.float32),
-            jnp.asarray(alpha, jnp.float32),
-        ),
-        (weights_BL, labels_BL, teacher_hidden_BLD),
-    )
+    traced = (constant, jnp.asarray(temperature, jnp.float32), jnp.asarray(alpha, jnp.float32))
+    loss, others = fused_sums(losses, chunk_length, mesh, *student, traced, tokens)
     return KDSums(loss, *jax.lax.stop_gradient(others))
 
 
@@ -202,136 +211,10 @@ def cross_entropy_sums(
 
     def losses(logits: Array, _: tuple, chunk: tuple) -> tuple[Array, Array, Array]:
         weights, labels = chunk
-        log_probs = jax.nn.log_softmax(_mask_padding(logits, vocab_size))
+        log_probs = jax.nn.log_softmax(mask_padding(logits, vocab_size))
         is_label = jnp.arange(logits.shape[-1]) == jnp.where(weights > 0, labels, 0)[..., None]
         loss = -jnp.sum(weights[..., None] * jnp.where(is_label, log_probs, 0.0))
         return loss, jnp.sum(weights), weights[..., None] * (jnp.exp(log_probs) - is_label)
 
-    loss, weight = _fused_sums(losses, chunk_length, None, hidden_BLD, head_DV, (), (weights_BL, labels_BL))
+    loss, weight = fused_sums(losses, chunk_length, None, hidden_BLD, head_DV, (), (weights_BL, labels_BL))
     return loss, jax.lax.stop_gradient(weight)
-
-
-# (logits, constants, chunk of arrays) -> (sum of losses, other sums, gradient of the first with respect to the logits)
-LogitLosses = Callable[[Array, tuple, tuple], tuple[Array, Any, Array]]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _fused_sums(
-    losses: LogitLosses,
-    chunk_length: int,
-    mesh: Mesh | None,
-    hidden_BLD: Array,
-    head_DV: Array,
-    constants: tuple,
-    arrays_BL: tuple[Array, ...],
-) -> tuple[Array, Any]:
-    """Sums of `losses` over chunks of logits; the first of `arrays_BL` are the loss weights.
-
-    Differentiable in its first result, with respect to `hidden_BLD` and `head_DV`. Chunks run along L and keep B whole,
-    so that a batch sharded over rows stays where it is.
-    """
-    head_DV = _whole_columns(head_DV, hidden_BLD, mesh)
-
-    def part(hidden: Array, *rest: Array) -> tuple[Any, None]:
-        loss, others, _ = losses(_logits(hidden, head_DV, rest[0], mesh), constants, rest)
-        return (loss, others), None
-
-    return _sum_over(part, _chunks((hidden_BLD, *arrays_BL), chunk_length))[0]
-
-
-def _fused_forward(
-    losses: LogitLosses,
-    chunk_length: int,
-    mesh: Mesh | None,
-    hidden_BLD: Array,
-    head_DV: Array,
-    constants: tuple,
-    arrays_BL: tuple[Array, ...],
-) -> tuple[tuple[Array, Any], tuple[Array, Array]]:
-    """The sums, and the gradients of the first one: of the states [B, L, D], and of the head."""
-    length, head_dtype = hidden_BLD.shape[1], head_DV.dtype
-    shards = 1 if mesh is None else row_ways(mesh)
-    head_DV = _whole_columns(head_DV, hidden_BLD, mesh)
-
-    def part(hidden: Array, *rest: Array) -> tuple[Any, Array]:
-        logits = _logits(hidden, head_DV, rest[0], mesh)
-        loss, others, d_logits = losses(logits, constants, rest)
-        d_logits = _padded(d_logits.astype(hidden.dtype), logits.shape[-1])
-        d_hidden = jnp.einsum("blv,dv->bld", d_logits, head_DV, preferred_element_type=jnp.float32)
-        # One partial sum for each group of rows that shares a device: no communication inside the loop.
-        hidden_RBLD, d_logits_RBLV = (
-            constrain(x.reshape(shards, -1, *x.shape[1:]), mesh, ROW_AXES, None, None, axis)
-            for x, axis in ((_cleared(hidden, rest[0]), None), (d_logits, "tensor"))
-        )
-        d_head = jnp.einsum("rbld,rblv->rdv", hidden_RBLD, d_logits_RBLV, preferred_element_type=jnp.float32)
-        d_head = constrain(d_head, mesh, ROW_AXES, None, "tensor")
-        return ((loss, others), d_head), _cleared(d_hidden.astype(hidden.dtype), rest[0])
-
-    (sums, d_head_RDV), d_hidden = _sum_over(part, _chunks((hidden_BLD, *arrays_BL), chunk_length))
-    d_hidden_BLD = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden_BLD.shape[0], -1, hidden_BLD.shape[2])[:, :length]
-    return sums, (d_hidden_BLD, jnp.sum(d_head_RDV, axis=0).astype(head_dtype))
-
-
-def _fused_backward(
-    losses: LogitLosses, chunk_length: int, mesh: Mesh | None, gradients: tuple[Array, Array], cotangents: tuple
-) -> tuple[Array, Array, None, None]:
-    scale = cotangents[0]
-    d_hidden, d_head = (gradient * scale.astype(gradient.dtype) for gradient in gradients)
-    return d_hidden, d_head, None, None
-
-
-_fused_sums.defvjp(_fused_forward, _fused_backward)
-
-
-def _logits(hidden_BLD: Array, head_DV: Array, weights_BL: Array, mesh: Mesh | None) -> Array:
-    logits_BLV = jnp.einsum(
-        "bld,dv->blv", _cleared(hidden_BLD, weights_BL), head_DV, preferred_element_type=jnp.float32
-    )
-    return constrain(logits_BLV, mesh, ROW_AXES, None, "tensor")
-
-
-def _whole_columns(head_DV: Array, hidden_BLD: Array, mesh: Mesh | None) -> Array:
-    """The head in the states' dtype with every column whole: gathered once, before the loop over chunks."""
-    return constrain(head_DV.astype(hidden_BLD.dtype), mesh, None, "tensor")
-
-
-def _cleared(hidden_BLD: Array, weights_BL: Array) -> Array:
-    """Zero at tokens of weight 0: a non-finite state there must not reach any gradient."""
-    return jnp.where((weights_BL > 0)[..., None], hidden_BLD, jnp.zeros((), hidden_BLD.dtype))
-
-
-def _chunks(arrays_BL: tuple[Array, ...], chunk_length: int) -> tuple[Array, ...]:
-    """[B, L, ...] -> [L / chunk, B, chunk, ...], padded with zeros (tokens of weight 0) to whole chunks."""
-    length = arrays_BL[0].shape[1]
-    chunk_length = min(chunk_length, length)
-    padding = -length % chunk_length
-
-    def split(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk_length, *x.shape[2:]), 1, 0)
-
-    return tuple(split(x) for x in arrays_BL)
-
-
-def _sum_over(part: Callable[..., tuple[Any, Any]], chunks: tuple[Array, ...]) -> tuple[Any, Any]:
-    """Sums the first result of `part` over chunks, and stacks the second."""
-    shapes, _ = jax.eval_shape(part, *(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in chunks))
-
-    def body(sums: Any, chunk: tuple[Array, ...]) -> tuple[Any, Any]:
-        own, output = part(*chunk)
-        return jax.tree.map(jnp.add, sums, own), output
-
-    return jax.lax.scan(body, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), chunks)
-
-
-def _mask_padding(logits: Array, vocab_size: int) -> Array:
-    if logits.shape[-1] == vocab_size:
-        return logits
-    # A large finite number instead of -inf: p * (log p - log q) at p = 0 would be 0 * (-inf + inf).
-    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -1e30)
-
-
-def _padded(d_logits: Array, size: int) -> Array:
-    """With zeros for the vocabulary's padding, where the gradient was formed without it."""
-    missing = size - d_logits.shape[-1]
-    return jnp.pad(d_logits, [*[(0, 0)] * (d_logits.ndim - 1), (0, missing)]) if missing else d_logits

@@ -4,7 +4,7 @@ Each term is a sum divided by a denominator counted over the *global* batch (`de
 gradients of micro-batches, or of devices, gives the gradient of the batch whatever the split.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rtd_jax.common.boundaries import shifted_labels, step_boundaries, transition_boundaries
 from rtd_jax.common.reductions import Mean, mean_per_chain, safe_divide
 from rtd_jax.common.types import Array, Batch, TeacherOutputs
-from rtd_jax.losses.distillation import kd_sums
+from rtd_jax.losses.distillation import kd_sums, top_k_kd_sums
 from rtd_jax.losses.trajectory import Projection, boundary_losses, transition_losses, transition_mask
 
 Metrics = dict[str, Mean]
@@ -61,7 +61,7 @@ def rtd(
     student_boundary_states_BCKS: Array,
     student_head_SV: Array,
     teacher: TeacherOutputs,
-    teacher_head_DV: Array,
+    teacher_head_DV: Array | None,
     batch: Batch,
     *,
     projections: Projections,
@@ -77,8 +77,8 @@ def rtd(
     Args:
       student_hidden_BLS: states that the student's head reads.
       student_boundary_states_BCKS: the student's states at the boundaries (of the layer that is matched).
-      student_head_SV, teacher_head_DV: LM heads.
-      teacher: the teacher's outputs on the same batch; no gradient flows into them.
+      student_head_SV, teacher_head_DV: LM heads; the teacher's is not read (None) with cached predictions.
+      teacher: the teacher's outputs on the same batch, online or cached; no gradient flows into them.
       batch: the rows (all of the batch, or a micro-batch).
       projections: f and g.
       weights: coefficients.
@@ -91,19 +91,16 @@ def rtd(
       The loss (float32 scalar; sums over a partition of the rows to the batch's loss), and the metrics as (sum, count).
     """
     labels_BL, loss_weights_BL = shifted_labels(batch)
-    kd = kd_sums(
-        student_hidden_BLS,
-        student_head_SV,
-        teacher.hidden_BLD,
-        teacher_head_DV,
-        labels_BL,
-        loss_weights_BL,
-        temperature=weights.temperature,
-        alpha=weights.alpha,
-        vocab_size=vocab_size,
-        chunk_length=chunk_length,
-        mesh=mesh,
-    )
+    student = student_hidden_BLS, student_head_SV
+    targets = labels_BL, loss_weights_BL
+    options: Any = {"temperature": weights.temperature, "alpha": weights.alpha, "vocab_size": vocab_size}
+    options |= {"chunk_length": chunk_length, "mesh": mesh}
+    if teacher.top_k is not None:
+        kd = top_k_kd_sums(*student, teacher.top_k, *targets, **options)
+    else:
+        assert teacher.hidden_BLD is not None, "the teacher's outputs have neither states nor cached predictions"
+        assert teacher_head_DV is not None
+        kd = kd_sums(*student, teacher.hidden_BLD, teacher_head_DV, *targets, **options)
     align_mask = step_boundaries(batch.boundary_mask_BCK)
     align = _chain_mean(
         boundary_losses(student_boundary_states_BCKS, teacher.boundary_states_BCKD, align_mask, projections.f),

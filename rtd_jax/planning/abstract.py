@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from rtd_jax.common.files import read_json
 from rtd_jax.common.sharding import check_rows, row_sharding
-from rtd_jax.common.types import Batch, Params
+from rtd_jax.common.types import Batch, Params, TeacherOutputs, TopK
 from rtd_jax.models.checkpoint import load_config
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.functional import LlamaModel
@@ -18,7 +18,7 @@ from rtd_jax.training.optimizer import make_optimizer
 from rtd_jax.training.prepare import student_config, student_model, teacher_model, teacher_shardings
 from rtd_jax.training.recipe import Recipe
 from rtd_jax.training.state import TrainState, create_state, init_projections, state_shardings
-from rtd_jax.training.step import make_train_step
+from rtd_jax.training.step import TeacherSource, make_train_step
 
 ARCHITECTURES = Path(__file__).resolve().parents[1] / "bundled" / "architectures.json"
 MAX_BOUNDARIES = 17  # slots of a chain where the data are not there to be counted: 16 steps and the prompt's end
@@ -27,11 +27,12 @@ MAX_BOUNDARIES = 17  # slots of a chain where the data are not there to be count
 class Abstract(NamedTuple):
     """A training step and its arguments, none of them allocated."""
 
-    teacher: LlamaModel
+    teacher: LlamaModel | None  # None where its outputs are read from a cache
+    teacher_config: LlamaConfig
     student: LlamaModel
     vocab_size: int
     state: TrainState
-    teacher_params: Params
+    source: TeacherSource
     batch: Batch
     step: Any  # a TrainStep, as jit made it
 
@@ -56,6 +57,8 @@ def architecture(path: str) -> LlamaConfig:
 def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:
     """The step that `launch/train.py` would run on this mesh, with its arguments as shapes.
 
+    With `teacher.cache` it is the step that takes the teacher's outputs; the folder need not be there.
+
     Raises:
       ValueError: sizes that are not known, or rows that the mesh does not divide.
     """
@@ -63,20 +66,36 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:
     of_teacher = architecture(recipe.teacher.path)
     pretrained = architecture(recipe.student.path) if recipe.student.init == "pretrained" else None
     of_student = pretrained or student_config(recipe.student, of_teacher)
-    teacher = teacher_model(recipe.teacher, of_teacher, mesh)
+    teacher = None if recipe.teacher.cache else teacher_model(recipe.teacher, of_teacher, mesh)
     student = student_model(recipe.student, of_student, mesh)
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
     settings = recipe.step(of_student.layers, of_teacher.layers)
     vocab_size = min(of_teacher.vocab_size, of_student.vocab_size)
     return Abstract(
         teacher,
+        of_teacher,
         student,
         vocab_size,
         _state(recipe, student, of_teacher, optimizer, mesh, len(settings.intermediate)),
-        _placed(teacher.abstract_params(recipe.teacher.param_dtype), teacher_shardings(recipe.teacher, teacher, mesh)),
+        _source(recipe, teacher, of_teacher, mesh),
         _batch(recipe, mesh),
         make_train_step(student, teacher, optimizer, settings, vocab_size, mesh),
     )
+
+
+def _source(recipe: Recipe, teacher: LlamaModel | None, config: LlamaConfig, mesh: Mesh) -> TeacherSource:
+    if teacher is not None:
+        shardings = teacher_shardings(recipe.teacher, teacher, mesh)
+        return _placed(teacher.abstract_params(recipe.teacher.param_dtype), shardings)
+    rows, length, chains = recipe.batch_size, recipe.data.row_length, recipe.data.chains_per_row
+    top_k = TopK(
+        jax.ShapeDtypeStruct((rows, length, recipe.cache.top_k), jnp.int32),  # type: ignore[arg-type]  # only shapes
+        jax.ShapeDtypeStruct((rows, length, recipe.cache.top_k), jnp.float32),  # type: ignore[arg-type]
+        *[jax.ShapeDtypeStruct((rows, length), jnp.float32)] * 2,  # type: ignore[arg-type]
+    )
+    states = jax.ShapeDtypeStruct((rows, chains, MAX_BOUNDARIES, config.width), jnp.dtype(recipe.teacher.compute_dtype))
+    outputs = TeacherOutputs(None, states, top_k=top_k)  # type: ignore[arg-type]
+    return _placed(outputs, jax.tree.map(lambda _: row_sharding(mesh), outputs))
 
 
 def _state(

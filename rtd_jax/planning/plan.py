@@ -61,52 +61,67 @@ class Plans:
     """All programs of a recipe on a target, and what an update would cost if nothing were wasted."""
 
     programs: dict[str, Plan]
+    updates: dict[str, Plan]  # "online" and "cached": the update with either teacher, the recipe's own among them
     ideal_flops: float  # of an update, over all devices
     flops_without_remat: float  # of the same update if nothing were recomputed, over all devices
     host_bytes: float  # per device, of what the recipe keeps in host memory; see `_host_bytes`
 
 
 def plan(recipe: Recipe, target: Target, note: Callable[[str], None]) -> Plans:
-    """Compiles the recipe's update, validation and decoding for the target.
+    """Compiles the recipe's update, validation and decoding for the target, and the update with the teacher's outputs
+    from the other source, online or cached.
 
     Raises:
       ValueError: the recipe's mesh or batch does not suit the number of devices, or sizes are not known.
     """
     mesh = make_mesh(recipe.mesh, target.devices)
     abstract = abstract_step(recipe, mesh)
+    settings = recipe.step(abstract.student.config.layers, abstract.teacher_config.layers)
+    decoder = "student" if abstract.teacher is None else "teacher"
     programs: dict[str, tuple[Any, tuple, dict]] = {
-        "update": (abstract.step, (abstract.state, abstract.teacher_params, abstract.batch, recipe.loss.weights()), {}),
+        "update": _update(recipe, abstract),
         "validation": (
-            make_coherence_eval(
-                abstract.student,
-                abstract.teacher,
-                recipe.step(abstract.student.config.layers, abstract.teacher.config.layers),
-            ),
-            (abstract.state.params, abstract.teacher_params, abstract.batch),
+            make_coherence_eval(abstract.student, abstract.teacher, settings),
+            (abstract.state.params, abstract.source, abstract.batch),
             {},
         ),
-        "decoding (teacher)": _decoding(recipe, abstract),
+        f"decoding ({decoder})": _decoding(recipe, abstract),
     }
     plans = {}
-    for name, (function, arguments, options) in programs.items():
+    for name, program in programs.items():
         note(f"compiling {name} for {len(target.devices)} x {target.devices[0].device_kind}")
-        plans[name] = _compile(name, function, arguments, options, _resident(abstract, arguments), len(target.devices))
+        plans[name] = _compile(name, *program, _resident(abstract, program[1]), len(target.devices))
+    own, other = ("online", "cached") if abstract.teacher is not None else ("cached", "online")
+    updates = {own: plans["update"]}
+    if not any(settings.token_layers()):  # methods that no cache serves
+        note(f"compiling update with the teacher {other}")
+        cache = "" if other == "online" else "planned"
+        elsewhere = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, cache=cache))
+        of_other = abstract_step(elsewhere, mesh)
+        updates[other] = _compile("update", *_update(elsewhere, of_other), 0.0, len(target.devices))
     no_remat = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, remat="none"))
-    unchanged = abstract_step(no_remat, mesh)
-    traced = unchanged.step.trace(unchanged.state, unchanged.teacher_params, unchanged.batch, recipe.loss.weights())
-    ideal = ideal_flops(recipe, abstract.teacher.config, abstract.student.config)
-    return Plans(plans, ideal, matmul_flops(traced.jaxpr.jaxpr), _host_bytes(recipe, abstract))
+    function, arguments, _ = _update(no_remat, abstract_step(no_remat, mesh))
+    without_remat = matmul_flops(function.trace(*arguments).jaxpr.jaxpr)
+    teacher_config = None if abstract.teacher is None else abstract.teacher_config
+    ideal = ideal_flops(recipe, teacher_config, abstract.student.config)
+    return Plans(plans, updates, ideal, without_remat, _host_bytes(recipe, abstract))
 
 
-def ideal_flops(recipe: Recipe, teacher: LlamaConfig, student: LlamaConfig) -> float:
+def _update(recipe: Recipe, abstract: Abstract) -> tuple[Any, tuple, dict]:
+    return abstract.step, (abstract.state, abstract.source, abstract.batch, recipe.loss.weights()), {}
+
+
+def ideal_flops(recipe: Recipe, teacher: LlamaConfig | None, student: LlamaConfig) -> float:
     """Multiply-adds (times two) of an update that wastes nothing, over all devices.
 
-    Teacher: forward only, 2 per weight and token. Student: forward and backward, 6. Attention as Chowdhery et al. 2022
-    (PaLM, appendix B) count it: 4 layers heads head_dim length per token and forward pass, causality not discounted.
+    Teacher: forward only, 2 per weight and token; none where it is cached. Student: forward and backward, 6. Attention
+    as Chowdhery et al. 2022 (PaLM, appendix B) count it: 4 layers heads head_dim length per token and forward pass,
+    causality not discounted.
     """
     length = recipe.data.row_length
     tokens = recipe.batch_size * length
-    return tokens * (_forward_flops(teacher, length) + 3 * _forward_flops(student, length))
+    of_teacher = 0.0 if teacher is None else _forward_flops(teacher, length)
+    return tokens * (of_teacher + 3 * _forward_flops(student, length))
 
 
 def _forward_flops(config: LlamaConfig, length: int) -> float:
@@ -120,9 +135,10 @@ def _decoding(recipe: Recipe, abstract: Abstract) -> tuple[Any, tuple, dict]:
     batch, new_tokens = recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens
     prompt = -(-max(1, recipe.data.row_length - new_tokens) // PROMPT_BUCKET) * PROMPT_BUCKET
     rows = row_sharding(mesh)
+    cached = abstract.teacher is None
     arguments = (
-        abstract.teacher,
-        abstract.teacher_params,
+        abstract.student if cached else abstract.teacher,
+        abstract.state.params["student"] if cached else abstract.source,
         jax.ShapeDtypeStruct((batch, prompt), jnp.int32, sharding=rows),
         jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows),
         jax.ShapeDtypeStruct((batch,), jnp.bool_, sharding=rows),
@@ -137,7 +153,7 @@ def _host_bytes(recipe: Recipe, abstract: Abstract) -> float:
     GPUs that can only be compiled for have no host memory; TPUs that are not here do.
     """
     moments = abstract.state.opt_state if recipe.optimizer.offload else ()
-    layers = abstract.teacher_params["layers"] if recipe.teacher.offload else ()
+    layers = abstract.source["layers"] if recipe.teacher.offload and isinstance(abstract.source, dict) else ()
     leaves = [leaf for leaf in jax.tree.leaves((moments, layers)) if leaf.ndim]
     return sum(_bytes_on_device(leaf) for leaf in leaves if leaf.sharding.memory_kind != "pinned_host")
 
@@ -150,7 +166,8 @@ def _bytes_on_device(leaf: jax.ShapeDtypeStruct) -> float:
 def _resident(abstract: Abstract, arguments: tuple) -> float:
     """Bytes per device of weights and optimizer state that stay in memory and are not among the arguments."""
     given = {id(leaf) for leaf in jax.tree.leaves(arguments)}
-    held = jax.tree.leaves((abstract.state, abstract.teacher_params))
+    teacher = () if abstract.teacher is None else abstract.source  # outputs from a cache go with their batch
+    held = jax.tree.leaves((abstract.state, teacher))
     on_device = [leaf for leaf in held if leaf.sharding.memory_kind != "pinned_host"]
     return sum(_bytes_on_device(leaf) for leaf in on_device if id(leaf) not in given)
 
@@ -237,12 +254,39 @@ def print_plan(recipe: Recipe, target: Target, found: Plans) -> None:
             else ""
         )
     )
+    if len(found.updates) > 1:
+        _print_sources(target, found.updates)
     if found.host_bytes:
         print(
             f"kept in host memory: {found.host_bytes / GIB:.1f} GiB per device. The compiler for GPUs that are not "
             "here knows no host memory, so all of it is counted above; the true peak lies up to that much lower"
         )
     print(verdict(recipe, target, plans))
+
+
+def _print_sources(target: Target, updates: dict[str, Plan]) -> None:
+    """The update with the teacher online and cached, side by side."""
+    online, cached = updates["online"], updates["cached"]
+    seconds = {name: max(update.seconds(target).values()) for name, update in updates.items()}
+
+    def line(name: str, unit: float, of: Callable[[Plan], float]) -> tuple[str, ...]:
+        return name, f"{of(online) / unit:.2f}", f"{of(cached) / unit:.2f}", f"{of(cached) / of(online):.2f}"
+
+    print_table(
+        "One update, per device: teacher online, and read from a cache",
+        ["", "online", "cached", "cached / online"],
+        [
+            line("peak memory, GiB", GIB, lambda p: p.peak),
+            line("arguments, GiB", GIB, lambda p: p.memory.arguments),
+            line("arithmetic, TFLOP", 1e12, lambda p: p.flops),
+            line("memory traffic, GB", 1e9, lambda p: p.bytes_moved),
+            (
+                "seconds at the data sheet's rate",
+                *(f"{seconds[name]:.3f}" for name in ("online", "cached")),
+                f"{seconds['cached'] / seconds['online']:.2f}",
+            ),
+        ],
+    )
 
 
 def verdict(recipe: Recipe, target: Target, plans: dict[str, Plan]) -> str:
@@ -260,7 +304,7 @@ def verdict(recipe: Recipe, target: Target, plans: dict[str, Plan]) -> str:
 
 def _knob(recipe: Recipe, target: Target, worst: Plan) -> str:
     room = target.chip.memory - worst.memory.arguments
-    if room < 0.25 * target.chip.memory and recipe.teacher.param_dtype != "int8":
+    if room < 0.25 * target.chip.memory and recipe.teacher.param_dtype != "int8" and not recipe.teacher.cache:
         return "--config.teacher.param_dtype=int8, which halves the teacher"
     if room < 0.05 * target.chip.memory:
         need = worst.memory.arguments * len(target.devices) / (0.8 * target.chip.memory)
@@ -285,4 +329,5 @@ def to_json(target: Target, found: Plans) -> dict[str, Any]:
         "flops_without_remat": found.flops_without_remat,
         "host_bytes": found.host_bytes,
         "programs": {name: dataclasses.asdict(p) | {"seconds": p.seconds(target)} for name, p in plans.items()},
+        "updates": {name: dataclasses.asdict(p) | {"seconds": p.seconds(target)} for name, p in found.updates.items()},
     }

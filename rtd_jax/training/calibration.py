@@ -6,30 +6,34 @@ once behind solved examples. The coherence loss between the two readings is what
 would show when nothing but the context differs. Times a configured factor, that is the threshold.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import jax
 
 from rtd_jax.common.boundaries import transition_boundaries
 from rtd_jax.common.reductions import Mean
-from rtd_jax.common.types import Batch, Params
+from rtd_jax.common.types import Batch
 from rtd_jax.losses import coherence
 from rtd_jax.models.functional import LlamaModel
-from rtd_jax.teacher.online import states_at_boundaries
+from rtd_jax.training.step import TeacherSource, teacher_on
 
 
 def make_self_coherence(
-    teacher: LlamaModel, *, hidden_layer: int = -1, anchor_prompt: bool = True
-) -> Callable[[Params, Batch, Batch], Mean]:
-    """Builds (teacher params, batch, same chains under another context) -> coherence as (sum over chains, chains).
+    teacher: LlamaModel | None, *, hidden_layer: int = -1, anchor_prompt: bool = True
+) -> Callable[[TeacherSource, Batch, TeacherSource, Batch], Mean]:
+    """Builds (teacher, batch, teacher, same chains under another context) -> coherence as (sum over chains, chains).
+
+    The teacher is given as in `make_train_step`: its params, or its outputs on the batch that follows.
 
     The two batches hold the same chains in the same rows, one a row; rows may be of different lengths.
     """
 
     @jax.jit
-    def measure(params: Params, plain: Batch, prefixed: Batch) -> Mean:
-        _, plain_states, _ = states_at_boundaries(teacher, params, plain, hidden_layer)
-        _, prefixed_states, _ = states_at_boundaries(teacher, params, prefixed, hidden_layer)
+    def measure(on_plain: TeacherSource, plain: Batch, on_prefixed: TeacherSource, prefixed: Batch) -> Mean:
+        plain_states, prefixed_states = (
+            teacher_on(teacher, source, batch, hidden_layer)[0].boundary_states_BCKD
+            for source, batch in ((on_plain, plain), (on_prefixed, prefixed))
+        )
         mask_BCK = transition_boundaries(plain.boundary_mask_BCK & prefixed.boundary_mask_BCK, anchor_prompt)
         chains = (mask_BCK[..., 1:] & mask_BCK[..., :-1]).any(-1).sum().astype(float)
         return Mean(coherence(prefixed_states, plain_states, mask_BCK) * chains, chains)
@@ -37,11 +41,11 @@ def make_self_coherence(
     return measure
 
 
-def mean_over(measure: Callable[..., Mean], params: Params, *batches: Sequence[Batch]) -> float:
-    """Runs `measure(params, *batch)` over the batches and divides once at the end."""
+def mean_over(measure: Callable[..., Mean], groups: Iterable[tuple]) -> float:
+    """Runs `measure(*group)` over the groups and divides once at the end."""
     total = 0.0
     count = 0.0
-    for group in zip(*batches, strict=True):
-        mean = jax.device_get(measure(params, *group))
+    for group in groups:
+        mean = jax.device_get(measure(*group))
         total, count = total + float(mean.sum), count + float(mean.count)
     return total / max(count, 1.0)

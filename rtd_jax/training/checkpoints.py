@@ -28,6 +28,7 @@ FREE_SETTINGS = (
     "evaluation.",
     "resume_from",
     "teacher.path",
+    "teacher.cache",
     "student.path",
     "data.train.location",
     "data.validation.location",

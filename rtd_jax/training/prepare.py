@@ -18,9 +18,11 @@ from rtd_jax.common.sharding import (
     in_host_memory,
     make_mesh,
     param_shardings,
+    put_batch,
     row_sharding,
 )
-from rtd_jax.common.types import Params
+from rtd_jax.common.types import Batch, Params
+from rtd_jax.data.formats import solved_examples
 from rtd_jax.data.sources import load_traces
 from rtd_jax.data.tokenizer_match import compare_tokenizers, tokenizer_fingerprint
 from rtd_jax.data.tokens import EncodedChain, chains_fingerprint, encode_traces
@@ -30,11 +32,12 @@ from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.functional import LlamaModel
 from rtd_jax.models.weights import evenly_spaced_layers, logical_axes
 from rtd_jax.segmentation.select import make_segmenter
+from rtd_jax.teacher.cache import Identity, TeacherCache
 from rtd_jax.training.curriculum import Stage, stages
 from rtd_jax.training.optimizer import make_optimizer
 from rtd_jax.training.recipe import DataSettings, Recipe, StudentSettings, TeacherSettings
 from rtd_jax.training.state import TrainState, create_state, init_projections, state_shardings
-from rtd_jax.training.step import TrainStep, make_train_step
+from rtd_jax.training.step import TeacherSource, TrainStep, make_train_step
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,10 @@ class Experiment:
     mesh: Mesh
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
-    teacher: LlamaModel
-    teacher_params: Params
+    teacher: LlamaModel | None  # None where its outputs are read from a cache
+    teacher_config: LlamaConfig
+    teacher_params: Params  # empty with a cache
+    cache: TeacherCache | None
     student: LlamaModel
     optimizer: optax.GradientTransformation
     step: TrainStep
@@ -67,6 +72,18 @@ class Experiment:
     stages: tuple[Stage, ...]
     max_boundaries: int  # slots of a chain, the prompt's end included
     fingerprints: dict[str, str]
+
+    def source(self, batch: Batch, states_only: bool = False) -> TeacherSource:
+        """The teacher, as a step or an evaluation of this very batch takes it: its params, or its cached outputs.
+
+        Args:
+          batch: this process's rows, on the host.
+          states_only: leave the predictions out.
+        """
+        if self.cache is None:
+            return self.teacher_params
+        dtype = self.recipe.teacher.compute_dtype
+        return put_batch(self.cache.outputs(batch, states_only=states_only, dtype=dtype), self.mesh)
 
 
 def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experiment, TrainState]:
@@ -103,15 +120,18 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
                 f"{split}: {chains.too_long} chains longer than a row of {recipe.data.row_length} tokens were left out"
             )
 
-    teacher = teacher_model(recipe.teacher, teacher_config, mesh)
+    cache = None
+    fingerprint = weights_fingerprint(teacher_dir)
+    if recipe.teacher.cache:
+        identity = cache_identity(recipe, teacher_config, fingerprint, tokenizer)
+        cache = TeacherCache(Path(recipe.teacher.cache).expanduser(), identity)
+        note(f"the teacher is read from the cache {recipe.teacher.cache}: its weights are not loaded")
+    teacher = None if cache else teacher_model(recipe.teacher, teacher_config, mesh)
     student = student_model(recipe.student, of_student, mesh)
-    note(f"loading the teacher from {teacher_dir}")
-    teacher_params = load_params(
-        teacher_dir,
-        teacher_config,
-        dtype=recipe.teacher.param_dtype,
-        shardings=teacher_shardings(recipe.teacher, teacher, mesh),
-    )
+    teacher_params = {}
+    if teacher is not None:
+        note(f"loading the teacher from {teacher_dir}")
+        teacher_params = load_teacher(recipe.teacher, teacher, teacher_dir, mesh)
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
     state = _initial_state(recipe, student, student_dir, teacher_dir, teacher_config, optimizer, mesh)
     settings = recipe.step(of_student.layers, teacher_config.layers)
@@ -122,7 +142,9 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         teacher=teacher,
+        teacher_config=teacher_config,
         teacher_params=teacher_params,
+        cache=cache,
         student=student,
         optimizer=optimizer,
         step=step,
@@ -131,7 +153,8 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         stages=plan,
         max_boundaries=1 + max(t.depth for chains in (train, validation) for t in chains.traces),
         fingerprints={
-            "teacher": weights_fingerprint(teacher_dir),
+            "teacher": fingerprint,
+            "cache": "" if cache is None else cache.fingerprint,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "data": chains_fingerprint((*train.encoded, *validation.encoded)),
             "student_config": _digest(repr(of_student)),
@@ -186,6 +209,48 @@ def teacher_shardings(settings: TeacherSettings, model: LlamaModel, mesh: Mesh) 
     abstract = model.abstract_params(settings.param_dtype)
     shardings = param_shardings(abstract, logical_axes(abstract), mesh, TABLES[settings.sharding])
     return shardings | {"layers": in_host_memory(shardings["layers"])} if settings.offload else shardings
+
+
+def load_teacher(settings: TeacherSettings, model: LlamaModel, directory: Path, mesh: Mesh) -> Params:
+    """The teacher's weights, where they belong on the mesh."""
+    shardings = teacher_shardings(settings, model, mesh)
+    return load_params(directory, model.config, dtype=settings.param_dtype, shardings=shardings)
+
+
+def cache_identity(
+    recipe: Recipe, config: LlamaConfig, fingerprint: str, tokenizer: PreTrainedTokenizerBase
+) -> Identity:
+    """What a cache must have been written with to serve this recipe."""
+    layer = recipe.loss.hidden_layer
+    return Identity(
+        teacher=fingerprint,
+        teacher_dtypes=f"{recipe.teacher.param_dtype} weights, {recipe.teacher.compute_dtype} arithmetic",
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        vocab_size=len(tokenizer),
+        width=config.width,
+        hidden_layer=layer if layer >= 0 else config.layers + 1 + layer,
+        temperature=recipe.loss.temperature,
+        top_k=min(recipe.cache.top_k, len(tokenizer)),
+        predictions=recipe.cache.predictions,
+        states=recipe.cache.states,
+    )
+
+
+def prefixed_chains(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Sequence[Trace], traces: Sequence[Trace]
+) -> list[EncodedChain]:
+    """The same problems behind solved training examples, however long: the other context of the calibration."""
+    text = recipe.data.text
+    shots = train[: recipe.curriculum.calibration_shots]
+    context = solved_examples(text, [(shot.prompt, shot.completion) for shot in shots])
+    segmenter = make_segmenter(recipe.data.segmentation)
+    text = replace(text, context=text.context + context)
+    return encode_traces(tokenizer, traces, text, row_length=2**31 - 1, segmenter=segmenter)[0]
+
+
+def row_length_of(chains: Sequence[EncodedChain]) -> int:
+    """Tokens of a row that holds the longest, a multiple of 64."""
+    return -(-max(len(chain) for chain in chains) // 64) * 64
 
 
 def load_splits(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[Chains, Chains]:

@@ -8,6 +8,7 @@ from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings
 from rtd_jax.losses import LossWeights
 from rtd_jax.losses.everywhere import evenly_spaced
+from rtd_jax.teacher.cache import CacheSettings
 from rtd_jax.training.curriculum import CurriculumSettings
 from rtd_jax.training.optimizer import OptimizerSettings
 from rtd_jax.training.step import StepSettings
@@ -27,6 +28,7 @@ class TeacherSettings:
     attention: Attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's
     sharding: Literal["fsdp", "tensor"] = "fsdp"  # what travels: "fsdp" weights, "tensor" activations
     offload: bool = False  # layers in host memory, each copied to the devices when it runs
+    cache: str = ""  # folder that launch/cache_teacher.py wrote: the weights are then never loaded; "" runs the teacher
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class Recipe:
     data: DataSettings
     batch_size: int  # rows per update
     total_updates: int  # over all stages
+    cache: CacheSettings = CacheSettings()
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     curriculum: CurriculumSettings = CurriculumSettings()

@@ -98,8 +98,8 @@ def _starting_point(experiment: Experiment, state: TrainState, latest: Path | No
 
 
 def _check_fingerprints(path: Path, before: dict[str, str], now: dict[str, str], data_too: bool) -> None:
-    for name in ("teacher", "tokenizer", "student_config", *(("data",) if data_too else ())):
-        if before.get(name) != now[name]:
+    for name in ("teacher", "tokenizer", "student_config", *(("data", "cache") if data_too else ())):
+        if before.get(name, "") != now[name]:
             raise ValueError(
                 f"{path} was made with another {name.replace('_', ' ')} (fingerprint {str(before.get(name))[:12]}, now "
                 f"{now[name][:12]}); restore it, or start afresh in another --workdir"
@@ -118,7 +118,7 @@ def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path)
         "step_accuracy": {},
     }
     models: dict[str, tuple[LlamaModel, Params]] = {"student": (experiment.student, run.state.params["student"])}
-    if recipe.evaluation.teacher:
+    if recipe.evaluation.teacher and experiment.teacher is not None:  # a cache cannot write solutions
         models["teacher"] = (experiment.teacher, experiment.teacher_params)
     generations: list[dict[str, Any]] = []
     for name, (model, params) in models.items():
@@ -149,10 +149,11 @@ def _summary(experiment: Experiment, run: Run, workdir: Path) -> str:
     def million(params: Params) -> str:
         return f"{sum(x.size for x in jax.tree.leaves(params)) / 1e6:.2f}M"
 
+    of_teacher = "from its cache" if experiment.cache else f"{million(experiment.teacher_params)} params"
     mesh = " x ".join(f"{name} {size}" for name, size in experiment.mesh.shape.items())
     begin = f"resuming at update {int(run.state.step)}" if int(run.state.step) else "starting"
     return (
-        f"{begin} in {workdir}: teacher {million(experiment.teacher_params)} params, student "
+        f"{begin} in {workdir}: teacher {of_teacher}, student "
         f"{million(run.state.params['student'])}, {len(experiment.train.encoded)} training chains, mesh {mesh} on "
         f"{jax.devices()[0].platform}"
     )

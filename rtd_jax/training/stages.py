@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,22 +11,20 @@ import numpy as np
 from rtd_jax.common.reductions import Mean
 from rtd_jax.common.sharding import host_share, put_batch
 from rtd_jax.common.types import Batch
-from rtd_jax.data.formats import solved_examples
 from rtd_jax.data.loader import BatchLoader, make_loader
 from rtd_jax.data.packing import fixed_batches
-from rtd_jax.data.tokens import EncodedChain, encode_traces
+from rtd_jax.data.tokens import EncodedChain
 from rtd_jax.data.traces import Trace
 from rtd_jax.losses.objective import Metrics
-from rtd_jax.segmentation.select import make_segmenter
 from rtd_jax.training.calibration import make_self_coherence, mean_over
 from rtd_jax.training.checkpoints import Checkpoints
 from rtd_jax.training.clock import Clock
 from rtd_jax.training.curriculum import Stage, StageRecord, ended, record_validation, stage_budget
 from rtd_jax.training.display import Display
 from rtd_jax.training.metrics import MetricsLog, Window, check_finite
-from rtd_jax.training.prepare import Experiment
+from rtd_jax.training.prepare import Experiment, prefixed_chains, row_length_of
 from rtd_jax.training.state import TrainState
-from rtd_jax.training.step import make_coherence_eval
+from rtd_jax.training.step import TeacherSource, make_coherence_eval
 
 
 @dataclass
@@ -68,9 +66,9 @@ def run_stages(experiment: Experiment, run: Run, sinks: Sinks) -> None:
     Raises:
       ValueError: a loss or gradient became non-finite, or a checkpoint cannot be written; earlier ones are intact.
     """
-    student, teacher = experiment.student, experiment.teacher
-    settings = experiment.recipe.step(student.config.layers, teacher.config.layers)
-    evaluate = make_coherence_eval(student, teacher, settings)
+    student = experiment.student
+    settings = experiment.recipe.step(student.config.layers, experiment.teacher_config.layers)
+    evaluate = make_coherence_eval(student, experiment.teacher, settings)
     finished = sum(record.ended_by is not None for record in run.records)
     for stage in experiment.stages[finished:]:
         with sinks.clock.span("calibration"):
@@ -131,7 +129,7 @@ def _run_stage(
         window.add_tokens(int(np.count_nonzero(batch.chain_ids_BL)) * hosts)
         # Dispatched before the metrics of the update before it are fetched, so the device never waits for Python.
         run.state, metrics = experiment.step(
-            run.state, experiment.teacher_params, put_batch(batch, experiment.mesh), weights
+            run.state, experiment.source(batch), put_batch(batch, experiment.mesh), weights
         )
         update += 1
         record.updates += 1
@@ -147,8 +145,12 @@ def _coherence(
     experiment: Experiment, evaluate: Callable[..., Mean], batches: Sequence[Batch], state: TrainState
 ) -> float:
     """The student's coherence loss over the stage's validation chains."""
-    on_devices = [put_batch(batch, experiment.mesh) for batch in batches]
-    return mean_over(partial(evaluate, state.params), experiment.teacher_params, on_devices)
+    return mean_over(partial(evaluate, state.params), (_with_teacher(experiment, batch) for batch in batches))
+
+
+def _with_teacher(experiment: Experiment, batch: Batch) -> tuple[TeacherSource, Batch]:
+    """The teacher, for its boundary states, and the batch it is asked about, on the devices."""
+    return experiment.source(batch, states_only=True), put_batch(batch, experiment.mesh)
 
 
 class _Pending:
@@ -206,21 +208,12 @@ def _open_record(experiment: Experiment, run: Run, stage: Stage, validation: _Va
 def teacher_self_coherence(experiment: Experiment, traces: Sequence[Trace], chains: Sequence[EncodedChain]) -> float:
     """The teacher's coherence loss against itself on the same chains behind solved examples from the training split."""
     recipe = experiment.recipe
-    text = recipe.data.text
-    shots = experiment.train.traces[: recipe.curriculum.calibration_shots]
-    context = solved_examples(text, [(shot.prompt, shot.completion) for shot in shots])
-    prefixed, report = encode_traces(
-        experiment.tokenizer,
-        traces,
-        replace(text, context=text.context + context),
-        row_length=2**31 - 1,
-        segmenter=make_segmenter(recipe.data.segmentation),
-    )
+    prefixed = prefixed_chains(recipe, experiment.tokenizer, experiment.train.traces, traces)
 
-    def batches(chains: Sequence[EncodedChain], row_length: int) -> list[Batch]:
+    def batches(chains: Sequence[EncodedChain], row_length: int) -> list[tuple]:
         # One chain a row, so that both readings hold the same chain in the same place.
         return [
-            put_batch(batch, experiment.mesh)
+            _with_teacher(experiment, batch)
             for batch in fixed_batches(
                 chains,
                 rows=recipe.rows_at_once,
@@ -234,12 +227,8 @@ def teacher_self_coherence(experiment: Experiment, traces: Sequence[Trace], chai
     measure = make_self_coherence(
         experiment.teacher, hidden_layer=recipe.loss.hidden_layer, anchor_prompt=recipe.loss.anchor_prompt
     )
-    return mean_over(
-        measure,
-        experiment.teacher_params,
-        batches(chains, recipe.data.row_length),
-        batches(prefixed, -(-report.longest // 64) * 64),
-    )
+    both = batches(chains, recipe.data.row_length), batches(prefixed, row_length_of(prefixed))
+    return mean_over(measure, (plain + other for plain, other in zip(*both, strict=True)))
 
 
 def _loader(experiment: Experiment, stage: Stage) -> BatchLoader:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rtd_jax.common.boundaries import shifted_labels, transition_boundaries
 from rtd_jax.common.reductions import Mean, mean_per_chain
 from rtd_jax.common.sharding import row_sharding
-from rtd_jax.common.types import Array, Batch, Params
+from rtd_jax.common.types import Array, Batch, Params, TeacherOutputs
 from rtd_jax.losses import LossWeights, cross_entropy_sums, denominators, rtd, transition_losses, transition_mask
 from rtd_jax.losses.everywhere import intermediate, token_alignment, token_counts
 from rtd_jax.losses.objective import Metrics
@@ -41,13 +41,15 @@ class StepSettings:
         return tuple(student for student, _ in pairs), tuple(teacher for _, teacher in pairs)
 
 
-# (state, teacher params, batch, loss weights) -> (state, metrics)
-TrainStep = Callable[[TrainState, Params, Batch, LossWeights], tuple[TrainState, Metrics]]
+# Where a step's teacher comes from: its weights, or its outputs on the very batch, read back from a cache.
+TeacherSource = Params | TeacherOutputs
+# (state, teacher, batch, loss weights) -> (state, metrics)
+TrainStep = Callable[[TrainState, TeacherSource, Batch, LossWeights], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
     student: LlamaModel,
-    teacher: LlamaModel,
+    teacher: LlamaModel | None,
     optimizer: optax.GradientTransformation,
     settings: StepSettings,
     vocab_size: int,
@@ -55,25 +57,33 @@ def make_train_step(
 ) -> TrainStep:
     """Builds the RTD update. The teacher's params are an argument: closed over, they would be copied into the program.
 
+    Without a `teacher` the argument in their place is its outputs on the batch (`TeacherOutputs` with `top_k`), rows
+    lying as the batch's do.
+
     Gradients of micro-batches are added under denominators counted over the whole batch, so the update does not depend
     on `settings.micro_batches`, on the mesh, or on how chains are packed into rows.
     """
     student_layers, teacher_layers = settings.token_layers()
+    if teacher is None and teacher_layers:
+        raise ValueError(
+            "a cache has no teacher states at every token: set loss.token_alignment_weight and "
+            "loss.intermediate_weight to 0, or train with the teacher online (teacher.cache='')"
+        )
 
     def loss_of(
-        params: Params, teacher_params: Params, batch: Batch, weights: LossWeights, totals: Any
+        params: Params, source: TeacherSource, batch: Batch, weights: LossWeights, totals: Any
     ) -> tuple[Array, Metrics]:
         with jax.named_scope("student"):
             hidden_BLS, states_BCKS, everywhere = states_at_boundaries(
                 student, params["student"], batch, settings.student_hidden_layer, student_layers
             )
-        of_teacher = teacher_outputs(teacher, teacher_params, batch, settings.hidden_layer, teacher_layers)
+        of_teacher, teacher_head = teacher_on(teacher, source, batch, settings.hidden_layer, teacher_layers)
         loss, metrics = rtd(
             hidden_BLS,
             states_BCKS,
             student.head(params["student"]),
             of_teacher,
-            teacher.head(teacher_params),
+            teacher_head,
             batch,
             projections=projections(params),
             weights=weights,
@@ -96,15 +106,16 @@ def make_train_step(
         return loss, metrics | {"loss": Mean(loss, jnp.ones(()))}
 
     def step(
-        state: TrainState, teacher_params: Params, batch: Batch, weights: LossWeights
+        state: TrainState, source: TeacherSource, batch: Batch, weights: LossWeights
     ) -> tuple[TrainState, Metrics]:
         if settings.offload_optimizer:
             state = _moved(state, optimizer, mesh, offload=False)
         totals = (denominators(batch, anchor_prompt=settings.anchor_prompt), token_counts(batch))
         gradients, metrics = accumulate(
-            jax.grad(loss_of, has_aux=True),
-            split_rows(batch, settings.micro_batches, mesh),
-            lambda part: (state.params, teacher_params, part, weights, totals),
+            lambda params, part: loss_of(params, source if teacher else part[1], part[0], weights, totals),
+            state.params,
+            split_rows((batch, None if teacher else source), settings.micro_batches, mesh),
+            None if mesh is None else state_shardings(state, optimizer, mesh).params,
         )
         state, metrics = apply_update(optimizer, state, gradients, metrics)
         if mesh is not None:
@@ -113,6 +124,21 @@ def make_train_step(
         return _moved(state, optimizer, mesh, offload=True) if settings.offload_optimizer else state, metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def teacher_on(
+    teacher: LlamaModel | None,
+    source: TeacherSource,
+    batch: Batch,
+    hidden_layer: int,
+    token_layers: tuple[int, ...] = (),
+) -> tuple[TeacherOutputs, Array | None]:
+    """The teacher's outputs on a batch, computed or as given, and its head where it has one; no gradient flows."""
+    if teacher is None:
+        assert isinstance(source, TeacherOutputs), "without a teacher the step takes its outputs"
+        return jax.lax.stop_gradient(source), None
+    assert isinstance(source, dict), "with a teacher the step takes its params"
+    return teacher_outputs(teacher, source, batch, hidden_layer, token_layers), teacher.head(source)
 
 
 def _moved(state: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh | None, offload: bool) -> TrainState:
@@ -154,14 +180,17 @@ def make_pretrain_step(
 
 
 def make_coherence_eval(
-    student: LlamaModel, teacher: LlamaModel, settings: StepSettings
-) -> Callable[[Params, Params, Batch], Mean]:
-    """Builds (params, teacher params, batch) -> the student's coherence loss as (sum over chains, chains)."""
+    student: LlamaModel, teacher: LlamaModel | None, settings: StepSettings
+) -> Callable[[Params, TeacherSource, Batch], Mean]:
+    """Builds (params, teacher, batch) -> the student's coherence loss as (sum over chains, chains).
+
+    The teacher is given as in `make_train_step`; of cached outputs only the boundary states are read.
+    """
 
     @jax.jit
-    def evaluate(params: Params, teacher_params: Params, batch: Batch) -> Mean:
+    def evaluate(params: Params, source: TeacherSource, batch: Batch) -> Mean:
         _, student_states, _ = states_at_boundaries(student, params["student"], batch, settings.student_hidden_layer)
-        _, teacher_states, _ = states_at_boundaries(teacher, teacher_params, batch, settings.hidden_layer)
+        teacher_states = teacher_on(teacher, source, batch, settings.hidden_layer)[0].boundary_states_BCKD
         mask_BCK = transition_boundaries(batch.boundary_mask_BCK, settings.anchor_prompt)
         losses = transition_losses(student_states, teacher_states, mask_BCK, projections(params).g)
         means_BC, has_any_BC = mean_per_chain(losses, transition_mask(mask_BCK))
@@ -170,22 +199,37 @@ def make_coherence_eval(
     return evaluate
 
 
-def accumulate(gradient: Callable, parts: Any, arguments: Callable[[Any], tuple]) -> tuple[Any, Metrics]:
-    """Adds gradients and metrics over the leading axis of `parts`; one part is not scanned."""
-    count = jax.tree.leaves(parts)[0].shape[0]
-    if count == 1:
-        return gradient(*arguments(jax.tree.map(lambda x: x[0], parts)))
-    shapes = jax.eval_shape(lambda part: gradient(*arguments(part)), jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+def accumulate(
+    loss: Callable[[Params, Any], tuple[Array, Metrics]], params: Params, parts: Any, shardings: Any = None
+) -> tuple[Params, Metrics]:
+    """Gradients of `loss(params, part)` and metrics, both added over the leading axis of `parts`.
 
-    def body(sums: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, gradient(*arguments(part))), None
+    The backward pass adds to one set of sums, layer by layer as it goes. Added afterwards, a part's own gradients would
+    all be there beside the sums: 15 GiB more on each of two devices for an 8B student. One part is not scanned.
 
-    return jax.lax.scan(body, zeros, parts)[0]
+    Args:
+      shardings: where the sums lie: with the params. Left to choose, the compiler may keep them whole.
+    """
+    one = jax.tree.map(lambda x: x[0], parts)
+    if jax.tree.leaves(parts)[0].shape[0] == 1:
+        return jax.grad(loss, has_aux=True)(params, one)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    if shardings is not None:
+        zeros = jax.lax.with_sharding_constraint(zeros, shardings)
+    sums = jax.tree.map(jax.new_ref, zeros)
+
+    def body(metrics: Metrics, part: Any) -> tuple[Metrics, None]:
+        value, backward, new = jax.vjp(lambda params: loss(params, part), params, has_aux=True)
+        backward.with_refs(sums)(jnp.ones_like(value))  # type: ignore[attr-defined]  # its type is narrower
+        return jax.tree.map(jnp.add, metrics, new), None
+
+    shapes = jax.eval_shape(lambda part: loss(params, part)[1], one)
+    metrics, _ = jax.lax.scan(body, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), parts)
+    return jax.tree.map(jax.freeze, sums), metrics
 
 
-def split_rows(batch: Batch, parts: int, mesh: Mesh | None = None) -> Batch:
-    """[B, ...] -> [parts, B / parts, ...]. Part p takes rows p, p + parts, ..: every device keeps its own rows."""
+def split_rows(batch: Any, parts: int, mesh: Mesh | None = None) -> Any:
+    """Each array, [B, ...] -> [parts, B / parts, ...]. Part p has rows p, p + parts, ..: rows stay on their devices."""
 
     def split(x: Array) -> Array:
         x = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)

@@ -1,0 +1,13 @@
+"""Runs the teacher once over a recipe's chains and keeps its outputs. Run it again to continue.
+
+python launch/cache_teacher.py --config=configs/rtd_tiny.py --config.teacher.cache=runs/cache
+python launch/train.py --config=configs/rtd_tiny.py --config.teacher.cache=runs/cache    # never loads the teacher
+"""
+
+import entry
+
+from rtd_jax.training.caching import cache_teacher
+from rtd_jax.training.recipe import Recipe
+
+if __name__ == "__main__":
+    entry.run(Recipe, cache_teacher)

@@ -1,0 +1,285 @@
+"""The teacher's outputs on disk: one record a chain, found by the chain's content, read in any order.
+
+    <folder>/manifest.json            what the cache is: teacher, tokenizer, layer, k, temperature, storage
+    <folder>/shard-00000.array_record records, ArrayRecord; <folder>/shard-00000.json their keys and checksums
+
+A record's key is the SHA-256 of the chain's ids, boundaries and loss weights, so neither batch size, packing nor mesh
+can matter, and a chain that another text, template, tokenizer or segmenter gave is simply not there. A record holds
+predictions for the tokens whose loss counts, and the states at all boundaries. Compact storage: ids ascending, as
+differences in byte planes, which zstd's entropy coding brings to about 12 bits each; log-probabilities in 8 bits,
+finer where they are near 0; the bucket's two masses as float16 log-odds; states in int8 with a scale for each vector.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from safetensors.numpy import load, save
+
+from rtd_jax.common.files import read_json, replacing, write_json
+from rtd_jax.common.types import Array, Batch, TeacherOutputs, TopK
+
+FORMAT = 1
+_SQRT_STEP = np.float32(np.sqrt(32.0) / 255)  # nats^(1/2) between codes of a log-probability; below -32 nats it is -32
+_CODEC = pa.Codec("zstd", 9)
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What a teacher cache holds of every token and step, and how finely; read when `teacher.cache` is set."""
+
+    top_k: int = 64  # most probable tokens kept; the mass of all others is kept as one number
+    predictions: Literal["compact", "float32"] = "compact"  # storage of log-probabilities: 8 bits, or all digits
+    states: Literal["int8", "bfloat16", "float32"] = "int8"  # storage of boundary states; int8 has a scale per vector
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ValueError(f"cache.top_k is {self.top_k}; it must be at least 1, usually 64")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that decides a cache's contents beside the chains. Two caches of one identity are interchangeable."""
+
+    teacher: str  # fingerprint of the weights
+    teacher_dtypes: str  # of weights and arithmetic
+    tokenizer: str  # fingerprint
+    vocab_size: int
+    width: int  # of the teacher's states
+    hidden_layer: int  # whose states are kept, counted as `LlamaModel.layer_index` does
+    temperature: float  # of the soft loss; the bucket's mass is kept at 1 and at this
+    top_k: int
+    predictions: str
+    states: str
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def chain_key(tokens_L: Array, boundaries_K: Array, loss_weights_L: Array) -> str:
+    """SHA-256 of a chain as the model sees it. The first token's weight does not count: nothing predicts it."""
+    digest = hashlib.sha256()
+    weights = np.asarray(loss_weights_L, np.float32).copy()
+    weights[:1] = 0.0
+    for array in (np.asarray(tokens_L, np.int32), np.asarray(boundaries_K, np.int32), weights):
+        digest.update(len(array).to_bytes(8, "little") + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def encode_record(top: TopK, states_KD: np.ndarray, settings: CacheSettings | Identity) -> bytes:
+    """One chain as bytes: `top` of the predicted tokens [P, M] and [P], states at its boundaries [K, D]."""
+    order = np.argsort(top.ids_BLM, axis=-1)
+    ids_PM = np.take_along_axis(np.asarray(top.ids_BLM, np.int32), order, axis=-1)
+    log_probs_PM = np.take_along_axis(np.asarray(top.log_probs_BLM, np.float32), order, axis=-1)
+    gaps_PM = np.diff(ids_PM, axis=-1, prepend=0)
+    arrays: dict[str, np.ndarray] = {f"gaps{i}": (gaps_PM >> 8 * i).astype(np.uint8) for i in range(4)}
+    tails_P2 = np.stack([top.tail_BL, top.soft_tail_BL], axis=-1).astype(np.float32)
+    if settings.predictions == "float32":
+        arrays |= {"log_probs": log_probs_PM, "tails": tails_P2}
+    else:
+        codes = np.rint(np.sqrt(np.maximum(-log_probs_PM, 0.0)) / _SQRT_STEP)
+        with np.errstate(divide="ignore"):
+            odds = np.log(tails_P2) - np.log1p(-np.minimum(tails_P2, 1 - 2**-20))
+        arrays |= {"log_probs": np.minimum(codes, 255).astype(np.uint8), "tails": odds.astype(np.float16)}
+    states_KD = np.asarray(states_KD, np.float32)
+    if settings.states == "int8":
+        scales_K1 = np.maximum(np.max(np.abs(states_KD), axis=-1, keepdims=True), 1e-30) / 127
+        arrays |= {"states": np.rint(states_KD / scales_K1).astype(np.int8), "scales": scales_K1.astype(np.float32)}
+    else:
+        dtype = np.float32 if settings.states == "float32" else jnp.bfloat16
+        arrays["states"] = states_KD.astype(dtype)
+    planes = {
+        name: np.frombuffer(_CODEC.compress(np.ascontiguousarray(x).tobytes(), asbytes=True), np.uint8)
+        for name, x in arrays.items()
+        if x.size and (not name.startswith("gaps") or x.any())
+    }
+    return save(planes, {"p": str(len(ids_PM)), "k": str(len(states_KD))})
+
+
+def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
+    """What `encode_record` was given, up to its rounding; entries by ascending id, states float32 [K, D]."""
+    header = json.loads(record[8 : 8 + int.from_bytes(record[:8], "little")])["__metadata__"]
+    predicted, boundaries = int(header["p"]), int(header["k"])
+    planes = load(record)
+
+    def plane(name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if name not in planes:
+            return np.zeros(shape, dtype)
+        return np.frombuffer(_CODEC.decompress(planes[name].tobytes(), size, asbytes=True), dtype).reshape(shape)
+
+    entries = (predicted, identity.top_k)
+    gaps_PM = sum(plane(f"gaps{i}", np.uint8, entries).astype(np.int32) << 8 * i for i in range(4))
+    if identity.predictions == "float32":
+        log_probs_PM, tails_P2 = plane("log_probs", np.float32, entries), plane("tails", np.float32, (predicted, 2))
+    else:
+        log_probs_PM = -np.square(plane("log_probs", np.uint8, entries) * _SQRT_STEP)
+        odds = plane("tails", np.float16, (predicted, 2)).astype(np.float32)
+        tails_P2 = 1 / (1 + np.exp(-odds))
+    shape = (boundaries, identity.width)
+    if identity.states == "int8":
+        states_KD = plane("states", np.int8, shape) * plane("scales", np.float32, (boundaries, 1))
+    else:
+        dtype = np.float32 if identity.states == "float32" else jnp.bfloat16
+        states_KD = plane("states", dtype, shape).astype(np.float32)
+    return TopK(np.cumsum(gaps_PM, axis=-1, dtype=np.int32), log_probs_PM, tails_P2[:, 0], tails_P2[:, 1]), states_KD
+
+
+class CacheWriter:
+    """Adds records to a folder, a shard at a time; a shard counts once its list of keys is written.
+
+    Raises ValueError where the folder holds a cache of another identity, naming what differs.
+    """
+
+    def __init__(self, folder: Path, identity: Identity) -> None:
+        self._folder, self._identity = folder, identity
+        if (folder / "manifest.json").exists():
+            check_identity(folder, identity)
+        else:
+            write_json(folder / "manifest.json", {"format": FORMAT, "identity": asdict(identity)})
+        self.keys = set(_index(folder))  # of what is there already
+
+    def write(self, records: Sequence[tuple[str, bytes]]) -> None:
+        """One shard of (key, record), named by what it holds, so that a repeated write replaces its like."""
+        name = "shard-" + hashlib.sha256("".join(key for key, _ in records).encode()).hexdigest()[:16]
+        with replacing(self._folder / f"{name}.array_record") as temporary:
+            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+            for _, record in records:
+                writer.write(record)
+            writer.close()
+        size = (self._folder / f"{name}.array_record").stat().st_size
+        keys, checksums = [key for key, _ in records], [zlib.crc32(record) for _, record in records]
+        write_json(self._folder / f"{name}.json", {"bytes": size, "keys": keys, "crc32": checksums})
+        self.keys.update(keys)
+
+
+class TeacherCache:
+    """A cache opened for reading, records in any order.
+
+    Raises ValueError where it is not a cache, belongs to another teacher, tokenizer or setting, or a file is damaged.
+    """
+
+    def __init__(self, folder: Path, identity: Identity) -> None:
+        check_identity(folder, identity)
+        self._folder, self._identity = folder, identity
+        self._places = _index(folder)
+        self._readers: dict[str, ArrayRecordReader] = {}
+        if not self._places:
+            raise ValueError(f"{folder} is a teacher cache without records; run launch/cache_teacher.py again")
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the identity: two runs that read equal fingerprints and chains read equal outputs."""
+        return self._identity.digest()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def read(self, key: str) -> tuple[TopK, np.ndarray]:
+        """Predictions of the predicted tokens [P, M], and states [K, D], of the chain with this key.
+
+        Raises:
+          ValueError: there is no such chain, or its record is damaged.
+        """
+        if key not in self._places:
+            raise ValueError(
+                f"{self._folder} has no chain {key[:12]}: text, template, segmentation or curriculum settings are not "
+                "those it was written for; run launch/cache_teacher.py with this recipe to add what is missing"
+            )
+        name, row, checksum = self._places[key]
+        path = self._folder / f"{name}.array_record"
+        try:
+            record = self._record(name, row)
+            if zlib.crc32(record) != checksum:
+                raise RuntimeError("checksum differs")
+        except Exception as error:  # the reader raises many kinds; each of them means a damaged file
+            raise ValueError(
+                f"{path}: record {row} is damaged ({str(error).splitlines()[0][:200]}); delete {name}.* and run "
+                "launch/cache_teacher.py again, which writes what is missing"
+            ) from error
+        return decode_record(record, self._identity)
+
+    def size(self, key: str) -> int:
+        """Bytes of a chain's record."""
+        name, row, _ = self._places[key]
+        return len(self._record(name, row))
+
+    def _record(self, name: str, row: int) -> bytes:
+        if name not in self._readers:
+            path = self._folder / f"{name}.array_record"
+            self._readers[name] = ArrayRecordReader(str(path), "readahead_buffer_size:0")
+        (record,) = self._readers[name].read([row])
+        return record
+
+    def outputs(self, batch: Batch, *, states_only: bool = False, dtype: str = "float32") -> TeacherOutputs:
+        """The teacher's outputs on a batch, packed as its chains are; zeros where nothing is predicted."""
+        rows, length = batch.tokens_BL.shape
+        shape = (rows, length, self._identity.top_k)
+        states = np.zeros(
+            (*batch.boundary_mask_BCK.shape, self._identity.width), jnp.bfloat16 if dtype == "bfloat16" else dtype
+        )
+        top = TopK(np.zeros(shape, np.int32), np.zeros(shape, np.float32), *np.zeros((2, rows, length), np.float32))
+        for row, slot in zip(*np.nonzero(np.any(batch.boundary_mask_BCK, axis=-1)), strict=True):
+            columns = np.flatnonzero(batch.chain_ids_BL[row] == slot + 1)
+            weights = batch.loss_weights_BL[row, columns]
+            mask = batch.boundary_mask_BCK[row, slot]
+            boundaries = batch.boundary_positions_BCK[row, slot, mask] - columns[0]
+            of_chain, of_boundaries = self.read(chain_key(batch.tokens_BL[row, columns], boundaries, weights))
+            states[row, slot, mask] = of_boundaries
+            predicting = columns[predicting_positions(weights)]
+            if not states_only:
+                for array, values in zip(top, of_chain, strict=True):
+                    array[row, predicting] = values
+        return TeacherOutputs(None, states, top_k=None if states_only else top)
+
+
+def predicting_positions(loss_weights_L: Array) -> np.ndarray:
+    """Positions in a chain from which a token that counts is predicted: one before each token of positive weight."""
+    weights = np.asarray(loss_weights_L)
+    return np.flatnonzero(weights[1:] > 0)
+
+
+def check_identity(folder: Path, identity: Identity) -> None:
+    """Raises ValueError when the folder holds no cache, or one of another identity, naming what differs."""
+    if not (folder / "manifest.json").is_file():
+        raise ValueError(
+            f"{folder} is not a teacher cache (no manifest.json); write one with "
+            "`python launch/cache_teacher.py --config=<this recipe> --config.teacher.cache=<folder>`"
+        )
+    manifest = read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{folder}/manifest.json is not of format {FORMAT}, which this version reads")
+    before, now = manifest.get("identity", {}), asdict(identity)
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        name = changed[0]
+        more = f" (and {', '.join(changed[1:])})" if len(changed) > 1 else ""
+        raise ValueError(
+            f"the teacher cache {folder} was written with another {name}: {before.get(name)!r}, this run has "
+            f"{now[name]!r}{more}; use the settings it was written with, or write another with launch/cache_teacher.py"
+        )
+
+
+def _index(folder: Path) -> dict[str, tuple[str, int, int]]:
+    """Key -> (shard, row, checksum). Raises ValueError for a shard that is missing or has another size."""
+    places: dict[str, tuple[str, int, int]] = {}
+    for path in sorted(folder.glob("shard-*.json")):
+        listed, shard = read_json(path), path.with_suffix(".array_record")
+        size = shard.stat().st_size if shard.is_file() else -1
+        if size != listed["bytes"]:
+            seen = f"has {size} bytes" if size >= 0 else "is missing"
+            raise ValueError(
+                f"{shard} {seen}, {path.name} says {listed['bytes']}; delete {path.stem}.* and run "
+                "launch/cache_teacher.py again, which writes what is missing"
+            )
+        for row, (key, checksum) in enumerate(zip(listed["keys"], listed["crc32"], strict=True)):
+            places.setdefault(key, (path.stem, row, checksum))
+    return places

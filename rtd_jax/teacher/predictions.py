@@ -1,0 +1,61 @@
+"""A teacher's predictions as a cache keeps them: the k most probable tokens, and one bucket for all others."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rtd_jax.common.types import Array, TopK
+
+
+def top_k_predictions(
+    hidden_BLD: Array,
+    head_DV: Array,
+    *,
+    k: int,
+    temperature: float,
+    vocab_size: int,
+    chunk_length: int = 32,
+) -> TopK:
+    """Of the predictions made at each token, in float32; traceable.
+
+    Args:
+      hidden_BLD: states that the head reads.
+      head_DV: LM head; products accumulate in float32.
+      k: tokens kept.
+      temperature: of the soft loss, at which the bucket's mass is computed beside that at 1.
+      vocab_size: real vocabulary entries; the rest of V is padding and is never among the k nor in the bucket.
+      chunk_length: positions of each row whose logits exist at one time.
+
+    Raises:
+      ValueError: there are not k tokens to keep.
+    """
+    chex.assert_rank([hidden_BLD, head_DV], [3, 2])
+    if not 1 <= k <= vocab_size:
+        raise ValueError(f"k is {k}; it must be at least 1 and at most the vocabulary's {vocab_size} tokens")
+    rows, length, _ = hidden_BLD.shape
+    chunk_length = min(chunk_length, length)
+    hidden = jnp.pad(hidden_BLD, ((0, 0), (0, -length % chunk_length), (0, 0)))
+    hidden = jnp.moveaxis(hidden.reshape(rows, -1, chunk_length, hidden.shape[-1]), 1, 0)
+    head = head_DV.astype(hidden.dtype)
+
+    def of_chunk(hidden_BLD: Array) -> TopK:
+        logits = jnp.einsum("bld,dv->blv", hidden_BLD, head, preferred_element_type=jnp.float32)
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+        logits -= jnp.max(logits, axis=-1, keepdims=True)
+        values, ids = jax.lax.top_k(logits, k)
+        log_probs = values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        return TopK(ids, log_probs, *(_beyond(logits, values, T) for T in (1.0, temperature)))
+
+    chunks = jax.lax.map(of_chunk, hidden)
+    whole = (jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length] for x in chunks)
+    return TopK(*whole)
+
+
+def _beyond(logits: Array, kept: Array, temperature: float) -> Array:
+    """Mass of the tokens that are not kept, summed over them: 1 - the rest would leave noise where nothing is left."""
+    last = kept[..., -1:]
+    weights = jnp.exp(logits / temperature)
+    # Of tokens as probable as the last one kept, some may be kept and some not.
+    equals = jnp.sum(logits >= last, axis=-1) - kept.shape[-1]
+    others = jnp.sum(jnp.where(logits < last, weights, 0.0), axis=-1) + equals * jnp.exp(last[..., 0] / temperature)
+    return others / jnp.sum(weights, axis=-1)
