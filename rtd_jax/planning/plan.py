@@ -77,12 +77,14 @@ def plan(recipe: Recipe, target: Target, note: Callable[[str], None]) -> Plans:
     mesh = make_mesh(recipe.mesh, target.devices)
     abstract = abstract_step(recipe, mesh)
     settings = recipe.step(abstract.student.config.layers, abstract.teacher_config.layers)
+    # Validation takes a micro-batch's rows at once.
+    few = abstract_step(dataclasses.replace(recipe, batch_size=recipe.rows_at_once, micro_batches=1), mesh)
     decoder = "student" if abstract.teacher is None else "teacher"
     programs: dict[str, tuple[Any, tuple, dict]] = {
         "update": _update(recipe, abstract),
         "validation": (
             make_coherence_eval(abstract.student, abstract.teacher, settings),
-            (abstract.state.params, abstract.source, abstract.batch),
+            (abstract.state.params, few.source if abstract.teacher is None else abstract.source, few.batch),
             {},
         ),
         f"decoding ({decoder})": _decoding(recipe, abstract),
