@@ -3,6 +3,7 @@
 import logging as python_logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +26,6 @@ PROCESSES = flags.DEFINE_integer("processes", None, "With --coordinator: how man
 PROCESS = flags.DEFINE_integer("process", None, "With --coordinator: which of them this is, from 0.")
 
 T = TypeVar("T")
-
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, e.g. configs/rtd_tiny.py.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config>.")
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
@@ -52,7 +52,10 @@ def run(settings: type[T], main: Callable[[T, Path], object]) -> None:
         except (ValueError, OSError) as error:
             if DEBUG.value:
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            # What is taken down after a failed save complains once more; the reason stays the last line.
+            sys.unraisablehook = lambda _: None
+            threading.excepthook = lambda _: None
             sys.exit(2)
 
     app.run(parse, flags_parser=_parse_flags)
@@ -94,5 +97,4 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def _workdir() -> Path:
     if WORKDIR.value:
         return Path(WORKDIR.value).expanduser()
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
-    return Path("runs") / name
+    return Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
