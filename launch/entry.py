@@ -3,10 +3,9 @@
 import logging as python_logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 # From a clone that was not installed, `python launch/train.py` finds the package beside this folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,7 +16,6 @@ from ml_collections import config_flags
 
 from rtd_jax.settings import build
 
-# Several processes, each with its own devices, that run one recipe together. Start the same command on every host.
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes; JAX finds the cluster (SLURM, TPU pods, Open MPI, Kubernetes)."
 )
@@ -52,13 +50,17 @@ def run(settings: type[T], main: Callable[[T, Path], object]) -> None:
         except (ValueError, OSError) as error:
             if DEBUG.value:
                 raise
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            # What is taken down after a failed save complains once more; the reason stays the last line.
-            sys.unraisablehook = lambda _: None
-            threading.excepthook = lambda _: None
-            sys.exit(2)
+            _refuse(str(error))
 
     app.run(parse, flags_parser=_parse_flags)
+
+
+def _refuse(reason: str) -> NoReturn:
+    """Exits with the reason on a line of its own, the last one: threads of a failed save complain on."""
+    with os.fdopen(os.dup(2), "w") as stderr, open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        stderr.write(f"\nerror: {reason}\n")
+    sys.exit(2)
 
 
 def _join_cluster() -> None:
@@ -68,7 +70,7 @@ def _join_cluster() -> None:
       ValueError: flags that do not fit together, or a cluster that cannot be joined.
     """
     given = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    if any(value is not None for value in given) and None in given:
+    if None in given and any(value is not None for value in given):
         raise ValueError("--coordinator=host:port, --processes and --process are given together or not at all")
     if not DISTRIBUTED.value and COORDINATOR.value is None:
         return
@@ -90,11 +92,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except (KeyError, AttributeError, TypeError) as error:
         # ml_collections puts "Did you mean .." behind the key; str() of a KeyError quotes it all, line break included.
         reason = str(error).replace("\\n", ". ").replace("\\'", "").strip("'")
-        print(f"error: a --config override names what the config does not have: {reason}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(f"a --config override names what the config does not have: {reason}")
 
 
 def _workdir() -> Path:
-    if WORKDIR.value:
-        return Path(WORKDIR.value).expanduser()
-    return Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
+    config = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0])
+    return Path(WORKDIR.value or f"runs/{config.stem}").expanduser()
