@@ -130,14 +130,14 @@ def test_gsm8k_patterns_read_as_the_harness_reads():
     ],
 )
 def test_answers_match_by_kind(answer, text, strict, flexible):
-    assert answer_matches(problem(answer), text) == (strict, flexible)
+    assert answer_matches(problem(answer), text)[:2] == (strict, flexible)
 
 
 def test_a_chain_without_an_answer_answers_with_its_last_result():
     trace = Trace("question", ("2+2=4", "4*3=12"), "", "")
-    assert answer_matches(trace, "2+2=4\n4*3 is 12.") == (True, True)
-    assert answer_matches(trace, "2+2=4\n4*3=11") == (False, False)
-    assert answer_matches(trace, "") == (False, False)
+    assert answer_matches(trace, "2+2=4\n4*3 is 12.")[:2] == (True, True)
+    assert answer_matches(trace, "2+2=4\n4*3=11")[:2] == (False, False)
+    assert answer_matches(trace, "")[:2] == (False, False)
 
 
 def test_boxed_keeps_nested_braces():
