@@ -111,7 +111,7 @@ def test_independent_errors_compound():
 
 
 def test_standard_error_of_step_accuracy_to_the_depth():
-    # a = 3/4 of steps, a^2 = 9/16. stderr of a by chains: residual sums +-1/2, sqrt(2 (1/4 + 1/4)) / 4 = 1/4. Times 2 a.
+    # a = 3/4 of steps, a^2 = 9/16. stderr of a, by chains: residual sums are 1/2 and -1/2, over 4: 1/4. Times 2 a.
     found = independent_chain_accuracy([[1, 1], [1, 0]], [2, 2])
     assert found["2"] == {"mean": 9 / 16, "stderr": pytest.approx(2 * 3 / 4 * 1 / 4), "n": 2}
     # Two samples of one problem that make up for each other leave nothing to vary between problems.

@@ -102,8 +102,9 @@ def choice_log_likelihoods(
 ) -> list[list[float]]:
     """Log-probability (nats) of each continuation after its prompt, summed over the continuation's tokens.
 
-    Prompt and continuation are tokenised as one text and cut where the prompt's own tokens end; white space at the end
-    of the prompt counts as the continuation's. Both as the harness does it.
+    As the harness does it: white space at the end of the prompt counts as the continuation's; both are tokenised as one
+    text, and its tokens beyond as many as the prompt alone has are scored after the tokens of the prompt alone. (That
+    differs from the one text where a token would join the prompt's end with what follows.)
 
     Args:
       pairs: a prompt, with its special tokens as text, and its continuations.
@@ -118,23 +119,26 @@ def choice_log_likelihoods(
     def encode(texts: list[str]) -> list[list[int]]:
         return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
 
-    starts = [len(ids) for ids in encode(contexts)]
-    encoded = encode(wholes)
+    starts = encode(contexts)
+    ends = iter(encode(wholes))
+    chains: list[list[int]] = []
+    for start, (prompt, continuations) in zip(starts, pairs, strict=True):
+        for continuation in continuations:
+            end = next(ends)[len(start) :]
+            if not end:
+                raise ValueError(f"{continuation!r} adds no token to the prompt {prompt[-60:]!r}; leave it out")
+            chains.append(start + end)
     scores = score_chains(
         model,
         params,
-        encoded,
+        chains,
         vocab_size=len(tokenizer),
         batch_size=batch_size,
         batch_sharding=batch_sharding,
         progress=progress,
     )
-    found: list[list[float]] = []
-    of_text = iter(zip(wholes, encoded, scores, strict=True))
-    for start, (_, continuations) in zip(starts, pairs, strict=True):
-        found.append([])
-        for _, (whole, ids, score) in zip(continuations, of_text, strict=False):
-            if len(ids) <= start:
-                raise ValueError(f"the text {whole[-60:]!r} has no token of its own after its prompt; leave it out")
-            found[-1].append(float(np.sum(np.asarray(score.log_probs, np.float64)[start:])))
-    return found
+    of_chain = iter(scores)
+    return [
+        [float(np.sum(np.asarray(next(of_chain).log_probs, np.float64)[len(start) :])) for _ in continuations]
+        for start, (_, continuations) in zip(starts, pairs, strict=True)
+    ]
