@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -206,6 +207,14 @@ def test_every_flag_says_what_it_is():
         assert list(comments) == [field.name for field in dataclasses.fields(settings)]
         assert all(len(comment) > 5 for comment in comments.values())
     assert flag_entry.field_comments(EvaluateSettings)["levels"] == "of MATH, 1 to 5"
+
+
+@pytest.mark.slow
+def test_a_list_of_levels_is_made_of_numbers():
+    command = [sys.executable, "launch/evaluate.py", "--model=nowhere", "--levels=3,x"]
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1] == "error: --levels is ['3', 'x']; expected whole numbers with commas between"
 
 
 def test_texts_made_elsewhere_and_bad_rows(tmp_path):
