@@ -139,17 +139,21 @@ def _prompts_are_the_harness_own(data, model_dir, shots, chat, count):
     def chat_template(messages, add_generation_prompt=True):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
-    for i, (trace, text) in enumerate(zip(problems.items, problems.texts, strict=True)):
+    for i, (trace, text, turns) in enumerate(zip(problems.items, problems.texts, problems.turns, strict=True)):
         theirs = task.fewshot_context(
             task.eval_docs[i],
             num_fewshot=shots,
             apply_chat_template=chat,
+            fewshot_as_multiturn=chat,  # its default with a chat template
             chat_template=chat_template if chat else None,
         )
         # Its tokenizer puts the <bos> in front; ours has special tokens in the text.
-        assert render(tokenizer, trace.prompt, trace.completion, text).prompt == ("" if chat else "<bos>") + theirs
+        assert (
+            render(tokenizer, trace.prompt, trace.completion, text, turns).prompt == ("" if chat else "<bos>") + theirs
+        )
     assert problems.protocol["few_shot"] == shots
-    assert len({text.context for text in problems.texts}) == (count if shots else 1)  # drawn anew for each
+    examples = {(text.context, tuple(turns)) for text, turns in zip(problems.texts, problems.turns, strict=True)}
+    assert len(examples) == (count if shots else 1)  # drawn anew for each
 
 
 def test_math_verdicts_are_those_of_minerva_math(tmp_path):

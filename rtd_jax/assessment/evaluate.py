@@ -128,8 +128,8 @@ def _solve(
     """Problems that are solved in steps: decoded freely, and their reference chains read."""
     traces = [item for item in problems.items if isinstance(item, Trace)]
     rendered = {
-        trace.source: render(loaded.tokenizer, trace.prompt, trace.completion, text)
-        for trace, text in zip(traces, problems.texts, strict=True)
+        trace.source: render(loaded.tokenizer, trace.prompt, trace.completion, text, turns)
+        for trace, text, turns in zip(traces, problems.texts, problems.turns, strict=True)
     }
     ways = row_ways(loaded.mesh)
     report, records = evaluate_model(
@@ -160,8 +160,8 @@ def _choose(
     """Questions with choices: the log-likelihood of each choice's text."""
     questions = [item for item in problems.items if isinstance(item, ChoiceQuestion)]
     pairs = []
-    for question, text in zip(questions, problems.texts, strict=True):
-        prompt = render(loaded.tokenizer, question_of(question), "", text).prompt
+    for question, text, turns in zip(questions, problems.texts, problems.turns, strict=True):
+        prompt = render(loaded.tokenizer, question_of(question), "", text, turns).prompt
         between = " " if text.kind == "plain" else ""  # a chat's turn begins without a space
         pairs.append((prompt, [between + choice for choice in question.choices]))
     found = choice_log_likelihoods(

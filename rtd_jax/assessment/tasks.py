@@ -32,6 +32,7 @@ SYNTHETIC_PROBLEMS = 600  # where no limit is given; also as many to draw exampl
 EXAMPLES_SEED = 1234  # the harness' default
 
 Item = Trace | ChoiceQuestion
+Turns = Sequence[tuple[str, str]]  # (question as asked, answer)
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,14 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Problems:
-    """What is asked, the text form of each problem with its solved examples in it, and how it came about."""
+    """What is asked, in which form, with which solved examples before each problem, and how it all came about.
+
+    Of a chat the examples are `turns`; of plain text they are in the problem's `TextFormat`.
+    """
 
     items: Sequence[Item]
     texts: Sequence[TextFormat]
+    turns: Sequence[Turns]
     shots: int
     protocol: Mapping[str, Any]
 
@@ -113,7 +118,7 @@ def load_problems(
       data_root: folder with `<name>/<split>.jsonl` and so on; "" is the hub.
       limit: problems, from the beginning (of MATH in seven files: of each subject in turn); 0 takes all.
       few_shot: solved examples before each problem; -1 takes the task's usual number.
-      chat: ask through the tokenizer's chat template; examples and problem are one user message.
+      chat: ask through the tokenizer's chat template; each example is a turn of its own.
       levels: of MATH; () takes all.
       seed: of the drawing of examples.
       revision: hub commit, tag or branch; "" takes the one in `TASKS`.
@@ -142,9 +147,10 @@ def load_problems(
         # A limit cuts the subjects alike, not the last ones away.
         in_turn = itertools.chain.from_iterable(itertools.zip_longest(*read)) if limit else itertools.chain(*read)
         items = [item for item in in_turn if item is not None][: limit or None]
-    contexts, pool = [""] * len(items), 0
+    turns: list[Turns] = [()] * len(items)
+    pool = 0
     if shots:
-        contexts, pool = _contexts(task, sources, items, text, shots, seed, parse)
+        turns, pool = _examples(task, sources, items, text, shots, seed, parse)
     drawn = f"drawn for each problem from {task.examples} ({pool} rows) by random.Random({seed}).sample, in order"
     asked = "".join(repr(dataclasses.replace(item, source="")) for item in items)
     protocol = {
@@ -160,8 +166,11 @@ def load_problems(
         "examples": drawn if shots else None,
         "stop_texts": list(task.stops),
     }
+    if text.kind == "chat":
+        return Problems(items, [text] * len(items), turns, shots, protocol)
+    contexts = ["".join(f"{asked}{text.completion_prefix}{answer}\n\n" for asked, answer in of) for of in turns]
     texts = [dataclasses.replace(text, context=text.context + context) for context in contexts]
-    return Problems(items, texts, shots, protocol)
+    return Problems(items, texts, [()] * len(items), shots, protocol)
 
 
 def question_of(item: Item) -> str:
@@ -186,7 +195,7 @@ def _sources(name: str, data_root: str, revision: str) -> list[SourceSettings]:
     return [SourceSettings(task.schema, str(folder), subset=x) for x in ([""] if whole else task.subsets)]
 
 
-def _contexts(
+def _examples(
     task: Task,
     sources: Sequence[SourceSettings],
     items: Sequence[Item],
@@ -194,8 +203,8 @@ def _contexts(
     shots: int,
     seed: int,
     parse: Callable[..., Item] | None,
-) -> tuple[list[str], int]:
-    """The solved examples of each problem as text, and of how many rows they were drawn.
+) -> tuple[list[Turns], int]:
+    """The solved examples of each problem, and of how many rows they were drawn.
 
     As the harness' ContextSampler: one generator goes through the problems in order. Where examples come from the split
     of the problems, one more is drawn and the problem itself taken out.
@@ -209,24 +218,23 @@ def _contexts(
         raise ValueError(
             f"{len(pool)} rows of {task.examples} are too few to draw {shots} solved examples; lower few_shot"
         )
-    made: dict[int, tuple[Item, str]] = {}
+    made: dict[int, tuple[Item, tuple[str, str]]] = {}
 
-    def example(i: int) -> tuple[Item, str]:
+    def example(i: int) -> tuple[Item, tuple[str, str]]:
         if i not in made:
             place, row = (pool[i].source, {}) if parse is None else pool[i]
             item = pool[i] if parse is None else parse(row, place)
             # GSM8K's as published: four rows of its training split have white space that a Trace does not keep.
             answer = row["answer"] if task.schema == "gsm8k" else _completion(item)
-            joined = text.completion_prefix if text.kind == "plain" else " "
-            made[i] = item, f"{text.template.replace('{prompt}', question_of(item))}{joined}{answer}\n\n"
+            made[i] = item, (text.template.replace("{prompt}", question_of(item)), answer)
         return made[i]
 
     draw = random.Random(seed)
-    contexts = []
+    found: list[Turns] = []
     for item in items:
         examples = [example(i) for i in draw.sample(range(len(pool)), shots + same)]
-        contexts.append("".join([solved for other, solved in examples if other != item][:shots]))
-    return contexts, len(pool)
+        found.append([solved for other, solved in examples if other != item][:shots])
+    return found, len(pool)
 
 
 def _completion(item: Item) -> str:
