@@ -26,6 +26,14 @@ TEXTS = [
     "It is 1,234.5.\n####12",
     "12 < 13, so 5.",
     "#### $5",
+    # As SmolLM2-135M-Instruct wrote them on GSM8K.
+    " 20 x 3 = <<20*3=60>>60.\nTherefore, the total is 120 x 2 = <<120*2=240>>240.\n#### 240\n\n",
+    "The original price of the book is $1.50 - $1.50 = $1.\n#### 1.5\n\n",
+    "The total cost of the chicken meal is $1 - $1 = $1.\nThe total cost of the chicken meal is $",
+    "He will make 8000*$2.00 = $16000.  He will sell 16000*$2.00 = $52000.  He will make 52000*$2.00 = $10",
+    " 200 GB / 200 GB / 1000 MB / 1000 MB / ",
+    "He runs 1 / 3 = <<1/3=3/4>>3 meters.\nHe runs 1 / 4 = <<1/4=4/5>>4",
+    "",
 ]
 
 

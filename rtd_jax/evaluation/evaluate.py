@@ -155,7 +155,7 @@ def score_texts(
         ),
         gap_free=_gap(records, [record["steps_right"] for record in records], list(range(len(records)))),
         groups={
-            name: _by_group(accuracies, [str(record[name]) for record in records], problems)
+            name: _by_group(accuracies, [str(record.get(name) or "unknown") for record in records], problems)
             for name in ("subject", "level")
             if any(record.get(name) for record in records)
         },
