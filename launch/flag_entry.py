@@ -66,7 +66,7 @@ def values_of(settings: type) -> dict[str, Any]:
         value = flags.FLAGS[field.name].value
         if typing.get_origin(hints[field.name]) is tuple and typing.get_args(hints[field.name])[0] is int:
             try:
-                value = [int(item) for item in value]
+                value = [int(item) for item in value or ()]
             except ValueError as error:
                 raise ValueError(f"--{field.name} is {value!r}; expected whole numbers with commas between") from error
         values[field.name] = value
