@@ -163,3 +163,17 @@ def test_unreachable_hub_says_how_to_point_to_a_folder(monkeypatch):
 def test_settings_that_cannot_work(arguments, message):
     with pytest.raises(ValueError, match=message):
         SourceSettings(**arguments)
+
+
+def test_levels_of_math_are_kept(tmp_path):
+    rows = [
+        {"problem": f"p{i}", "level": f"Level {i}", "type": "Algebra", "solution": r"\boxed{1}"} for i in range(1, 6)
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = SourceSettings("math", str(tmp_path), "test", levels=(3, 5), limit=2)
+    assert [trace.prompt for trace in load_traces(settings)] == ["p3", "p5"]
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(ValueError, match=r"none of its 1 rows has a level among \(3, 5\)"):
+        load_traces(settings)
+    with pytest.raises(ValueError, match="math has the levels 1 to 5"):
+        SourceSettings("gsm8k", str(tmp_path), levels=(3,))

@@ -4,7 +4,16 @@ import json
 
 import pytest
 
-from rtd_jax.data.traces import Trace, boxed, from_arc, from_gsm8k, from_math, from_stepwise, from_strategyqa
+from rtd_jax.data.traces import (
+    Trace,
+    boxed,
+    choices_from_arc,
+    from_arc,
+    from_gsm8k,
+    from_math,
+    from_stepwise,
+    from_strategyqa,
+)
 
 GSM8K_ROW = {
     "question": " How many? ",
@@ -194,3 +203,21 @@ def test_stepwise_ends_before_the_first_wrong_step():
 def test_stepwise_bad_rows_are_named(change, message):
     with pytest.raises(ValueError, match=f"s.jsonl:9: .*{message}"):
         from_stepwise({"prompt": "p", "completions": ["a", "b"], **change}, "s.jsonl:9")
+
+
+def test_math_rows_have_a_subject_and_a_level():
+    row = {"problem": "p", "level": "Level 4", "type": "Geometry", "solution": r"It is $\boxed{1}$."}
+    trace = from_math(row)
+    assert (trace.subject, trace.level) == ("Geometry", 4)
+    assert from_math(row | {"level": "Level ?"}).level == 0  # two published rows have it
+    assert from_math({"problem": "p", "solution": r"\boxed{1}"}) == Trace("p", (r"\boxed{1}",), "1", "", "row")
+
+
+def test_choices_keep_the_row_s_order_and_text():
+    row = {"question": " Which? ", "choices": {"text": ["x", " y", "z"], "label": ["1", "2", "3"]}, "answerKey": "3"}
+    asked = choices_from_arc(row, "test.jsonl:7")
+    assert (asked.question, asked.choices, asked.answer) == (" Which? ", ("x", " y", "z"), 2)
+    with pytest.raises(ValueError, match=r"test.jsonl:7: answerKey 'D' is not among the labels"):
+        choices_from_arc(row | {"answerKey": "D"}, "test.jsonl:7")
+    with pytest.raises(ValueError, match="a choice is blank"):
+        choices_from_arc(row | {"choices": {"text": ["x", " ", "z"], "label": ["1", "2", "3"]}})

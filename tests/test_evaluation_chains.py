@@ -8,7 +8,8 @@ import pytest
 
 from rtd_jax.data.traces import Trace, from_gsm8k
 from rtd_jax.evaluation.chains import score_chain, split_solution
-from rtd_jax.evaluation.estimates import by_depth, depth_key, estimate
+from rtd_jax.evaluation.estimates import by_depth, depth_key, difference, estimate
+from rtd_jax.evaluation.perplexity import perplexity_estimate
 from rtd_jax.evaluation.steps import independent_chain_accuracy, scored_spans, steps_correct, tokens_in_spans
 
 TRACE = Trace("q", ("48/2 = <<48/2=24>>24 clips.", "48+24 = <<48+24=72>>72 in all."), "72", "#### 72")
@@ -102,12 +103,34 @@ def test_scored_tokens_are_those_that_cover_the_result():
 
 def test_independent_errors_compound():
     # The article's example: 92% of steps give 72% of four-step chains.
-    accuracy = by_depth([1] * 23 + [0] * 2, [4] * 25, open_from=4)
-    assert accuracy["4+"]["mean"] == 0.92
-    assert independent_chain_accuracy(accuracy, [4], 4) == {"4+": pytest.approx(0.7164, abs=1e-4)}
-    both = independent_chain_accuracy(accuracy, [4, 5], 4)
-    assert both["4+"] == pytest.approx((0.92**4 + 0.92**5) / 2)
-    assert independent_chain_accuracy(accuracy, [1], 4) == {}
+    found = independent_chain_accuracy([[1] * 23 + [0] * 2], [4], 4)
+    assert found == {"4+": {"mean": pytest.approx(0.7164, abs=1e-4), "stderr": None, "n": 1}}
+    both = independent_chain_accuracy([[1] * 12, [1] * 11 + [0] * 2], [4, 5], 4)
+    assert both["4+"]["mean"] == pytest.approx((0.92**4 + 0.92**5) / 2)
+    assert independent_chain_accuracy([[], [1]], [1, 2], 4).keys() == {"2"}  # the first has nothing to compare
+
+
+def test_standard_error_of_step_accuracy_to_the_depth():
+    # a = 3/4 of steps, a^2 = 9/16. stderr of a, by chains: residual sums are 1/2 and -1/2, over 4: 1/4. Times 2 a.
+    found = independent_chain_accuracy([[1, 1], [1, 0]], [2, 2])
+    assert found["2"] == {"mean": 9 / 16, "stderr": pytest.approx(2 * 3 / 4 * 1 / 4), "n": 2}
+    # Two samples of one problem that make up for each other leave nothing to vary between problems.
+    found = independent_chain_accuracy([[1, 1], [1, 0], [1, 0], [1, 1]], [2] * 4, clusters=[0, 0, 1, 1])
+    assert found["2"]["stderr"] == pytest.approx(0.0)
+
+
+def test_standard_error_of_perplexity():
+    # 6 nats over 4 tokens; residuals 2 - 1.5 * 2 = -1 and 4 - 1.5 * 2 = 1, over 4: sqrt(2 * (1/16 + 1/16)) = 1/2.
+    found = perplexity_estimate([2.0, 4.0], [2, 2])
+    assert found == {"mean": pytest.approx(np.exp(1.5)), "stderr": pytest.approx(np.exp(1.5) / 2), "n": 2}
+    assert perplexity_estimate([3.0, 6.0], [2, 4])["stderr"] == 0.0  # the same per token
+    assert perplexity_estimate([3.0], [2])["stderr"] is None
+
+
+def test_standard_error_of_a_gap_knows_that_steps_and_chains_go_together():
+    found = difference([1, 1], [0, 1], [1, 0], [0, 1])
+    assert found == {"mean": 0.5, "stderr": pytest.approx(0.5), "n": 2}
+    assert difference([1, 0], [0, 1], [1, 0], [0, 1]) == {"mean": 0.0, "stderr": 0.0, "n": 2}
 
 
 @pytest.mark.parametrize("keep_marks", [True, False])

@@ -161,7 +161,7 @@ def test_step_accuracy_looks_at_results_only(tokenizer, traces):
     assert report.step_accuracy["all"]["stderr"] == pytest.approx(np.sqrt(12 / 11 * np.sum(np.square(sums))) / 24)
     assert list(report.step_accuracy) == ["1", "2+", "all"]
     deep = report.step_accuracy["2+"]["mean"]
-    assert report.independent_chain_accuracy["2+"] == pytest.approx((deep**2 + deep**3) / 2)
+    assert report.independent_chain_accuracy["2+"]["mean"] == pytest.approx((deep**2 + deep**3) / 2)
 
 
 def test_random_model_runs_and_keeps_its_params(tokenizer, traces):
@@ -201,7 +201,7 @@ def test_texts_are_scored_without_a_model(traces):
     assert scores.answer_strict["all"]["mean"] == scores.exact_match_flexible["all"]["mean"] == 1.0
     # One wrong result in each second sample: of 2 * 2 results at depth 2, three are right.
     assert [scores.step_accuracy_free[key]["mean"] for key in ("1", "2", "3+")] == [0.5, 0.75, pytest.approx(5 / 6)]
-    assert scores.independent_chain_accuracy_free["2"] == pytest.approx(0.75**2)
+    assert scores.independent_chain_accuracy_free["2"] == {"mean": pytest.approx(0.75**2), "stderr": 0.0, "n": 8}
     assert scores.first_error == {"1": {"1": 4}, "2": {"2": 4}, "3+": {"3": 4}, "all": {"1": 4, "2": 4, "3": 4}}
     assert scores.first_error_position["3+"]["mean"] == 3.0
     again, _ = score_texts(traces, [[r["text"] for r in records if r["problem"] == i] for i in range(12)], open_from=3)
@@ -219,4 +219,4 @@ def test_stop_texts_end_a_generation_and_samples_are_grouped(tokenizer, traces):
     assert [record["text"] for record in records[::2]] == [trace.completion for trace in traces]
     assert [(record["problem"], record["sample"]) for record in records[:3]] == [(0, 0), (0, 1), (1, 0)]
     assert records[2]["teacher_forced"] == [True, True]
-    assert report.perplexity_by_depth["2"] == pytest.approx(1.0)
+    assert report.perplexity_by_depth["2"] == {"mean": pytest.approx(1.0), "stderr": pytest.approx(0.0), "n": 4}

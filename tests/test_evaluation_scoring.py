@@ -65,6 +65,23 @@ def test_packed_and_chunked_equals_dense(params, chains, dense, row_length, batc
         np.testing.assert_array_equal(score.chosen, chosen)
 
 
+def test_long_chains_have_rows_of_their_own_beside_others_of_their_length(params, chains, dense):
+    # 70 and 130 tokens do not fit into rows of 64: rows of 128 and 192, the rest packed as before.
+    long = [np.arange(70) % VOCAB, np.arange(130) % VOCAB, np.arange(69) % VOCAB]
+    mixed = [long[0], *chains, *long[1:]]
+    options = {"vocab_size": VOCAB, "batch_size": 2}
+    seen = []
+    scores = score_chains(MODEL, params, mixed, row_length=64, progress=lambda *done: seen.append(done), **options)
+    whole = score_chains(MODEL, params, mixed, row_length=192, **options)
+    for score, other in zip(scores, whole, strict=True):
+        np.testing.assert_allclose(score.log_probs, other.log_probs, atol=2e-5, rtol=2e-5)
+    for score, (log_probs, _) in zip(scores[1:-2], dense, strict=True):
+        np.testing.assert_allclose(score.log_probs, log_probs, atol=2e-5, rtol=0)
+    # Two rows of 64 are 128 tokens: one row of 192, then one of 128 at a time.
+    assert seen[:3] == [(1, len(mixed)), (2, len(mixed)), (3, len(mixed))]
+    assert seen[-1] == (len(mixed), len(mixed))
+
+
 def test_no_logits_of_a_whole_batch_exist(params):
     tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32)
     jaxpr = jax.make_jaxpr(lambda p, t: token_scores(MODEL, p, t, t, t, vocab_size=VOCAB, chunk_tokens=20))(

@@ -31,28 +31,28 @@ class DiagnoseSettings:
     """What is compared, and on which chains."""
 
     teacher: str  # Hugging Face folder, hub name, stage checkpoint, or a run's folder
-    student: str  # the same kinds; may be the teacher itself
+    student: str  # of the kinds of --teacher; may be the teacher itself
     data: str = "synthetic"  # folder or file or hub name of chains; "synthetic" generates problems
-    schema: Literal["gsm8k", "math", "strategyqa", "arc", "stepwise", "synthetic"] = "gsm8k"
-    split: str = "test"
+    schema: Literal["gsm8k", "math", "strategyqa", "arc", "stepwise", "synthetic"] = "gsm8k"  # of the rows of `data`
+    split: str = "test"  # of `data`
     subset: str = ""  # the hub's configuration name
     limit: int = 200  # chains; 0 takes all
     keep_marks: bool = False  # the <<48/2=24>> of gsm8k (synthetic problems always have them)
     out: str = "runs/diagnosis"  # folder for the report
-    teacher_dtype: Dtype = "float32"  # of weights in memory; int8 is weight-only
-    student_dtype: Dtype = "float32"
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    teacher_dtype: Dtype = "float32"  # of the teacher's weights in memory; int8 is weight-only
+    student_dtype: Dtype = "float32"  # of the student's weights in memory
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of products and hidden states
     teacher_layer: int = -1  # 0 embeddings, i output of layer i, -1 final normed state
-    student_layer: int = -1
+    student_layer: int = -1  # as --teacher_layer
     maps: Literal["auto", "saved", "fitted", "identity"] = "auto"  # f and g; auto: saved where they fit, else fitted
     chat: bool = False  # the tokenizer's chat template
     prompt_template: str = ""  # holds {prompt}; "" is the run's own, or the format's default
-    max_new_tokens: int = 256
+    max_new_tokens: int = 256  # most tokens decoded for a problem
     row_length: int = 1024  # tokens; longer chains are left out and counted
     batch_size: int = 32  # problems decoded at one time
     decode_teacher: bool = False  # also let the teacher solve the problems: do both fail the same ones?
     resamples: int = 200  # for intervals
-    seed: int = 0
+    seed: int = 0  # of intervals and of the halves that maps are fitted on
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "row_length", "batch_size"):

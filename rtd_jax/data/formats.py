@@ -5,7 +5,7 @@ text, or what the chat template writes after an assistant's message. Special tok
 is tokenised with `add_special_tokens=False`, so a beginning-of-sequence token cannot be doubled.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -60,8 +60,17 @@ class Rendered(NamedTuple):
         return self.prompt + self.completion + self.closing
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, text_format: TextFormat) -> Rendered:
-    """The whole text of a chain. Raises ValueError where the chat template is missing or cannot be continued."""
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    completion: str,
+    text_format: TextFormat,
+    turns: Sequence[tuple[str, str]] = (),
+) -> Rendered:
+    """The whole text of a chain. Raises ValueError where the chat template is missing or cannot be continued.
+
+    `turns` (chat only) are pairs of a user's and an assistant's message that go before: solved examples.
+    """
     if text_format.kind == "plain":
         prefix = text_format.completion_prefix
         eos = str(tokenizer.eos_token) if tokenizer.eos_token is not None else ""
@@ -71,9 +80,10 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, tex
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use format kind 'plain', "
             "or an instruct model's tokenizer"
         )
-    user = {"role": "user", "content": text_format.fill(prompt)}
-    opening = _apply(tokenizer, [user], add_generation_prompt=True)
-    whole = _apply(tokenizer, [user, {"role": "assistant", "content": _SENTINEL}], add_generation_prompt=False)
+    said = [text for turn in (*turns, (text_format.fill(prompt), _SENTINEL)) for text in turn]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    opening = _apply(tokenizer, messages[:-1], add_generation_prompt=True)
+    whole = _apply(tokenizer, messages, add_generation_prompt=False)
     before, found, closing = whole.rpartition(_SENTINEL)
     if not found or before != opening:
         raise ValueError(

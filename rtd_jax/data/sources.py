@@ -1,5 +1,6 @@
 """Traces from where they are: the generator, a local folder or file, or the Hugging Face hub."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,12 +32,15 @@ class SourceSettings:
     keep_marks: bool = True  # the <<48/2=24>> of gsm8k and synthetic
     reasoning_field: str = "reasoning"  # of arc
     depths: tuple[int, ...] = ()  # keep only chains of these depths; () keeps all (synthetic: 1 to 6)
+    levels: tuple[int, ...] = ()  # of math: keep only problems of these levels, 1 to 5; () keeps all
     seed: int = 0  # of synthetic
 
     def __post_init__(self) -> None:
         known = ("synthetic", *PARSERS)
         if self.schema not in known:
             raise ValueError(f"schema {self.schema!r} is unknown; use one of {', '.join(known)}")
+        if self.levels and (self.schema != "math" or not set(self.levels) <= {1, 2, 3, 4, 5}):
+            raise ValueError(f"levels are {self.levels} of schema {self.schema!r}; math has the levels 1 to 5")
         if self.limit < 0:
             raise ValueError(f"limit is {self.limit}; expected 0 (all) or more traces")
         if self.schema == "synthetic" and not self.limit:
@@ -67,15 +71,31 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
         trace = parse(row, place, **options)
         if settings.depths and trace.depth not in settings.depths:
             continue
+        if settings.levels and trace.level not in settings.levels:
+            continue
         traces.append(trace)
         if len(traces) == settings.limit:
             break
     if not traces:
         raise ValueError(
             f"{settings.location} ({settings.split}): none of its {count} rows "
-            + (f"has a depth among {settings.depths}" if count else "could be read: it is empty")
+            + (_unmet(settings) if count else "could be read: it is empty")
         )
     return traces
+
+
+def load_rows(settings: SourceSettings) -> list[tuple[str, Mapping[str, Any]]]:
+    """The first `limit` rows of a split as they are published, each with its place ("test.jsonl:17").
+
+    Raises ValueError as `load_traces` does, except that rows are not checked.
+    """
+    return list(itertools.islice(_rows(settings), settings.limit or None))
+
+
+def _unmet(settings: SourceSettings) -> str:
+    asked = [f"a depth among {settings.depths}"] if settings.depths else []
+    asked += [f"a level among {settings.levels}"] if settings.levels else []
+    return f"has {' and '.join(asked)}"
 
 
 def _rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -88,8 +108,9 @@ def _rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
         return
     if not _HUB_NAME.fullmatch(settings.location):
         raise ValueError(f"{settings.location}: no such folder or file, and not a hub name (name or owner/name)")
+    place = "/".join(filter(None, (settings.location, settings.subset, settings.split)))
     for index, row in enumerate(_read_hub(settings)):
-        yield f"{settings.location}/{settings.split}:{index + 1}", row
+        yield f"{place}:{index + 1}", row
 
 
 def _split_files(folder: Path, settings: SourceSettings) -> list[Path]:

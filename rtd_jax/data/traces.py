@@ -17,6 +17,7 @@ _GSM8K_ANSWER = re.compile(r"^####[ \t]*(\S.*?)[ \t]*$")
 # A sentence ends at . ! or ? before white space and something that can open one; `_closed` keeps formulas whole.
 _SENTENCE_END = re.compile(r"(?<=[.!?])[ \t]+(?=[A-Z$\\(])")
 _OPTION_LETTERS = "ABCDEFGHIJ"
+_LEVEL = re.compile(r"(?:Level )?([1-5])")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Trace:
     """A chain of thought cut into steps.
 
     `final` is the last line of the completion as text ("#### 72"); "" where the last step states the answer (MATH).
+    `subject` and `level` are MATH's ("Algebra", 1 to 5); "" and 0 where a row has none.
     """
 
     prompt: str
@@ -31,6 +33,8 @@ class Trace:
     answer: str
     final: str = ""
     source: str = ""
+    subject: str = ""
+    level: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -52,6 +56,16 @@ class Trace:
         return "\n".join((*self.steps, self.final) if self.final else self.steps)
 
 
+@dataclass(frozen=True)
+class ChoiceQuestion:
+    """A question with the texts of its choices, in the row's order, and the index of the right one."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    source: str = ""
+
+
 def from_gsm8k(row: Row, source: str = "row", *, keep_marks: bool = True) -> Trace:
     """`question`, `answer`: one step a line, `<<48/2=24>>` calculator marks, last line `#### 72`."""
     lines = [line.strip() for line in _text(row, "answer", source).splitlines() if line.strip()]
@@ -68,12 +82,20 @@ def from_gsm8k(row: Row, source: str = "row", *, keep_marks: bool = True) -> Tra
 def from_math(row: Row, source: str = "row") -> Trace:
     r"""`problem`, `level`, `type`, `solution` with the answer in its last `\boxed{}`.
 
+    Copies that say `subject` for `type`, and 4 for "Level 4", are read too; a level like MATH's own "Level ?" is 0.
     Steps are the sentences of the solution: it is cut at line ends and after . ! ? before white space and an opening
     character, but never inside `$...$`, `\[...\]` or an environment, so a displayed derivation stays one step.
     """
     solution = _text(row, "solution", source)
+    level = _LEVEL.fullmatch(str(row.get("level", "")).strip())
     return Trace(
-        _text(row, "problem", source).strip(), tuple(_math_sentences(solution)), boxed(solution, source), "", source
+        _text(row, "problem", source).strip(),
+        tuple(_math_sentences(solution)),
+        boxed(solution, source),
+        "",
+        source,
+        subject=str(row.get("type") or row.get("subject") or ""),
+        level=int(level[1]) if level else 0,
     )
 
 
@@ -82,12 +104,15 @@ def from_strategyqa(row: Row, source: str = "row") -> Trace:
 
     Step i is sub-question i followed by fact i where the row has as many facts as sub-questions (fact i then mostly
     answers sub-question i, which the data set does not promise); otherwise the facts come first, one a step, then the
-    sub-questions. The article's "steps" of StrategyQA are not published; this keeps every human sentence.
+    sub-questions. Copies with the facts as one text and without sub-questions have a sentence of it as a step. The
+    article's "steps" of StrategyQA are not published; this keeps every human sentence.
     """
     answer = row.get("answer")
     if not isinstance(answer, bool):
         raise ValueError(f"{source}: field 'answer' is {answer!r}; expected true or false")
-    questions, facts = _texts(row, "decomposition", source), _texts(row, "facts", source)
+    as_text = isinstance(row.get("facts"), str)
+    facts = _math_sentences(row["facts"]) if as_text else _texts(row, "facts", source)
+    questions = [] if as_text and row.get("decomposition") is None else _texts(row, "decomposition", source)
     if len(questions) == len(facts):
         steps = tuple(f"{question} {fact}" for question, fact in zip(questions, facts, strict=True))
     else:
@@ -101,19 +126,9 @@ def from_arc(row: Row, source: str = "row", *, reasoning_field: str = "reasoning
 
     Labels are shown as A, B, C, ... whatever the row uses (a few rows use 1-4), so that one letter means one place.
     """
-    choices = row.get("choices")
-    if not isinstance(choices, Mapping) or "text" not in choices or "label" not in choices:
-        raise ValueError(f"{source}: field 'choices' is {choices!r}; expected {{'text': [...], 'label': [...]}}")
-    texts, labels = [str(text) for text in choices["text"]], [str(label) for label in choices["label"]]
-    if len(texts) != len(labels) or not 2 <= len(texts) <= len(_OPTION_LETTERS):
-        raise ValueError(
-            f"{source}: {len(texts)} choice texts and {len(labels)} labels; expected as many of each, 2 to 10"
-        )
-    key = _text(row, "answerKey", source).strip()
-    if key not in labels:
-        raise ValueError(f"{source}: answerKey {key!r} is not among the labels {labels}")
-    letter = _OPTION_LETTERS[labels.index(key)]
-    options = "\n".join(f"{name}. {text}" for name, text in zip(_OPTION_LETTERS, texts, strict=False))
+    asked = choices_from_arc(row, source)
+    letter = _OPTION_LETTERS[asked.answer]
+    options = "\n".join(f"{name}. {text}" for name, text in zip(_OPTION_LETTERS, asked.choices, strict=False))
     given = row.get(reasoning_field)
     if isinstance(given, str):
         steps = tuple(line.strip() for line in given.splitlines() if line.strip())
@@ -124,7 +139,25 @@ def from_arc(row: Row, source: str = "row", *, reasoning_field: str = "reasoning
             f"{source}: field {reasoning_field!r} is {given!r}; ARC itself has no reasoning: add it to each row as "
             "text with one step a line, or as a list of steps"
         )
-    return Trace(f"{_text(row, 'question', source).strip()}\n{options}", steps, letter, f"#### {letter}", source)
+    return Trace(f"{asked.question.strip()}\n{options}", steps, letter, f"#### {letter}", source)
+
+
+def choices_from_arc(row: Row, source: str = "row") -> ChoiceQuestion:
+    """`question`, `choices` {text, label}, `answerKey`: ARC as it is published. Text is kept as it is."""
+    choices = row.get("choices")
+    if not isinstance(choices, Mapping) or "text" not in choices or "label" not in choices:
+        raise ValueError(f"{source}: field 'choices' is {choices!r}; expected {{'text': [...], 'label': [...]}}")
+    texts, labels = [str(text) for text in choices["text"]], [str(label) for label in choices["label"]]
+    if len(texts) != len(labels) or not 2 <= len(texts) <= len(_OPTION_LETTERS):
+        raise ValueError(
+            f"{source}: {len(texts)} choice texts and {len(labels)} labels; expected as many of each, 2 to 10"
+        )
+    if not all(text.strip() for text in texts):
+        raise ValueError(f"{source}: a choice is blank: {texts}; expected text in each")
+    key = _text(row, "answerKey", source).strip()
+    if key not in labels:
+        raise ValueError(f"{source}: answerKey {key!r} is not among the labels {labels}")
+    return ChoiceQuestion(_text(row, "question", source), tuple(texts), labels.index(key), source)
 
 
 def from_stepwise(row: Row, source: str = "row") -> Trace:

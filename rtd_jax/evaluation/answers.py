@@ -7,6 +7,7 @@ both are always reported.
 """
 
 import re
+import threading
 from fractions import Fraction
 from typing import NamedTuple, Protocol
 
@@ -18,9 +19,11 @@ _NUMBER = re.compile(r"(?:(?<![\w)\]%.])[-−])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d
 _FRACTION = re.compile(rf"{_NUMBER.pattern}(?:/\d+)?")
 _PARSED = re.compile(r"-?(?:\d+(?:\.\d*)?|\.\d+)(?:/\d+)?")
 _ANSWER_LINE = re.compile(r"####[ \t]*(.*)")
+_MINERVA = re.compile(r"[Tt]he final answer is(.*?)\.? I hope it is correct")
 _YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 _LETTER = re.compile(r"[A-H]")
 _MAX_EXPRESSION = 4_000  # characters at the end of a solution in which its answer is looked for
+_VERIFY_SECONDS = 5  # for one answer; sympy would work on 9^{9^{9^9}} for ever
 _MAX_CHARACTERS = 200  # a number longer than this is a model stuck in a loop; Python refuses to parse 4,300 digits
 
 
@@ -37,13 +40,21 @@ class Reference(Protocol):
     def final(self) -> str: ...
     @property
     def depth(self) -> int: ...
+    @property
+    def subject(self) -> str: ...
+    @property
+    def level(self) -> int: ...
 
 
 class AnswerMatch(NamedTuple):
-    """Whether the final answer is right: read from the `####` line only, and from wherever the text ends."""
+    """Whether the final answer is right: read from where it is stated, and from wherever the text ends.
+
+    `math_verify` is that library's own verdict, which `flexible` contains; None where the answer is no expression.
+    """
 
     strict: bool
     flexible: bool
+    math_verify: bool | None = None
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -107,18 +118,30 @@ def same_expression(text: str, answer: str) -> bool:
     """Whether `text` ends in an expression that equals the LaTeX `answer`, by math-verify (sets and intervals too)."""
     from math_verify import parse, verify  # it loads sympy, which takes a second
 
-    # Without its timeouts, which are signals and work in the main thread only; so long texts are cut from the left.
-    gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
-    found = parse(text[-_MAX_EXPRESSION:], parsing_timeout=None)
-    return bool(verify(gold, found, timeout_seconds=None))
+    # Its timeouts are signals, which work in the main thread only.
+    seconds = _VERIFY_SECONDS if threading.current_thread() is threading.main_thread() else None
+    gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=seconds)
+    found = parse(text[-_MAX_EXPRESSION:], parsing_timeout=seconds)
+    return bool(verify(gold, found, timeout_seconds=seconds))
+
+
+def is_expression(trace: Reference) -> bool:
+    """Whether the answer of `trace` is LaTeX that math-verify judges: MATH's, stated in a box and not on a #### line,
+
+    or a text that is no number, yes/no or choice letter.
+    """
+    answer = trace.answer.strip()
+    known = parse_number(answer) is not None or answer.lower() in _YES_NO or bool(_LETTER.fullmatch(answer))
+    return bool(answer) and (not trace.final or not known)
 
 
 def answer_matches(trace: Reference, text: str) -> AnswerMatch:
     """Whether `text` reaches the answer of `trace`, read strictly and flexibly.
 
-    The kind of the reference answer decides what is looked for: a number, yes/no (true/false), a choice letter, or
-    other text, which is taken from the `####` line, or from `\\boxed{...}`, and compared without LaTeX's spacing or, if
-    read flexibly, by math-verify. A chain that has no answer of its own answers with the result of its last step.
+    The kind of the reference answer decides what is looked for: a number, yes/no (true/false), a choice letter, or an
+    expression. That is other text, and any answer of a chain without a `####` line (MATH); it is taken from the `####`
+    line, the sentence of Minerva's prompt or the last `\\boxed{...}`, and compared without LaTeX's spacing or, if read
+    flexibly, by math-verify. A chain that has no answer of its own answers with the result of its last step.
     """
     answer = trace.answer.strip()
     if not answer:
@@ -128,6 +151,12 @@ def answer_matches(trace: Reference, text: str) -> AnswerMatch:
         return AnswerMatch(right, right)
     line = _ANSWER_LINE.search(text)
     stated = line[1].strip() if line else ""
+    if is_expression(trace):
+        said = stated or (phrase[1].strip() if (phrase := _MINERVA.search(text)) else "")
+        box = boxed(text)
+        strict_text = _same(said, answer) or (not said and _same(box, answer))
+        verified = same_expression(text, answer)
+        return AnswerMatch(strict_text, strict_text or _same(box, answer) or verified, verified)
     if (number := parse_number(answer)) is not None:
         strict, flexible = strict_answer(text), flexible_answer(text)
         return AnswerMatch(
@@ -139,17 +168,10 @@ def answer_matches(trace: Reference, text: str) -> AnswerMatch:
         return AnswerMatch(
             _YES_NO.get(stated.rstrip(".").lower()) == verdict, bool(words) and _YES_NO[words[-1]] == verdict
         )
-    if _LETTER.fullmatch(answer):
-        # Lower-case letters and the article "A" would be read as choices: only capitals that stand as one.
-        letters = re.findall(
-            r"\(([A-H])\)|(?:\b(?:answer|choice|option)(?: is)?:? *|#### *)([A-H])\b|\b([B-H])\b", text
-        )
-        found = "".join(letters[-1]) if letters else ""
-        return AnswerMatch(stated.strip("().") == answer, found == answer)
-    strict_text = _plain(stated) == _plain(answer)
-    box = boxed(text)
-    in_box = strict_text or (not stated and _same(box, answer))
-    return AnswerMatch(in_box, in_box or _same(box, answer) or same_expression(text, answer))
+    # Lower-case letters and the article "A" would be read as choices: only capitals that stand as one.
+    letters = re.findall(r"\(([A-H])\)|(?:\b(?:answer|choice|option)(?: is)?:? *|#### *)([A-H])\b|\b([B-H])\b", text)
+    found = "".join(letters[-1]) if letters else ""
+    return AnswerMatch(stated.strip("().") == answer, found == answer)
 
 
 def boxed(text: str) -> str | None:

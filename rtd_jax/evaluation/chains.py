@@ -26,6 +26,7 @@ class ChainScore:
     answer_strict: bool
     answer_flexible: bool
     first_error: int
+    math_verify: bool | None = None  # None where the answer is no expression
 
 
 def split_solution(text: str) -> tuple[list[str], str]:
@@ -51,7 +52,7 @@ def score_chain(text: str, trace: Reference) -> ChainScore:
     steps, answer_line = split_solution(text)
     # A base model may go on with a problem of its own; the harness stops it by stop words, we by the answer line.
     solution = "\n".join([*steps, answer_line]) if answer_line else text
-    strict, flexible = answer_matches(trace, solution)
+    strict, flexible, verified = answer_matches(trace, solution)
     first_error = -1
     if comparable(trace):
         first_error = _first_wrong_step(steps, trace.steps)
@@ -64,6 +65,7 @@ def score_chain(text: str, trace: Reference) -> ChainScore:
         answer_strict=strict,
         answer_flexible=flexible,
         first_error=first_error,
+        math_verify=verified,
     )
 
 
@@ -85,8 +87,11 @@ def results_right(steps: Sequence[str], reference: Sequence[str]) -> tuple[list[
 
 
 def comparable(trace: Reference) -> bool:
-    """Whether the steps of a reference can be compared: its answer is a number, or it has none of its own."""
-    return not trace.answer or parse_number(trace.answer) is not None
+    """Whether the steps of a reference can be compared: it has no answer of its own, or a number on a `####` line.
+
+    MATH's are prose, also where its answer is a number: two right solutions share no sequence of results.
+    """
+    return not trace.answer or (bool(trace.final) and parse_number(trace.answer) is not None)
 
 
 def _first_wrong_step(steps: Sequence[str], reference: Sequence[str]) -> int:

@@ -6,7 +6,6 @@ differ.
 """
 
 import dataclasses
-import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -18,28 +17,18 @@ from transformers import PreTrainedTokenizerBase
 from rtd_jax.common.types import Params
 from rtd_jax.evaluation.answers import Reference, flexible_answer, harness_match, strict_answer
 from rtd_jax.evaluation.chains import ChainScore, comparable, results_right, score_chain, split_solution
-from rtd_jax.evaluation.estimates import Estimate, by_depth, depth_key
-from rtd_jax.evaluation.perplexity import Perplexity
-from rtd_jax.evaluation.scoring import PackedModel, score_chains
-from rtd_jax.evaluation.steps import independent_chain_accuracy, scored_spans, steps_correct, tokens_in_spans
+from rtd_jax.evaluation.estimates import Estimate, by_depth, depth_key, difference, estimate
+from rtd_jax.evaluation.reference import ReferenceScore, RenderedText, reference_fields, score_references
+from rtd_jax.evaluation.scoring import PackedModel
+from rtd_jax.evaluation.steps import independent_chain_accuracy
 from rtd_jax.generation.decode import CachedModel, Sampling, generate
 
 Record = dict[str, Any]
+DEEP = 4  # steps; the article compares step with chain accuracy on problems of four steps and more
 
 
 class Model(CachedModel, PackedModel, Protocol):
     """A model that can both decode and score, as `rtd_jax.models.LlamaModel`."""
-
-
-class RenderedText(Protocol):
-    """The pieces of a problem's text, as `rtd_jax.data.formats.render` gives them."""
-
-    @property
-    def prompt(self) -> str: ...
-    @property
-    def text(self) -> str: ...  # prompt, completion and what closes the turn
-    @property
-    def completion_offset(self) -> int: ...  # characters between the prompt and the first step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +36,7 @@ class TextScores:
     """What free-running text shows, by depth bucket ("1", "2", ..., "all"). Samples of one problem are a cluster.
 
     `first_error` counts, for each bucket, the steps (from 1) at which chains first go wrong; the answer line counts as
-    one more step. Step accuracy is None where steps are prose that cannot be compared.
+    one more step. Step accuracy is {} where steps are prose that cannot be compared.
     """
 
     chain_accuracy: dict[str, Estimate]
@@ -55,8 +44,13 @@ class TextScores:
     answer_flexible: dict[str, Estimate]
     exact_match_strict: dict[str, Estimate]  # as lm-evaluation-harness' gsm8k counts; {} where answers are no numbers
     exact_match_flexible: dict[str, Estimate]
+    math_verify: dict[str, Estimate]  # the verdicts of that library; {} where answers are no expressions
     step_accuracy_free: dict[str, Estimate]  # results that equal the reference's in their place; stderr by problem
-    independent_chain_accuracy_free: dict[str, float]  # what that would give, were errors independent
+    independent_chain_accuracy_free: dict[str, Estimate]  # what that would give, were errors independent
+    gap_free: dict[str, Estimate]  # steps, chains and their difference at four steps and more; {} where one is missing
+    groups: dict[
+        str, dict[str, dict[str, Estimate]]
+    ]  # of MATH: by subject and by level, the accuracies over all depths
     first_error: dict[str, dict[str, int]]
     first_error_position: dict[str, Estimate]  # its mean, over chains that go wrong
     problems: int
@@ -74,9 +68,10 @@ class EvaluationReport(TextScores):
     """
 
     step_accuracy: dict[str, Estimate]  # stderr clustered by problem
-    independent_chain_accuracy: dict[str, float]  # what step accuracy would give, were errors independent
+    independent_chain_accuracy: dict[str, Estimate]  # what step accuracy would give, were errors independent
+    gap: dict[str, Estimate]  # as gap_free, with the steps of the reference texts
     perplexity: float
-    perplexity_by_depth: dict[str, float]
+    perplexity_by_depth: dict[str, Estimate]  # n is the number of problems
     predicted_tokens: int
     max_new_tokens: int
     text_format: str  # "plain", "chat", ...: the same model may score very differently under another
@@ -99,7 +94,8 @@ def score_texts(
     Returns:
       The scores, and one record a text: prompt, completions (steps of the text), final (its answer line), text,
       reference (steps), answer, depth, problem, sample, correct, first_error (index into completions; their number for
-      the answer line; -1 none), steps_right (one bool a reference result), finished.
+      the answer line; -1 none), steps_right (one bool a reference result), finished; and of MATH subject, level and
+      math_verify.
 
     Raises:
       ValueError: there are no problems, or not as many texts for each of them.
@@ -124,14 +120,20 @@ def score_texts(
     depths = np.array([record["depth"] for record in records])
 
     def table(values: Sequence[bool]) -> dict[str, Estimate]:
-        return by_depth(values, depths, open_from=open_from, clusters=problems)
+        return by_depth(values, depths, open_from=open_from, clusters=problems) if values else {}
 
     numeric = all(comparable(trace) and trace.answer for trace in traces)
-    read = [(strict_answer(record["text"]), flexible_answer(record["text"])) for record in records]
-    exact = [
-        tuple(harness_match(found, record["answer"]) for found in pair)
-        for record, pair in zip(records, read, strict=True)
-    ]
+    verified = [score.math_verify for score in scores if score.math_verify is not None]
+    exact = {
+        read: [harness_match(read(record["text"]), record["answer"]) for record in records] if numeric else []
+        for read in (strict_answer, flexible_answer)
+    }
+    accuracies: dict[str, Sequence[bool]] = {
+        "chain_accuracy": [score.chain_correct for score in scores],
+        "answer_strict": [score.answer_strict for score in scores],
+        "answer_flexible": [score.answer_flexible for score in scores],
+        "math_verify": verified if len(verified) == len(scores) else [],
+    }
     steps = [(right, i) for i, record in enumerate(records) for right in record["steps_right"]]
     of_step = np.array([i for _, i in steps], int)
     step_accuracy_free = by_depth(
@@ -144,13 +146,19 @@ def score_texts(
         for key in (depth_key(int(depths[i]), open_from), "all"):
             counts.setdefault(key, Counter())[str(position)] += 1
     return TextScores(
-        chain_accuracy=table([score.chain_correct for score in scores]),
-        answer_strict=table([score.answer_strict for score in scores]),
-        answer_flexible=table([score.answer_flexible for score in scores]),
-        exact_match_strict=table([pair[0] for pair in exact]) if numeric else {},
-        exact_match_flexible=table([pair[1] for pair in exact]) if numeric else {},
+        **{name: table(values) for name, values in accuracies.items()},
+        exact_match_strict=table(exact[strict_answer]),
+        exact_match_flexible=table(exact[flexible_answer]),
         step_accuracy_free=step_accuracy_free,
-        independent_chain_accuracy_free=independent_chain_accuracy(step_accuracy_free, depths.tolist(), open_from),
+        independent_chain_accuracy_free=independent_chain_accuracy(
+            [record["steps_right"] for record in records], depths, open_from, problems
+        ),
+        gap_free=_gap(records, [record["steps_right"] for record in records], list(range(len(records)))),
+        groups={
+            name: _by_group(accuracies, [str(record.get(name) or "unknown") for record in records], problems)
+            for name in ("subject", "level")
+            if any(record.get(name) for record in records)
+        },
         first_error={
             key: dict(sorted(found.items(), key=lambda x: int(x[0]))) for key, found in sorted(counts.items())
         },
@@ -181,6 +189,7 @@ def evaluate_model(
     chunk_tokens: int = 512,
     batch_sharding: jax.sharding.NamedSharding | None = None,
     progress: Callable[[int, int], None] | None = None,
+    scoring_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[EvaluationReport, list[Record]]:
     """Evaluates a model; neither changes nor donates its params.
 
@@ -200,10 +209,12 @@ def evaluate_model(
       batch_size: problems decoded together.
       scoring_batch_size, row_length, chunk_tokens: shape of the teacher-forced pass, see `scoring.score_chains`.
       batch_sharding: where to put [batch] and [batch, length] arrays; None leaves it to the compiler.
-      progress: called with (problems generated, problems in all).
+      progress: called with (texts generated, texts in all).
+      scoring_progress: called with (reference chains scored, chains in all).
 
     Returns:
-      The report, and one record per generation as in `score_texts`, with teacher_forced (one bool a reference step).
+      The report, and one record per generation as in `score_texts`, with teacher_forced (one bool a reference step),
+      reference_nats and reference_tokens (cross-entropy of the reference text), max_new_tokens, text_format, decoding.
 
     Raises:
       ValueError: there are no problems, or a text does not fit its tokenizer.
@@ -235,75 +246,73 @@ def evaluate_model(
     cut = [_before(text, stop_texts) for text in full]
     finished = [len(ids) < max_new_tokens or a != b for ids, a, b in zip(generated, full, cut, strict=True)]
     scores, records = score_texts(traces, _grouped(cut, samples), _grouped(finished, samples), open_from=open_from)
-    forced, correct_steps = _teacher_forced(
+    references = score_references(
         model,
         params,
         tokenizer,
         traces,
         texts,
-        [len(prompt) for prompt in prompts],
-        open_from,
         row_length=row_length,
         batch_size=scoring_batch_size,
         chunk_tokens=chunk_tokens,
         batch_sharding=batch_sharding,
+        progress=scoring_progress,
     )
-    for record in records:
-        record["teacher_forced"] = correct_steps[record["problem"]]
-    report = EvaluationReport(
-        **{field.name: getattr(scores, field.name) for field in dataclasses.fields(scores)},
-        **forced,
-        max_new_tokens=max_new_tokens,
-        text_format=text_format,
-        decoding="greedy" if sampling is None else str(sampling),
-    )
-    return report, records
-
-
-def _teacher_forced(
-    model: Model,
-    params: Params,
-    tokenizer: PreTrainedTokenizerBase,
-    traces: Sequence[Reference],
-    texts: Sequence[RenderedText],
-    prompt_lengths: Sequence[int],
-    open_from: int | None,
-    **options: Any,
-) -> tuple[dict[str, Any], list[list[bool]]]:
-    """Fields of the report that come from the reference text, and for each problem which of its steps are right."""
-    encoded = tokenizer(
-        [text.text for text in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    token_scores = score_chains(model, params, encoded["input_ids"], vocab_size=len(tokenizer), **options)
-    correct_steps: list[list[bool]] = []
-    sums: dict[str, Perplexity] = {}
-    for trace, text, prompt_length, offsets, score in zip(
-        traces, texts, prompt_lengths, encoded["offset_mapping"], token_scores, strict=True
-    ):
-        first = len(text.prompt) + text.completion_offset
-        starts = itertools.accumulate((len(step) + 1 for step in trace.steps[:-1]), initial=first)
-        spans = scored_spans(trace.steps, list(starts))
-        correct_steps.append(steps_correct(np.asarray(score.chosen), tokens_in_spans(offsets, spans)))
-        predicted = np.asarray(score.log_probs, np.float64)[prompt_length:]
-        for key in (depth_key(trace.depth, open_from), "all"):
-            before = sums.get(key, Perplexity(0.0, 0))
-            sums[key] = Perplexity(before.nats - float(predicted.sum()), before.tokens + len(predicted))
-    depths = [trace.depth for trace in traces]
-    problem_of_step = [problem for problem, steps in enumerate(correct_steps) for _ in steps]
-    step_accuracy = by_depth(
-        [step for steps in correct_steps for step in steps],
-        [depths[problem] for problem in problem_of_step],
-        open_from=open_from,
-        clusters=problem_of_step,
-    )
-    fields = {
-        "step_accuracy": step_accuracy,
-        "independent_chain_accuracy": independent_chain_accuracy(step_accuracy, depths, open_from),
-        "perplexity": sums["all"].value,
-        "perplexity_by_depth": {key: sums[key].value for key in step_accuracy},
-        "predicted_tokens": int(sums["all"].tokens),
+    how = {
+        "max_new_tokens": max_new_tokens,
+        "text_format": text_format,
+        "decoding": "greedy" if sampling is None else str(sampling),
     }
-    return fields, correct_steps
+    for record in records:
+        of = references[record["problem"]]
+        record |= {"teacher_forced": of.steps, "reference_nats": of.nats, "reference_tokens": of.tokens, **how}
+    return full_report(scores, records, open_from), records
+
+
+def full_report(scores: TextScores, records: Sequence[Record], open_from: int | None = None) -> EvaluationReport:
+    """The report of a model from its records, as `evaluate_model` makes them; so it can be made again from a file."""
+    first = {record["problem"]: i for i, record in reversed(list(enumerate(records)))}
+    of_problem = [records[first[problem]] for problem in sorted(first)]
+    references = [ReferenceScore(r["teacher_forced"], r["reference_nats"], r["reference_tokens"]) for r in of_problem]
+    return EvaluationReport(
+        **{field.name: getattr(scores, field.name) for field in dataclasses.fields(scores)},
+        **reference_fields(references, [record["depth"] for record in of_problem], open_from),
+        gap=_gap(records, [reference.steps for reference in references], [first[problem] for problem in sorted(first)]),
+        **{name: records[0][name] for name in ("max_new_tokens", "text_format", "decoding")},
+    )
+
+
+def _gap(records: Sequence[Record], steps: Sequence[Sequence[bool]], of: Sequence[int]) -> dict[str, Estimate]:
+    """Accuracy of steps, of whole chains, and the difference, at `DEEP` steps and more; {} where one is missing.
+
+    `of[i]` is the record of steps[i].
+    """
+    chains = [(record["correct"], record["problem"]) for record in records if record["depth"] >= DEEP]
+    right = [
+        (step, records[i]["problem"])
+        for i, found in zip(of, steps, strict=True)
+        if records[i]["depth"] >= DEEP
+        for step in found
+    ]
+    if not chains or not right:
+        return {}
+    (x, of_x), (y, of_y) = zip(*right, strict=True), zip(*chains, strict=True)
+    return {
+        "steps": estimate(x, of_x),
+        "chains": estimate(y, of_y),
+        "difference": difference(x, of_x, y, of_y),
+    }
+
+
+def _by_group(
+    accuracies: dict[str, Sequence[bool]], groups: Sequence[str], problems: np.ndarray
+) -> dict[str, dict[str, Estimate]]:
+    """For each group of records, by name, an estimate of each accuracy."""
+    places = {group: np.flatnonzero(np.array(groups) == group) for group in sorted(set(groups))}
+    return {
+        group: {name: estimate(np.array(values)[at], problems[at]) for name, values in accuracies.items() if values}
+        for group, at in places.items()
+    }
 
 
 def _before(text: str, stop_texts: Sequence[str]) -> str:
@@ -331,4 +340,6 @@ def _record(trace: Reference, solution: str, score: ChainScore, finished: bool) 
         "first_error": score.first_error,
         "steps_right": results_right(steps, trace.steps)[1] if comparable(trace) else [],
         "finished": finished,
+        **({"subject": trace.subject, "level": trace.level} if trace.subject or trace.level else {}),
+        **({} if score.math_verify is None else {"math_verify": score.math_verify}),
     }

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rtd_jax.common.types import Batch, Params
+from rtd_jax.evaluation.estimates import Estimate, Values, ratio
 from rtd_jax.evaluation.scoring import PackedModel, TokenScores, token_scores
 
 
@@ -24,6 +25,16 @@ class Perplexity(NamedTuple):
             return math.nan
         mean = self.nats / self.tokens
         return math.exp(mean) if mean < 700 else math.inf
+
+
+def perplexity_estimate(nats: Values, tokens: Values) -> Estimate:
+    """Perplexity of texts of which each has so many nats over so many predicted tokens; n is the number of texts.
+
+    stderr by the delta method, texts being independent: perplexity times that of the mean cross-entropy per token.
+    """
+    mean = ratio(nats, tokens)
+    value = Perplexity(mean["mean"], 1).value
+    return Estimate(mean=value, stderr=None if mean["stderr"] is None else value * mean["stderr"], n=mean["n"])
 
 
 def perplexity(

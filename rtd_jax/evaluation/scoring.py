@@ -5,7 +5,8 @@ logits never exist and a 128k vocabulary fits.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import chex
@@ -100,14 +101,20 @@ def score_chains(
     batch_size: int = 8,
     chunk_tokens: int = 512,
     batch_sharding: jax.sharding.NamedSharding | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[TokenScores]:
-    """Scores every token of every chain, packed into rows; NumPy arrays as long as the chain, in the order given.
+    """Scores every token of every chain; NumPy arrays as long as the chain, in the order given.
+
+    Short chains share rows of `row_length` tokens. A longer one has a row of its own, beside others of about its
+    length: batches are as long as their longest row, and hold about as many tokens, whatever that length is.
 
     Args:
       chains: token ids, each at least one.
-      row_length: tokens of a packed row; made longer where a chain asks for it, so nothing is cut.
-      batch_size: rows scored together.
-      batch_sharding: where to put [batch] and [batch, length] arrays; None leaves it to the compiler.
+      row_length: tokens of a packed row.
+      batch_size: rows of that length scored together; fewer where rows are longer.
+      batch_sharding: where to put [batch] and [batch, length] arrays; None leaves it to the compiler. Batches are a
+        multiple of the devices that it spreads rows over.
+      progress: called with (chains scored, chains in all) after each batch.
 
     Raises:
       ValueError: an empty chain, or an id outside the vocabulary.
@@ -121,10 +128,13 @@ def score_chains(
                 "encode it with the tokenizer that came with this model"
             )
     lengths = [len(chain) for chain in chains]
-    row_length = -(-max([row_length, *lengths]) // ROW_MULTIPLE) * ROW_MULTIPLE
+    row_length = -(-row_length // ROW_MULTIPLE) * ROW_MULTIPLE
+    devices = 1 if batch_sharding is None else batch_sharding.num_devices
+    ways = 1 if batch_sharding is None else devices // batch_sharding.shard_shape((devices, 1))[0]
     scores: list[TokenScores] = [TokenScores(np.empty(0), np.empty(0))] * len(chains)
-    for batch in _batches(_pack(lengths, row_length), batch_size):
-        tokens_BL, positions_BL, chain_ids_BL = np.zeros((3, batch_size, row_length), np.int32)
+    done = 0
+    for batch, size, length in _batches(lengths, row_length, batch_size, ways):
+        tokens_BL, positions_BL, chain_ids_BL = np.zeros((3, size, length), np.int32)
         for row, members in enumerate(batch):
             for number, (i, start) in enumerate(members, start=1):
                 place = slice(start, start + lengths[i])
@@ -138,12 +148,18 @@ def score_chains(
             for i, start in members:
                 place = slice(start, start + lengths[i])
                 scores[i] = TokenScores(log_probs_BL[row, place], chosen_BL[row, place])
+        done += sum(len(members) for members in batch)
+        if progress is not None:
+            progress(done, len(chains))
     return scores
 
 
-def _pack(lengths: Sequence[int], row_length: int) -> list[list[tuple[int, int]]]:
-    """Rows of (chain, start): longest first, each into the first row with room."""
-    rows: list[list[tuple[int, int]]] = []
+Row = list[tuple[int, int]]  # (chain, where in the row it starts)
+
+
+def _pack(lengths: Sequence[int], row_length: int) -> tuple[list[Row], list[int]]:
+    """Rows and how much of each is used: longest chain first, each into the first row with room."""
+    rows: list[Row] = []
     used: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((r for r, taken in enumerate(used) if taken + lengths[i] <= row_length), len(rows))
@@ -152,9 +168,20 @@ def _pack(lengths: Sequence[int], row_length: int) -> list[list[tuple[int, int]]
             used.append(0)
         rows[row].append((i, used[row]))
         used[row] += lengths[i]
-    return rows
+    return rows, used
 
 
-def _batches(rows: list[list[tuple[int, int]]], size: int) -> Iterator[list[list[tuple[int, int]]]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+def _batches(
+    lengths: Sequence[int], row_length: int, batch_size: int, ways: int
+) -> Iterator[tuple[list[Row], int, int]]:
+    """(rows, size, length) of each batch, long rows first; a few sizes and lengths only, one compiled program each."""
+    rows, used = _pack(lengths, row_length)
+    start = 0
+    while start < len(rows):
+        # Rows with room for several chains are all full enough; giving them one length saves programs.
+        length = -(-max(used[start], min(row_length, max(used))) // ROW_MULTIPLE) * ROW_MULTIPLE
+        most = max(1, batch_size * row_length // length // ways) * ways
+        left = len(rows) - start
+        size = min(most, ways * 2 ** math.ceil(math.log2(max(1, left / ways))))
+        yield rows[start : start + size], size, length
+        start += size

@@ -4,12 +4,12 @@ A step is correct when every token of its result is the model's first choice giv
 beside low chain accuracy is the compounding that distillation on single tokens does not see.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from rtd_jax.evaluation.answers import result_span
-from rtd_jax.evaluation.estimates import Estimate, depth_key
+from rtd_jax.evaluation.estimates import Estimate, Values, depth_key, power_mean
 
 Span = tuple[int, int]  # characters [start, end)
 
@@ -51,21 +51,26 @@ def steps_correct(chosen_L: np.ndarray, tokens_of_steps: Sequence[np.ndarray]) -
 
 
 def independent_chain_accuracy(
-    step_accuracy: Mapping[str, Estimate], depths: Sequence[int], open_from: int | None = None
-) -> dict[str, float]:
+    right: Sequence[Values], depths: Values, open_from: int | None = None, clusters: Values | None = None
+) -> dict[str, Estimate]:
     """Chain accuracy by depth bucket if each step failed on its own: the mean over problems of accuracy ** depth.
 
     The article's example: 92% of steps right gives 0.92 ** 4 = 72% of four-step chains. Measured chain accuracy below
-    this means that a wrong step, or the model's own text, makes later steps worse.
+    this means that a wrong step, or the model's own text, makes later steps worse. Standard errors by the delta method
+    (`estimates.power_mean`). Chains without steps that can be compared are left out.
 
     Args:
-      step_accuracy: by depth bucket, as `estimates.by_depth` gives it.
-      depths: of the problems.
+      right: for each chain, whether each of its steps is right.
+      depths: of the chains.
       open_from: first depth of the open bucket, as in `estimates.depth_key`.
+      clusters: for each chain its problem, where a problem has several.
     """
-    expected: dict[str, list[float]] = {}
-    for depth in sorted(depths):
-        key = depth_key(depth, open_from)
-        if key in step_accuracy:
-            expected.setdefault(key, []).append(step_accuracy[key]["mean"] ** depth)
-    return {key: float(np.mean(values)) for key, values in expected.items()}
+    buckets: dict[str, list[int]] = {}
+    for i in np.argsort(np.asarray(depths), kind="stable"):
+        if len(right[i]):
+            buckets.setdefault(depth_key(int(depths[i]), open_from), []).append(int(i))
+    groups = np.arange(len(right)) if clusters is None else np.asarray(clusters)
+    return {
+        key: power_mean([right[i] for i in chains], [depths[i] for i in chains], groups[chains])
+        for key, chains in buckets.items()
+    }

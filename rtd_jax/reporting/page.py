@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rtd_jax.common.files import replacing
+from rtd_jax.reporting.points import (
+    SERIES,
+    Colours,
+    Draw,
+    Evaluation,
+    choices,
+    groups,
+    interval,
+    line_style,
+    percent,
+    plus_minus,
+)
 
 TEMPLATE = "report.html.jinja"
 # Stand-ins that no other colour equals; in the page they become CSS variables, in a PNG the light scheme's values.
 LIGHT = {"ink": "#1f2328", "faint": "#8b949e", "c0": "#2563c9", "c1": "#c2560c", "c2": "#177245", "c3": "#8a3ab9"}
 STAND_INS = {name: f"#01020{i}" for i, name in enumerate(LIGHT)}
-SERIES = ("c0", "c1", "c2", "c3")
-MARKERS = "osD^"
 EXAMPLES = 6
-
-Colours = Mapping[str, str]
-Draw = Callable[[Axes, Colours], None]
-Evaluation = Mapping[str, Any]  # an EvaluationReport as a dict; parts that were not measured are absent or empty
 
 
 def write_report(
@@ -58,6 +64,9 @@ def write_report(
 
     for section, models in sections.items():
         suffix, of = (f"_{section}", f" ({section})") if section else ("", "")
+        add(f"choices{suffix}", f"Multiple choice{of}", CAPTIONS["choices"], choices(models))
+        for kind in ("subject", "level"):
+            add(f"by_{kind}{suffix}", f"Answers by {kind}{of}", CAPTIONS["groups"], groups(models, kind))
         add(f"chain_accuracy{suffix}", f"Chain accuracy by depth{of}", CAPTIONS["chain"], _chain_accuracy(models))
         add(f"compounding{suffix}", f"Step accuracy ^ depth{of}", CAPTIONS["compounding"], _compounding(models))
     for name, text in report.get("texts", {}).items():
@@ -73,7 +82,7 @@ def write_report(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"percent": percent, "interval": interval}
+    environment.filters |= {"percent": percent, "plus_minus": plus_minus, "interval": interval}
     page = environment.get_template(TEMPLATE).render(
         title=report["title"],
         verdict=report.get("verdict"),
@@ -83,6 +92,7 @@ def write_report(
         texts=report.get("texts", {}),
         stages=report.get("stages", []),
         examples=_examples(examples),
+        protocol=json.dumps(report["protocol"], indent=2, ensure_ascii=False) if report.get("protocol") else "",
         settings=json.dumps(report.get("settings", {}), indent=2, ensure_ascii=False),
         light=LIGHT,
     )
@@ -92,6 +102,9 @@ def write_report(
 
 
 CAPTIONS = {
+    "choices": "The right choice has the highest log-likelihood (acc), or the highest per character (acc_norm). "
+    "Bars: one standard error. Dotted: guessing.",
+    "groups": "The answer right, read flexibly. Bars: one standard error.",
     "chain": "Every intermediate result and the answer right, in text that the model wrote freely. "
     "Bars: one standard error.",
     "compounding": "Solid: measured chain accuracy. Dashed: what its teacher-forced step accuracy would give if "
@@ -112,39 +125,16 @@ def gap_lines(models: Mapping[str, Evaluation], section: str = "") -> list[str]:
     """For each model the article's comparison in one line: accuracy of steps and of chains at four steps and more."""
     lines = []
     for name, evaluation in models.items():
-        chain = _deep(evaluation.get("chain_accuracy", {}))
-        for key, how in (("step_accuracy", "teacher-forced"), ("step_accuracy_free", "free-running")):
-            step = _deep(evaluation.get(key, {}))
-            if step is not None and chain is not None:
-                lines.append(
-                    f"{section + ': ' if section else ''}{name}: {100 * step:.1f}% of steps right ({how}), but "
-                    f"{100 * chain:.1f}% of whole chains, at four steps and more: a gap of {100 * (step - chain):.1f} "
-                    "points (the article's KD student: 90.4, 52.6, 37.8)"
-                )
-                break
+        forced = bool(evaluation.get("gap"))
+        found = evaluation.get("gap") or evaluation.get("gap_free")
+        if found:
+            lines.append(
+                f"{section + ': ' if section else ''}{name}: {percent(found['steps'])}% of steps right "
+                f"({'teacher-forced' if forced else 'free-running'}), but {percent(found['chains'])}% of whole chains, "
+                f"at four steps and more: a gap of {percent(found['difference'])} points (the article's KD student: "
+                "90.4, 52.6, 37.8)"
+            )
     return lines
-
-
-def _deep(table: Mapping[str, Any]) -> float | None:
-    """Mean over the buckets of four steps and more."""
-    deep = [entry for key, entry in table.items() if key != "all" and int(key.rstrip("+")) >= 4]
-    total = sum(entry["n"] for entry in deep)
-    return sum(entry["mean"] * entry["n"] for entry in deep) / total if total else None
-
-
-def percent(estimate: Mapping[str, Any] | None) -> str:
-    """ "71.3 ± 2.1" from an estimate of a share."""
-    if estimate is None:
-        return "–"
-    error = estimate["stderr"]
-    return f"{100 * estimate['mean']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
-
-
-def interval(found: Mapping[str, Any] | None) -> str:
-    """ "0.83 (0.79 to 0.87)" from an interval."""
-    if found is None or found["value"] is None:
-        return "–"
-    return f"{found['value']:.3f}" + ("" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})")
 
 
 def _chain_accuracy(models: Mapping[str, Evaluation]) -> Draw | None:
@@ -158,7 +148,7 @@ def _chain_accuracy(models: Mapping[str, Evaluation]) -> Draw | None:
             x = [depths.index(key) + 0.08 * (i - (len(models) - 1) / 2) for key in depths if key in table]
             y = [100 * table[key]["mean"] for key in depths if key in table]
             errors = [100 * (table[key]["stderr"] or 0.0) for key in depths if key in table]
-            axes.errorbar(x, y, errors, label=name, capsize=3, **_style(colours, i))
+            axes.errorbar(x, y, errors, label=name, capsize=3, **line_style(colours, i))
         _by_depth(axes, depths, "chains right, %")
 
     return draw
@@ -181,8 +171,10 @@ def _compounding(models: Mapping[str, Evaluation]) -> Draw | None:
             measured = evaluation["chain_accuracy"]
             for table, style, label in ((measured, "-", name), (expected, "--", f"{name}: step ^ depth")):
                 keys = [key for key in depths if key in table]
-                y = [100 * (table[key]["mean"] if isinstance(table[key], Mapping) else table[key]) for key in keys]
-                axes.plot([depths.index(key) for key in keys], y, label=label, **_style(colours, i, style))
+                y = [100 * table[key]["mean"] for key in keys]
+                errors = [100 * (table[key]["stderr"] or 0.0) for key in keys]
+                x = [depths.index(key) for key in keys]
+                axes.errorbar(x, y, errors, label=label, capsize=3, **line_style(colours, i, style))
         _by_depth(axes, depths, "chains right, %")
 
     return draw
@@ -255,7 +247,7 @@ def _coherence(lines: Sequence[Mapping[str, Any]]) -> Draw | None:
         for i, stage in enumerate(dict.fromkeys(line["stage"] for line in points)):
             of_stage = [line for line in points if line["stage"] == stage]
             x = [line["update"] for line in of_stage]
-            style = _style(colours, i)
+            style = line_style(colours, i)
             axes.plot(x, [line["validation/coherence"] for line in of_stage], label=f"stage {stage}", **style)
             style |= {"linestyle": "--", "marker": "", "alpha": 0.7}
             axes.plot(x, [line["validation/threshold"] for line in of_stage], **style)
@@ -269,10 +261,6 @@ def _depths(models: Mapping[str, Evaluation]) -> list[str]:
     return sorted(keys, key=lambda key: int(key.rstrip("+")))
 
 
-def _style(colours: Colours, i: int, line: str = "-") -> dict[str, Any]:
-    return {"color": colours[SERIES[i % 4]], "marker": MARKERS[i % 4], "markersize": 4, "linestyle": line}
-
-
 def _intervals(axes: Axes, points: Sequence[tuple[int, Any]], colours: Colours, i: int, label: str) -> None:
     known = [(x, found) for x, found in points if found is not None and found["value"] is not None]
     if not known:
@@ -283,7 +271,7 @@ def _intervals(axes: Axes, points: Sequence[tuple[int, Any]], colours: Colours, 
         for end in ("low", "high")
     )
     x = [x + 0.06 * (i - 1) for x, _ in known]
-    axes.errorbar(x, y, [below, above], label=label, capsize=3, **_style(colours, i))
+    axes.errorbar(x, y, [below, above], label=label, capsize=3, **line_style(colours, i))
 
 
 def _by_depth(axes: Axes, depths: Sequence[str], label: str) -> None:
@@ -345,8 +333,9 @@ def _png(draw: Draw, path: Path) -> None:
 
 def _examples(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Wrong chains of various depths, then right ones, each line with its standing: before, first wrong, after."""
-    wrong = sorted((r for r in records if r["first_error"] >= 0), key=lambda r: r["depth"])
-    right = sorted((r for r in records if r["first_error"] < 0), key=lambda r: -r["depth"])
+    written = [record for record in records if "first_error" in record]  # choices have no text
+    wrong = sorted((r for r in written if r["first_error"] >= 0), key=lambda r: r["depth"])
+    right = sorted((r for r in written if r["first_error"] < 0), key=lambda r: -r["depth"])
     spaced = [wrong[i * (len(wrong) - 1) // max(EXAMPLES - 3, 1)] for i in range(EXAMPLES - 2)] if wrong else []
     chosen = [*{id(r): r for r in spaced}.values(), *right][:EXAMPLES]
     found = []
