@@ -59,17 +59,17 @@ def _undisturbed(name: str, command: Sequence[str]) -> Result:
 
 
 def _run(name: str, command: Sequence[str]) -> Result:
-    busy, own, started = _busy_seconds(), _children_seconds(), time.monotonic()
+    busy, own, started = busy_seconds(), _children_seconds(), time.monotonic()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     elapsed = time.monotonic() - started
-    others = (_busy_seconds() - busy) - (_children_seconds() - own)
+    others = (busy_seconds() - busy) - (_children_seconds() - own)
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not lines:
         raise RuntimeError(f"{name} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return Result(json.loads(lines[-1][len(MARK) :]), max(0.0, others / elapsed))
 
 
-def _busy_seconds() -> float:
+def busy_seconds() -> float:
     """Seconds that all cores together were not idle since the machine started (user, nice, system, irq, softirq)."""
     fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
     user, nice, system, _, _, irq, softirq = map(int, fields[:7])

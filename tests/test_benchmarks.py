@@ -7,6 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import decoding
 import measure
 
 WORKER = "import sys; sys.path.insert(0, 'benchmarks'); import measure; print('noise'); measure.report(speed={})"
@@ -42,3 +43,37 @@ def test_a_table_replaces_the_one_before_it_and_nothing_else(tmp_path):
     assert document.read_text() == "before\n<!-- t -->\n|  | x |\n|---|--:|\n| row | 1 |\n<!-- end t -->\nafter\n"
     with pytest.raises(ValueError, match="no marks <!-- u --> and <!-- end u -->"):
         measure.write_section(document, "u", "x")
+
+
+def test_decoded_ids_agree_up_to_the_first_difference():
+    # Row 0 is equal, row 1 differs from its second id on although its third is equal again: 4 + 1 of 8 ids.
+    ours, theirs = [[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 3, 4], [5, 0, 7, 0]]
+    assert decoding.agreement(ours, theirs) == (1, 5 / 8)
+    assert decoding.agreement(ours, ours) == (2, 1.0)
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        decoding.agreement(ours, [[1, 2, 3], [5, 6, 7, 8]])  # systems that stop at different lengths are not compared
+
+
+def test_rounds_that_others_disturbed_give_way_to_quiet_ones():
+    class Counted:
+        def __init__(self, others):
+            self.others, self.calls = others, 0
+
+        def run(self, prompts, tokens):
+            self.calls += 1
+            others = self.others[self.calls - 1]
+            return {"seconds": self.calls, "cpu": 1.0, "ids": [], "others": others}
+
+    # The first call warms up; rounds 2 and 4 are disturbed in one system or the other.
+    workers = {"ours": Counted([9, 0.1, 0.9, 0.0, 0.1, 0.1]), "theirs": Counted([9, 0.0, 0.0, 0.1, 0.9, 0.0])}
+    found = decoding.compare(workers, [[1]], 4, rounds=3, attempts=5)
+    assert sorted(a["seconds"] for a in found["ours"][1:]) == [2, 4, 6]
+    assert sorted(a["seconds"] for a in found["theirs"][1:]) == [2, 4, 6]
+    assert found["ours"][0]["seconds"] == 1
+
+
+def test_random_prompts_are_repeatable_and_inside_the_vocabulary():
+    prompts = decoding.make_prompts(Path("unused"), None, 5, 100)
+    assert prompts == decoding.make_prompts(Path("unused"), None, 5, 100)
+    assert all(30 <= len(p) < 120 and min(p) >= 0 and max(p) < 100 for p in prompts)
+    assert len(set(map(len, prompts))) > 1

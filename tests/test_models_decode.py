@@ -82,7 +82,7 @@ def test_decoding_can_start_from_an_empty_cache(trio):
         hidden_BD, cache = decode(model, params, cache, tokens_BL[:, i], np.full(4, i, np.int32))
     expected = hidden(model, params, tokens_BL, positions(4, 5), np.ones_like(tokens_BL))[:, -1]
     np.testing.assert_allclose(hidden_BD, expected, rtol=0, atol=1e-4)
-    assert cache.keys_NBLGE.shape == (3, 4, 30, model.config.kv_heads, model.config.head_dim)
+    assert cache.keys_NBGLE.shape == (3, 4, model.config.kv_heads, 30, model.config.head_dim)
 
 
 def test_a_cache_shorter_than_the_prompts_is_refused(trio):

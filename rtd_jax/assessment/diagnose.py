@@ -12,7 +12,16 @@ from typing import Any, Literal
 import numpy as np
 
 from rtd_jax.assessment.findings import ARTICLE, measure, shown, verdict
-from rtd_jax.assessment.models import Dtype, LoadedModel, boundary_states, load_model
+from rtd_jax.assessment.models import (
+    Dtype,
+    LoadedModel,
+    boundary_states,
+    cached_key,
+    cached_states,
+    load_model,
+    open_cache,
+    stage_checkpoint,
+)
 from rtd_jax.common.files import check_writable, write_json, write_jsonl
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings, load_traces
@@ -21,7 +30,9 @@ from rtd_jax.data.traces import Trace
 from rtd_jax.evaluation.chains import results_right
 from rtd_jax.evaluation.drift import BoundaryStates, Map, cross_fitted
 from rtd_jax.evaluation.evaluate import Record
+from rtd_jax.models.checkpoint import resolve
 from rtd_jax.reporting.page import write_report
+from rtd_jax.teacher.cache import TeacherCache
 from rtd_jax.training.display import print_table
 from rtd_jax.training.report import evaluate_traces
 
@@ -32,6 +43,7 @@ class DiagnoseSettings:
 
     teacher: str  # Hugging Face folder, hub name, stage checkpoint, or a run's folder
     student: str  # of the kinds of --teacher; may be the teacher itself
+    cache: str = ""  # teacher cache to read the teacher's states from; its weights are then not loaded
     data: str = "synthetic"  # folder or file or hub name of chains; "synthetic" generates problems
     schema: Literal["gsm8k", "math", "strategyqa", "arc", "stepwise", "synthetic"] = "gsm8k"  # of the rows of `data`
     split: str = "test"  # of `data`
@@ -58,6 +70,15 @@ class DiagnoseSettings:
         for name in ("max_new_tokens", "row_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.cache and self.decode_teacher:
+            raise ValueError(
+                "decode_teacher needs the teacher's weights, which are not loaded with a cache; leave out --cache or "
+                "--decode_teacher"
+            )
+        if self.cache and self.teacher_dtype != "float32":
+            raise ValueError(
+                f"teacher_dtype {self.teacher_dtype!r} is of weights that are not loaded with a cache; leave it out"
+            )
         if self.resamples < 20:
             raise ValueError(f"resamples is {self.resamples}; an interval needs at least 20, 200 are usual")
 
@@ -70,12 +91,21 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
     """
     out = Path(settings.out).expanduser()
     check_writable(out)
-    note(f"loading {settings.teacher} and {settings.student}")
-    teacher = load_model(settings.teacher, settings.teacher_dtype, settings.compute_dtype)
+    for path in (settings.teacher, settings.student):
+        if stage_checkpoint(path) is None:
+            resolve(path)  # a misspelt name is said before minutes are spent on the other model
+    teacher, cache = None, None
+    if settings.cache:
+        teacher = load_model(settings.teacher, compute_dtype=settings.compute_dtype, weights=False)
+        cache = open_cache(settings.cache, teacher, settings.teacher_layer)
+    note(f"loading {'' if teacher else f'{settings.teacher} and '}{settings.student}")
+    teacher = teacher or load_model(settings.teacher, settings.teacher_dtype, settings.compute_dtype)
     student = load_model(settings.student, settings.student_dtype, settings.compute_dtype)
     text = text_format(settings, student, teacher)
     traces = _traces(settings)
     traces, encoded = _encode(traces, (student, teacher), text, settings.row_length, note)
+    if cache is not None:
+        traces, encoded = _in_cache(cache, settings.cache, traces, encoded, note)
 
     models = {"student": student} | ({"teacher": teacher} if settings.decode_teacher else {})
     evaluations: dict[str, Any] = {}
@@ -97,15 +127,17 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
         )
         evaluations[loaded.name if role == "student" else f"{loaded.name}, teacher"] = evaluation.to_dict()
 
-    note("reading the reference chains with both models")
+    note(f"reading the reference chains with {'both models' if cache is None else 'the student'}")
     failed = np.array([not record["correct"] for record in records["student"]])
     options = {"resamples": settings.resamples, "seed": settings.seed}
     forced = [record["teacher_forced"] for record in records["student"]]
-    reference = _states(settings, student, teacher, encoded)
+    reference = _states(settings, student, teacher, encoded, cache)
     maps, kind = _maps(settings, student, teacher, reference)
     note(f"projections: {kind}")
     texts = {"reference": measure(reference, maps, forced, failed, **options)}
-    own = _own_chains(records["student"])
+    own = [] if cache else readable(_own_chains(records["student"]), (student, teacher), text, note)
+    if cache is not None:
+        note("the student's own chains are not compared: no cache has the teacher's states on them")
     if len(own) >= 2:
         note("reading the student's own chains with both models")
         indices, own_traces, labels = zip(*own, strict=True)
@@ -124,7 +156,7 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
         "kind": "diagnosis",
         "title": f"{student.name} against {teacher.name}",
         "settings": dataclasses.asdict(settings) | {"text": dataclasses.asdict(text)},
-        "teacher": _described(teacher, settings.teacher_layer),
+        "teacher": _described(teacher, settings.teacher_layer) | _source(cache),
         "student": _described(student, settings.student_layer),
         "maps": kind,
         "models": evaluations,
@@ -208,6 +240,46 @@ def _encode(
     return [traces[i] for i in kept], [[chains[i] for i in kept] for chains in encoded]
 
 
+def readable(
+    own: Sequence[tuple[int, Trace, list[bool | None]]],
+    models: Sequence[LoadedModel],
+    text: TextFormat,
+    note: Callable[[str], None],
+) -> list[tuple[int, Trace, list[bool | None]]]:
+    """Those that every model's tokenizer can read: a poor student writes what another's vocabulary does not have."""
+    kept, reason = [], ""
+    for item in own:
+        try:
+            for loaded in models:
+                encode_traces(loaded.tokenizer, [item[1]], text, row_length=2**31 - 1)
+            kept.append(item)
+        except ValueError as error:
+            reason = reason or str(error)
+    if reason:
+        note(f"{len(own) - len(kept)} of the student's {len(own)} own chains are left out; the first: {reason}")
+    return kept
+
+
+def _in_cache(
+    cache: TeacherCache,
+    folder: str,
+    traces: Sequence[Trace],
+    encoded: Sequence[list[EncodedChain]],
+    note: Callable[[str], None],
+) -> tuple[list[Trace], list[list[EncodedChain]]]:
+    """The chains whose records a cache holds; the others are counted and left out."""
+    kept = [i for i, chain in enumerate(encoded[1]) if cached_key(chain) in cache]
+    if len(kept) < 2:
+        raise ValueError(
+            f"{len(kept)} of {len(traces)} chains are in the teacher cache {folder}: another split or data set (a "
+            "cache has its recipe's training and validation chains, so --split=train), another form of text "
+            "(--prompt_template, --chat, --keep_marks), or chains that were longer than the recipe's rows"
+        )
+    if len(kept) < len(traces):
+        note(f"{len(traces) - len(kept)} of {len(traces)} chains are not in the teacher cache and are left out")
+    return [traces[i] for i in kept], [[chains[i] for i in kept] for chains in encoded]
+
+
 def _own_chains(records: Sequence[Record]) -> list[tuple[int, Trace, list[bool | None]]]:
     """(problem, what the student wrote as a chain, whether each step is right), where it wrote any step."""
     found = []
@@ -222,10 +294,17 @@ def _own_chains(records: Sequence[Record]) -> list[tuple[int, Trace, list[bool |
 
 
 def _states(
-    settings: DiagnoseSettings, student: LoadedModel, teacher: LoadedModel, encoded: Sequence[Sequence[EncodedChain]]
+    settings: DiagnoseSettings,
+    student: LoadedModel,
+    teacher: LoadedModel,
+    encoded: Sequence[Sequence[EncodedChain]],
+    cache: TeacherCache | None = None,
 ) -> BoundaryStates:
     of_student, mask_CK = boundary_states(student, encoded[0], settings.student_layer)
-    of_teacher, _ = boundary_states(teacher, encoded[1], settings.teacher_layer)
+    if cache is None:
+        of_teacher, _ = boundary_states(teacher, encoded[1], settings.teacher_layer)
+    else:
+        of_teacher, _ = cached_states(cache, encoded[1])
     return BoundaryStates(of_student, of_teacher, mask_CK)
 
 
@@ -263,3 +342,10 @@ def _described(loaded: LoadedModel, layer: int) -> dict[str, Any]:
         "width": config.width,
         "layer_read": loaded.model.layer_index(layer),
     }
+
+
+def _source(cache: TeacherCache | None) -> dict[str, str]:
+    """Where the teacher's states came from, where it was not run."""
+    if cache is None:
+        return {}
+    return {"cache": f"{cache.identity.teacher_dtypes}, states stored as {cache.identity.states}"}

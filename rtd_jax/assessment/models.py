@@ -16,12 +16,14 @@ from rtd_jax.common.boundaries import gather_boundaries
 from rtd_jax.common.sharding import MeshSettings, make_mesh, param_shardings, put_same, row_sharding, row_ways, to_host
 from rtd_jax.common.types import Array, Params
 from rtd_jax.data.formats import TextFormat
+from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.data.tokens import EncodedChain
 from rtd_jax.models.checkpoint import load_config, load_params, resolve
 from rtd_jax.models.functional import LlamaModel
 from rtd_jax.models.quantized import INT8, quantize_params
 from rtd_jax.models.weights import logical_axes
 from rtd_jax.settings import build
+from rtd_jax.teacher.cache import TeacherCache, chain_key, read_identity
 from rtd_jax.training.checkpoints import read_meta, restore_params
 from rtd_jax.training.prepare import (
     load_tokenizer,
@@ -62,7 +64,9 @@ class LoadedModel:
         return "" if self.text is not None else weights_fingerprint(self.directory)
 
 
-def load_model(path: str, dtype: Dtype = "float32", compute_dtype: str = "float32") -> LoadedModel:
+def load_model(
+    path: str, dtype: Dtype = "float32", compute_dtype: str = "float32", *, weights: bool = True
+) -> LoadedModel:
     """Loads a model over all devices of this process.
 
     Args:
@@ -70,19 +74,25 @@ def load_model(path: str, dtype: Dtype = "float32", compute_dtype: str = "float3
         folder, for its newest stage.
       dtype: of the weights in memory; "int8" is weight-only with one scale an output channel.
       compute_dtype: of products and hidden states.
+      weights: False leaves `params` empty: its states are read from a teacher cache.
 
     Raises:
-      ValueError: nothing of that name, or not a Llama, or a checkpoint whose teacher has gone.
+      ValueError: nothing of that name, or not a Llama, or a checkpoint whose teacher has gone; a stage checkpoint
+        without weights, since a cache belongs to files.
     """
     mesh = make_mesh(MeshSettings())
     stage = stage_checkpoint(path)
+    if stage is not None and not weights:
+        raise ValueError(f"{path} is a run's checkpoint, of which there is no teacher cache; give the teacher's folder")
     if stage is not None:
         return _from_stage(stage, dtype, compute_dtype, mesh)
     directory = resolve(path)
     config = load_config(directory)
     settings = TeacherSettings(str(directory), dtype, "bfloat16" if compute_dtype == "bfloat16" else "float32")
     model = teacher_model(settings, config, mesh)
-    params = load_params(directory, config, dtype=dtype, shardings=teacher_shardings(settings, model, mesh))
+    params: Params = {}
+    if weights:
+        params = load_params(directory, config, dtype=dtype, shardings=teacher_shardings(settings, model, mesh))
     name = _labelled(directory.name if directory.is_dir() else path, dtype)
     return LoadedModel(name, model, params, load_tokenizer(directory), mesh, directory)
 
@@ -184,6 +194,49 @@ def boundary_states(
             count = len(chains[i].boundaries)
             states_CKD[i, :count] = found_BKD[row, :count]
             mask_CK[i, :count] = True
+    return states_CKD, mask_CK
+
+
+def open_cache(folder: str, teacher: LoadedModel, layer: int = -1) -> TeacherCache:
+    """The cache that launch/cache_teacher.py wrote for this teacher, for its states at boundaries.
+
+    Raises:
+      ValueError: there is no cache, or it is another teacher's, tokenizer's or layer's; with what it is.
+    """
+    path = Path(folder).expanduser()
+    stored = read_identity(path)
+    wanted = teacher.model.layer_index(layer)
+    if stored.teacher != teacher.fingerprint():
+        raise ValueError(
+            f"the teacher cache {path} was written by another teacher than {teacher.directory} (fingerprint of weights "
+            f"{stored.teacher[:12]}, not {teacher.fingerprint()[:12]}); give --teacher the one that wrote it"
+        )
+    if stored.tokenizer != tokenizer_fingerprint(teacher.tokenizer):
+        raise ValueError(
+            f"the teacher cache {path} was written with another tokenizer than that in {teacher.directory}; put back "
+            "the tokenizer it was written with, or write another cache with launch/cache_teacher.py"
+        )
+    if stored.hidden_layer != wanted:
+        raise ValueError(
+            f"the teacher cache {path} holds states of layer {stored.hidden_layer}, but layer {wanted} is asked for; "
+            f"use --teacher_layer={stored.hidden_layer}, or write another with --config.loss.hidden_layer={wanted}"
+        )
+    return TeacherCache(path, stored)
+
+
+def cached_key(chain: EncodedChain) -> str:
+    """Where a teacher cache keeps what belongs to a chain."""
+    return chain_key(chain.tokens, chain.boundaries, chain.loss_weights)
+
+
+def cached_states(cache: TeacherCache, chains: Sequence[EncodedChain]) -> tuple[np.ndarray, np.ndarray]:
+    """As `boundary_states`, from a cache that has all of these chains: exact up to its storage."""
+    found = [cache.read(cached_key(chain))[1] for chain in chains]
+    slots = max(len(states_KD) for states_KD in found)
+    states_CKD = np.zeros((len(chains), slots, found[0].shape[1]), np.float32)
+    mask_CK = np.zeros((len(chains), slots), bool)
+    for i, states_KD in enumerate(found):
+        states_CKD[i, : len(states_KD)], mask_CK[i, : len(states_KD)] = states_KD, True
     return states_CKD, mask_CK
 
 

@@ -106,9 +106,9 @@ class LlamaModel:
         return jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
 
     def init_cache(self, batch: int, length: int, dtype: str | None = None) -> KVCache:
-        """An empty cache of `length` tokens for `batch` rows, [N, B, L, G, E] twice; `compute_dtype` by default."""
+        """An empty cache of `length` tokens for `batch` rows, [N, B, G, L, E] twice; `compute_dtype` by default."""
         config = self.config
-        shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
+        shape = (config.layers, batch, config.kv_heads, length, config.head_dim)
         zeros = functools.partial(jnp.zeros, shape, dtype or self.compute_dtype)
         return KVCache(zeros(), zeros())
 
@@ -132,7 +132,7 @@ class LlamaModel:
         hidden_BD, cache = self._module(params).prefill(
             jnp.asarray(tokens_BL), positions_BL, jnp.asarray(lengths_B) - 1
         )
-        padding = [(0, 0), (0, 0), (0, cache_length - length), (0, 0), (0, 0)]
+        padding = [(0, 0), (0, 0), (0, 0), (0, cache_length - length), (0, 0)]
         return hidden_BD, jax.tree.map(lambda x: jnp.pad(x, padding), cache)
 
     def decode(self, params: Params, cache: KVCache, tokens_B: Array, positions_B: Array) -> tuple[jax.Array, KVCache]:

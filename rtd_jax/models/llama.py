@@ -50,10 +50,14 @@ class Runtime:
 
 
 class KVCache(NamedTuple):
-    """Rotated keys and values of every layer. The slot of a token is its position."""
+    """Rotated keys and values of every layer. The slot of a token is its position.
 
-    keys_NBLGE: jax.Array
-    values_NBLGE: jax.Array
+    Slots lie next to each other for each head, as the products of a single query want them: with heads inside slots
+    XLA's CPU compiler transposes the whole cache for every token.
+    """
+
+    keys_NBGLE: jax.Array
+    values_NBGLE: jax.Array
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -82,8 +86,9 @@ def rotate(x_BLHE: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return rotated.astype(x_BLHE.dtype)
 
 
-# Takes the new keys and values of a layer; gives the keys and values to attend to, and what the layer hands back.
-Exchange = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]]
+# Takes a layer's rotated queries [B, L, H, E], rotated keys and values [B, L, G, E]; gives what they mix to
+# [B, L, H, E], and what the layer hands back.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class RMSNorm(nnx.Module):
@@ -105,7 +110,7 @@ def attention_kernel(wanted: AttentionKernel, length: int, head_dim: int, dtype:
 
     "auto" takes cuDNN's kernel, which holds no [L, L] scores, where it runs: on NVIDIA GPUs from compute capability 8.0
     on, for bfloat16, rows of an even length, and heads of a multiple of 8 up to 128. Single queries are XLA's in any
-    case: they are bound by reading the cache.
+    case: a cache of one token gains nothing.
     """
     if length == 1 or wanted == "xla":
         return "xla"
@@ -120,8 +125,22 @@ def _on_nvidia_ampere() -> bool:
     return capability.split(".")[0].isdigit() and int(capability.split(".")[0]) >= 8
 
 
+def attend_cached(q_BHE: jax.Array, k_BGLE: jax.Array, v_BGLE: jax.Array, seen_BL: jax.Array) -> jax.Array:
+    """Attention of one query a row to the cached slots that it may see. [B, H, E]
+
+    softmax(q k / sqrt(E)) v with scores in float32, as jax.nn.dot_product_attention computes it for other layouts.
+    """
+    batch, heads, head_dim = q_BHE.shape
+    q_BGRE = q_BHE.reshape(batch, k_BGLE.shape[1], -1, head_dim)  # R: query heads of one key/value head
+    scores_BGRL = jnp.einsum("BGRE,BGLE->BGRL", q_BGRE, k_BGLE, preferred_element_type=jnp.float32) / head_dim**0.5
+    hidden = jnp.finfo(jnp.float32).min
+    weights_BGRL = jax.nn.softmax(jnp.where(seen_BL[:, None, None], scores_BGRL, hidden), axis=-1)
+    mixed_BGRE = jnp.einsum("BGRL,BGLE->BGRE", weights_BGRL.astype(v_BGLE.dtype), v_BGLE)
+    return mixed_BGRE.reshape(batch, heads, head_dim)
+
+
 class Attention(nnx.Module):
-    """Grouped-query attention. `exchange` stands between the new keys and values and the cache, if there is one."""
+    """Grouped-query attention; `attend` joins the new queries, keys and values, with a cache or without."""
 
     def __init__(self, config: LlamaConfig, runtime: Runtime, dtype: jnp.dtype):
         width, head_dim = config.width, config.head_dim
@@ -129,28 +148,13 @@ class Attention(nnx.Module):
         self.k = _zeros(dtype, (width, config.kv_heads, head_dim))
         self.v = _zeros(dtype, (width, config.kv_heads, head_dim))
         self.o = _zeros(dtype, (config.heads, head_dim, width))
-        self.wanted = runtime.attention
 
-    def __call__(
-        self,
-        x_BLD: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        mask: jax.Array | None,
-        exchange: Exchange,
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BLD: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
         dtype = x_BLD.dtype
         q_BLHE = rotate(jnp.einsum("BLD,DHE->BLHE", x_BLD, _weight(self.q, dtype)), angles)
         k_BLGE = rotate(jnp.einsum("BLD,DGE->BLGE", x_BLD, _weight(self.k, dtype)), angles)
         v_BLGE = jnp.einsum("BLD,DGE->BLGE", x_BLD, _weight(self.v, dtype))
-        seen_k, seen_v, handed_back = exchange(k_BLGE, v_BLGE)
-        mixed_BLHE = jax.nn.dot_product_attention(
-            q_BLHE,
-            seen_k,
-            seen_v,
-            mask=mask,
-            is_causal=mask is None,
-            implementation=attention_kernel(self.wanted, q_BLHE.shape[1], q_BLHE.shape[3], dtype),
-        )
+        mixed_BLHE, handed_back = attend(q_BLHE, k_BLGE, v_BLGE)
         return jnp.einsum("BLHE,HED->BLD", mixed_BLHE, _weight(self.o, dtype)), handed_back
 
 
@@ -183,11 +187,10 @@ class Block(nnx.Module):
         self,
         x_BLD: jax.Array,
         angles: tuple[jax.Array, jax.Array],
-        mask: jax.Array | None,
-        exchange: Exchange,
+        attend: Attend,
     ) -> tuple[jax.Array, Any]:
         with jax.named_scope("attention"):
-            mixed_BLD, handed_back = self.attention(self.attention_norm(x_BLD), angles, mask, exchange)
+            mixed_BLD, handed_back = self.attention(self.attention_norm(x_BLD), angles, attend)
         x_BLD = x_BLD + mixed_BLD
         with jax.named_scope("mlp"):
             return x_BLD + self.mlp(self.mlp_norm(x_BLD)), handed_back
@@ -216,7 +219,9 @@ class Llama(nnx.Module):
         graphdef, layers = nnx.split(self.layers)
 
         def layer(x_BLD, weights):
-            x_BLD, _ = nnx.merge(graphdef, self._fetched(weights))(x_BLD, angles, mask, lambda k, v: (k, v, None))
+            x_BLD, _ = nnx.merge(graphdef, self._fetched(weights))(
+                x_BLD, angles, lambda q, k, v: (self._attend(q, k, v, mask), None)
+            )
             return self._constrain(x_BLD)
 
         run = self._rematerialised(layer)
@@ -238,9 +243,12 @@ class Llama(nnx.Module):
         angles = rope_angles(self.config.rope, self.config.head_dim, positions_BL)
         graphdef, layers = nnx.split(self.layers)
 
+        def attend(q_BLHE, k_BLGE, v_BLGE):
+            new = KVCache(*(jnp.swapaxes(x, 1, 2) for x in (k_BLGE, v_BLGE)))
+            return self._attend(q_BLHE, k_BLGE, v_BLGE, None), new
+
         def body(x_BLD, weights):
-            block = nnx.merge(graphdef, self._fetched(weights))
-            x_BLD, new = block(x_BLD, angles, None, lambda k, v: (k, v, KVCache(k, v)))
+            x_BLD, new = nnx.merge(graphdef, self._fetched(weights))(x_BLD, angles, attend)
             return self._constrain(x_BLD), new
 
         x_BLD, cache = jax.lax.scan(body, self._embed(tokens_BL), layers)
@@ -250,9 +258,9 @@ class Llama(nnx.Module):
     def decode(self, cache: KVCache, tokens_B: jax.Array, positions_B: jax.Array) -> tuple[jax.Array, KVCache]:
         """Final normed state of one more token per row [B, D], and the cache with that token in slot `positions_B`."""
         angles = rope_angles(self.config.rope, self.config.head_dim, positions_B[:, None])
-        slots = jnp.arange(cache.keys_NBLGE.shape[2])
-        mask_B11L = (slots[None] <= positions_B[:, None])[:, None, None, :]
-        rows_B = jnp.arange(tokens_B.shape[0])
+        _, batch, heads, length, _ = cache.keys_NBGLE.shape
+        seen_BL = jnp.arange(length)[None] <= positions_B[:, None]
+        rows_B1, heads_1G = jnp.arange(batch)[:, None], jnp.arange(heads)[None]
         graphdef, layers = nnx.split(self.layers)
 
         def body(carry, scanned):
@@ -260,18 +268,28 @@ class Llama(nnx.Module):
             x_B1D, cache = carry
             index, weights = scanned
 
-            def exchange(k_B1GE, v_B1GE):
+            def attend(q_B1HE, k_B1GE, v_B1GE):
                 new = KVCache(k_B1GE[:, 0], v_B1GE[:, 0])
-                stored = jax.tree.map(lambda x, y: x.at[index, rows_B, positions_B].set(y.astype(x.dtype)), cache, new)
-                k_BLGE, v_BLGE = (jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in stored)
-                return k_BLGE.astype(k_B1GE.dtype), v_BLGE.astype(v_B1GE.dtype), stored
+                places = (index, rows_B1, heads_1G, positions_B[:, None])
+                stored = jax.tree.map(lambda x, y: x.at[places].set(y.astype(x.dtype)), cache, new)
+                k_BGLE, v_BGLE = (
+                    jax.lax.dynamic_index_in_dim(x, index, keepdims=False).astype(q_B1HE.dtype) for x in stored
+                )
+                return attend_cached(q_B1HE[:, 0], k_BGLE, v_BGLE, seen_BL)[:, None], stored
 
-            x_B1D, cache = nnx.merge(graphdef, self._fetched(weights))(x_B1D, angles, mask_B11L, exchange)
+            x_B1D, cache = nnx.merge(graphdef, self._fetched(weights))(x_B1D, angles, attend)
             return (self._constrain(x_B1D), cache), None
 
         carry = (self._embed(tokens_B[:, None]), cache)
         (x_B1D, cache), _ = jax.lax.scan(body, carry, (jnp.arange(self.config.layers), layers))
         return self.norm(x_B1D[:, 0]), cache
+
+    def _attend(self, q_BLHE: jax.Array, k_BLGE: jax.Array, v_BLGE: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Attention within what is given: where the mask is True, or causal."""
+        kernel = attention_kernel(self.runtime.attention, q_BLHE.shape[1], q_BLHE.shape[3], q_BLHE.dtype)
+        return jax.nn.dot_product_attention(
+            q_BLHE, k_BLGE, v_BLGE, mask=mask, is_causal=mask is None, implementation=kernel
+        )
 
     def _embed(self, tokens_BL: jax.Array) -> jax.Array:
         # Rows are taken before they are turned into floats: with an int8 table, of each part.

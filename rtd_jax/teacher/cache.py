@@ -176,6 +176,10 @@ class TeacherCache:
             raise ValueError(f"{folder} is a teacher cache without records; run launch/cache_teacher.py again")
 
     @property
+    def identity(self) -> Identity:
+        return self._identity
+
+    @property
     def fingerprint(self) -> str:
         """Of the identity: two runs that read equal fingerprints and chains read equal outputs."""
         return self._identity.digest()
@@ -247,8 +251,18 @@ def predicting_positions(loss_weights_L: Array) -> np.ndarray:
     return np.flatnonzero(weights[1:] > 0)
 
 
-def check_identity(folder: Path, identity: Identity) -> None:
-    """Raises ValueError when the folder holds no cache, or one of another identity, naming what differs."""
+def read_identity(folder: Path) -> Identity:
+    """What the cache in a folder says of itself. Raises ValueError where it is none, or of a format not read here."""
+    known = _stored_identity(folder)
+    try:
+        return Identity(**known)
+    except TypeError as error:
+        raise ValueError(
+            f"{folder}/manifest.json: its identity cannot be read ({error}); write the cache again"
+        ) from error
+
+
+def _stored_identity(folder: Path) -> dict[str, Any]:
     if not (folder / "manifest.json").is_file():
         raise ValueError(
             f"{folder} is not a teacher cache (no manifest.json); write one with "
@@ -257,7 +271,12 @@ def check_identity(folder: Path, identity: Identity) -> None:
     manifest = read_json(folder / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{folder}/manifest.json is not of format {FORMAT}, which this version reads")
-    before, now = manifest.get("identity", {}), asdict(identity)
+    return manifest.get("identity", {})
+
+
+def check_identity(folder: Path, identity: Identity) -> None:
+    """Raises ValueError when the folder holds no cache, or one of another identity, naming what differs."""
+    before, now = _stored_identity(folder), asdict(identity)
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         name = changed[0]
