@@ -52,6 +52,24 @@ class Trace:
         return "\n".join((*self.steps, self.final) if self.final else self.steps)
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What a teacher is asked: a prompt, and the answer that its chain has to reach.
+
+    `depth` is the number of steps of the reference chain, 0 where there is none. It reads as a reference without steps.
+    """
+
+    prompt: str
+    answer: str
+    depth: int = 0
+    source: str = ""
+    steps: tuple[str, ...] = ()
+
+    @property
+    def final(self) -> str:
+        return f"#### {self.answer}"
+
+
 def from_gsm8k(row: Row, source: str = "row", *, keep_marks: bool = True) -> Trace:
     """`question`, `answer`: one step a line, `<<48/2=24>>` calculator marks, last line `#### 72`."""
     lines = [line.strip() for line in _text(row, "answer", source).splitlines() if line.strip()]
@@ -73,7 +91,7 @@ def from_math(row: Row, source: str = "row") -> Trace:
     """
     solution = _text(row, "solution", source)
     return Trace(
-        _text(row, "problem", source).strip(), tuple(_math_sentences(solution)), boxed(solution, source), "", source
+        _text(row, "problem", source).strip(), tuple(sentences(solution)), boxed(solution, source), "", source
     )
 
 
@@ -101,6 +119,22 @@ def from_arc(row: Row, source: str = "row", *, reasoning_field: str = "reasoning
 
     Labels are shown as A, B, C, ... whatever the row uses (a few rows use 1-4), so that one letter means one place.
     """
+    problem = arc_problem(row, source)
+    given = row.get(reasoning_field)
+    if isinstance(given, str):
+        steps = tuple(line.strip() for line in given.splitlines() if line.strip())
+    elif isinstance(given, list | tuple):
+        steps = tuple(_texts(row, reasoning_field, source))
+    else:
+        raise ValueError(
+            f"{source}: field {reasoning_field!r} is {given!r}; ARC itself has no reasoning: add it to each row as "
+            "text with one step a line, or as a list of steps"
+        )
+    return Trace(problem.prompt, steps, problem.answer, problem.final, source)
+
+
+def arc_problem(row: Row, source: str = "row") -> Problem:
+    """`question`, `choices`, `answerKey` of ARC as it is published: without reasoning."""
     choices = row.get("choices")
     if not isinstance(choices, Mapping) or "text" not in choices or "label" not in choices:
         raise ValueError(f"{source}: field 'choices' is {choices!r}; expected {{'text': [...], 'label': [...]}}")
@@ -114,17 +148,7 @@ def from_arc(row: Row, source: str = "row", *, reasoning_field: str = "reasoning
         raise ValueError(f"{source}: answerKey {key!r} is not among the labels {labels}")
     letter = _OPTION_LETTERS[labels.index(key)]
     options = "\n".join(f"{name}. {text}" for name, text in zip(_OPTION_LETTERS, texts, strict=False))
-    given = row.get(reasoning_field)
-    if isinstance(given, str):
-        steps = tuple(line.strip() for line in given.splitlines() if line.strip())
-    elif isinstance(given, list | tuple):
-        steps = tuple(_texts(row, reasoning_field, source))
-    else:
-        raise ValueError(
-            f"{source}: field {reasoning_field!r} is {given!r}; ARC itself has no reasoning: add it to each row as "
-            "text with one step a line, or as a list of steps"
-        )
-    return Trace(f"{_text(row, 'question', source).strip()}\n{options}", steps, letter, f"#### {letter}", source)
+    return Problem(f"{_text(row, 'question', source).strip()}\n{options}", letter, 0, source)
 
 
 def from_stepwise(row: Row, source: str = "row") -> Trace:
@@ -186,7 +210,8 @@ def _unbalanced(source: str) -> str:
     raise ValueError(rf"{source}: the last \boxed in 'solution' has no balanced {{...}}")
 
 
-def _math_sentences(solution: str) -> list[str]:
+def sentences(solution: str) -> list[str]:
+    """`solution` cut at line ends and behind sentences, never inside a formula; each on one line."""
     pieces: list[str] = []
     start = 0
     cuts = [*re.finditer(r"\n+", solution), *_SENTENCE_END.finditer(solution)]
