@@ -12,8 +12,8 @@ stands here is ours. 8 chains of GSM8K's 7,473 training problems are 59,784. Not
 from ml_collections import ConfigDict
 
 INSTRUCTION = (
-    "{prompt}\n\nSolve this step by step. Write each step as one sentence on a line of its own, without headings, bullets "
-    "or blank lines. Then write a last line with the final answer alone, in the form '#### 42'."
+    "{prompt}\n\nSolve this step by step. Write each step as one sentence on a line of its own, without headings, "
+    "bullets or blank lines. Then write a last line with the final answer alone, in the form '#### 42'."
 )
 
 
@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
     c.openai.requests_per_minute = 0  # started at most; 0 is no limit
     c.openai.timeout = 600.0  # seconds for one reply
     c.openai.retries = 30  # up to 8 s apart: outlasts a restart of the engine of about 4 minutes
+    c.openai.extra_body = ""  # further fields of a request as a JSON object, such as '{"top_k": 50}'
     c.openai.skip_refused = False  # count a request that the server refuses instead of stopping
 
     c.jax = ConfigDict()

@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
     c.openai.requests_per_minute = 0  # started at most; 0 is no limit
     c.openai.timeout = 600.0  # seconds for one reply
     c.openai.retries = 8  # of a request that fails in a way that may pass
+    c.openai.extra_body = ""  # further fields of a request as a JSON object, such as '{"top_k": 50}'
     c.openai.skip_refused = False  # count a request that the server refuses instead of stopping
 
     c.selection = ConfigDict()

@@ -4,6 +4,9 @@
     transformers serve rtd_jax/bundled/tiny_teacher --port 8000                               # or from a server:
     python launch/traces.py --config=configs/traces_tiny.py --workdir=runs/served \
         --config.backend=openai --config.openai.model=rtd_jax/bundled/tiny_teacher
+
+`transformers serve` decodes greedily, whatever the temperature, unless the model's generation_config.json says
+`"do_sample": true`; the bundled teacher has none, so ask it for one sample there.
 """
 
 from pathlib import Path
@@ -49,6 +52,7 @@ def get_config() -> ConfigDict:
     c.openai.requests_per_minute = 0  # started at most; 0 is no limit
     c.openai.timeout = 60.0  # seconds for one reply
     c.openai.retries = 8  # of a request that fails in a way that may pass
+    c.openai.extra_body = ""  # further fields of a request as a JSON object, such as '{"top_k": 50}'
     c.openai.skip_refused = False  # count a request that the server refuses instead of stopping
 
     c.selection = ConfigDict()

@@ -1,4 +1,4 @@
-"""The list that lies beside generated shards: what they are, and a hash of each, so that no other file passes for one."""
+"""The list beside generated shards: what they are, and a hash of each, so that no other file passes for one."""
 
 import hashlib
 from collections.abc import Sequence

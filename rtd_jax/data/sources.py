@@ -20,7 +20,7 @@ class SourceSettings:
     """Where traces come from.
 
     `location` is a local folder holding `<split>.jsonl`, `.json` or `.parquet` (or shards `<split>-*.parquet` or
-    `<split>-*.jsonl`, also under `<subset>/` or `data/`), a single file of these kinds, or a data set's name on the hub.
+    `<split>-*.jsonl`, also under `<subset>/` or `data/`), a single file of these kinds, or a hub name.
     Shards that launch/traces.py wrote are compared with their manifest.
     """
 
@@ -127,7 +127,7 @@ def _split_files(folder: Path, settings: SourceSettings) -> list[Path]:
     there = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix in _SUFFIXES)
     raise ValueError(
         f"{folder}: no file of the split {settings.split!r} (looked for {settings.split}.jsonl, .json, .parquet, "
-        f"{settings.split}-*.parquet and {settings.split}-*.jsonl); the folder has {', '.join(there[:20]) or 'no data files'}"
+        f"{settings.split}-*.parquet and -*.jsonl); the folder has {', '.join(there[:20]) or 'no data files'}"
     )
 
 

@@ -90,9 +90,7 @@ def from_math(row: Row, source: str = "row") -> Trace:
     character, but never inside `$...$`, `\[...\]` or an environment, so a displayed derivation stays one step.
     """
     solution = _text(row, "solution", source)
-    return Trace(
-        _text(row, "problem", source).strip(), tuple(sentences(solution)), boxed(solution, source), "", source
-    )
+    return Trace(_text(row, "problem", source).strip(), tuple(sentences(solution)), boxed(solution, source), "", source)
 
 
 def from_strategyqa(row: Row, source: str = "row") -> Trace:

@@ -94,8 +94,8 @@ def generate(
       batch_size: rows decoded together.
       pad_id: fills prompts on the right, and rows that have ended.
       sampling: None takes the most probable token. For several samples of a prompt, give it several times.
-      streams: for each prompt the number of its stream of draws, in [0, 2^31), in place of its place in the list; then a
-        draw does not depend on what else is in the list.
+      streams: for each prompt the number of its stream of draws, in [0, 2^31); None takes its place in the list. Given,
+        a draw does not depend on what else is in the list.
       stopped: called every `STOP_INTERVAL` tokens with a row's new ids; True ends the row. Such a row may have ids
         beyond what made it stop: cut its text.
       batch_sharding: where to put [batch] and [batch, length] arrays; None leaves it to the compiler.

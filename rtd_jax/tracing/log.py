@@ -1,7 +1,7 @@
 """Replies on disk, one line each as they come: what is in the log is never asked again, and never changes.
 
-    <folder>/requests.json     what is asked of whom; a folder holds the replies to one such question
-    <folder>/responses.jsonl   {"id", "sample", "text", "finish", "crc32"}, appended and synced to the disk
+<folder>/requests.json     what is asked of whom; a folder holds the replies to one such question
+<folder>/responses.jsonl   {"id", "sample", "text", "finish", "crc32"}, appended and synced to the disk
 """
 
 import fcntl
@@ -59,8 +59,8 @@ class ResponseLog:
             name = changed[0]
             more = f" (and {', '.join(changed[1:])})" if len(changed) > 1 else ""
             raise ValueError(
-                f"{folder} holds replies of another {name}: {before.get(name)!r}, this run has {now.get(name)!r}{more}; "
-                "use the settings it was begun with, or another --workdir"
+                f"{folder} holds replies of another {name}: {before.get(name)!r}, this run has {now.get(name)!r}{more}"
+                "; use the settings it was begun with, or another --workdir"
             )
 
     def _read(self) -> dict[str, Reply]:

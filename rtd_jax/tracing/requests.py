@@ -59,6 +59,7 @@ class OpenAISettings:
     requests_per_minute: int = 0  # started at most; 0 is no limit
     timeout: float = 600.0  # seconds for one reply
     retries: int = 8  # of a request, 0.5 to 8 s apart or as the server says, when it fails in a way that may pass
+    extra_body: str = ""  # further fields of a request as a JSON object, such as '{"top_k": 50}'
     skip_refused: bool = False  # count a request that the server refuses (400, 413, 422) instead of stopping
 
     def __post_init__(self) -> None:
@@ -67,6 +68,17 @@ class OpenAISettings:
                 f"concurrency is {self.concurrency}, retries {self.retries}, requests_per_minute "
                 f"{self.requests_per_minute}, timeout {self.timeout}; expected at least 1, 0, 0 and more than 0 s"
             )
+        self.extra()
+
+    def extra(self) -> dict[str, Any]:
+        """`extra_body` read; raises ValueError where it is not a JSON object."""
+        try:
+            fields = json.loads(self.extra_body or "{}")
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            raise ValueError(f"extra_body is {self.extra_body!r}; expected a JSON object, such as '{{\"top_k\": 50}}'")
+        return fields
 
 
 class Request(NamedTuple):

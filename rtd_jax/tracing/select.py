@@ -137,8 +137,8 @@ def depth_cap(counts: Sequence[int], share: float) -> int:
         return max(counts, default=0)
     if share * len(counts) < 1:
         raise ValueError(
-            f"selection.max_depth_share is {share}, but the right chains have {len(counts)} depths, so one has at least "
-            f"{1 / len(counts):.2f} of them; raise it, or ask for more depths"
+            f"selection.max_depth_share is {share}, but the right chains have {len(counts)} depths, so one has at "
+            f"least {1 / len(counts):.2f} of them; raise it, or ask for more depths"
         )
     return next(c for c in range(max(counts), 0, -1) if c <= share * sum(min(count, c) for count in counts) + 1e-9)
 

@@ -1,7 +1,6 @@
 """Chains from a server of OpenAI's completions API: vLLM, SGLang, `transformers serve`, or a hosted one."""
 
 import asyncio
-import json
 import os
 from collections.abc import Callable, Sequence, Set
 from typing import Any
@@ -25,7 +24,7 @@ class OpenAIBackend:
         self._settings, self._text, self._sampling = settings, text, sampling
 
     def identity(self) -> dict[str, Any]:
-        return {"backend": "openai", "model": self._settings.model}
+        return {"backend": "openai", "model": self._settings.model, "extra_body": self._settings.extra()}
 
     def complete(
         self, requests: Sequence[Request], missing: Set[str], record: Callable[[Request, Reply], None]
@@ -64,7 +63,11 @@ class OpenAIBackend:
         for attempt in range(settings.retries + 1):
             try:
                 return self._reply(await self._send(client, request))
-            except (json.JSONDecodeError, openai.APIResponseValidationError, _NoCompletion) as error:
+            except (
+                ValueError,
+                openai.APIResponseValidationError,
+                _NoCompletion,
+            ) as error:  # not UTF-8, JSON or a reply
                 problem = str(error)
             except openai.APIStatusError as error:
                 if error.status_code in (400, 413, 422) and settings.skip_refused:
@@ -88,8 +91,9 @@ class OpenAIBackend:
             if attempt < settings.retries:
                 await asyncio.sleep(min(BACKOFF * 2**attempt, LONGEST_BACKOFF))
         raise ValueError(
-            f"{where} answered {settings.retries + 1} times with what is no completion (the last: {problem[:200]}); see "
-            "that base_url is that of an OpenAI-compatible API (it ends in /v1), then run the command again"
+            f"{where} answered every one of {settings.retries + 1} attempts with what is no completion (the last: "
+            f"{problem[:200]}); see that base_url is that of an OpenAI-compatible API (it ends in /v1), then run the "
+            "command again"
         )
 
     async def _send(self, client: Any, request: Request) -> Any:
@@ -102,6 +106,8 @@ class OpenAIBackend:
             "seed": request.seed,
             "extra_headers": {"X-Request-Id": request.id},  # finds a chain in the server's own log
         }
+        if extra := self._settings.extra():
+            options["extra_body"] = extra
         if sampling.stop:
             options["stop"] = list(sampling.stop)
         if self._text.kind == "chat":

@@ -14,7 +14,6 @@ from rtd_jax.data.formats import TextFormat, solved_examples
 from rtd_jax.data.manifest import begin_manifest, finish_manifest
 from rtd_jax.data.sources import SourceSettings, load_problems, load_traces
 from rtd_jax.data.traces import Problem
-from rtd_jax.tracing.local import JaxBackend
 from rtd_jax.tracing.log import ResponseLog
 from rtd_jax.tracing.requests import (
     Backend,
@@ -26,7 +25,6 @@ from rtd_jax.tracing.requests import (
     make_requests,
 )
 from rtd_jax.tracing.select import OUTCOMES, Selected, SelectionSettings, select
-from rtd_jax.tracing.server import OpenAIBackend
 from rtd_jax.training.display import print_table
 
 PROGRESS_INTERVAL = 5.0  # seconds between two lines
@@ -79,11 +77,7 @@ def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:
         raise ValueError(f"{shared.source} is a solved example and a problem too; take examples from another split")
     context = solved_examples(recipe.text, [(trace.prompt, trace.completion) for trace in examples])
     text = dataclasses.replace(recipe.text, context=recipe.text.context + context)
-    backend: Backend
-    if recipe.backend == "jax":
-        backend = JaxBackend(recipe.jax, text, recipe.sampling)
-    else:
-        backend = OpenAIBackend(recipe.openai, text, recipe.sampling)
+    backend = _backend(recipe, text)
     sampling = dataclasses.asdict(recipe.sampling)
     samples = sampling.pop("samples")  # more of them are added to those that are there
     sampling["stop"] = list(sampling["stop"])
@@ -105,7 +99,31 @@ def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:
         selected = select(requests, replies, recipe.selection)
         manifest = _write_shards(recipe, workdir, selected, _about(recipe, identity, problems, replies, selected))
     _print(selected, manifest)
+    if samples > 1 and _all_alike(requests, replies):
+        print(
+            f"warning: the {samples} chains of every problem are alike, so the teacher seems to have decoded greedily. "
+            "`transformers serve` does unless the model's generation_config.json has do_sample true",
+            flush=True,
+        )
     return manifest
+
+
+def _all_alike(requests: Sequence[Request], replies: Mapping[str, Reply]) -> bool:
+    texts: dict[str, set[str]] = {}
+    for request in requests:
+        texts.setdefault(request.problem.prompt, set()).add(replies[request.id].text)
+    return all(len(of_problem) == 1 for of_problem in texts.values())
+
+
+def _backend(recipe: TracesRecipe, text: TextFormat) -> Backend:
+    # Each is slow to import, and asking a server needs none of the models.
+    if recipe.backend == "jax":
+        from rtd_jax.tracing.local import JaxBackend
+
+        return JaxBackend(recipe.jax, text, recipe.sampling)
+    from rtd_jax.tracing.server import OpenAIBackend
+
+    return OpenAIBackend(recipe.openai, text, recipe.sampling)
 
 
 def _about(
