@@ -66,5 +66,5 @@ def get_config() -> ConfigDict:
     c.output = ConfigDict()
     c.output.format = "parquet"  # jsonl or parquet
     c.output.split = "train"  # name of the split in the shards' names
-    c.output.rows_per_shard = 10_000
+    c.output.rows_per_shard = 10_000  # chains
     return c

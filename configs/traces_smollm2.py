@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
 
     c.text = ConfigDict()
     c.text.kind = "plain"  # solved examples teach the form of the answer better than an instruction does
-    c.text.prompt_template = "Question: {prompt}\nAnswer:"
+    c.text.prompt_template = "Question: {prompt}\nAnswer:"  # of problems and examples
 
     c.sampling = ConfigDict()
     c.sampling.samples = 4  # chains of each problem
@@ -57,5 +57,5 @@ def get_config() -> ConfigDict:
     c.output = ConfigDict()
     c.output.format = "jsonl"  # jsonl or parquet
     c.output.split = "train"  # name of the split in the shards' names
-    c.output.rows_per_shard = 10_000
+    c.output.rows_per_shard = 10_000  # chains
     return c
