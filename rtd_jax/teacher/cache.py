@@ -123,13 +123,14 @@ def encode_record(top: TopK, states_NKD: np.ndarray, settings: CacheSettings | I
         for name, x in arrays.items()
         if x.size and (not name.startswith("gaps") or x.any())
     }
-    return save(planes, {"p": str(len(ids_PM)), "k": str(np.shape(states_NKD)[1])})
+    # One entry: safetensors writes several in an order that differs from call to call, but equal records are equal bytes.
+    return save(planes, {"sizes": f"{len(ids_PM)} {np.shape(states_NKD)[1]}"})
 
 
 def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
     """What `encode_record` was given, up to its rounding; entries by ascending id, float32 [K, D] of `hidden_layer`."""
     header = json.loads(record[8 : 8 + int.from_bytes(record[:8], "little")])["__metadata__"]
-    predicted, boundaries = int(header["p"]), int(header["k"])
+    predicted, boundaries = map(int, header["sizes"].split())
     planes = load(record)
 
     def plane(name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
