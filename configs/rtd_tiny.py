@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
     for split, limit in (("train", 12_000), ("validation", 600), ("test", 600)):
         c.data[split] = ConfigDict()
         c.data[split].schema = "synthetic"  # the generator; its splits are disjoint
+        c.data[split].location = ""  # of other schemas: a folder, a file or a hub name
         c.data[split].split = split  # of the data set
         c.data[split].limit = limit  # problems
         c.data[split].depths = (1, 2, 3, 4, 5, 6)  # reasoning steps, equally often

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -26,6 +27,7 @@ from rtd_jax.data.sources import SourceSettings, load_traces
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT
 from rtd_jax.tracing.requests import JaxSettings, OpenAISettings, SamplingSettings
 from rtd_jax.tracing.select import SelectionSettings
+from rtd_jax.tracing.server import OpenAIBackend
 from rtd_jax.tracing.traces import OutputSettings, TracesRecipe, write_traces
 
 PROBLEMS = SourceSettings("synthetic", split="train", limit=12)
@@ -158,6 +160,14 @@ def test_a_refused_request_stops_the_run_or_is_counted(tmp_path):
         pytest.raises(ValueError, match=r"answered 401 .* mend openai.model, openai.base_url, the key"),
     ):
         write_traces(asking(server.url), tmp_path / "other")
+
+
+def test_half_a_character_is_no_reason_to_stop():
+    """A server that cuts a reply inside a character sends what is JSON and what no file takes."""
+    backend = OpenAIBackend(OpenAISettings(model="m"), TextFormat("chat"), SamplingSettings())
+    message = SimpleNamespace(content="18 \ud83d\n#### 18")
+    completion = SimpleNamespace(choices=[SimpleNamespace(message=message, finish_reason="stop")])
+    assert backend._reply(completion) == ("18 ?\n#### 18", "stop")
 
 
 def test_requests_are_paced_and_chats_are_chats(tmp_path):

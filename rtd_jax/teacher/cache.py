@@ -123,7 +123,7 @@ def encode_record(top: TopK, states_NKD: np.ndarray, settings: CacheSettings | I
         for name, x in arrays.items()
         if x.size and (not name.startswith("gaps") or x.any())
     }
-    # One entry: safetensors writes several in an order that differs from call to call, but equal records are equal bytes.
+    # One entry: safetensors writes several in an order that differs from call to call, equal records are equal bytes.
     return save(planes, {"sizes": f"{len(ids_PM)} {np.shape(states_NKD)[1]}"})
 
 

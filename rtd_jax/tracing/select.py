@@ -21,7 +21,7 @@ OUTCOMES = ("kept", "wrong", "duplicate", "unfinished", "unparsable", "surplus",
 class SelectionSettings:
     """What is kept of the replies. Another selection is made from the same log without asking again."""
 
-    reading: Literal["strict", "flexible"] = "strict"  # strict: the answer stands after #### (or in \\boxed{})
+    reading: Literal["strict", "flexible"] = "strict"  # strict: the answer stands behind ####; MATH wants flexible
     steps: Literal["lines", "sentences"] = "lines"  # what a step is; sentences are cut as those of MATH
     per_problem: int = 0  # chains of one problem at most; 0 keeps all
     max_depth_share: float = 1.0  # of all kept chains, that one depth (1, 2, 3, 4, 5+) may have

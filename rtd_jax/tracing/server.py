@@ -125,6 +125,7 @@ class OpenAIBackend:
             return Reply("", "refused")
         if not isinstance(text, str) or finish not in ("stop", "length"):
             raise _NoCompletion(f"text is {str(text)[:60]!r} and finish_reason {finish!r}")
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is JSON, and no file takes it
         text, stopped = before_stop(text, self._sampling.stop)
         return Reply(text, "stop" if stopped else finish)
 
