@@ -28,6 +28,8 @@ def get_config() -> ConfigDict:
     c.cache.top_k = 64  # most probable tokens kept of each prediction; the others' mass is one number
     c.cache.predictions = "compact"  # storage of log-probabilities: compact (8 bits) or float32
     c.cache.states = "int8"  # storage of boundary states: int8 with a scale per vector, bfloat16 or float32
+    c.cache.layers = ()  # whose states are kept beside loss.hidden_layer's, to be matched by other recipes
+    c.cache.chains_per_shard = 512  # what a kill can cost at most
 
     c.student = ConfigDict()
     c.student.init = "pretrained"  # random, teacher_layers or pretrained

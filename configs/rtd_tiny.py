@@ -30,6 +30,8 @@ def get_config() -> ConfigDict:
     c.cache.top_k = 64  # most probable tokens kept of each prediction; the others' mass is one number
     c.cache.predictions = "compact"  # storage of log-probabilities: compact (8 bits) or float32
     c.cache.states = "int8"  # storage of boundary states: int8 with a scale per vector, bfloat16 or float32
+    c.cache.layers = ()  # whose states are kept beside loss.hidden_layer's, to be matched by other recipes
+    c.cache.chains_per_shard = 512  # what a kill can cost at most
 
     c.student = ConfigDict()
     c.student.init = "teacher_layers"  # random, teacher_layers or pretrained
@@ -47,6 +49,7 @@ def get_config() -> ConfigDict:
     for split, limit in (("train", 12_000), ("validation", 600), ("test", 600)):
         c.data[split] = ConfigDict()
         c.data[split].schema = "synthetic"  # the generator; its splits are disjoint
+        c.data[split].location = ""  # of other schemas: a folder, a file or a hub name
         c.data[split].split = split  # of the data set
         c.data[split].limit = limit  # problems
         c.data[split].depths = (1, 2, 3, 4, 5, 6)  # reasoning steps, equally often

@@ -9,6 +9,7 @@ import pytest
 
 from rtd_jax.settings import build
 from rtd_jax.study.study import StudyRecipe
+from rtd_jax.tracing.traces import TracesRecipe
 from rtd_jax.training.pretrain import PretrainRecipe
 from rtd_jax.training.recipe import Recipe
 
@@ -23,10 +24,15 @@ def tiny() -> dict:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_a_complete_recipe(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    settings = {"pretrain": PretrainRecipe, "study": StudyRecipe}.get(name.split("_")[0], Recipe)
+    settings = {"pretrain": PretrainRecipe, "study": StudyRecipe, "traces": TracesRecipe}.get(
+        name.split("_")[0], Recipe
+    )
     recipe = build(settings, config.to_dict())
     if isinstance(recipe, StudyRecipe):
         assert recipe.jobs(Path("runs/study"))
+    elif isinstance(recipe, TracesRecipe):
+        assert recipe.backend in ("jax", "openai")
+        assert recipe.text.fill("How many?").count("How many?") == 1
     else:
         assert recipe.total_updates > 0
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_run import recipe, write_teacher
+from tiny_run import recipe, source, write_teacher
 
 import rtd_jax.training.caching
 import rtd_jax.training.prepare
@@ -18,6 +18,8 @@ from rtd_jax.common.sharding import MeshSettings
 from rtd_jax.common.types import TopK
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
+from rtd_jax.models.checkpoint import load_config, load_params
+from rtd_jax.models.functional import LlamaModel
 from rtd_jax.teacher.cache import (
     CacheSettings,
     CacheWriter,
@@ -30,7 +32,7 @@ from rtd_jax.teacher.cache import (
 from rtd_jax.teacher.online import teacher_outputs
 from rtd_jax.training.caching import cache_teacher
 from rtd_jax.training.optimizer import OptimizerSettings
-from rtd_jax.training.prepare import prepare
+from rtd_jax.training.prepare import cache_identity, load_splits, load_tokenizer, prepare, weights_fingerprint
 from rtd_jax.training.run import train
 
 VOCAB = len(tiny_tokenizer())
@@ -56,7 +58,7 @@ def outputs_of(predicted: int, k: int, vocab_size: int, boundaries: int, width: 
 def test_float32_storage_gives_every_bit_back():
     settings = CacheSettings(9, "float32", "float32")
     top, states = outputs_of(5, 9, 300, 3, 16)
-    found, found_states = decode_record(encode_record(top, states, settings), identity(settings, 300, 16))
+    found, found_states = decode_record(encode_record(top, states[None], settings), identity(settings, 300, 16))
     order = np.argsort(top.ids_BLM, -1)
     np.testing.assert_array_equal(found.ids_BLM, np.take_along_axis(top.ids_BLM, order, -1))
     np.testing.assert_array_equal(found.log_probs_BLM, np.take_along_axis(top.log_probs_BLM, order, -1))
@@ -69,7 +71,7 @@ def test_compact_storage_rounds_as_it_says_and_takes_at_most_330_bytes_per_token
     """Llama-3's sizes, every token predicted, one state per 40 tokens, ids anywhere: no text is harder to store."""
     settings, tokens = CacheSettings(64), 120
     top, states = outputs_of(tokens, 64, 128_256, tokens // 40, 8192)
-    record = encode_record(top, states, settings)
+    record = encode_record(top, states[None], settings)
     found, found_states = decode_record(record, identity(settings, 128_256, 8192))
     order = np.argsort(top.ids_BLM, -1)
     np.testing.assert_array_equal(found.ids_BLM, np.take_along_axis(top.ids_BLM, order, -1))
@@ -138,7 +140,10 @@ def test_a_small_cache_trains_and_is_refused_by_name_when_it_is_not_its_own(teac
 
     refused("another top_k: 8, this run has 16", cache=CacheSettings(16))
     refused("another temperature: 4.0, this run has 2.0", loss=dataclasses.replace(small.loss, temperature=2.0))
-    refused("another hidden_layer: 2, this run has 1", loss=dataclasses.replace(small.loss, hidden_layer=1))
+    refused(
+        r"has the states of layers \[2\], this run matches hidden_layer 1",
+        loss=dataclasses.replace(small.loss, hidden_layer=1),
+    )
     other = write_teacher(tmp_path / "other", seed=1)
     refused("another teacher:", teacher=dataclasses.replace(small.teacher, path=str(other)))
     refused("is not a teacher cache", teacher=dataclasses.replace(small.teacher, cache=str(tmp_path)))
@@ -228,7 +233,8 @@ def test_a_shard_without_its_list_of_keys_is_written_again(tmp_path):
     """What a kill between the two files leaves."""
     settings = CacheSettings(4)
     own = identity(settings, 50, 8)
-    records = [(f"{i:064x}", encode_record(*outputs_of(3, 4, 50, 2, 8, seed=i), settings)) for i in range(6)]
+    outputs = [outputs_of(3, 4, 50, 2, 8, seed=i) for i in range(6)]
+    records = [(f"{i:064x}", encode_record(top, states[None], settings)) for i, (top, states) in enumerate(outputs)]
     CacheWriter(tmp_path, own).write(records[:3])
     (listed,) = tmp_path.glob("shard-*.json")
     listed.unlink()
@@ -241,3 +247,42 @@ def test_a_shard_without_its_list_of_keys_is_written_again(tmp_path):
     assert len(list(tmp_path.glob("*.array_record"))) == 2
     for key, record in reversed(records):
         np.testing.assert_array_equal(cache.read(key)[1], decode_record(record, own)[1])
+
+
+def opened(recipe, teacher: Path) -> TeacherCache:
+    identity = cache_identity(recipe, load_config(teacher), weights_fingerprint(teacher), load_tokenizer(teacher))
+    return TeacherCache(Path(recipe.teacher.cache), identity)
+
+
+def test_a_cache_of_several_layers_serves_recipes_that_match_any_of_them(teacher, exact, tmp_path):
+    """The states of each are those of a cache that was written for it alone, and those of the model."""
+    few = dataclasses.replace(recipe(teacher).data, train=source("train", 40))
+    both = cached(teacher, tmp_path / "both", dataclasses.replace(EXACT, layers=(1,)), data=few)
+    cache_teacher(both, tmp_path / "both")
+
+    def matching(layer: int):
+        return dataclasses.replace(both, cache=EXACT, loss=dataclasses.replace(both.loss, hidden_layer=layer))
+
+    last, inner, alone = (
+        opened(matching(-1), teacher),
+        opened(matching(1), teacher),
+        opened(cached(teacher, exact), teacher),
+    )
+    chains = load_splits(few, tiny_tokenizer())[0].encoded[:4]
+    config = load_config(teacher)
+    model, params = LlamaModel(config, "float32"), load_params(teacher, config, dtype="float32")
+    for chain in chains:
+        key = chain_key(chain.tokens, chain.boundaries, chain.loss_weights)
+        for ours, theirs in zip(last.read(key)[0], alone.read(key)[0], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(last.read(key)[1], alone.read(key)[1], rtol=1e-4, atol=1e-5)
+        tokens_BL = chain.tokens[None]
+        rows = tokens_BL, np.arange(len(chain), dtype=np.int32)[None], np.ones_like(tokens_BL)
+        _, (inner_BLD,) = model.hidden(params, *rows, layers=(1,))
+        np.testing.assert_allclose(inner.read(key)[1], inner_BLD[0, chain.boundaries], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"has the states of layers \[1, 2\], this run matches hidden_layer 0"):
+        opened(matching(0), teacher)
+    with pytest.raises(ValueError, match=r"of layers \[1, 2\], this run would add those of \[2\]"):
+        cache_teacher(matching(-1), tmp_path / "both")
+    with pytest.raises(ValueError, match=r"cache.layers is \(9,\); the teacher's layers are counted from 0"):
+        cache_teacher(cached(teacher, tmp_path / "none", CacheSettings(layers=(9,))), tmp_path / "none")

@@ -204,8 +204,8 @@ def open_cache(folder: str, teacher: LoadedModel, layer: int = -1) -> TeacherCac
       ValueError: there is no cache, or it is another teacher's, tokenizer's or layer's; with what it is.
     """
     path = Path(folder).expanduser()
-    stored = read_identity(path)
     wanted = teacher.model.layer_index(layer)
+    stored = read_identity(path, wanted)
     if stored.teacher != teacher.fingerprint():
         raise ValueError(
             f"the teacher cache {path} was written by another teacher than {teacher.directory} (fingerprint of weights "
@@ -216,10 +216,11 @@ def open_cache(folder: str, teacher: LoadedModel, layer: int = -1) -> TeacherCac
             f"the teacher cache {path} was written with another tokenizer than that in {teacher.directory}; put back "
             "the tokenizer it was written with, or write another cache with launch/cache_teacher.py"
         )
-    if stored.hidden_layer != wanted:
+    if wanted not in stored.layers:
+        layers = ", ".join(map(str, stored.layers))
         raise ValueError(
-            f"the teacher cache {path} holds states of layer {stored.hidden_layer}, but layer {wanted} is asked for; "
-            f"use --teacher_layer={stored.hidden_layer}, or write another with --config.loss.hidden_layer={wanted}"
+            f"the teacher cache {path} holds states of layer {layers}, but layer {wanted} is asked for; "
+            f"use --teacher_layer={stored.layers[-1]}, or write another with --config.loss.hidden_layer={wanted}"
         )
     return TeacherCache(path, stored)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rtd_jax.data import synthetic
-from rtd_jax.data.traces import PARSERS, Trace
+from rtd_jax.data.manifest import check_shards
+from rtd_jax.data.traces import PARSERS, Problem, Trace, arc_problem
 
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -19,8 +20,9 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 class SourceSettings:
     """Where traces come from.
 
-    `location` is a local folder holding `<split>.jsonl`, `.json` or `.parquet` (or parquet shards `<split>-*.parquet`,
-    also under `<subset>/` or `data/`), a single file of these kinds, or the name of a data set on the hub.
+    `location` is a local folder holding `<split>.jsonl`, `.json` or `.parquet` (or shards `<split>-*.parquet` or
+    `<split>-*.jsonl`, also under `<subset>/` or `data/`), a single file of these kinds, or a hub name.
+    Shards that launch/traces.py wrote are compared with their manifest.
     """
 
     schema: str  # synthetic, gsm8k, math, strategyqa, arc or stepwise
@@ -98,6 +100,26 @@ def _unmet(settings: SourceSettings) -> str:
     return f"has {' and '.join(asked)}"
 
 
+def load_problems(settings: SourceSettings) -> list[Problem]:
+    """Prompts and answers of a split, in order, each prompt once; ARC needs no reasoning for it.
+
+    Raises ValueError as `load_traces` does, and where a row has no answer.
+    """
+    if settings.schema == "arc" and settings.depths:
+        raise ValueError("depths are given, but ARC's problems have no chains to count the steps of; leave depths out")
+    if settings.schema == "arc":
+        problems = [arc_problem(row, place) for place, row in _rows(settings)]
+        problems = problems[: settings.limit or None]
+    else:
+        traces = load_traces(settings)
+        problems = [Problem(trace.prompt, trace.answer, trace.depth, trace.source) for trace in traces]
+    unanswered = next((problem for problem in problems if not problem.answer.strip()), None)
+    if unanswered is not None or not problems:
+        place = unanswered.source if unanswered else f"{settings.location} ({settings.split})"
+        raise ValueError(f"{place}: {'no answer' if unanswered else 'no row'}; a chain is kept if its answer is right")
+    return list({problem.prompt: problem for problem in reversed(problems)}.values())[::-1]
+
+
 def _rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(place, row) pairs; place is "file:row", rows counted from 1."""
     path = Path(settings.location).expanduser()
@@ -119,13 +141,14 @@ def _split_files(folder: Path, settings: SourceSettings) -> list[Path]:
         for suffix in _SUFFIXES:
             if (place / f"{settings.split}{suffix}").is_file():
                 return [place / f"{settings.split}{suffix}"]
-        shards = sorted(place.glob(f"{settings.split}-*.parquet"))
+        shards = sorted(place.glob(f"{settings.split}-*.parquet")) or sorted(place.glob(f"{settings.split}-*.jsonl"))
         if shards:
+            check_shards(place, shards)
             return shards
     there = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix in _SUFFIXES)
     raise ValueError(
-        f"{folder}: no file of the split {settings.split!r} (looked for {settings.split}.jsonl, .json, .parquet and "
-        f"{settings.split}-*.parquet); the folder has {', '.join(there[:20]) or 'no data files'}"
+        f"{folder}: no file of the split {settings.split!r} (looked for {settings.split}.jsonl, .json, .parquet, "
+        f"{settings.split}-*.parquet and -*.jsonl); the folder has {', '.join(there[:20]) or 'no data files'}"
     )
 
 

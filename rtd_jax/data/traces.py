@@ -66,6 +66,24 @@ class ChoiceQuestion:
     source: str = ""
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What a teacher is asked: a prompt, and the answer that its chain has to reach.
+
+    `depth` is the number of steps of the reference chain, 0 where there is none. It reads as a reference without steps.
+    """
+
+    prompt: str
+    answer: str
+    depth: int = 0
+    source: str = ""
+    steps: tuple[str, ...] = ()
+
+    @property
+    def final(self) -> str:
+        return f"#### {self.answer}"
+
+
 def from_gsm8k(row: Row, source: str = "row", *, keep_marks: bool = True) -> Trace:
     """`question`, `answer`: one step a line, `<<48/2=24>>` calculator marks, last line `#### 72`."""
     lines = [line.strip() for line in _text(row, "answer", source).splitlines() if line.strip()]
@@ -90,7 +108,7 @@ def from_math(row: Row, source: str = "row") -> Trace:
     level = _LEVEL.fullmatch(str(row.get("level", "")).strip())
     return Trace(
         _text(row, "problem", source).strip(),
-        tuple(_math_sentences(solution)),
+        tuple(sentences(solution)),
         boxed(solution, source),
         "",
         source,
@@ -111,7 +129,7 @@ def from_strategyqa(row: Row, source: str = "row") -> Trace:
     if not isinstance(answer, bool):
         raise ValueError(f"{source}: field 'answer' is {answer!r}; expected true or false")
     as_text = isinstance(row.get("facts"), str)
-    facts = _math_sentences(row["facts"]) if as_text else _texts(row, "facts", source)
+    facts = sentences(row["facts"]) if as_text else _texts(row, "facts", source)
     questions = [] if as_text and row.get("decomposition") is None else _texts(row, "decomposition", source)
     if len(questions) == len(facts):
         steps = tuple(f"{question} {fact}" for question, fact in zip(questions, facts, strict=True))
@@ -126,9 +144,7 @@ def from_arc(row: Row, source: str = "row", *, reasoning_field: str = "reasoning
 
     Labels are shown as A, B, C, ... whatever the row uses (a few rows use 1-4), so that one letter means one place.
     """
-    asked = choices_from_arc(row, source)
-    letter = _OPTION_LETTERS[asked.answer]
-    options = "\n".join(f"{name}. {text}" for name, text in zip(_OPTION_LETTERS, asked.choices, strict=False))
+    problem = arc_problem(row, source)
     given = row.get(reasoning_field)
     if isinstance(given, str):
         steps = tuple(line.strip() for line in given.splitlines() if line.strip())
@@ -139,7 +155,14 @@ def from_arc(row: Row, source: str = "row", *, reasoning_field: str = "reasoning
             f"{source}: field {reasoning_field!r} is {given!r}; ARC itself has no reasoning: add it to each row as "
             "text with one step a line, or as a list of steps"
         )
-    return Trace(f"{asked.question.strip()}\n{options}", steps, letter, f"#### {letter}", source)
+    return Trace(problem.prompt, steps, problem.answer, problem.final, source)
+
+
+def arc_problem(row: Row, source: str = "row") -> Problem:
+    """`question`, `choices`, `answerKey` of ARC as it is published: without reasoning. The answer is a letter."""
+    asked = choices_from_arc(row, source)
+    options = "\n".join(f"{name}. {text}" for name, text in zip(_OPTION_LETTERS, asked.choices, strict=False))
+    return Problem(f"{asked.question.strip()}\n{options}", _OPTION_LETTERS[asked.answer], 0, source)
 
 
 def choices_from_arc(row: Row, source: str = "row") -> ChoiceQuestion:
@@ -219,7 +242,8 @@ def _unbalanced(source: str) -> str:
     raise ValueError(rf"{source}: the last \boxed in 'solution' has no balanced {{...}}")
 
 
-def _math_sentences(solution: str) -> list[str]:
+def sentences(solution: str) -> list[str]:
+    """`solution` cut at line ends and behind sentences, never inside a formula; each on one line."""
     pieces: list[str] = []
     start = 0
     cuts = [*re.finditer(r"\n+", solution), *_SENTENCE_END.finditer(solution)]

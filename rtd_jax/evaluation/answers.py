@@ -27,17 +27,22 @@ _VERIFY_SECONDS = 5  # for one answer; sympy would work on 9^{9^{9^9}} for ever
 _MAX_CHARACTERS = 200  # a number longer than this is a model stuck in a loop; Python refuses to parse 4,300 digits
 
 
-class Reference(Protocol):
-    """A problem with its reference chain, as in `rtd_jax.data.traces.Trace`."""
+class Answered(Protocol):
+    """What an answer is compared with; `steps` may be empty where there is an answer."""
 
-    @property
-    def prompt(self) -> str: ...
     @property
     def steps(self) -> tuple[str, ...]: ...
     @property
     def answer(self) -> str: ...
     @property
     def final(self) -> str: ...
+
+
+class Reference(Answered, Protocol):
+    """A problem with its reference chain, as in `rtd_jax.data.traces.Trace`."""
+
+    @property
+    def prompt(self) -> str: ...
     @property
     def depth(self) -> int: ...
     @property
@@ -125,7 +130,7 @@ def same_expression(text: str, answer: str) -> bool:
     return bool(verify(gold, found, timeout_seconds=seconds))
 
 
-def is_expression(trace: Reference) -> bool:
+def is_expression(trace: Answered) -> bool:
     """Whether the answer of `trace` is LaTeX that math-verify judges: MATH's, stated in a box and not on a #### line,
 
     or a text that is no number, yes/no or choice letter.
@@ -135,7 +140,7 @@ def is_expression(trace: Reference) -> bool:
     return bool(answer) and (not trace.final or not known)
 
 
-def answer_matches(trace: Reference, text: str) -> AnswerMatch:
+def answer_matches(trace: Answered, text: str) -> AnswerMatch:
     """Whether `text` reaches the answer of `trace`, read strictly and flexibly.
 
     The kind of the reference answer decides what is looked for: a number, yes/no (true/false), a choice letter, or an

@@ -1,20 +1,24 @@
 """The teacher's outputs on disk: one record a chain, found by the chain's content, read in any order.
 
-    <folder>/manifest.json            what the cache is: teacher, tokenizer, layer, k, temperature, storage
+    <folder>/manifest.json            what the cache is: teacher, tokenizer, layers, k, temperature, storage
     <folder>/shard-00000.array_record records, ArrayRecord; <folder>/shard-00000.json their keys and checksums
 
 A record's key is the SHA-256 of the chain's ids, boundaries and loss weights, so neither batch size, packing nor mesh
 can matter, and a chain that another text, template, tokenizer or segmenter gave is simply not there. A record holds
-predictions for the tokens whose loss counts, and the states at all boundaries. Compact storage: ids ascending, as
-differences in byte planes, which zstd's entropy coding brings to about 12 bits each; log-probabilities in 8 bits,
-finer where they are near 0; the bucket's two masses as float16 log-odds; states in int8 with a scale for each vector.
+predictions for the tokens whose loss counts, and the states of each kept layer at all boundaries. Compact storage: ids
+ascending, as differences in byte planes, which zstd's entropy coding brings to about 12 bits each; log-probabilities
+in 8 bits, finer where they are near 0; the bucket's two masses as float16 log-odds; states in int8 with a scale for
+each vector.
+
+Several processes may write into one folder, each its own shards, and folders of one identity that were written apart
+are joined by putting their shards together: a reader sees the union.
 """
 
 import hashlib
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +31,7 @@ from safetensors.numpy import load, save
 from rtd_jax.common.files import read_json, replacing, write_json
 from rtd_jax.common.types import Array, Batch, TeacherOutputs, TopK
 
-FORMAT = 1
+FORMAT = 2
 _SQRT_STEP = np.float32(np.sqrt(32.0) / 255)  # nats^(1/2) between codes of a log-probability; below -32 nats it is -32
 _CODEC = pa.Codec("zstd", 9)
 
@@ -39,26 +43,43 @@ class CacheSettings:
     top_k: int = 64  # most probable tokens kept; the mass of all others is kept as one number
     predictions: Literal["compact", "float32"] = "compact"  # storage of log-probabilities: 8 bits, or all digits
     states: Literal["int8", "bfloat16", "float32"] = "int8"  # storage of boundary states; int8 has a scale per vector
+    layers: tuple[int, ...] = ()  # whose states are kept beside loss.hidden_layer's, to be matched by other recipes
+    chains_per_shard: int = 512  # what a kill can cost at most
 
     def __post_init__(self) -> None:
+        if self.chains_per_shard < 1:
+            raise ValueError(f"cache.chains_per_shard is {self.chains_per_shard}; it must be at least 1, usually 512")
         if self.top_k < 1:
             raise ValueError(f"cache.top_k is {self.top_k}; it must be at least 1, usually 64")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything that decides a cache's contents beside the chains. Two caches of one identity are interchangeable."""
+    """Everything that decides a cache's contents beside the chains. Two caches of one identity are interchangeable.
+
+    `hidden_layer` is whose states are read, one of `layers`; layers are counted as `LlamaModel.layer_index` does.
+    """
 
     teacher: str  # fingerprint of the weights
     teacher_dtypes: str  # of weights and arithmetic
     tokenizer: str  # fingerprint
     vocab_size: int
     width: int  # of the teacher's states
-    hidden_layer: int  # whose states are kept, counted as `LlamaModel.layer_index` does
+    hidden_layer: int
     temperature: float  # of the soft loss; the bucket's mass is kept at 1 and at this
     top_k: int
     predictions: str
     states: str
+    layers: tuple[int, ...] = ()  # whose states are kept, ascending; () is `hidden_layer` alone
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers) or (self.hidden_layer,))
+
+    def stored(self) -> dict[str, Any]:
+        """What the manifest says: `hidden_layer` is the reader's business."""
+        named = asdict(self) | {"layers": list(self.layers)}
+        del named["hidden_layer"]
+        return named
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
@@ -74,8 +95,8 @@ def chain_key(tokens_L: Array, boundaries_K: Array, loss_weights_L: Array) -> st
     return digest.hexdigest()
 
 
-def encode_record(top: TopK, states_KD: np.ndarray, settings: CacheSettings | Identity) -> bytes:
-    """One chain as bytes: `top` of the predicted tokens [P, M] and [P], states at its boundaries [K, D]."""
+def encode_record(top: TopK, states_NKD: np.ndarray, settings: CacheSettings | Identity) -> bytes:
+    """One chain as bytes: `top` of the predicted tokens [P, M] and [P], states of the layers at its boundaries."""
     order = np.argsort(top.ids_BLM, axis=-1)
     ids_PM = np.take_along_axis(np.asarray(top.ids_BLM, np.int32), order, axis=-1)
     log_probs_PM = np.take_along_axis(np.asarray(top.log_probs_BLM, np.float32), order, axis=-1)
@@ -89,25 +110,27 @@ def encode_record(top: TopK, states_KD: np.ndarray, settings: CacheSettings | Id
         with np.errstate(divide="ignore"):
             odds = np.log(tails_P2) - np.log1p(-np.minimum(tails_P2, 1 - 2**-20))
         arrays |= {"log_probs": np.minimum(codes, 255).astype(np.uint8), "tails": odds.astype(np.float16)}
-    states_KD = np.asarray(states_KD, np.float32)
-    if settings.states == "int8":
-        scales_K1 = np.maximum(np.max(np.abs(states_KD), axis=-1, keepdims=True), 1e-30) / 127
-        arrays |= {"states": np.rint(states_KD / scales_K1).astype(np.int8), "scales": scales_K1.astype(np.float32)}
-    else:
-        dtype = np.float32 if settings.states == "float32" else jnp.bfloat16
-        arrays["states"] = states_KD.astype(dtype)
+    for layer, states_KD in enumerate(np.asarray(states_NKD, np.float32)):
+        if settings.states == "int8":
+            scales_K1 = np.maximum(np.max(np.abs(states_KD), axis=-1, keepdims=True), 1e-30) / 127
+            arrays[f"states{layer}"] = np.rint(states_KD / scales_K1).astype(np.int8)
+            arrays[f"scales{layer}"] = scales_K1.astype(np.float32)
+        else:
+            dtype = np.float32 if settings.states == "float32" else jnp.bfloat16
+            arrays[f"states{layer}"] = states_KD.astype(dtype)
     planes = {
         name: np.frombuffer(_CODEC.compress(np.ascontiguousarray(x).tobytes(), asbytes=True), np.uint8)
         for name, x in arrays.items()
         if x.size and (not name.startswith("gaps") or x.any())
     }
-    return save(planes, {"p": str(len(ids_PM)), "k": str(len(states_KD))})
+    # One entry: safetensors writes several in an order that differs from call to call, equal records are equal bytes.
+    return save(planes, {"sizes": f"{len(ids_PM)} {np.shape(states_NKD)[1]}"})
 
 
 def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
-    """What `encode_record` was given, up to its rounding; entries by ascending id, states float32 [K, D]."""
+    """What `encode_record` was given, up to its rounding; entries by ascending id, float32 [K, D] of `hidden_layer`."""
     header = json.loads(record[8 : 8 + int.from_bytes(record[:8], "little")])["__metadata__"]
-    predicted, boundaries = int(header["p"]), int(header["k"])
+    predicted, boundaries = map(int, header["sizes"].split())
     planes = load(record)
 
     def plane(name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -124,12 +147,12 @@ def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
         log_probs_PM = -np.square(plane("log_probs", np.uint8, entries) * _SQRT_STEP)
         odds = plane("tails", np.float16, (predicted, 2)).astype(np.float32)
         tails_P2 = 1 / (1 + np.exp(-odds))
-    shape = (boundaries, identity.width)
+    shape, layer = (boundaries, identity.width), identity.layers.index(identity.hidden_layer)
     if identity.states == "int8":
-        states_KD = plane("states", np.int8, shape) * plane("scales", np.float32, (boundaries, 1))
+        states_KD = plane(f"states{layer}", np.int8, shape) * plane(f"scales{layer}", np.float32, (boundaries, 1))
     else:
         dtype = np.float32 if identity.states == "float32" else jnp.bfloat16
-        states_KD = plane("states", dtype, shape).astype(np.float32)
+        states_KD = plane(f"states{layer}", dtype, shape).astype(np.float32)
     return TopK(np.cumsum(gaps_PM, axis=-1, dtype=np.int32), log_probs_PM, tails_P2[:, 0], tails_P2[:, 1]), states_KD
 
 
@@ -143,8 +166,14 @@ class CacheWriter:
         self._folder, self._identity = folder, identity
         if (folder / "manifest.json").exists():
             check_identity(folder, identity)
+            kept = read_json(folder / "manifest.json")["identity"]["layers"]
+            if kept != list(identity.layers):
+                raise ValueError(
+                    f"the teacher cache {folder} has the states of layers {kept}, this run would add those of "
+                    f"{list(identity.layers)}; set loss.hidden_layer and cache.layers alike, or write another cache"
+                )
         else:
-            write_json(folder / "manifest.json", {"format": FORMAT, "identity": asdict(identity)})
+            write_json(folder / "manifest.json", {"format": FORMAT, "identity": identity.stored()})
         self.keys = set(_index(folder))  # of what is there already
 
     def write(self, records: Sequence[tuple[str, bytes]]) -> None:
@@ -168,8 +197,7 @@ class TeacherCache:
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
-        check_identity(folder, identity)
-        self._folder, self._identity = folder, identity
+        self._folder, self._identity = folder, check_identity(folder, identity)
         self._places = _index(folder)
         self._readers: dict[str, ArrayRecordReader] = {}
         if not self._places:
@@ -251,18 +279,21 @@ def predicting_positions(loss_weights_L: Array) -> np.ndarray:
     return np.flatnonzero(weights[1:] > 0)
 
 
-def read_identity(folder: Path) -> Identity:
-    """What the cache in a folder says of itself. Raises ValueError where it is none, or of a format not read here."""
-    known = _stored_identity(folder)
+def read_identity(folder: Path, hidden_layer: int) -> Identity:
+    """What the cache in a folder says of itself, for readers of one of its layers.
+
+    Raises:
+      ValueError: the folder holds no cache, or one that this version cannot read.
+    """
     try:
-        return Identity(**known)
+        return Identity(**_stored(folder), hidden_layer=hidden_layer)
     except TypeError as error:
         raise ValueError(
             f"{folder}/manifest.json: its identity cannot be read ({error}); write the cache again"
         ) from error
 
 
-def _stored_identity(folder: Path) -> dict[str, Any]:
+def _stored(folder: Path) -> dict[str, Any]:
     if not (folder / "manifest.json").is_file():
         raise ValueError(
             f"{folder} is not a teacher cache (no manifest.json); write one with "
@@ -274,10 +305,14 @@ def _stored_identity(folder: Path) -> dict[str, Any]:
     return manifest.get("identity", {})
 
 
-def check_identity(folder: Path, identity: Identity) -> None:
-    """Raises ValueError when the folder holds no cache, or one of another identity, naming what differs."""
-    before, now = _stored_identity(folder), asdict(identity)
-    changed = [name for name in now if before.get(name) != now[name]]
+def check_identity(folder: Path, identity: Identity) -> Identity:
+    """The same identity with all the layers that the folder has.
+
+    Raises:
+      ValueError: the folder holds no cache, or one of another identity, or without this layer; names what differs.
+    """
+    before, now = _stored(folder), identity.stored()
+    changed = [name for name in now if name != "layers" and before.get(name) != now[name]]
     if changed:
         name = changed[0]
         more = f" (and {', '.join(changed[1:])})" if len(changed) > 1 else ""
@@ -285,6 +320,13 @@ def check_identity(folder: Path, identity: Identity) -> None:
             f"the teacher cache {folder} was written with another {name}: {before.get(name)!r}, this run has "
             f"{now[name]!r}{more}; use the settings it was written with, or write another with launch/cache_teacher.py"
         )
+    layers = before.get("layers")
+    if not isinstance(layers, list) or identity.hidden_layer not in layers:
+        raise ValueError(
+            f"the teacher cache {folder} has the states of layers {layers}, this run matches hidden_layer "
+            f"{identity.hidden_layer}; choose one of them, or write another cache with launch/cache_teacher.py"
+        )
+    return replace(identity, layers=tuple(layers))
 
 
 def _index(folder: Path) -> dict[str, tuple[str, int, int]]:

@@ -221,18 +221,26 @@ def cache_identity(
     recipe: Recipe, config: LlamaConfig, fingerprint: str, tokenizer: PreTrainedTokenizerBase
 ) -> Identity:
     """What a cache must have been written with to serve this recipe."""
-    layer = recipe.loss.hidden_layer
+    layer, *others = (
+        layer if layer >= 0 else config.layers + 1 + layer for layer in (recipe.loss.hidden_layer, *recipe.cache.layers)
+    )
+    if not all(0 <= other <= config.layers for other in others):
+        raise ValueError(
+            f"cache.layers is {recipe.cache.layers}; the teacher's layers are counted from 0 (embeddings) to "
+            f"{config.layers} (final states), or from the end as -1, -2, .."
+        )
     return Identity(
         teacher=fingerprint,
         teacher_dtypes=f"{recipe.teacher.param_dtype} weights, {recipe.teacher.compute_dtype} arithmetic",
         tokenizer=tokenizer_fingerprint(tokenizer),
         vocab_size=len(tokenizer),
         width=config.width,
-        hidden_layer=layer if layer >= 0 else config.layers + 1 + layer,
+        hidden_layer=layer,
         temperature=recipe.loss.temperature,
         top_k=min(recipe.cache.top_k, len(tokenizer)),
         predictions=recipe.cache.predictions,
         states=recipe.cache.states,
+        layers=tuple(sorted({layer, *others})),
     )
 
 

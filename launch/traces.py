@@ -1,0 +1,12 @@
+"""A teacher's own chains of thought, kept where the answer is right. Run it again to continue.
+
+python launch/traces.py --config=configs/traces_tiny.py
+python launch/traces.py --config=configs/traces_llama3_70b.py --config.openai.base_url=http://gpu-host:8000/v1
+"""
+
+import entry
+
+from rtd_jax.tracing.traces import TracesRecipe, write_traces
+
+if __name__ == "__main__":
+    entry.run(TracesRecipe, write_traces)

@@ -1,0 +1,91 @@
+"""The list beside generated shards: what they are, and a hash of each, so that no other file passes for one."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rtd_jax.common.files import read_json, write_json
+
+NAME = "traces_manifest.json"
+KIND, FORMAT = "rtd_jax traces", 1
+
+
+def begin_manifest(folder: Path, names: Sequence[str]) -> None:
+    """Says that shards of these names are being written: until `finish_manifest`, they are refused.
+
+    Shards of an earlier manifest that have other names are removed.
+
+    Raises:
+      ValueError: the folder has a manifest of something else.
+    """
+    if (folder / NAME).exists():
+        for shard in _read(folder)["shards"]:
+            if shard["name"] not in names:
+                (folder / shard["name"]).unlink(missing_ok=True)
+    listed = [{"name": name, "sha256": ""} for name in names]
+    write_json(folder / NAME, {"kind": KIND, "format": FORMAT, "complete": False, "shards": listed})
+
+
+def finish_manifest(folder: Path, shards: Sequence[tuple[Path, int]], about: dict[str, Any]) -> Path:
+    """Lists the shards (path, rows) with size and SHA-256, and what they are."""
+    listed = [
+        {"name": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": file_digest(path)}
+        for path, rows in shards
+    ]
+    head: dict[str, Any] = {"kind": KIND, "format": FORMAT, "complete": True}
+    write_json(folder / NAME, head | about | {"shards": listed})
+    return folder / NAME
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises ValueError where the file is no manifest of generated shards, or they are not complete."""
+    found = _read(folder)
+    if found.get("complete") is not True:
+        raise ValueError(f"{folder / NAME}: the shards beside it are not complete; {_REMEDY}")
+    return found
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / NAME
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("kind") != KIND or found.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is no manifest of format {FORMAT} that launch/traces.py wrote; move it away, and {_REMEDY}"
+        )
+    shards = found.get("shards")
+    whole = isinstance(shards, list) and all(isinstance(x, dict) and {"name", "sha256"} <= x.keys() for x in shards)
+    if not whole or any("/" in str(shard["name"]) for shard in shards or ()):
+        raise ValueError(f"{path}: its list of shards is damaged; move it away, and {_REMEDY}")
+    return found
+
+
+def check_shards(folder: Path, shards: Sequence[Path]) -> None:
+    """Raises ValueError where a folder has a manifest and its shards are not those listed there, naming the file.
+
+    A folder without manifest was made elsewhere and is taken as it is.
+    """
+    if not (folder / NAME).exists():
+        return
+    listed = {shard["name"]: shard["sha256"] for shard in read_manifest(folder)["shards"]}
+    found = {path.name for path in shards}
+    if found != listed.keys():
+        name = min(found ^ listed.keys())
+        seen = "is missing" if name in listed else f"is not listed in {NAME}"
+        raise ValueError(f"{folder / name} {seen}; {_REMEDY}")
+    for path in shards:
+        digest = file_digest(path)
+        if digest != listed[path.name]:
+            raise ValueError(
+                f"{path} has SHA-256 {digest[:12]}, {NAME} says {str(listed[path.name])[:12]}: it was changed or "
+                f"damaged; {_REMEDY}"
+            )
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_REMEDY = "run launch/traces.py again, which writes the shards anew from its log and asks for nothing twice"
