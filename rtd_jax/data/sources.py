@@ -63,7 +63,7 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
     parse = PARSERS[settings.schema]
     traces: list[Trace] = []
     count = 0
-    for count, (place, row) in enumerate(_rows(settings), start=1):  # noqa: B007
+    for count, (place, row) in enumerate(read_rows(settings), start=1):  # noqa: B007
         trace = parse(row, place, **options)
         if settings.depths and trace.depth not in settings.depths:
             continue
@@ -78,7 +78,7 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
     return traces
 
 
-def _rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def read_rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(place, row) pairs; place is "file:row", rows counted from 1."""
     path = Path(settings.location).expanduser()
     if path.exists():
