@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rtd_jax.common.boundaries import step_tokens
 from rtd_jax.common.reductions import masked_sum, safe_divide
 from rtd_jax.common.types import Array, Batch
 from rtd_jax.losses.fused import chunk_logits, fused_sums
@@ -61,10 +62,7 @@ def of_tokens(values_BCK: Array, batch: Batch) -> Array:
     Step i holds the tokens behind boundary i - 1 up to boundary i; slot 0, the prompt's end, has no tokens of its own.
     """
     chex.assert_equal_shape([values_BCK, batch.boundary_positions_BCK])
-    place_L = jnp.arange(batch.tokens_BL.shape[1])
-    ends, begins = batch.boundary_positions_BCK[..., 1:, None], batch.boundary_positions_BCK[..., :-1, None]
-    inside_BCKL = (place_L > begins) & (place_L <= ends) & batch.boundary_mask_BCK[..., 1:, None]
-    return jnp.sum(jnp.where(inside_BCKL, values_BCK[..., 1:, None], 0.0), axis=(1, 2))
+    return jnp.sum(jnp.where(step_tokens(batch), values_BCK[..., 1:, None], 0.0), axis=(1, 2))
 
 
 def policy_token_losses(
