@@ -77,6 +77,7 @@ def generate(
     batch_size: int = 128,
     pad_id: int = 0,
     sampling: Sampling | None = None,
+    first_draw: int = 0,
     stopped: Callable[[list[int]], bool] | None = None,
     batch_sharding: jax.sharding.NamedSharding | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -93,6 +94,8 @@ def generate(
       batch_size: rows decoded together.
       pad_id: fills prompts on the right, and rows that have ended.
       sampling: None takes the most probable token. For several samples of a prompt, give it several times.
+      first_draw: what the first prompt's place counts from where draws are made: another number draws anew, and unlike
+        another seed compiles nothing. Non-negative; places stay below 2^31.
       stopped: called every `STOP_INTERVAL` tokens with a row's new ids; True ends the row. Such a row may have ids
         beyond what made it stop: cut its text.
       batch_sharding: where to put [batch] and [batch, length] arrays; None leaves it to the compiler.
@@ -126,7 +129,7 @@ def generate(
         else:
             options |= {"sampling": sampling}
             prompt_B = np.zeros(batch_size, np.int32)
-            prompt_B[: len(rows)] = rows
+            prompt_B[: len(rows)] = np.asarray(rows) + first_draw
             (prompt_B,) = put_same((prompt_B,), batch_sharding)
             state = _start(model, params, placed, lengths, active, prompt_B, max_new_tokens=max_new_tokens, **options)
             interval = max_new_tokens if stopped is None else STOP_INTERVAL

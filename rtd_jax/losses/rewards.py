@@ -26,6 +26,18 @@ from rtd_jax.common.types import Array, Batch
 from rtd_jax.losses.fused import chunk_logits, fused_sums
 from rtd_jax.losses.logits import mask_padding
 
+
+class Rollouts(NamedTuple):
+    """Chains that the student drew, one a row, and what the policy term needs of each of their tokens.
+
+    `batch.loss_weights_BL` is 1 on the tokens of finished steps. The other two belong to the same tokens.
+    """
+
+    batch: Batch
+    old_log_probs_BL: Array  # float32, when the chain was drawn
+    advantages_BL: Array  # float32, of the token's step
+
+
 STD_FLOOR = 0.01  # of a probability: differences below it are the reward model's noise, and are not blown up to 1
 
 

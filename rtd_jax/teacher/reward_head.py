@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,14 @@ class RewardIdentity:
     layers: tuple[int, ...]  # whose states it reads, counted from 0 (embeddings) to N (final normed states)
     surprise: bool  # whether it also reads how surprised the teacher is by the step's tokens
     width: int  # of the features
+
+
+class RewardModel(NamedTuple):
+    """A saved head."""
+
+    head: Params
+    identity: RewardIdentity
+    digest: str  # SHA-256 of its weights
 
 
 def init_head(key: jax.Array, width: int, hidden: int) -> Params:
@@ -84,8 +93,8 @@ def save_head(folder: Path, params: Params, identity: RewardIdentity) -> None:
     write_json(folder / "head.json", {"format": FORMAT, "sha256": digest, "identity": asdict(identity)})
 
 
-def load_head(folder: Path, teacher: str, tokenizer: str) -> tuple[Params, RewardIdentity, str]:
-    """(params, identity, SHA-256 of the weights) of a saved head.
+def load_head(folder: Path, teacher: str, tokenizer: str) -> RewardModel:
+    """A saved head.
 
     Args:
       teacher, tokenizer: fingerprints of those that it is to be used with.
@@ -112,4 +121,4 @@ def load_head(folder: Path, teacher: str, tokenizer: str) -> tuple[Params, Rewar
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
     if digest != saved["sha256"]:
         raise ValueError(f"{path} is not the file that head.json names ({digest[:12]}); train the reward model again")
-    return {name: jnp.asarray(x) for name, x in load_file(path).items()}, identity, digest
+    return RewardModel({name: jnp.asarray(x) for name, x in load_file(path).items()}, identity, digest)

@@ -29,6 +29,8 @@ FREE_SETTINGS = (
     "resume_from",
     "teacher.path",
     "teacher.cache",
+    "reward.model",
+    "reward.batch_size",
     "student.path",
     "data.train.location",
     "data.validation.location",

@@ -98,7 +98,7 @@ def _starting_point(experiment: Experiment, state: TrainState, latest: Path | No
 
 
 def _check_fingerprints(path: Path, before: dict[str, str], now: dict[str, str], data_too: bool) -> None:
-    for name in ("teacher", "tokenizer", "student_config", *(("data", "cache") if data_too else ())):
+    for name in ("teacher", "tokenizer", "student_config", *(("data", "cache", "reward") if data_too else ())):
         if before.get(name, "") != now[name]:
             raise ValueError(
                 f"{path} was made with another {name.replace('_', ' ')} (fingerprint {str(before.get(name))[:12]}, now "
@@ -149,7 +149,8 @@ def _summary(experiment: Experiment, run: Run, workdir: Path) -> str:
     def million(params: Params) -> str:
         return f"{sum(x.size for x in jax.tree.leaves(params)) / 1e6:.2f}M"
 
-    of_teacher = "from its cache" if experiment.cache else f"{million(experiment.teacher_params)} params"
+    of_teacher = "not needed" if experiment.teacher is None else f"{million(experiment.teacher_params)} params"
+    of_teacher = "from its cache" if experiment.cache else of_teacher
     mesh = " x ".join(f"{name} {size}" for name, size in experiment.mesh.shape.items())
     begin = f"resuming at update {int(run.state.step)}" if int(run.state.step) else "starting"
     return (

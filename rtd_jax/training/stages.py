@@ -23,6 +23,7 @@ from rtd_jax.training.curriculum import Stage, StageRecord, ended, record_valida
 from rtd_jax.training.display import Display
 from rtd_jax.training.metrics import MetricsLog, Window, check_finite
 from rtd_jax.training.prepare import Experiment, prefixed_chains, row_length_of
+from rtd_jax.training.rollouts import Sampler, make_sampler
 from rtd_jax.training.state import TrainState
 from rtd_jax.training.step import TeacherSource, make_coherence_eval
 
@@ -67,6 +68,7 @@ def run_stages(experiment: Experiment, run: Run, sinks: Sinks) -> None:
       ValueError: a loss or gradient became non-finite, or a checkpoint cannot be written; earlier ones are intact.
     """
     student = experiment.student
+    draw = make_sampler(experiment) if experiment.reward is not None else None
     settings = experiment.recipe.step(student.config.layers, experiment.teacher_config.layers)
     evaluate = make_coherence_eval(student, experiment.teacher, settings)
     finished = sum(record.ended_by is not None for record in run.records)
@@ -81,7 +83,8 @@ def run_stages(experiment: Experiment, run: Run, sinks: Sinks) -> None:
             f"threshold {record.threshold:.4f} (teacher against itself {record.teacher_coherence:.4f})"
         )
         with sinks.clock.span("updates"):
-            _run_stage(experiment, run, stage, partial(_coherence, experiment, evaluate, validation.batches), sinks)
+            validate = partial(_coherence, experiment, evaluate, validation.batches)
+            _run_stage(experiment, run, stage, validate, draw, sinks)
         finished += 1
         run.iterator = None
         with sinks.clock.span("checkpoints"):
@@ -93,7 +96,12 @@ def run_stages(experiment: Experiment, run: Run, sinks: Sinks) -> None:
 
 
 def _run_stage(
-    experiment: Experiment, run: Run, stage: Stage, validate: Callable[[TrainState], float], sinks: Sinks
+    experiment: Experiment,
+    run: Run,
+    stage: Stage,
+    validate: Callable[[TrainState], float],
+    draw: Sampler | None,
+    sinks: Sinks,
 ) -> None:
     recipe, record = experiment.recipe, run.records[-1]
     weights = recipe.loss.weights()
@@ -103,9 +111,10 @@ def _run_stage(
     window, pending = Window(), _Pending(stage)
     _, hosts = host_share(experiment.mesh)
     update = int(run.state.step)
+    drawn, drawn_at = None, update
 
     while True:
-        if _due(record, recipe.curriculum.validate_every):
+        if recipe.loss.reads_teacher and _due(record, recipe.curriculum.validate_every):
             pending.settle(window)
             with sinks.clock.span("validation"):
                 coherence = validate(run.state)
@@ -125,11 +134,19 @@ def _run_stage(
             with sinks.clock.span("checkpoints"):
                 sinks.checkpoints.save_rolling(run.state, run.meta(experiment, sinks.settings))
 
+        if draw is not None and (drawn is None or update % recipe.reward.updates_per_refresh == 0):
+            pending.settle(window)
+            with sinks.clock.span("rollouts"):
+                drawn, means = draw(run.state, stage)
+            drawn_at = update
+            sinks.log.write(update + 1, means, stage=stage.name)  # of the first update that learns from them
+        own = () if drawn is None else (drawn[(update - drawn_at) % len(drawn)],)
+
         batch = next(loader)
         window.add_tokens(int(np.count_nonzero(batch.chain_ids_BL)) * hosts)
         # Dispatched before the metrics of the update before it are fetched, so the device never waits for Python.
         run.state, metrics = experiment.step(
-            run.state, experiment.source(batch), put_batch(batch, experiment.mesh), weights
+            run.state, experiment.source(batch), put_batch(batch, experiment.mesh), weights, *own
         )
         update += 1
         record.updates += 1
@@ -196,7 +213,9 @@ def _validation(experiment: Experiment, stage: Stage) -> _Validation:
 
 def _open_record(experiment: Experiment, run: Run, stage: Stage, validation: _Validation) -> StageRecord:
     recipe = experiment.recipe
-    own = teacher_self_coherence(experiment, validation.traces, validation.chains)
+    own = 0.0
+    if recipe.loss.reads_teacher:
+        own = teacher_self_coherence(experiment, validation.traces, validation.chains)
     return StageRecord(
         depth=stage.name,
         threshold=recipe.curriculum.threshold_factor * own,
