@@ -2,8 +2,8 @@
 
     python launch/reward_model.py --config=configs/reward_tiny.py
 
-Steps of the generator's problems, a quarter of them made wrong (rtd_jax/data/labelled.py). `--config.train.schema` may be
-prm800k, processbench or stepwise, with `--config.train.location`. What it writes, runs/reward_tiny/model, is what
+Steps of the generator's problems, a quarter of them made wrong (rtd_jax/data/labelled.py). `--config.train.schema` may
+be prm800k, processbench or stepwise, with `--config.train.location`. What it writes, runs/reward_tiny/model, is what
 `reward.model` of a training run takes.
 """
 

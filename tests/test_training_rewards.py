@@ -115,14 +115,14 @@ def test_a_saved_head_belongs_to_its_teacher_and_its_file(tmp_path):
     loaded = load_head(tmp_path, "teacher", "tokenizer")
     assert loaded.identity == identity
     jax.tree.map(np.testing.assert_array_equal, loaded.head, params)
-    with pytest.raises(ValueError, match="was trained on another teacher .*; train one on this teacher"):
+    with pytest.raises(ValueError, match=r"was trained on another teacher .*; train one on this teacher"):
         load_head(tmp_path, "other", "tokenizer")
     with pytest.raises(ValueError, match="was trained on another tokenizer"):
         load_head(tmp_path, "teacher", "other")
     with pytest.raises(ValueError, match=r"holds no reward model \(no head.json\); train one with"):
         load_head(tmp_path / "nowhere", "teacher", "tokenizer")
     (tmp_path / "head.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="is not the file that head.json names"):
+    with pytest.raises(ValueError, match=r"is not the file that head.json names"):
         load_head(tmp_path, "teacher", "tokenizer")
 
 
@@ -239,7 +239,7 @@ def reward_recipe(folder: Path, **changes):
         ),
         "curriculum": CurriculumSettings(enabled=False, validate_every=8, validation_chains=8),
         "total_updates": 8,
-        "evaluation": EvaluationSettings(problems_per_depth=1, max_new_tokens=4, batch_size=4, teacher=False),
+        "evaluation": EvaluationSettings(problems_per_depth=1, max_new_tokens=4, batch_size=4, teacher=False, every=4),
     }
     return recipe(folder / "teacher", **(settings | changes))
 
@@ -284,6 +284,10 @@ def test_a_resumed_run_draws_again_and_ends_with_the_same_bits(folder, tmp_path,
     ours, theirs = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("resumed", "whole"))
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    curves = [json.loads((tmp_path / name / "report.json").read_text())["curve"] for name in ("whole", "resumed")]
+    assert [[look.pop("seconds") > 0 for look in curve] for curve in curves] == [[True, True]] * 2
+    assert curves[0] == curves[1]
+    assert [look["update"] for look in curves[0]] == [4, 8]
 
 
 def drop_clock(line: dict) -> dict:
@@ -292,9 +296,9 @@ def drop_clock(line: dict) -> dict:
 
 def test_settings_that_cannot_work_are_refused_by_name(folder):
     good = reward_recipe(folder)
-    with pytest.raises(ValueError, match="reward.model is empty; train one with launch/reward_model.py"):
+    with pytest.raises(ValueError, match=r"reward.model is empty; train one with launch/reward_model.py"):
         replace(good, reward=replace(good.reward, model=""))
-    with pytest.raises(ValueError, match="the chains that the student draws are in no cache; set teacher.cache=''"):
+    with pytest.raises(ValueError, match=r"the chains that the student draws are in no cache; set teacher.cache=''"):
         replace(good, teacher=replace(good.teacher, cache="somewhere"))
     with pytest.raises(ValueError, match=r"checkpoint_every 4 is not a multiple of reward.updates_per_refresh 3"):
         replace(good, reward=replace(good.reward, updates_per_refresh=3))
@@ -304,7 +308,7 @@ def test_settings_that_cannot_work_are_refused_by_name(folder):
         replace(good.reward, samples=1)
     labels = replace(good.loss, alpha=0.0, reward_weight=0.0)
     assert not labels.reads_teacher
-    with pytest.raises(ValueError, match="so no coherence loss can end a stage: set curriculum.enabled=False"):
+    with pytest.raises(ValueError, match=r"so no coherence loss can end a stage: set curriculum.enabled=False"):
         replace(good, loss=labels, curriculum=CurriculumSettings())
 
 

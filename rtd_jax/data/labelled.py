@@ -14,7 +14,7 @@ chain can still reach the answer.
 
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,7 +192,7 @@ def from_processbench(row: Mapping[str, Any], source: str = "row") -> list[Label
             f"{source}: field 'label' is {label!r}; expected the index of the first wrong of {len(steps)} steps, or -1"
         )
     good = len(steps) if label < 0 else label
-    labels: list[Label] = [True] * good + [False] * (label >= 0)
+    labels: list[Label] = [*[True] * good, *[False] * (label >= 0)]
     labels += [None] * (len(steps) - len(labels))
     return [LabelledChain(_text(row, "problem", source), steps, tuple(labels), source)]
 

@@ -1,12 +1,12 @@
 """Learning from rewards of steps: group-normalised advantages, and the clipped policy term.
 
-Of each prompt N chains are drawn. Step i of chain n gets a reward r_ni by itself, and its advantage is how far that lies
-from the rewards of all steps that were drawn for the prompt:
+Of each prompt N chains are drawn. Step i of chain n gets a reward r_ni by itself, and its advantage is how far that
+lies from the rewards of all steps that were drawn for the prompt:
 
     A_ni = (r_ni - mean) / max(std, floor),    mean and std over all steps of the prompt's N chains
 
-Source: process supervision in GRPO (Shao et al. 2024, arXiv:2402.03300, section 4.1.3). There a token's advantage is the
-sum over its own and all later steps; here it is its own step's alone, because the baseline is to score each step in
+Source: process supervision in GRPO (Shao et al. 2024, arXiv:2402.03300, section 4.1.3). There a token's advantage is
+the sum over its own and all later steps; here it is its own step's alone, because the baseline is to score each step in
 isolation, without any credit for what follows. The policy term is PPO's (Schulman et al. 2017, arXiv:1707.06347,
 equation 7), over tokens t, with rho_t the ratio of the probabilities now and when the chain was drawn:
 
@@ -149,7 +149,10 @@ def token_log_probs(
     vocab_size: int,
     chunk_length: int = 32,
 ) -> Array:
-    """log softmax(logits / temperature) of each label, float32 [B, L], a chunk of positions at a time; 0 at weight 0."""
+    """log softmax(logits / temperature) of each label, float32 [B, L], a chunk of positions at a time; 0 at weight 0.
+
+    Arguments as in `policy_sums`; not differentiated.
+    """
     rows, length = labels_BL.shape
     chunk_length = min(chunk_length, length)
 

@@ -174,7 +174,10 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
 def _needs_weights(recipe: Recipe) -> bool:
     """Whether anything that the recipe does runs the teacher."""
     return not recipe.teacher.cache and bool(
-        recipe.loss.reads_teacher or recipe.loss.reward_weight or recipe.evaluation.teacher
+        recipe.loss.reads_teacher
+        or recipe.loss.reward_weight
+        or recipe.evaluation.teacher
+        or recipe.evaluation.drift_problems
     )
 
 

@@ -85,8 +85,9 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """L = alpha T^2 KL + (1 - alpha) CE + alignment_weight L_align + coherence_weight L_coherence, and what it is compared
-    with. With alpha and all weights 0 the teacher is not run: fine-tuning on chains of thought.
+    """L = alpha T^2 KL + (1 - alpha) CE + alignment_weight L_align + coherence_weight L_coherence, and its rivals.
+
+    With alpha and all weights 0 the teacher is not run: fine-tuning on chains of thought.
     """
 
     temperature: float = 4.0
@@ -139,10 +140,11 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """How the student draws chains of its own and learns from their steps' rewards; read when loss.reward_weight is not 0.
+    """How the student draws chains of its own and learns from their steps' rewards.
 
-    Every `updates_per_refresh` updates, `samples` chains of each of `prompts` training problems are drawn and scored;
-    each update takes `prompts_per_update` of these problems with all their chains, in turn.
+    Read when loss.reward_weight is not 0. Every `updates_per_refresh` updates, `samples` chains of each of `prompts`
+    training problems are drawn and scored; each update takes `prompts_per_update` of these problems with all their
+    chains, in turn.
     """
 
     model: str = ""  # folder that launch/reward_model.py wrote
@@ -165,7 +167,8 @@ class RewardSettings:
             )
         if self.prompts % self.prompts_per_update:
             raise ValueError(
-                f"reward.prompts {self.prompts} is not a multiple of reward.prompts_per_update {self.prompts_per_update}"
+                f"reward.prompts {self.prompts} is not a multiple of reward.prompts_per_update "
+                f"{self.prompts_per_update}"
             )
         if self.temperature <= 0 or self.clip <= 0:
             raise ValueError(
@@ -180,12 +183,22 @@ class RewardSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """The final evaluation by free-running greedy decoding."""
+    """What is measured by free-running greedy decoding: test problems at the end, validation problems on the way."""
 
     problems_per_depth: int = 100
     max_new_tokens: int = 256
     batch_size: int = 64  # problems decoded at one time
     teacher: bool = True  # evaluate the teacher beside the student
+    every: int = 0  # updates between looks at validation problems, for accuracy against updates and time; 0: none
+    curve_problems: int = 20  # validation problems of each depth for these looks
+    drift_problems: int = 0  # validation problems of each depth on which states are compared at the end; 0: none
+
+    def __post_init__(self) -> None:
+        for name in ("every", "drift_problems"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"evaluation.{name} is {getattr(self, name)}; 0 leaves it out, else give a number")
+        if self.every and self.curve_problems < 1:
+            raise ValueError(f"evaluation.curve_problems is {self.curve_problems}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -225,19 +238,19 @@ class Recipe:
         if self.loss.reward_weight:
             self._check_reward()
         curriculum = self.curriculum
-        if not self.loss.reads_teacher and curriculum.enabled:
-            if curriculum.threshold_factor or curriculum.plateau_patience:
-                raise ValueError(
-                    "the loss has nothing of the teacher in it, so no coherence loss can end a stage: set "
-                    "curriculum.enabled=False, or curriculum.threshold_factor=0 and plateau_patience=0 for stages of "
-                    "equal length"
-                )
+        by_coherence = curriculum.enabled and (curriculum.threshold_factor or curriculum.plateau_patience)
+        if not self.loss.reads_teacher and by_coherence:
+            raise ValueError(
+                "the loss has nothing of the teacher in it, so no coherence loss can end a stage: set "
+                "curriculum.enabled=False, or curriculum.threshold_factor=0 and plateau_patience=0 for stages of equal "
+                "length"
+            )
 
     def _check_reward(self) -> None:
         if not self.reward.model:
             raise ValueError(
-                "loss.reward_weight is not 0, but reward.model is empty; train one with launch/reward_model.py and give "
-                "<its workdir>/model"
+                "loss.reward_weight is not 0, but reward.model is empty; train one with launch/reward_model.py and "
+                "give <its workdir>/model"
             )
         if self.teacher.cache:
             raise ValueError(
@@ -247,8 +260,8 @@ class Recipe:
         if self.checkpoint_every % self.reward.updates_per_refresh:
             raise ValueError(
                 f"checkpoint_every {self.checkpoint_every} is not a multiple of reward.updates_per_refresh "
-                f"{self.reward.updates_per_refresh}: drawn chains are not in a checkpoint, so one may only be taken where "
-                "new ones are due"
+                f"{self.reward.updates_per_refresh}: drawn chains are not in a checkpoint, so one may only be taken "
+                "where new ones are due"
             )
 
     @property

@@ -103,7 +103,7 @@ def train_reward_model(recipe: RewardModelRecipe, workdir: Path) -> Path:
         recipe.surprise,
         train.features_MW.shape[1],
     )
-    report = {
+    report: dict[str, Any] = {
         "settings": dataclasses.asdict(recipe),
         "train_loss": losses,
         "train": judge(head, train, recipe),

@@ -6,7 +6,6 @@ run that is resumed where new chains are due.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -19,7 +19,7 @@ from rtd_jax.training.display import Display
 from rtd_jax.training.metrics import MetricsLog
 from rtd_jax.training.prepare import Experiment, encode_split, prepare
 from rtd_jax.training.recipe import Recipe
-from rtd_jax.training.report import evaluate_traces, first_of_each_depth, print_report, write_page
+from rtd_jax.training.report import drift_section, evaluate_in, first_of_each_depth, print_report, write_page
 from rtd_jax.training.stages import Run, Sinks, run_stages
 from rtd_jax.training.state import TrainState
 
@@ -64,6 +64,7 @@ def train(recipe: Recipe, workdir: Path) -> Path:
     finally:
         log.close()
     report["wall_seconds"] = round(time.monotonic() - started, 1)
+    report["train_seconds"] = round(run.seconds(clock), 1)  # of all processes that the run had
     report["seconds"] = clock.seconds()  # of this process: a run that was resumed has had others before
     if speaks:
         write_json(workdir / "report.json", report)
@@ -122,24 +123,19 @@ def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path)
         models["teacher"] = (experiment.teacher, experiment.teacher_params)
     generations: list[dict[str, Any]] = []
     for name, (model, params) in models.items():
-        result, records = evaluate_traces(
-            model,
-            params,
-            experiment.tokenizer,
-            problems,
-            recipe.data.text,
-            max_new_tokens=recipe.evaluation.max_new_tokens,
-            batch_size=recipe.evaluation.batch_size,
-            rows=recipe.rows_at_once,
-            row_length=recipe.data.row_length,
-            mesh=experiment.mesh,
-            note=display.note,
-            name=name,
-        )
+        result, records = evaluate_in(experiment, model, params, problems, display.note, name)
         report[name] = result.to_dict()
         for key in ("chain_accuracy", "step_accuracy", "perplexity"):
             report[key][name] = getattr(result, key)
         generations += [{"model": name, **record} for record in records]
+    if recipe.evaluation.every:
+        report["curve"] = run.curve
+    if recipe.evaluation.drift_problems:
+        if experiment.teacher is None and experiment.cache is None:
+            display.note("no drift is measured: neither the teacher nor a cache of it is there")
+        else:
+            display.note("reading validation chains with both models")
+            report["drift"] = drift_section(experiment, run.state.params)
     if jax.process_index() == 0:
         write_jsonl(workdir / "generations.jsonl", generations)
     return report

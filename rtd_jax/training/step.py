@@ -228,6 +228,22 @@ def make_pretrain_step(
     return jax.jit(step, donate_argnums=0)
 
 
+def make_boundary_reader(
+    student: LlamaModel, teacher: LlamaModel | None, settings: StepSettings
+) -> Callable[[Params, TeacherSource, Batch], tuple[Array, Array]]:
+    """Builds (params, teacher, batch) -> states at the boundaries of the matched layers, [B, C, K, S] and [B, C, K, D].
+
+    The teacher is given as in `make_train_step`; of cached outputs only the boundary states are read.
+    """
+
+    @jax.jit
+    def read(params: Params, source: TeacherSource, batch: Batch) -> tuple[Array, Array]:
+        _, student_states, _ = states_at_boundaries(student, params["student"], batch, settings.student_hidden_layer)
+        return student_states, teacher_on(teacher, source, batch, settings.hidden_layer)[0].boundary_states_BCKD
+
+    return read
+
+
 def make_coherence_eval(
     student: LlamaModel, teacher: LlamaModel | None, settings: StepSettings
 ) -> Callable[[Params, TeacherSource, Batch], Mean]:
@@ -236,10 +252,11 @@ def make_coherence_eval(
     The teacher is given as in `make_train_step`; of cached outputs only the boundary states are read.
     """
 
+    read = make_boundary_reader(student, teacher, settings)
+
     @jax.jit
     def evaluate(params: Params, source: TeacherSource, batch: Batch) -> Mean:
-        _, student_states, _ = states_at_boundaries(student, params["student"], batch, settings.student_hidden_layer)
-        teacher_states = teacher_on(teacher, source, batch, settings.hidden_layer)[0].boundary_states_BCKD
+        student_states, teacher_states = read(params, source, batch)
         mask_BCK = transition_boundaries(batch.boundary_mask_BCK, settings.anchor_prompt)
         losses = transition_losses(student_states, teacher_states, mask_BCK, projections(params).g)
         means_BC, has_any_BC = mean_per_chain(losses, transition_mask(mask_BCK))
