@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
         c[split].corruption = 0.25  # chance of each step to be made wrong, of synthetic
         c[split].seed = 0  # of the generator and the corruptions
     c.text = ConfigDict()
+    c.text.kind = "plain"  # plain, or chat: the tokenizer's own template
     c.text.prompt_template = "Question: {prompt}\nAnswer:\n"  # what the tiny tokenizer is made for
     c.text.completion_prefix = ""  # between prompt and completion
 
