@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtd_jax.data import synthetic
+from rtd_jax.data import synthetic, synthetic_rooms
 from rtd_jax.data.traces import PARSERS, Trace
 
+GENERATED = ("synthetic", "rooms")  # schemas without files
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -22,26 +23,28 @@ class SourceSettings:
     also under `<subset>/` or `data/`), a single file of these kinds, or the name of a data set on the hub.
     """
 
-    schema: str  # synthetic, gsm8k, math, strategyqa, arc or stepwise
-    location: str = ""  # unused by synthetic
+    schema: str  # synthetic, rooms (both generated), gsm8k, math, strategyqa, arc or stepwise
+    location: str = ""  # unused by generated ones
     split: str = "train"
     subset: str = ""  # the hub's configuration name ("main" of openai/gsm8k)
     revision: str = ""  # the hub's commit or tag; "" is the newest
-    limit: int = 0  # traces; 0 takes all (synthetic needs a number)
+    limit: int = 0  # traces; 0 takes all (generated ones need a number)
     keep_marks: bool = True  # the <<48/2=24>> of gsm8k and synthetic
     reasoning_field: str = "reasoning"  # of arc
-    depths: tuple[int, ...] = ()  # keep only chains of these depths; () keeps all (synthetic: 1 to 6)
-    seed: int = 0  # of synthetic
+    depths: tuple[int, ...] = ()  # keep only chains of these depths; () keeps all (generated: 1 to 6)
+    seed: int = 0  # of generated ones
 
     def __post_init__(self) -> None:
-        known = ("synthetic", *PARSERS)
+        known = (*GENERATED, *PARSERS)
         if self.schema not in known:
             raise ValueError(f"schema {self.schema!r} is unknown; use one of {', '.join(known)}")
         if self.limit < 0:
             raise ValueError(f"limit is {self.limit}; expected 0 (all) or more traces")
-        if self.schema == "synthetic" and not self.limit:
-            raise ValueError("limit is 0; the synthetic source is endless and needs the number of problems to make")
-        if self.schema != "synthetic" and not self.location:
+        if self.schema in GENERATED and not self.limit:
+            raise ValueError(
+                f"limit is 0; the {self.schema} source is endless and needs the number of problems to make"
+            )
+        if self.schema not in GENERATED and not self.location:
             raise ValueError(f"schema {self.schema!r} needs a location: a local folder or file, or a hub name")
 
 
@@ -51,8 +54,10 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
     Raises ValueError naming file and row where a row is damaged or no trace; naming what is there where a file is
     missing; and saying how to point to a folder where the hub cannot be reached.
     """
-    if settings.schema == "synthetic":
+    if settings.schema in GENERATED:
         depths = settings.depths or (1, 2, 3, 4, 5, 6)
+        if settings.schema == "rooms":
+            return synthetic_rooms.generate(settings.limit, depths, settings.split, settings.seed)
         keep_marks = settings.keep_marks
         return synthetic.generate(settings.limit, depths, settings.split, settings.seed, keep_marks=keep_marks)
     options: dict[str, Any] = {}
