@@ -354,7 +354,7 @@ def test_a_damaged_record_is_refused_by_name(tmp_path):
 
 @pytest.mark.slow
 def test_a_study_of_real_runs(tmp_path):
-    """The smoke study, of three methods: one from a cache that is written first, one with a reward model."""
+    """The smoke study, of two methods, one of them from a cache that is written first."""
     config = tmp_path / "study_small.py"
     config.write_text(
         "from configs import study_tiny\n"
@@ -362,7 +362,7 @@ def test_a_study_of_real_runs(tmp_path):
         "    c = study_tiny.get_config('smoke')\n"
         "    c.methods.matched = ('loss.intermediate_weight=1.0', 'loss.token_alignment_weight=0.3',\n"
         "                         'data.segmentation=random', 'curriculum.enabled=False')\n"
-        "    c.only = ('kd', 'step_reward', 'matched')\n"
+        "    c.only = ('kd', 'matched')\n"
         "    return c\n"
     )
     workdir = tmp_path / "study"
@@ -374,10 +374,9 @@ def test_a_study_of_real_runs(tmp_path):
 
     run = study()
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "report over 3 of 3 runs" in run.stdout
+    assert "report over 2 of 2 runs" in run.stdout
     text = (workdir / "study.md").read_text()
     assert "| matched | 1 |" in text
-    assert "| step_reward | 1 |" in text
     assert "Accuracy against updates and time" in text
     assert "<svg" in (workdir / "report.html").read_text()
 
@@ -391,8 +390,7 @@ def test_a_study_of_real_runs(tmp_path):
     assert metrics["distill/intermediate"] > 0
     assert metrics["distill/token_alignment"] > 0
     assert report["drift"]["chains"] == 12
-    assert "reward/policy_loss" in last("step_reward")[0]
     _, report, log = last("kd")
     assert [look["update"] for look in report["curve"]] == [2, 4]
     assert "the teacher is read from the cache" in log
-    assert "3 runs, 3 of them finished" in study().stdout
+    assert "2 runs, 2 of them finished" in study().stdout

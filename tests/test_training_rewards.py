@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from safetensors.numpy import load_file
 from tiny_run import recipe, source, write_teacher
 
 from rtd_jax.common.sharding import MeshSettings, make_mesh, put_batch, to_host
@@ -32,13 +31,17 @@ from rtd_jax.teacher.reward_head import (
     step_features,
     step_logits,
 )
+from rtd_jax.training.checkpoints import Checkpoints, read_meta, restore_state
+from rtd_jax.training.clock import Clock
 from rtd_jax.training.curriculum import CurriculumSettings
+from rtd_jax.training.display import Display
+from rtd_jax.training.metrics import MetricsLog
 from rtd_jax.training.prepare import load_splits, prepare
 from rtd_jax.training.pretrain import SizeSettings, model_config
 from rtd_jax.training.recipe import DataSettings, EvaluationSettings, LossSettings, RewardSettings, TeacherSettings
 from rtd_jax.training.reward_model import LabelledSteps, RewardModelRecipe, fit_head, judge, train_reward_model
 from rtd_jax.training.rollouts import drawn_chain, make_sampler
-from rtd_jax.training.run import train
+from rtd_jax.training.stages import Run, Sinks, run_stages
 from rtd_jax.training.state import create_state, init_projections
 from rtd_jax.training.step import StepSettings, make_train_step
 
@@ -94,16 +97,20 @@ def test_a_head_begins_undecided_and_learns_what_separates_the_steps():
         TeacherSettings("x"), settings, settings, epochs=40, steps_per_update=100, learning_rate=0.05
     )
     assert np.all(np.asarray(step_logits(init_head(jax.random.key(0), 2, 3), features)) == 0)
-    for hidden in (0, 4):
-        head, losses = fit_head(replace(options, hidden=hidden), steps)
-        found = judge(head, steps, options)
-        assert found["auroc"]["value"] > 0.97
-        assert found["accuracy"]["mean"] > 0.9
-        assert losses[-1] < 0.5 * losses[0]
-        # By hand: standardised, then linear or one GELU layer.
-        x = (features[0] - features.mean(0)) / (features.std(0) + 1e-6)
-        if hidden == 0:
-            np.testing.assert_allclose(step_logits(head, features[0]), x @ head["out"] + head["out_bias"], rtol=1e-4)
+    head, losses = fit_head(replace(options, hidden=4), steps)
+    found = judge(head, steps, options)
+    assert found["auroc"]["value"] > 0.97
+    assert found["accuracy"]["mean"] > 0.9
+    assert losses[-1] < 0.5 * losses[0]
+    np.testing.assert_allclose(head["mean"], features.mean(0), rtol=1e-5)
+    # By hand: standardised, then linear.
+    linear = {
+        "mean": np.array([1.0, 2.0]),
+        "scale": np.array([2.0, 4.0]),
+        "out": np.array([3.0, -1.0]),
+        "out_bias": 0.5,
+    }
+    np.testing.assert_allclose(step_logits(linear, np.array([3.0, 10.0])), 3.0 * 1.0 - 1.0 * 2.0 + 0.5)
     with pytest.raises(ValueError, match="400 of 400 training steps are labelled right; a reward model needs both"):
         fit_head(options, steps._replace(right_M=np.ones(400, bool)))
 
@@ -198,12 +205,7 @@ def test_labels_alone_give_the_update_of_alpha_zero_without_the_teacher():
     assert set(of_labels) == {"loss", "distill/hard_loss", "grad_norm"}
 
 
-# Whole runs, on one device.
-@pytest.fixture
-def one_device(monkeypatch):
-    monkeypatch.setattr("rtd_jax.training.prepare.make_mesh", lambda _: make_mesh(MeshSettings(), jax.devices()[:1]))
-
-
+# Runs.
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A random teacher, and a reward model on it."""
@@ -252,46 +254,62 @@ def test_a_reward_model_is_reported_on_held_out_steps(folder):
         assert report[split]["accuracy"]["n"] == report[split]["steps"]
 
 
-def test_what_is_drawn_depends_on_the_update_and_not_on_the_mesh(folder):
-    def sampler(mesh: MeshSettings):
-        experiment, state = prepare(reward_recipe(folder, mesh=mesh), lambda _: None)
-        draw = make_sampler(experiment)
-        return lambda at: to_host(draw(state._replace(step=state.step + at), experiment.stages[0]))
+@pytest.fixture(scope="module")
+def single(folder):
+    """(experiment, initial state on the host), on one device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rtd_jax.training.prepare.make_mesh", one_device_mesh)
+        experiment, state = prepare(reward_recipe(folder), lambda _: None)
+    return experiment, jax.device_get(state)
 
-    draw = sampler(MeshSettings(1, 8, 1))
-    (first,), means = draw(3)
+
+def one_device_mesh(_: MeshSettings | None = None):
+    return make_mesh(MeshSettings(), jax.devices()[:1])
+
+
+def test_what_is_drawn_depends_on_the_update_and_not_on_the_mesh(folder, single):
+    def draw(experiment, state, at):
+        return to_host(make_sampler(experiment)(state._replace(step=state.step + at), experiment.stages[0]))
+
+    (first,), means = draw(*single, 3)
     assert first.batch.tokens_BL.shape == (8, 96)
-    (same,), _ = sampler(MeshSettings(2, 2, 2))(3)
+    (same,), _ = draw(*prepare(reward_recipe(folder, mesh=MeshSettings(2, 2, 2)), lambda _: None), 3)
     np.testing.assert_array_equal(same.batch.tokens_BL, first.batch.tokens_BL)
     np.testing.assert_allclose(same.old_log_probs_BL, first.old_log_probs_BL, atol=1e-4)
     np.testing.assert_allclose(same.advantages_BL, first.advantages_BL, atol=1e-2)
-    (other,), _ = draw(4)
+    (other,), _ = draw(*single, 4)
     assert not np.array_equal(first.batch.tokens_BL, other.batch.tokens_BL)
     assert 0 < means["reward/step_reward"] < 1
 
 
-def test_a_resumed_run_draws_again_and_ends_with_the_same_bits(folder, tmp_path, one_device):
-    settings = reward_recipe(folder)
-    train(settings, tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "stages")
-    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "rolling" / "8", ignore_errors=True)
-    train(settings, tmp_path / "resumed")
-    whole, resumed = ([json.loads(x) for x in (tmp_path / n / "metrics.jsonl").open()] for n in ("whole", "resumed"))
-    assert [drop_clock(x) for x in whole] == [drop_clock(x) for x in resumed]
-    assert sum("reward/step_reward" in line for line in whole) == 4
-    assert any(line["update"] > 4 and line.get("reward/policy_loss", 0) != 0 for line in whole)
-    ours, theirs = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("resumed", "whole"))
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-    curves = [json.loads((tmp_path / name / "report.json").read_text())["curve"] for name in ("whole", "resumed")]
-    assert [[look.pop("seconds") > 0 for look in curve] for curve in curves] == [[True, True]] * 2
-    assert curves[0] == curves[1]
-    assert [look["update"] for look in curves[0]] == [4, 8]
+def trained(experiment, run: Run, workdir: Path) -> list[dict]:
+    """Trains all stages; returns the lines of the log without what depends on the clock."""
+    log = MetricsLog(workdir, int(run.state.step))
+    sinks = Sinks(Checkpoints(workdir, keep=2), log, Display(8, silent=True), {}, Clock())
+    with sinks.clock.span("training"):
+        run_stages(experiment, run, sinks)
+    log.close()
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
 
 
-def drop_clock(line: dict) -> dict:
-    return {key: value for key, value in line.items() if not key.startswith("perf/")}
+def test_a_resumed_run_draws_again_and_ends_with_the_same_bits(single, tmp_path):
+    experiment, state = single
+    whole = Run(jax.device_put(state, jax.sharding.SingleDeviceSharding(jax.devices()[0])))
+    lines = trained(experiment, whole, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "stages")
+    path = tmp_path / "checkpoints" / "rolling" / "4"
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole.state)
+    resumed = Run.from_meta(restore_state(path, abstract), read_meta(path))
+    assert int(resumed.state.step) == 4
+    assert trained(experiment, resumed, tmp_path) == lines
+    jax.tree.map(np.testing.assert_array_equal, to_host(resumed.state), to_host(whole.state))
+    assert sum("reward/step_reward" in line for line in lines) == 4
+    assert any(line["update"] > 4 and line.get("reward/policy_loss", 0) != 0 for line in lines)
+    for curve in (whole.curve, resumed.curve):
+        assert [look["update"] for look in curve] == [4, 8]
+        assert curve[0].pop("seconds") < curve[1].pop("seconds")
+    assert whole.curve == resumed.curve
 
 
 def test_settings_that_cannot_work_are_refused_by_name(folder):
@@ -312,7 +330,7 @@ def test_settings_that_cannot_work_are_refused_by_name(folder):
         replace(good, loss=labels, curriculum=CurriculumSettings())
 
 
-def test_fine_tuning_on_chains_of_thought_reads_a_file_and_never_the_teacher(folder, tmp_path, one_device):
+def test_fine_tuning_on_chains_of_thought_reads_a_file_and_never_the_teacher(folder, tmp_path, monkeypatch):
     rows = [
         {"prompt": trace.prompt, "completions": list(trace.steps), "answer": trace.answer}
         for trace in generate(80, (1, 2))
@@ -332,13 +350,18 @@ def test_fine_tuning_on_chains_of_thought_reads_a_file_and_never_the_teacher(fol
         loss=LossSettings(chunk_length=32, alpha=0.0, alignment_weight=0.0, coherence_weight=0.0),
         data=chains,
         total_updates=4,
+        evaluation=EvaluationSettings(teacher=False),
     )
-    experiment, _ = prepare(settings, lambda _: None)
+    monkeypatch.setattr("rtd_jax.training.prepare.make_mesh", one_device_mesh)
+    experiment, state = prepare(settings, lambda _: None)
     assert experiment.teacher is None
     assert experiment.teacher_params == {}
     # The same chains as the generator's own, by another way: what is trained on is what the file says.
     for ours, theirs in zip(experiment.train.encoded, load_splits(base, TOKENIZER)[0].encoded, strict=True):
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
-    report = json.loads(train(settings, tmp_path / "run").read_text())
-    assert report["stages"][0]["validations"] == []
-    assert report["student"]["perplexity"] > 1
+    run = Run(state)
+    lines = trained(experiment, run, tmp_path)
+    assert (run.records[0].updates, run.records[0].validations, run.records[0].coherence) == (4, [], None)
+    losses = [line["distill/hard_loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert not any(key.startswith("distill/") and key != "distill/hard_loss" for line in lines for key in line)
