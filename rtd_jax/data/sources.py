@@ -68,7 +68,7 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
     parse = PARSERS[settings.schema]
     traces: list[Trace] = []
     count = 0
-    for count, (place, row) in enumerate(read_rows(settings), start=1):  # noqa: B007
+    for count, (place, row) in enumerate(_rows(settings), start=1):  # noqa: B007
         trace = parse(row, place, **options)
         if settings.depths and trace.depth not in settings.depths:
             continue
@@ -83,7 +83,7 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
     return traces
 
 
-def read_rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(place, row) pairs; place is "file:row", rows counted from 1."""
     path = Path(settings.location).expanduser()
     if path.exists():
@@ -168,3 +168,8 @@ def _read_hub(settings: SourceSettings) -> Iterable[Mapping[str, Any]]:
             f"{settings.split}.parquet with the hub's field names into a folder and set the source's location "
             "to that folder"
         ) from error
+
+
+def read_rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, row) pairs of a file, a folder or the hub, for rows that are no traces; refusals as of `load_traces`."""
+    return _rows(settings)

@@ -26,7 +26,7 @@ STOP_INTERVAL = 16  # tokens between two looks at what has been written, where a
 class Sampling:
     """Draws from softmax(logits / temperature), cut to the most probable ids that together reach `top_p`.
 
-    A draw depends on (seed, place of the prompt in the list, token), not on the batch it was made in.
+    A draw depends on (seed, place of the prompt in the list or its stream, token), not on the batch it was made in.
     """
 
     temperature: float = 1.0
@@ -77,7 +77,7 @@ def generate(
     batch_size: int = 128,
     pad_id: int = 0,
     sampling: Sampling | None = None,
-    first_draw: int = 0,
+    streams: Sequence[int] | None = None,
     stopped: Callable[[list[int]], bool] | None = None,
     batch_sharding: jax.sharding.NamedSharding | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -94,8 +94,8 @@ def generate(
       batch_size: rows decoded together.
       pad_id: fills prompts on the right, and rows that have ended.
       sampling: None takes the most probable token. For several samples of a prompt, give it several times.
-      first_draw: what the first prompt's place counts from where draws are made: another number draws anew, and unlike
-        another seed compiles nothing. Non-negative; places stay below 2^31.
+      streams: for each prompt the number of its stream of draws, in [0, 2^31); None takes its place in the list. Given,
+        a draw does not depend on what else is in the list.
       stopped: called every `STOP_INTERVAL` tokens with a row's new ids; True ends the row. Such a row may have ids
         beyond what made it stop: cut its text.
       batch_sharding: where to put [batch] and [batch, length] arrays; None leaves it to the compiler.
@@ -108,6 +108,7 @@ def generate(
       ValueError: an empty prompt, an id outside the vocabulary, or a limit below one.
     """
     _check(prompts, max_new_tokens, batch_size, vocab_size)
+    of_prompt = np.arange(len(prompts)) if streams is None else np.asarray(streams)
     eos = tuple(sorted({int(i) for i in eos_ids}))
     if batch_sharding is None:
         batch_size = min(batch_size, max(1, len(prompts)))
@@ -129,7 +130,7 @@ def generate(
         else:
             options |= {"sampling": sampling}
             prompt_B = np.zeros(batch_size, np.int32)
-            prompt_B[: len(rows)] = np.asarray(rows) + first_draw
+            prompt_B[: len(rows)] = of_prompt[rows]
             (prompt_B,) = put_same((prompt_B,), batch_sharding)
             state = _start(model, params, placed, lengths, active, prompt_B, max_new_tokens=max_new_tokens, **options)
             interval = max_new_tokens if stopped is None else STOP_INTERVAL

@@ -49,6 +49,7 @@ def make_sampler(experiment: Experiment) -> Sampler:
         pool = experiment.train.of_stage(stage)
         chosen = rng.choice(pool, settings.prompts, replace=len(pool) < settings.prompts)
         problems = [experiment.train.encoded[i] for i in chosen for _ in range(settings.samples)]
+        first = int(rng.integers(2**30))  # of the draws' streams; the seed stays, because it is compiled in
         prompts = [chain.tokens[: chain.prompt_length].tolist() for chain in problems]
         written = generate(
             experiment.student,
@@ -60,7 +61,7 @@ def make_sampler(experiment: Experiment) -> Sampler:
             batch_size=-(-settings.batch_size // ways) * ways,
             pad_id=experiment.tokenizer.pad_token_id or 0,
             sampling=Sampling(settings.temperature),
-            first_draw=int(rng.integers(2**30)),  # the seed stays: it is compiled in
+            streams=[first + i for i in range(len(prompts))],
             batch_sharding=row_sharding(experiment.mesh),
         )
         chains = [
