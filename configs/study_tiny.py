@@ -111,7 +111,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "launch/traces.py",
         "--config=configs/traces_tiny.py",
         "--workdir={traces}",
-        f"--config.problems.limit={60 if smoke else 12_000}",
+        f"--config.problems.limit={60 if smoke else 12_000}",  # as many as the other methods have
+        "--config.sampling.samples=1",
     )
     c.prepare.reward = (
         "launch/reward_model.py",

@@ -390,7 +390,9 @@ def test_a_study_of_real_runs(tmp_path):
     assert metrics["distill/intermediate"] > 0
     assert metrics["distill/token_alignment"] > 0
     assert report["drift"]["chains"] == 12
+    assert report["drift"]["maps"] == {"f": "the run's own", "g": "the run's own"}
     _, report, log = last("kd")
     assert [look["update"] for look in report["curve"]] == [2, 4]
     assert "the teacher is read from the cache" in log
+    assert report["drift"]["maps"] == {"f": "fitted", "g": "fitted"}  # nothing trained them
     assert "2 runs, 2 of them finished" in study().stdout

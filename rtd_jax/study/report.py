@@ -198,7 +198,8 @@ def _drift(runs: Runs) -> list[Section]:
     text = (
         "Debiased CKA between student and teacher at the end of each step, on the validation chains that have them "
         "all; and the AUROC with which the cosine of a transition tells whether the next step is right, among steps of "
-        "the same place and depth."
+        "the same place and depth: through the run's own g where its loss trained one, else through a map fitted on "
+        "one half of the chains and used on the other."
     )
     head = ("method", *(f"CKA, step {step}" for step in steps), "AUROC")
     return [Section("Drift (means over seeds)", 3, [text], head, rows)]

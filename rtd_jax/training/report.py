@@ -14,7 +14,7 @@ from rtd_jax.common.types import Params
 from rtd_jax.data.formats import TextFormat, render, stop_token_ids
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.traces import Trace
-from rtd_jax.evaluation.drift import BoundaryStates, measure
+from rtd_jax.evaluation.drift import BoundaryStates, Map, cross_fitted, measure
 from rtd_jax.evaluation.evaluate import EvaluationReport, Record, evaluate_model
 from rtd_jax.models.functional import LlamaModel
 from rtd_jax.reporting.page import write_report
@@ -90,9 +90,10 @@ def evaluate_in(
 def drift_section(experiment: Experiment, params: Params, resamples: int = 200) -> dict[str, Any]:
     """Does the student leave the teacher's trajectory? On validation chains, whose states a cache has too.
 
-    What `evaluation.drift.measure` says with the run's own f and g: CKA and cosines by step, and whether the cosine of
-    a transition tells right steps and chains from wrong ones. What is right is the student's own: steps under teacher
-    forcing, chains by free-running decoding.
+    What `evaluation.drift.measure` says: CKA and cosines by step, and whether the cosine of a transition tells right
+    steps and chains from wrong ones. What is right is the student's own: steps under teacher forcing, chains by
+    free-running decoding. f and g are the run's own where its loss trained them; else linear maps fitted on one half of
+    the chains and used on the other.
     """
     recipe, split = experiment.recipe, experiment.validation
     problems = first_of_each_depth(split.traces, recipe.evaluation.drift_problems)
@@ -109,15 +110,24 @@ def drift_section(experiment: Experiment, params: Params, resamples: int = 200) 
         both = to_host((*read(params, source, placed), placed.boundary_mask_BCK))
         parts.append([x[:, 0] for x in both])
     of_student, of_teacher, mask = (np.concatenate(x)[: len(chains)] for x in zip(*parts, strict=True))
-    f, g = (np.asarray(to_host(params[name])) for name in ("f", "g"))
-    return measure(
-        BoundaryStates(of_student, of_teacher, mask.astype(bool)),
-        ([f] * len(chains), [g] * len(chains)),
+    states = BoundaryStates(of_student, of_teacher, mask.astype(bool))
+    loss = recipe.loss
+    trained = {"f": bool(loss.alignment_weight or loss.token_alignment_weight), "g": bool(loss.coherence_weight)}
+    maps: dict[str, Sequence[Map]] = {
+        name: [np.asarray(to_host(params[name]))] * len(chains)
+        if is_own
+        else cross_fitted(states, transitions=name == "g", seed=0)
+        for name, is_own in trained.items()
+    }
+    found = measure(
+        states,
+        (maps["f"], maps["g"]),
         [record["teacher_forced"] for record in records],
         np.array([not record["correct"] for record in records]),
         resamples=resamples,
         seed=0,
     )
+    return found | {"maps": {name: "the run's own" if is_own else "fitted" for name, is_own in trained.items()}}
 
 
 def first_of_each_depth(traces: Sequence[Trace], count: int) -> list[Trace]:
