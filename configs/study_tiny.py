@@ -4,9 +4,11 @@
     python launch/study.py --config=configs/study_tiny.py:smoke    # a few updates of some methods, in minutes
     python launch/study.py --config=configs/study_tiny.py:grid     # the two weights of RTD
     python launch/study.py --config=configs/study_tiny.py:cached   # teacher's outputs from a cache, where possible
+    python launch/study.py --config=configs/study_tiny.py:rooms    # another kind of problem: paths through rooms
 
 What the runs share (the teacher's own chains, the reward model, the cache) is made once, before them, in
-<workdir>/prepared. `--config.only="('kd','rtd')"` makes some of the runs.
+<workdir>/prepared. `--config.only="('kd','rtd')"` makes some of the runs. `:rooms` trains a teacher of its own first
+(configs/pretrain_tiny.py on rtd_jax/data/synthetic_rooms.py), and has no step rewards: nobody corrupts its steps.
 """
 
 from ml_collections import ConfigDict
@@ -92,7 +94,7 @@ def words_of(arg: str, known: tuple[str, ...]) -> set[str]:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    words = words_of(arg, ("smoke", "grid", "cached"))
+    words = words_of(arg, ("smoke", "grid", "cached", "rooms"))
     smoke = "smoke" in words
 
     c = ConfigDict()
@@ -147,9 +149,23 @@ def get_config(arg: str = "") -> ConfigDict:
         every = {name: every[name] for name in SMOKE}
     elif "grid" in words:
         every = {"kd": every["kd"]} | weight_grid(ALIGNMENT_WEIGHTS, COHERENCE_WEIGHTS)
-    else:
+    elif "rooms" not in words:
         c.tasks.smaller_student = (*whole, *SMALLER)
         c.task_methods = ConfigDict({"smaller_student": ("kd", "rtd", "kd_curriculum")})
+    if "rooms" in words:
+        teacher = "{rooms_teacher}/model"
+        c.prepare.rooms_teacher = (
+            "launch/pretrain.py",
+            "--config=configs/pretrain_tiny.py",
+            "--workdir={rooms_teacher}",
+            *(f"--config.{split}.schema=rooms" for split in ("train", "test")),
+            *(f"--config.{key}" for key in ("train.limit=60", "test.limit=6", "problems_per_depth=1") if smoke),
+        )
+        c.prepare.traces += ("--config.problems.schema=rooms", f"--config.jax.path={teacher}")
+        of_rooms = tuple(f"data.{split}.schema=rooms" for split in ("train", "validation", "test"))
+        c.prepare.cache += tuple(f"--config.{x}" for x in (*of_rooms, f"teacher.path={teacher}"))
+        c.tasks = ConfigDict({"rooms": (*whole, *of_rooms, f"teacher.path={teacher}")})
+        every = {name: of for name, of in every.items() if name != "step_reward"}
     # Not the default: of a vocabulary's tail a cache keeps one number, and at temperature 4 it is part of the loss.
     from_cache = FROM_CACHE if "cached" in words else ("kd",) if smoke else ()  # the smoke study tries both ways
     for name in from_cache:

@@ -301,7 +301,11 @@ def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, 
 
 @pytest.mark.parametrize(
     ("config", "arg"),
-    [(c, a) for c in (study_tiny, study_8b) for a in ("", "grid", "cached")] + [(study_tiny, "smoke")],
+    [
+        *((c, a) for c in (study_tiny, study_8b) for a in ("", "grid", "cached")),
+        (study_tiny, "smoke"),
+        (study_tiny, "rooms"),
+    ],
     ids=lambda x: x if isinstance(x, str) else x.__name__.split(".")[-1],
 )
 def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_path):
@@ -331,6 +335,12 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
         }
         return
     assert not recipes[of, "cot_ft"].loss.reads_teacher
+    made = [this.name for this in recipe.preparations(tmp_path)]
+    if arg == "rooms":
+        assert recipes[of, "rtd"].teacher.path.endswith("prepared/rooms_teacher/model")
+        assert recipes[of, "rtd"].data.test.schema == "rooms"
+        assert made == ["rooms_teacher", "traces"]
+        return
     assert recipes[of, "step_reward"].reward.model.endswith("prepared/reward/model")
     # The same data budget and the same order of the data, whatever the method.
     budgets = {
@@ -339,7 +349,6 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
         if task == of and name in study_tiny.methods()
     }
     assert len(budgets) == 1
-    made = [this.name for this in recipe.preparations(tmp_path)]
     assert ("cache" in made) == (arg in ("cached", "smoke"))
     assert "reward" in made
 

@@ -35,7 +35,7 @@ def make_sampler(experiment: Experiment) -> Sampler:
     """Builds the function that draws from the current student and has the reward model score what it wrote."""
     settings, row_length = experiment.recipe.reward, experiment.recipe.data.row_length
     assert experiment.reward is not None, "the recipe has no reward model"
-    head = experiment.reward.head
+    head = jax.tree.map(np.asarray, experiment.reward.head)  # on the host: the same for every process
     # A chain that runs on beyond the longest of the data is to be told so, not to be cut to its good part.
     slots = 2 * experiment.max_boundaries
     stop_ids = stop_token_ids(experiment.tokenizer, experiment.recipe.data.text)
