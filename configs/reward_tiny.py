@@ -43,6 +43,6 @@ def get_config() -> ConfigDict:
     c.epochs = 30  # over the labelled steps
     c.steps_per_update = 512  # labelled steps
     c.learning_rate = 3e-3  # peak; cosine to zero
-    c.weight_decay = 0.01
+    c.weight_decay = 0.01  # on the head
     c.resamples = 200  # for intervals
     return c

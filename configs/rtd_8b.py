@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
     c.reward.model = ""  # folder that launch/reward_model.py wrote (its <workdir>/model)
     c.reward.prompts = 64  # training problems of a refresh
     c.reward.samples = 4  # chains of each problem
-    c.reward.prompts_per_update = 16
+    c.reward.prompts_per_update = 16  # of these problems, with all their chains
     c.reward.updates_per_refresh = 20  # a divisor of checkpoint_every
     c.reward.temperature = 1.0  # of the draws
     c.reward.clip = 0.2  # by which a probability's ratio may leave 1 before its gradient stops

@@ -42,7 +42,11 @@ def get_config(arg: str = "") -> ConfigDict:
         "--config.row_length=1024",
         "--config.max_dropped_fraction=0.05",
     )
-    c.prepare.cache = ("launch/cache_teacher.py", "--config=configs/rtd_8b.py", "--config.teacher.cache={cache}")
+    c.prepare.cache = (
+        "launch/cache_teacher.py",
+        "--config=configs/rtd_8b.py",
+        "--config.teacher.cache={cache}",
+    )
 
     c.tasks = ConfigDict()
     c.tasks.gsm8k = (

@@ -150,7 +150,7 @@ def get_config(arg: str = "") -> ConfigDict:
     elif "grid" in words:
         every = {"kd": every["kd"]} | weight_grid(ALIGNMENT_WEIGHTS, COHERENCE_WEIGHTS)
     elif "rooms" not in words:
-        c.tasks.smaller_student = (*whole, *SMALLER)
+        c.tasks.smaller_student = (*whole, *SMALLER)  # is the gain smaller below a capacity?
         c.task_methods = ConfigDict({"smaller_student": ("kd", "rtd", "kd_curriculum")})
     if "rooms" in words:
         teacher = "{rooms_teacher}/model"

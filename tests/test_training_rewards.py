@@ -324,6 +324,11 @@ def test_settings_that_cannot_work_are_refused_by_name(folder):
         replace(good.reward, prompts_per_update=3)
     with pytest.raises(ValueError, match="samples is 1; advantages compare the chains"):
         replace(good.reward, samples=1)
+    uneven = reward_recipe(folder, reward=replace(good.reward, samples=3), mesh=MeshSettings(data=1, fsdp=8, tensor=1))
+    with pytest.raises(
+        ValueError, match=r"reward.prompts_per_update x reward.samples = 12 is not divisible by the 8-way"
+    ):
+        prepare(uneven, lambda _: None)
     labels = replace(good.loss, alpha=0.0, reward_weight=0.0)
     assert not labels.reads_teacher
     with pytest.raises(ValueError, match=r"so no coherence loss can end a stage: set curriculum.enabled=False"):

@@ -30,7 +30,6 @@ FREE_SETTINGS = (
     "teacher.path",
     "teacher.cache",
     "reward.model",
-    "reward.batch_size",
     "student.path",
     "data.train.location",
     "data.validation.location",

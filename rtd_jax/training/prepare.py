@@ -82,8 +82,10 @@ class Experiment:
           batch: this process's rows, on the host.
           states_only: leave the predictions out.
         """
+        if not (self.recipe.loss.reads_teacher or states_only):
+            return {}
         if self.cache is None:
-            return self.teacher_params if self.recipe.loss.reads_teacher or states_only else {}
+            return self.teacher_params
         dtype = self.recipe.teacher.compute_dtype
         return put_batch(self.cache.outputs(batch, states_only=states_only, dtype=dtype), self.mesh)
 
@@ -130,7 +132,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         note(f"the teacher is read from the cache {recipe.teacher.cache}: its weights are not loaded")
     reward = None
     if recipe.loss.reward_weight:
-        check_rows(recipe.reward.rows, mesh, recipe.micro_batches)
+        check_rows(recipe.reward.rows, mesh, recipe.micro_batches, "reward.prompts_per_update x reward.samples =")
         reward = load_head(Path(recipe.reward.model).expanduser(), fingerprint, tokenizer_fingerprint(tokenizer))
     teacher = teacher_model(recipe.teacher, teacher_config, mesh) if _needs_weights(recipe) else None
     student = student_model(recipe.student, of_student, mesh)
