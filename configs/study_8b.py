@@ -60,11 +60,13 @@ def get_config(arg: str = "") -> ConfigDict:
     if "grid" in words:
         every = {"kd": every["kd"]} | weight_grid(ALIGNMENT_WEIGHTS, COHERENCE_WEIGHTS)
     else:
-        c.tasks.smaller_student = (*c.tasks.gsm8k, "student.path=meta-llama/Llama-3.2-1B-Instruct")
-        c.task_methods = ConfigDict({"smaller_student": ("kd", "rtd", "kd_curriculum")})
+        smaller = ("student.path=meta-llama/Llama-3.2-1B-Instruct",)
+        c.tasks.smaller_student = (*c.tasks.gsm8k, *smaller)  # is the gain smaller below a capacity?
+        c.task_methods = ConfigDict()
+        c.task_methods.smaller_student = ("kd", "rtd", "kd_curriculum")  # of all methods
     if "cached" in words:
         every = {n: (*of, "teacher.cache={cache}") if n in FROM_CACHE else of for n, of in every.items()}
         if "intermediate_kd" in every:  # a cache cannot solve problems
             every["intermediate_kd"] += ("evaluation.teacher=True",)
-    c.methods = ConfigDict(every)
+    c.methods = ConfigDict(every)  # overrides by method
     return c

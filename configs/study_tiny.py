@@ -151,7 +151,8 @@ def get_config(arg: str = "") -> ConfigDict:
         every = {"kd": every["kd"]} | weight_grid(ALIGNMENT_WEIGHTS, COHERENCE_WEIGHTS)
     elif "rooms" not in words:
         c.tasks.smaller_student = (*whole, *SMALLER)  # is the gain smaller below a capacity?
-        c.task_methods = ConfigDict({"smaller_student": ("kd", "rtd", "kd_curriculum")})
+        c.task_methods = ConfigDict()
+        c.task_methods.smaller_student = ("kd", "rtd", "kd_curriculum")  # of all methods
     if "rooms" in words:
         teacher = "{rooms_teacher}/model"
         c.prepare.rooms_teacher = (
@@ -164,7 +165,8 @@ def get_config(arg: str = "") -> ConfigDict:
         c.prepare.traces += ("--config.problems.schema=rooms", f"--config.jax.path={teacher}")
         of_rooms = tuple(f"data.{split}.schema=rooms" for split in ("train", "validation", "test"))
         c.prepare.cache += tuple(f"--config.{x}" for x in (*of_rooms, f"teacher.path={teacher}"))
-        c.tasks = ConfigDict({"rooms": (*whole, *of_rooms, f"teacher.path={teacher}")})
+        c.tasks = ConfigDict()
+        c.tasks.rooms = (*whole, *of_rooms, f"teacher.path={teacher}")  # in place of the word problems
         every = {name: of for name, of in every.items() if name != "step_reward"}
     # Not the default: of a vocabulary's tail a cache keeps one number, and at temperature 4 it is part of the loss.
     from_cache = FROM_CACHE if "cached" in words else ("kd",) if smoke else ()  # the smoke study tries both ways
@@ -173,5 +175,5 @@ def get_config(arg: str = "") -> ConfigDict:
             every[name] += ("teacher.cache={cache}", *CACHED)
     if from_cache and "intermediate_kd" in every:  # a cache cannot solve problems
         every["intermediate_kd"] += ("evaluation.teacher=True",)
-    c.methods = ConfigDict(every)
+    c.methods = ConfigDict(every)  # overrides by method
     return c
