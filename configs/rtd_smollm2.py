@@ -68,6 +68,18 @@ def get_config() -> ConfigDict:
     c.loss.token_alignment_weight = 0.0  # a control: alignment at every token of a completion
     c.loss.intermediate_weight = 0.0  # a baseline: intermediate layers matched at every token
     c.loss.intermediate_layers = 4  # pairs of evenly spaced layers, when intermediate_weight is not 0
+    c.loss.reward_weight = 0.0  # a baseline: rewards of the steps of the student's own chains
+
+    c.reward = ConfigDict()  # the student's own chains; read when loss.reward_weight is not 0
+    c.reward.model = ""  # folder that launch/reward_model.py wrote (its <workdir>/model)
+    c.reward.prompts = 8  # training problems of a refresh
+    c.reward.samples = 4  # chains of each problem
+    c.reward.prompts_per_update = 2  # of these problems, with all their chains
+    c.reward.updates_per_refresh = 10  # a divisor of checkpoint_every
+    c.reward.temperature = 1.0  # of the draws
+    c.reward.clip = 0.2  # by which a probability's ratio may leave 1 before its gradient stops
+    c.reward.max_new_tokens = 256  # of a drawn chain
+    c.reward.batch_size = 16  # chains drawn at one time
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 3e-4  # peak
@@ -102,6 +114,9 @@ def get_config() -> ConfigDict:
     c.evaluation.max_new_tokens = 200  # of a generated solution
     c.evaluation.batch_size = 16  # problems decoded at one time
     c.evaluation.teacher = True  # evaluate the teacher beside the student
+    c.evaluation.every = 0  # updates between looks at validation problems: accuracy against updates and time; 0: none
+    c.evaluation.curve_problems = 20  # validation problems of each depth for these looks
+    c.evaluation.drift_problems = 0  # validation problems of each depth for CKA and cosines at the end; 0: none
 
     c.log_every = 5  # updates
     c.checkpoint_every = 200  # updates between rolling checkpoints

@@ -1,38 +1,179 @@
-"""Every method of the article, and the controls that it lacks, on the tiny recipe.
+"""Which method keeps deep chains alive: KD, RTD, its ablations, controls and rivals, on the bundled teacher's problems.
 
-    python launch/study.py --config=configs/study_tiny.py
+    python launch/study.py --config=configs/study_tiny.py          # every method, five seeds; run it again to continue
+    python launch/study.py --config=configs/study_tiny.py:smoke    # a few updates of some methods, in minutes
+    python launch/study.py --config=configs/study_tiny.py:grid     # the two weights of RTD
+    python launch/study.py --config=configs/study_tiny.py:cached   # teacher's outputs from a cache, where possible
+    python launch/study.py --config=configs/study_tiny.py:rooms    # another kind of problem: paths through rooms
 
-Resumable: the same command continues where it was. Every method is a set of overrides of one recipe, written as on the
-command line: same problems, same data order per seed, same number of updates.
+What the runs share (the teacher's own chains, the reward model, the cache) is made once, before them, in
+<workdir>/prepared. `--config.only="('kd','rtd')"` makes some of the runs. `:rooms` trains a teacher of its own first
+(configs/pretrain_tiny.py on rtd_jax/data/synthetic_rooms.py), and has no step rewards: nobody corrupts its steps.
 """
 
 from ml_collections import ConfigDict
 
+ALIGNMENT_WEIGHTS = (0.1, 0.3, 1.0)  # the article's grid search gave 0.3 ..
+COHERENCE_WEIGHTS = (0.1, 0.5, 1.0)  # .. and 0.5
+
 # Logit matching alone, all depths at once.
 KD = ("loss.alignment_weight=0.0", "loss.coherence_weight=0.0", "curriculum.enabled=False")
+# A cache holds all that these need. The others need the teacher online (states at every token, other boundaries, the
+# student's own chains), or not at all.
+FROM_CACHE = ("kd", "rtd", "rtd_no_coherence", "rtd_no_alignment", "rtd_no_curriculum", "kd_curriculum")
+CACHED = ("cache.predictions=float32", "cache.states=float32")  # every digit
+SMOKE = ("kd", "intermediate_kd", "cot_ft", "step_reward", "rtd", "rtd_no_coherence", "self_distillation")
+# A few updates on a few problems. The first three decide what a cache holds.
+SMALL = (
+    "data.train.limit=60",
+    "data.validation.limit=20",
+    "curriculum.validation_chains=4",
+    "total_updates=4",
+    "batch_size=4",
+    "checkpoint_every=4",
+    "log_every=1",
+    "data.test.limit=6",
+    "evaluation.problems_per_depth=1",
+    "evaluation.max_new_tokens=8",
+    "evaluation.every=2",
+    "evaluation.curve_problems=1",
+    "evaluation.drift_problems=2",
+    "reward.prompts=4",
+    "reward.prompts_per_update=2",
+    "reward.samples=2",
+    "reward.updates_per_refresh=2",
+    "reward.max_new_tokens=24",
+)
+# Half as wide, from random weights.
+SMALLER = (
+    "student.init=random",
+    "student.layers=2",
+    "student.width=64",
+    "student.mlp_width=192",
+    "student.heads=4",
+    "student.kv_heads=2",
+    "student.head_dim=16",
+    "total_updates=1200",
+)
 
 
-def get_config() -> ConfigDict:
+def methods() -> dict[str, tuple[str, ...]]:
+    """Overrides of the base config by method; configs/study_8b.py takes them too."""
+    return {
+        "kd": (*KD, "evaluation.teacher=True"),  # the teacher solves the test problems once a task: they are the same
+        "rtd": (),
+        "rtd_no_coherence": ("loss.coherence_weight=0.0",),
+        "rtd_no_alignment": ("loss.alignment_weight=0.0",),
+        "rtd_no_curriculum": ("curriculum.enabled=False",),
+        # Controls. Without the coherence loss nothing falls below its threshold: equal shares of the updates instead.
+        "kd_curriculum": (*KD[:2], "curriculum.threshold_factor=0.0", "curriculum.plateau_patience=0"),
+        "rtd_random_boundaries": ("data.segmentation=random",),
+        "rtd_all_tokens": ("loss.alignment_weight=0.0", "loss.token_alignment_weight=0.3"),
+        # Rivals.
+        "intermediate_kd": (*KD, "loss.intermediate_weight=1.0"),
+        "cot_ft": (*KD, "loss.alpha=0.0"),
+        "step_reward": (*KD, "loss.reward_weight=0.3", "reward.model={reward}/model"),
+    }
+
+
+def weight_grid(alignment: tuple[float, ...], coherence: tuple[float, ...]) -> dict[str, tuple[str, ...]]:
+    """RTD under every pair of weights; the report knows them by their names, in hundredths."""
+    return {
+        f"grid_a{100 * a:.0f}_c{100 * c:.0f}": (f"loss.alignment_weight={a}", f"loss.coherence_weight={c}")
+        for a in alignment
+        for c in coherence
+    }
+
+
+def words_of(arg: str, known: tuple[str, ...]) -> set[str]:
+    """The words of `smoke+cached`. Raises ValueError for one that is not known."""
+    words = {word for word in arg.split("+") if word}
+    if words - set(known):
+        raise ValueError(f"after the colon this config knows {', '.join(known)}, not {min(words - set(known))!r}")
+    return words
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    words = words_of(arg, ("smoke", "grid", "cached", "rooms"))
+    smoke = "smoke" in words
+
     c = ConfigDict()
     c.base = "configs/rtd_tiny.py"  # config of every run
     c.parallel = 2  # runs side by side, on equal shares of the cores
-    c.seeds = (0, 1, 2, 3, 4)  # of params and data order
+    c.seeds = (0,) if smoke else (0, 1, 2, 3, 4)  # of params and data order; the same for every method
     c.baseline = "kd"  # what differences are taken to
     c.deep = 4  # steps from which a problem counts as deep
+    c.report = ""  # where the report is written besides <workdir>/study.md
+    c.only = ()  # methods that are run; () runs all
 
+    # Made once, where a run asks for it: a script and its flags; {name} is where it puts what it makes.
+    few = ("--config.train.limit=60", "--config.test.limit=60", "--config.epochs=2", "--config.resamples=20")
+    c.prepare = ConfigDict()
+    c.prepare.traces = (  # the teacher's own chains, where the answer is right
+        "launch/traces.py",
+        "--config=configs/traces_tiny.py",
+        "--workdir={traces}",
+        f"--config.problems.limit={60 if smoke else 12_000}",  # as many as the other methods have
+        "--config.sampling.samples=1",
+    )
+    c.prepare.reward = (
+        "launch/reward_model.py",
+        "--config=configs/reward_tiny.py",
+        "--workdir={reward}",
+        *(few if smoke else ()),
+    )
+    c.prepare.cache = (
+        "launch/cache_teacher.py",
+        "--config=configs/rtd_tiny.py",
+        "--config.teacher.cache={cache}",
+        *(f"--config.{override}" for override in (*CACHED, *(SMALL[:3] if smoke else ()))),
+    )
+
+    measured = ("evaluation.problems_per_depth=200", "data.test.limit=1200", "evaluation.every=60")
+    whole = ("evaluation.teacher=False", *(SMALL if smoke else (*measured, "evaluation.drift_problems=32")))
     c.tasks = ConfigDict()
-    c.tasks.word_problems = ("evaluation.problems_per_depth=200", "data.test.limit=1200")  # overrides
+    c.tasks.word_problems = whole  # overrides
 
-    c.methods = ConfigDict()
-    c.methods.kd = KD
-    c.methods.rtd = ()
-    c.methods.rtd_no_coherence = ("loss.coherence_weight=0.0",)
-    c.methods.rtd_no_alignment = ("loss.alignment_weight=0.0",)
-    c.methods.rtd_no_curriculum = ("curriculum.enabled=False",)
-    # Controls. Without the coherence loss nothing falls below its threshold: equal shares of the updates instead.
-    c.methods.kd_curriculum = (*KD[:2], "curriculum.threshold_factor=0.0", "curriculum.plateau_patience=0")
-    c.methods.rtd_random_boundaries = ("data.segmentation=random",)
-    c.methods.rtd_all_tokens = ("loss.alignment_weight=0.0", "loss.token_alignment_weight=0.3")
-    # Baselines.
-    c.methods.intermediate_kd = (*KD, "loss.intermediate_weight=1.0")
+    every = methods()
+    every["cot_ft"] += ("data.train.schema=stepwise", "data.train.location={traces}")
+    # The teacher's own architecture. It starts as the teacher, because the article asks whether coherence improves a
+    # model without compression: at first only the labels have a gradient, and the other terms hold on to the
+    # trajectory. A tenth of the learning rate, for it has nothing to learn anew; `self_kd` is the same without RTD.
+    every["self_distillation"] = ("student.layers=4", "optimizer.learning_rate=2e-4")
+    every["self_kd"] = (*KD, "student.layers=4", "optimizer.learning_rate=2e-4")
+    # The article's RTD takes 60% more time than KD; and what is left when both have had four times the updates?
+    every["kd_long"] = (*KD, "total_updates=960")
+    every["kd_plateau"] = (*KD, "total_updates=2400")
+    every["rtd_plateau"] = ("total_updates=2400",)
+    if smoke:
+        every = {name: every[name] for name in SMOKE}
+    elif "grid" in words:
+        every = {"kd": every["kd"]} | weight_grid(ALIGNMENT_WEIGHTS, COHERENCE_WEIGHTS)
+    elif "rooms" not in words:
+        c.tasks.smaller_student = (*whole, *SMALLER)  # is the gain smaller below a capacity?
+        c.task_methods = ConfigDict()
+        c.task_methods.smaller_student = ("kd", "rtd", "kd_curriculum")  # of all methods
+    if "rooms" in words:
+        teacher = "{rooms_teacher}/model"
+        c.prepare.rooms_teacher = (
+            "launch/pretrain.py",
+            "--config=configs/pretrain_tiny.py",
+            "--workdir={rooms_teacher}",
+            *(f"--config.{split}.schema=rooms" for split in ("train", "test")),
+            *(f"--config.{key}" for key in ("train.limit=60", "test.limit=6", "problems_per_depth=1") if smoke),
+        )
+        c.prepare.traces += ("--config.problems.schema=rooms", f"--config.jax.path={teacher}")
+        of_rooms = tuple(f"data.{split}.schema=rooms" for split in ("train", "validation", "test"))
+        c.prepare.cache += tuple(f"--config.{x}" for x in (*of_rooms, f"teacher.path={teacher}"))
+        c.tasks = ConfigDict()
+        c.tasks.rooms = (*whole, *of_rooms, f"teacher.path={teacher}")  # in place of the word problems
+        every = {name: of for name, of in every.items() if name != "step_reward"}
+    # Not the default: of a vocabulary's tail a cache keeps one number, and at temperature 4 it is part of the loss.
+    from_cache = FROM_CACHE if "cached" in words else ("kd",) if smoke else ()  # the smoke study tries both ways
+    for name in from_cache:
+        if name in every:
+            every[name] += ("teacher.cache={cache}", *CACHED)
+    if from_cache and "intermediate_kd" in every:  # a cache cannot solve problems
+        every["intermediate_kd"] += ("evaluation.teacher=True",)
+    c.methods = ConfigDict(every)  # overrides by method
     return c

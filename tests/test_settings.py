@@ -12,6 +12,7 @@ from rtd_jax.study.study import StudyRecipe
 from rtd_jax.tracing.traces import TracesRecipe
 from rtd_jax.training.pretrain import PretrainRecipe
 from rtd_jax.training.recipe import Recipe
+from rtd_jax.training.reward_model import RewardModelRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -24,15 +25,21 @@ def tiny() -> dict:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_a_complete_recipe(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    settings = {"pretrain": PretrainRecipe, "study": StudyRecipe, "traces": TracesRecipe}.get(
-        name.split("_")[0], Recipe
-    )
+    kinds = {
+        "pretrain": PretrainRecipe,
+        "study": StudyRecipe,
+        "traces": TracesRecipe,
+        "reward": RewardModelRecipe,
+    }
+    settings = kinds.get(name.split("_")[0], Recipe)
     recipe = build(settings, config.to_dict())
     if isinstance(recipe, StudyRecipe):
         assert recipe.jobs(Path("runs/study"))
     elif isinstance(recipe, TracesRecipe):
         assert recipe.backend in ("jax", "openai")
         assert recipe.text.fill("How many?").count("How many?") == 1
+    elif isinstance(recipe, RewardModelRecipe):
+        assert recipe.train.limit > recipe.test.limit > 0
     else:
         assert recipe.total_updates > 0
 

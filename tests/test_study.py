@@ -1,26 +1,37 @@
 """Statistics of the study against numbers worked by hand, its report, and a study of two tiny runs."""
 
+import ast
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from rtd_jax.study.report import markdown
-from rtd_jax.study.runner import Job, run_jobs
+from configs import rtd_8b, rtd_tiny, study_8b, study_tiny
+from rtd_jax.reporting.sections import write_sections
+from rtd_jax.settings import build
+from rtd_jax.study.claims import gains_by_depth, shares, smaller_gain
+from rtd_jax.study.report import markdown, study_report
+from rtd_jax.study.runner import Job, Preparation, prepare_once, run_jobs
 from rtd_jax.study.statistics import (
     Interval,
     Outcome,
     accuracy,
     difference,
+    over_seeds,
     read_outcome,
+    share_interval,
     share_of_gain_lost,
     verdict,
 )
+from rtd_jax.study.study import StudyRecipe
+from rtd_jax.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -84,19 +95,120 @@ def test_share_of_gain_and_verdicts():
     assert verdict(1, unclear) == verdict(-1, unclear) == verdict(1, None) == "undecided"
 
 
-def test_the_report_says_what_was_found():
-    runs = [outcome("kd", seed, [1, 0] * 20) for seed in range(3)]
-    runs += [outcome("rtd", seed, [1, 1] * 20) for seed in range(3)]
-    runs += [outcome("rtd_no_coherence", seed, [1, 1, 1, 0] * 10) for seed in range(3)]
-    text, numbers = markdown("kd", 4, ["kd", "rtd", "rtd_no_coherence", "rtd_no_alignment"], runs)
+def test_a_share_of_the_gain_has_an_interval_where_there_is_a_gain():
+    full = [outcome("rtd", seed, [1] * 40) for seed in range(4)]
+    ablated = [outcome("no", seed, [1, 1, 1, 0] * 10) for seed in range(4)]
+    base = [outcome("kd", seed, [1, 0] * 20) for seed in range(4)]
+    low, high = share_interval(full, ablated, base, everything)
+    assert low < 0.5 < high  # (1 - 0.75) / (1 - 0.5)
+    assert share_interval(full, full, base, everything) == (0.0, 0.0)  # problems are drawn alike for all three
+    assert share_interval(base, ablated, full, everything) is None  # no gain
+    assert share_interval(full, ablated, [outcome("kd", 9, [1, 0] * 20)], everything) is None  # no common seed
+
+
+def test_numbers_of_seeds_have_students_interval():
+    found = over_seeds([1.0, 2.0, 3.0])
+    assert (found.mean, found.low, found.high) == pytest.approx((2.0, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
+    assert verdict(1, over_seeds([1.0])) == "undecided"  # one seed says nothing about others
+    assert verdict(1, over_seeds([1.0, 1.1, 1.2])) == "agrees"
+
+
+def drift(ckas, area):
+    steps = [{"step": i, "cka_same_chains": x if x is None else {"value": x}} for i, x in enumerate([0.99, *ckas])]
+    return {"steps": steps, "relation": {"next_step": {"auroc_within": {"value": area}}}}
+
+
+def curve(*accuracies):
+    looks = enumerate(accuracies, start=1)
+    return tuple({"update": 10 * i, "seconds": 2.0 * i, "chain_accuracy": {"all": x}} for i, x in looks)
+
+
+def study_runs():
+    """kd, rtd and an ablation of it, three seeds each, with everything that a run can report."""
+    kd = [
+        replace(
+            outcome("kd", seed, [1, 0] * 20),
+            steps_of_depth={"1": 1.0, "4": 0.9 + seed / 100},
+            perplexity=1.01 + seed / 1000,
+            teacher_perplexity=1.0,
+            curve=curve(0.2, 0.5),
+            drift=drift((0.9, 0.6 + seed / 50, None), 0.5),
+        )
+        for seed in range(3)
+    ]
+    kd[0] = replace(kd[0], teacher_correct=np.array([1] * 40, bool))
+    rtd = [
+        replace(
+            outcome("rtd", seed, [1, 1] * 20),
+            drift=drift((0.9, 0.8), 0.7 + seed / 100),
+            seconds=8.0 + seed / 10,
+            curve=curve(0.1, 0.4, 0.9, 0.9),
+        )
+        for seed in range(3)
+    ]
+    ablated = [outcome("rtd_no_coherence", seed, [1, 1, 1, 0] * 10) for seed in range(3)]
+    return kd, rtd, ablated
+
+
+def test_the_report_says_what_was_found(tmp_path):
+    kd, rtd, ablated = study_runs()
+    methods = ["kd", "rtd", "rtd_no_coherence", "rtd_no_alignment"]
+    report = study_report("kd", 4, methods, [*kd, *rtd, *ablated])
+    text, numbers = markdown(report), report.numbers
     assert "| rtd | 3 | 100.0 [100, 100] | 100.0 [100, 100] | 100.0 [100, 100] | 100.0 [100, 100] |" in text
-    assert "| rtd_no_coherence | 50% | 62% | 62% |" in text
-    assert (
-        "RTD keeps more deep chains than logit matching: `rtd` - `kd` = +100.0 [+100.0, +100.0] p=-: **agrees**" in text
-    )
-    assert numbers["task"]["chain_accuracy"]["kd"]["4"]["mean"] == 0.0
+    assert "| teacher |  | 100.0 [100, 100] |" in text
+    assert "| 4 | +100.0 [+100.0, +100.0] p=- | - | not in the article |" in text
+    assert "| 4+ | +100.0 [+100.0, +100.0] p=- | +18.7 | agrees |" in text
+    claim = "RTD keeps more deep chains than logit matching"
+    assert f"| {claim} | `rtd` - `kd` = +100.0 [+100.0, +100.0] p=- | +18.7 | agrees |" in text
+    of = {claim["claim"]: claim for claim in numbers["task"]["claims"]}
+    # Steps at depth 4: 0.90, 0.91, 0.92 right, chains 0: 91 points, t(2) 4.303 x 0.01 / sqrt(3) = 2.5.
+    gap = of["`kd`: single steps are right far more often than whole deep chains"]
+    assert gap["found"] == "+91.0 [+88.5, +93.5]"
+    assert gap["verdict"] == "agrees"
+    assert of["`kd`'s perplexity is within 3% of the teacher's"]["verdict"] == "agrees"  # 1.0, 1.1, 1.2% above
+    cost = of["RTD adds to the training time of KD"]
+    assert cost["found"].startswith("+62.0%")  # 8.0, 8.1, 8.2 s against 5
+    assert cost["verdict"] == "agrees"
+    fall = next(found for name, found in of.items() if "falls from the first step" in name)
+    assert fall["found"].startswith("0.280 [")  # 0.9 - (0.60, 0.62, 0.64)
+    assert fall["verdict"] == "agrees"
+    area = next(found for name, found in of.items() if "cosine of a transition" in name)
+    assert area["found"].startswith("0.210 [")
+    # When kd had finished, at 4 s, rtd stood at its second look; its curve settled at the third.
+    assert "| rtd | 90.0 | 30 | 6 | 40.0 |" in text
+    assert "| kd | 50.0 | 20 | 4 | 50.0 |" in text
+    assert "| kd | 0.900 | 0.620 | 0.500 |" in text
     assert numbers["task"]["share_of_gain_lost"] == {"rtd_no_coherence": pytest.approx(0.5)}
     json.dumps(numbers, allow_nan=False)
+    page = write_sections(tmp_path, report.title, report.intro, report.sections, report.pictures).read_text()
+    assert page.count("<figure") == len(report.pictures) == 4
+    assert f"<td>{claim}</td>" in page
+    assert (tmp_path / "chains_task.png").stat().st_size > 1000
+
+
+def test_every_compared_line_has_a_verdict_and_shares_are_compared_as_numbers():
+    kd, rtd, ablated = study_runs()
+    runs = {"kd": kd, "rtd": rtd, "rtd_no_coherence": ablated}
+    (share,) = shares(runs, "kd", 4)
+    assert share.found.startswith("50% [")
+    assert share.article == "62% (from its points 62%)"
+    low, high = share_interval(rtd, ablated, kd, lambda depths: depths >= 4)
+    assert share.verdict == ("agrees" if low <= 0.62 <= high else "disagrees")
+    assert shares({**runs, "rtd": kd}, "kd", 4)[0].verdict == "undecided"  # no gain to share out
+    says = {claim.claim: claim.verdict for claim in gains_by_depth(runs, "kd", 4)}
+    assert says == {"1": "not in the article", "4": "not in the article", "4+": "agrees", "all": "not in the article"}
+    equal = [outcome("rtd", seed, [1, 0] * 20) for seed in range(3)]
+    (claim,) = smaller_gain({"large": runs, "small": {"kd": kd, "rtd": equal}}, "kd", 4)
+    assert claim.verdict == "agrees"
+    assert claim.found.endswith("+100.0 [+100.0, +100.0] less")
+
+
+def test_a_grid_names_its_best_weights():
+    runs = [outcome(f"grid_a{a}_c50", seed, [1, good] * 20) for a, good in ((10, 0), (30, 1)) for seed in range(3)]
+    text = markdown(study_report("kd", 4, ["grid_a10_c50", "grid_a30_c50"], runs))
+    assert "| 0.3 | 0.5 | 100.0 [100, 100] |\n| 0.1 | 0.5 | 0.0 [0, 0] |" in text
+    assert "Here 0.3 and 0.5 come out best: agrees." in text
 
 
 @pytest.fixture
@@ -145,6 +257,102 @@ def test_a_workdir_of_another_study_is_refused_before_anything_starts(fake_train
         run_jobs([job], fake_train, 1, print)
 
 
+def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, monkeypatch):
+    recipe = StudyRecipe(
+        base="b",
+        tasks={"t": ("x=1",), "u": ()},
+        methods={"kd": ("cache={cache}",), "rtd": ("model={reward}/model",), "cot": ("at={traces}",)},
+        seeds=(0,),
+        prepare={
+            "traces": ("make.py", "--to={traces}"),
+            "cache": ("make.py", "--to={cache}"),
+            "reward": ("make.py", "--to={reward}", "--from={traces}"),
+        },
+        only=("kd", "rtd"),
+        task_methods={"u": ("kd",)},
+    )
+    assert [(job.task, job.method) for job in recipe.jobs(tmp_path)] == [("t", "kd"), ("t", "rtd"), ("u", "kd")]
+    assert recipe.jobs(tmp_path)[0].overrides == ("x=1", f"cache={tmp_path}/prepared/cache", "seed=0")
+    made = recipe.preparations(tmp_path)
+    assert [this.name for this in made] == ["traces", "cache", "reward"]  # reward asks for traces
+    assert made[2].command == ("make.py", f"--to={tmp_path}/prepared/reward", f"--from={tmp_path}/prepared/traces")
+    assert [this.name for this in replace(recipe, only=("kd",)).preparations(tmp_path)] == ["cache"]
+
+    (tmp_path / "make.py").write_text("import sys; open('calls', 'a').write(sys.argv[1] + '\\n')")
+    monkeypatch.setattr("rtd_jax.study.runner.ROOT", tmp_path)
+    prepare_once(made[:2], lambda _: None)
+    prepare_once(made[:2], lambda _: None)
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2
+    other = Preparation("cache", ("make.py", "--to=elsewhere"), made[1].folder)
+    with pytest.raises(ValueError, match=r"prepared/cache was made by another command"):
+        prepare_once([other], print)
+    with pytest.raises(ValueError, match=r"prepare.x: there is no script launch/none.py"):
+        prepare_once([Preparation("x", ("launch/none.py",), tmp_path / "x")], print)
+    (tmp_path / "broken.py").write_text("raise SystemExit('error: no room')")
+    with pytest.raises(ValueError, match=r"preparing x failed \(error: no room\): its log is .*x.log"):
+        prepare_once([Preparation("x", ("broken.py",), tmp_path / "x")], print)
+    for changes, says in (
+        ({"only": ("kdd",)}, "only names 'kdd'"),
+        ({"task_methods": {"v": ()}}, "names the task 'v'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            replace(recipe, **changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "arg"),
+    [
+        *((c, a) for c in (study_tiny, study_8b) for a in ("", "grid", "cached")),
+        (study_tiny, "smoke"),
+        (study_tiny, "rooms"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.__name__.split(".")[-1],
+)
+def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_path):
+    """Overrides as the command line applies them, and the settings that they give, for every method of every task."""
+    recipe = build(StudyRecipe, config.get_config(arg).to_dict())
+    bases = {"configs/rtd_tiny.py": rtd_tiny, "configs/rtd_8b.py": rtd_8b}
+    recipes = {}
+    for job in recipe.jobs(tmp_path):
+        base = bases[recipe.base].get_config()
+        for override in job.overrides:
+            key, value = override.split("=", 1)
+            with contextlib.suppress(ValueError, SyntaxError):  # else it is text
+                value = ast.literal_eval(value)
+            *groups, last = key.split(".")
+            group = base
+            for name in groups:
+                group = group[name]
+            assert last in group, override
+            group[last] = value
+        recipes[job.task, job.method] = build(Recipe, base.to_dict())
+    of = recipe.jobs(tmp_path)[0].task
+    assert recipes[of, "kd"].loss.alignment_weight == 0.0
+    if arg == "grid":
+        assert {(r.loss.alignment_weight, r.loss.coherence_weight) for r in recipes.values()} >= {
+            (0.3, 0.5),
+            (1.0, 0.1),
+        }
+        return
+    assert not recipes[of, "cot_ft"].loss.reads_teacher
+    made = [this.name for this in recipe.preparations(tmp_path)]
+    if arg == "rooms":
+        assert recipes[of, "rtd"].teacher.path.endswith("prepared/rooms_teacher/model")
+        assert recipes[of, "rtd"].data.test.schema == "rooms"
+        assert made == ["rooms_teacher", "traces"]
+        return
+    assert recipes[of, "step_reward"].reward.model.endswith("prepared/reward/model")
+    # The same data budget and the same order of the data, whatever the method.
+    budgets = {
+        (r.total_updates, r.batch_size, r.seed)
+        for (task, name), r in recipes.items()
+        if task == of and name in study_tiny.methods()
+    }
+    assert len(budgets) == 1
+    assert ("cache" in made) == (arg in ("cached", "smoke"))
+    assert "reward" in made
+
+
 def test_a_damaged_record_is_refused_by_name(tmp_path):
     report = {"student": {"step_accuracy": {"all": {"mean": 1.0}}, "perplexity": 1.0}, "updates": 1, "wall_seconds": 1}
     (tmp_path / "report.json").write_text(json.dumps(report))
@@ -153,35 +361,21 @@ def test_a_damaged_record_is_refused_by_name(tmp_path):
         read_outcome("task", "kd", 0, tmp_path)
 
 
-def test_a_study_of_two_real_runs(tmp_path):
-    """The smallest real study: two methods, one seed, a few updates, one process at a time."""
-    small = (
-        "total_updates=2",
-        "batch_size=4",
-        "data.train.limit=60",
-        "data.validation.limit=20",
-        "data.test.limit=6",
-        "evaluation.problems_per_depth=1",
-        "evaluation.max_new_tokens=8",
-        "evaluation.teacher=False",
-        "curriculum.validation_chains=4",
-    )
+@pytest.mark.slow
+def test_a_study_of_real_runs(tmp_path):
+    """The smoke study, of two methods, one of them from a cache that is written first."""
     config = tmp_path / "study_small.py"
     config.write_text(
-        "from ml_collections import ConfigDict\n"
+        "from configs import study_tiny\n"
         "def get_config():\n"
-        f"    base = {str(ROOT / 'configs' / 'rtd_tiny.py')!r}\n"
-        f"    return ConfigDict(dict(base=base, seeds=(0,), tasks=dict(t={small!r}),\n"
-        "        methods=dict(kd=('loss.alignment_weight=0.0', 'curriculum.enabled=False'),\n"
-        "        matched=('loss.intermediate_weight=1.0', 'loss.token_alignment_weight=0.3',\n"
-        "                 'data.segmentation=random', 'curriculum.enabled=False'))))\n"
+        "    c = study_tiny.get_config('smoke')\n"
+        "    c.methods.matched = ('loss.intermediate_weight=1.0', 'loss.token_alignment_weight=0.3',\n"
+        "                         'data.segmentation=random', 'curriculum.enabled=False')\n"
+        "    c.only = ('kd', 'matched')\n"
+        "    return c\n"
     )
-    command = [
-        sys.executable,
-        str(ROOT / "launch" / "study.py"),
-        f"--config={config}",
-        f"--workdir={tmp_path / 'study'}",
-    ]
+    workdir = tmp_path / "study"
+    command = [sys.executable, str(ROOT / "launch" / "study.py"), f"--config={config}", f"--workdir={workdir}"]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
 
     def study():
@@ -190,9 +384,24 @@ def test_a_study_of_two_real_runs(tmp_path):
     run = study()
     assert run.returncode == 0, run.stdout + run.stderr
     assert "report over 2 of 2 runs" in run.stdout
-    assert "| matched | 1 |" in (tmp_path / "study" / "study.md").read_text()
-    metrics = (tmp_path / "study" / "runs" / "t" / "matched" / "seed_0" / "metrics.jsonl").read_text()
-    last = json.loads(metrics.splitlines()[-1])
-    assert last["distill/intermediate"] > 0
-    assert last["distill/token_alignment"] > 0
+    text = (workdir / "study.md").read_text()
+    assert "| matched | 1 |" in text
+    assert "Accuracy against updates and time" in text
+    assert "<svg" in (workdir / "report.html").read_text()
+
+    def last(method):
+        folder = workdir / "runs" / "word_problems" / method / "seed_0"
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        log, report = (folder / "log.txt").read_text(), json.loads((folder / "report.json").read_text())
+        return [line for line in lines if "loss" in line][-1], report, log
+
+    metrics, report, _ = last("matched")
+    assert metrics["distill/intermediate"] > 0
+    assert metrics["distill/token_alignment"] > 0
+    assert report["drift"]["chains"] == 12
+    assert report["drift"]["maps"] == {"f": "the run's own", "g": "the run's own"}
+    _, report, log = last("kd")
+    assert [look["update"] for look in report["curve"]] == [2, 4]
+    assert "the teacher is read from the cache" in log
+    assert report["drift"]["maps"] == {"f": "fitted", "g": "fitted"}  # nothing trained them
     assert "2 runs, 2 of them finished" in study().stdout

@@ -32,6 +32,13 @@ def transition_boundaries(boundary_mask_BCK: Array, anchor_prompt: bool) -> Arra
     return boundary_mask_BCK if anchor_prompt else step_boundaries(boundary_mask_BCK)
 
 
+def step_tokens(batch: Batch) -> Array:
+    """Which tokens belong to which step, bool [B, C, K - 1, L]: those behind boundary i - 1 up to boundary i."""
+    place_L = jnp.arange(batch.tokens_BL.shape[1])
+    ends, begins = batch.boundary_positions_BCK[..., 1:, None], batch.boundary_positions_BCK[..., :-1, None]
+    return (place_L > begins) & (place_L <= ends) & batch.boundary_mask_BCK[..., 1:, None]
+
+
 def shifted_labels(batch: Batch) -> tuple[Array, Array]:
     """Labels and loss weights at the position that *makes* each prediction: token l + 1 seen from position l.
 

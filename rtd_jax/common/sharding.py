@@ -119,14 +119,14 @@ def _names(axis: MeshAxes) -> tuple[str, ...]:
     return (axis,) if isinstance(axis, str) else axis or ()
 
 
-def check_rows(rows: int, mesh: Mesh, micro_batches: int = 1) -> None:
+def check_rows(rows: int, mesh: Mesh, micro_batches: int = 1, name: str = "batch_size") -> None:
     """Raises ValueError when `rows` cannot be spread over the mesh in `micro_batches` equal parts."""
     ways = row_ways(mesh) * micro_batches
     if rows % ways:
         lower = rows // ways * ways
         options = f"{lower} or {lower + ways}" if lower else f"{ways}"
         raise ValueError(
-            f"batch_size {rows} is not divisible by the {ways // micro_batches}-way data axis x {micro_batches} "
+            f"{name} {rows} is not divisible by the {ways // micro_batches}-way data axis x {micro_batches} "
             f"micro-batches; use {options}"
         )
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtd_jax.data import synthetic
+from rtd_jax.data import synthetic, synthetic_rooms
 from rtd_jax.data.manifest import check_shards
 from rtd_jax.data.traces import PARSERS, Problem, Trace, arc_problem
 
+GENERATED = ("synthetic", "rooms")  # schemas without files
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -25,29 +26,31 @@ class SourceSettings:
     Shards that launch/traces.py wrote are compared with their manifest.
     """
 
-    schema: str  # synthetic, gsm8k, math, strategyqa, arc or stepwise
-    location: str = ""  # unused by synthetic
+    schema: str  # synthetic, rooms (both generated), gsm8k, math, strategyqa, arc or stepwise
+    location: str = ""  # unused by generated ones
     split: str = "train"
     subset: str = ""  # the hub's configuration name ("main" of openai/gsm8k)
     revision: str = ""  # the hub's commit or tag; "" is the newest
-    limit: int = 0  # traces; 0 takes all (synthetic needs a number)
+    limit: int = 0  # traces; 0 takes all (generated ones need a number)
     keep_marks: bool = True  # the <<48/2=24>> of gsm8k and synthetic
     reasoning_field: str = "reasoning"  # of arc
-    depths: tuple[int, ...] = ()  # keep only chains of these depths; () keeps all (synthetic: 1 to 6)
+    depths: tuple[int, ...] = ()  # keep only chains of these depths; () keeps all (generated: 1 to 6)
     levels: tuple[int, ...] = ()  # of math: keep only problems of these levels, 1 to 5; () keeps all
-    seed: int = 0  # of synthetic
+    seed: int = 0  # of generated ones
 
     def __post_init__(self) -> None:
-        known = ("synthetic", *PARSERS)
+        known = (*GENERATED, *PARSERS)
         if self.schema not in known:
             raise ValueError(f"schema {self.schema!r} is unknown; use one of {', '.join(known)}")
         if self.levels and (self.schema != "math" or not set(self.levels) <= {1, 2, 3, 4, 5}):
             raise ValueError(f"levels are {self.levels} of schema {self.schema!r}; math has the levels 1 to 5")
         if self.limit < 0:
             raise ValueError(f"limit is {self.limit}; expected 0 (all) or more traces")
-        if self.schema == "synthetic" and not self.limit:
-            raise ValueError("limit is 0; the synthetic source is endless and needs the number of problems to make")
-        if self.schema != "synthetic" and not self.location:
+        if self.schema in GENERATED and not self.limit:
+            raise ValueError(
+                f"limit is 0; the {self.schema} source is endless and needs the number of problems to make"
+            )
+        if self.schema not in GENERATED and not self.location:
             raise ValueError(f"schema {self.schema!r} needs a location: a local folder or file, or a hub name")
 
 
@@ -57,8 +60,10 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
     Raises ValueError naming file and row where a row is damaged or no trace; naming what is there where a file is
     missing; and saying how to point to a folder where the hub cannot be reached.
     """
-    if settings.schema == "synthetic":
+    if settings.schema in GENERATED:
         depths = settings.depths or (1, 2, 3, 4, 5, 6)
+        if settings.schema == "rooms":
+            return synthetic_rooms.generate(settings.limit, depths, settings.split, settings.seed)
         keep_marks = settings.keep_marks
         return synthetic.generate(settings.limit, depths, settings.split, settings.seed, keep_marks=keep_marks)
     options: dict[str, Any] = {}
@@ -207,3 +212,8 @@ def _read_hub(settings: SourceSettings) -> Iterable[Mapping[str, Any]]:
             f"{settings.split}.parquet with the hub's field names into a folder and set the source's location "
             "to that folder"
         ) from error
+
+
+def read_rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, row) pairs of a file, a folder or the hub, for rows that are no traces; refusals as of `load_traces`."""
+    return _rows(settings)

@@ -1,5 +1,7 @@
 """The word-level tokenizer of the bundled tiny teacher, built from the generator's closed word list."""
 
+from collections.abc import Sequence
+
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -23,9 +25,12 @@ _PUNCTUATION = [
 ]
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Fast tokenizer whose decode gives the text back exactly; a word outside the closed list becomes `<unk>`."""
-    words = [*FRAME_WORDS, *closed_words()]
+def tiny_tokenizer(known_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Fast tokenizer whose decode gives the text back exactly; a word outside the closed list becomes `<unk>`.
+
+    The list is that of the word problems, or `known_words` of another generator.
+    """
+    words = [*FRAME_WORDS, *(known_words or closed_words())]
     forms = [before + word + after for word in words for before in ("", " ") for after in ("", " ")]
     tokens = [UNKNOWN, BOS, EOS, PAD, *map(str, range(100)), *_PUNCTUATION, *forms]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}

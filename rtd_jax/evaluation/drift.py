@@ -209,6 +209,95 @@ def rank_correlation(
     return _bootstrap(statistic, np.arange(len(drift)), resamples, seed)
 
 
+def measure(
+    states: BoundaryStates,
+    maps: tuple[Sequence[Map], Sequence[Map]],
+    steps_right: Sequence[Sequence[bool | None]],
+    failed: np.ndarray,
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Drift by step, and its relation to failure, as plain numbers.
+
+    Args:
+      states: of both models at slots 0 (the prompt's end) to K.
+      maps: (f, g) for each chain.
+      steps_right: for each chain, whether each of its steps is right; None where that cannot be said.
+      failed: bool [C], whether the student's free-running chain is wrong.
+    """
+    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    depths = states.mask_CK.sum(1) - 1
+    boundary_CK, transition_CK = boundary_cosines(states, maps[0]), transition_cosines(states, maps[1])
+    everyone = cka_by_step(states, **options)
+    deepest = max((slot for slot in everyone if slot <= 4), default=0)
+    same = cka_by_step(states, **options, chains=depths >= deepest)
+    boundary, transition = mean_by_step(boundary_CK), mean_by_step(transition_CK)
+    steps = [
+        {
+            "step": slot,
+            "chains": int(states.mask_CK[:, slot].sum()),
+            "cka": _dict(everyone.get(slot, (None, None))[0]),
+            "cka_debiased": _dict(everyone.get(slot, (None, None))[1]),
+            "cka_same_chains": _dict(same.get(slot, (None, None))[1]) if slot <= deepest else None,
+            "boundary_cosine": _dict(boundary.get(slot)),
+            "transition_cosine": _dict(transition.get(slot - 1)),
+        }
+        for slot in range(states.mask_CK.shape[1])
+    ]
+    # One row for each transition whose own step (offset 0) or next step (offset 1) has a known outcome.
+    relation: dict[str, Any] = {}
+    roc: dict[str, Any] = {}
+    for name, offset in (("next_step", 1), ("same_step", 0)):
+        rows = [
+            (transition_CK[chain, i], right[i + offset], chain, depths[chain], i)
+            for chain, right in enumerate(steps_right)
+            for i in range(min(len(right) - offset, transition_CK.shape[1]))
+            if right[i + offset] is not None and np.isfinite(transition_CK[chain, i])
+        ]
+        scores, correct, chains, of_depth, index = (
+            (np.array(x) for x in zip(*rows, strict=True)) if rows else [np.array([])] * 5
+        )
+        correct = correct.astype(bool)
+        # The same place in chains of the same depth: neither depth nor place may stand in for the cosine.
+        strata = of_depth * 1000 + index
+        relation[name] = {
+            "auroc": auroc(scores, correct, chains, **options).to_dict(),
+            "auroc_within": auroc(scores, correct, chains, strata, **options).to_dict(),
+            "wrong": int(np.sum(~correct)),
+        }
+        roc[name] = roc_points(scores, correct)
+    means = np.array([np.nanmean(row) if np.isfinite(row).any() else np.nan for row in transition_CK])
+    known = np.isfinite(means)
+    scores, right, of_depth, chains = means[known], ~failed[known], depths[known], np.arange(int(known.sum()))
+    relation["chain"] = {
+        "auroc": auroc(scores, right, chains, **options).to_dict(),
+        "auroc_within": auroc(scores, right, chains, of_depth, **options).to_dict(),
+        "wrong": int(np.sum(~right)),
+    }
+    roc["chain"] = roc_points(scores, right)
+    relation["correlation"] = {
+        "spearman": rank_correlation(1 - scores, ~right, **options).to_dict(),
+        "within_depth": rank_correlation(1 - scores, ~right, of_depth, **options).to_dict(),
+    }
+    return {
+        "chains": len(depths),
+        "steps": steps,
+        "same_chains": {"steps": deepest, "chains": int(np.sum(depths >= deepest))},
+        "decline": {
+            "boundary_cosine": decline(boundary_CK[:, 1:]).to_dict(),
+            "transition_cosine": decline(transition_CK).to_dict(),
+        },
+        "drift_starts": {
+            # Columns are counted from the first step's; None where nothing falls for good.
+            "boundary_cosine": _step(drift_starts(boundary_CK[:, 1:])),
+            "transition_cosine": _step(drift_starts(transition_CK)),
+        },
+        "relation": relation,
+        "roc": roc,
+    }
+
+
 def _ranks_within(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Ranks within each group, in (-1/2, 1/2): what is left is not explained by the group."""
     ranks = np.zeros(len(values))
@@ -284,3 +373,11 @@ def _bootstrap(statistic: Callable[[np.ndarray], float], chains: np.ndarray, res
     finite = [s for s in samples if np.isfinite(s)]
     low, high = np.percentile(finite, [2.5, 97.5]) if len(finite) > 1 else (np.nan, np.nan)
     return Interval(value, float(low), float(high), len(rows))
+
+
+def _dict(found: Interval | None) -> dict[str, Any] | None:
+    return None if found is None else found.to_dict()
+
+
+def _step(column: int | None) -> int | None:
+    return None if column is None else column + 1

@@ -204,7 +204,14 @@ def _weighted_sums(
 
 
 def cross_entropy_sums(
-    hidden_BLD: Array, head_DV: Array, labels_BL: Array, weights_BL: Array, *, vocab_size: int, chunk_length: int = 32
+    hidden_BLD: Array,
+    head_DV: Array,
+    labels_BL: Array,
+    weights_BL: Array,
+    *,
+    vocab_size: int,
+    chunk_length: int = 32,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, Array]:
     """Weighted sum of the cross-entropy over tokens (nats), and the sum of weights; the head fused in (`kd_sums`)."""
     chex.assert_equal_shape_prefix([hidden_BLD, labels_BL, weights_BL], 2)
@@ -216,5 +223,5 @@ def cross_entropy_sums(
         loss = -jnp.sum(weights[..., None] * jnp.where(is_label, log_probs, 0.0))
         return loss, jnp.sum(weights), weights[..., None] * (jnp.exp(log_probs) - is_label)
 
-    loss, weight = fused_sums(losses, chunk_length, None, hidden_BLD, head_DV, (), (weights_BL, labels_BL))
+    loss, weight = fused_sums(losses, chunk_length, mesh, hidden_BLD, head_DV, (), (weights_BL, labels_BL))
     return loss, jax.lax.stop_gradient(weight)

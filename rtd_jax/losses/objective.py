@@ -27,6 +27,7 @@ class LossWeights(NamedTuple):
     coherence: Array | float = 0.5
     token_alignment: Array | float = 0.0  # of the comparisons in `everywhere`; RTD has neither
     intermediate: Array | float = 0.0
+    reward: Array | float = 0.0  # of the policy term in `rewards`
 
 
 class Denominators(NamedTuple):

@@ -62,6 +62,11 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:
     Raises:
       ValueError: sizes that are not known, or rows that the mesh does not divide.
     """
+    if recipe.loss.reward_weight:
+        raise ValueError(
+            "plans do not cover loss.reward_weight: drawing and scoring the student's own chains is not in them; plan "
+            "the KD part with loss.reward_weight=0"
+        )
     check_rows(recipe.batch_size, mesh, recipe.micro_batches)
     of_teacher = architecture(recipe.teacher.path)
     pretrained = architecture(recipe.student.path) if recipe.student.init == "pretrained" else None

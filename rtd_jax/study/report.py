@@ -1,184 +1,258 @@
-"""The study's report as Markdown, and the same numbers as JSON. Every line is computed; nothing is edited by hand."""
+"""The study's report: sections of tables, pictures, and the same numbers as JSON. Every line is computed."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from rtd_jax.common.types import Array
-from rtd_jax.study.statistics import (
-    Difference,
-    Interval,
-    Outcome,
-    accuracy,
-    difference,
-    share_of_gain_lost,
-    verdict,
+from rtd_jax.reporting.sections import Picture, Section, markdown_of
+from rtd_jax.study.claims import (
+    ARTICLE_ABLATIONS,
+    ARTICLE_AUROC,
+    ARTICLE_CKA,
+    Claim,
+    Runs,
+    auroc_within,
+    buckets,
+    cka_curve,
+    claims_of,
+    deep_difference,
+    gains_by_depth,
+    p_value,
+    points,
+    questions,
+    shares,
+    smaller_gain,
+    with_teacher,
 )
+from rtd_jax.study.statistics import Difference, Interval, Outcome, accuracy, over_seeds, share_of_gain_lost
 
-# What the article reports for four-step problems on GSM8K and MATH, in points over KD: RTD 18.7; without coherence 7.1,
-# without curriculum 11.4, without alignment 13.2; and the shares it states for the components.
-ARTICLE_GAIN = 18.7
-ARTICLE_ABLATIONS = {"rtd_no_coherence": (7.1, 62), "rtd_no_curriculum": (11.4, 24), "rtd_no_alignment": (13.2, 14)}
-# (method, compared with, sign of the difference that the article's account expects, what it says)
-CLAIMS = (
-    ("rtd", "kd", 1, "RTD keeps more deep chains than logit matching"),
-    ("rtd", "intermediate_kd", 1, "RTD keeps more deep chains than intermediate-layer matching"),
-    ("rtd", "cot_ft", 1, "RTD keeps more deep chains than fine-tuning on the teacher's chains"),
-    ("rtd", "step_reward", 1, "RTD keeps more deep chains than step-level rewards"),
-    ("rtd", "rtd_no_coherence", 1, "the coherence loss helps"),
-    ("rtd", "rtd_no_curriculum", 1, "the curriculum helps"),
-    ("rtd", "rtd_no_alignment", 1, "the boundary alignment helps"),
-    ("rtd_no_alignment", "rtd_no_coherence", 1, "coherence matters more than alignment"),
+TITLE = "Study: what keeps multi-step reasoning alive in a small student"
+INTRO = (
+    "Written by `launch/study.py`; not edited by hand. Chain accuracy in %: every intermediate result and the answer "
+    "right, by free-running greedy decoding on test problems. Intervals are 95%: of accuracies from a bootstrap over "
+    "seeds and problems, of other measures from Student's t over seeds. Differences are paired by seed and problem; "
+    "p-values are of a two-sided t-test over seeds, not corrected for the number of comparisons.",
+    "Models and problems are not the article's, so a claim is compared by its sign or order, and only shares and "
+    "ratios as numbers: it agrees or disagrees when the interval lies wholly on one side, and is undecided otherwise.",
 )
-# Controls that the article lacks: no sign is expected of them.
-QUESTIONS = (
-    ("kd_curriculum", "kd", "is it the curriculum alone?"),
-    ("rtd", "kd_curriculum", "do the hidden-state losses add to the curriculum?"),
-    ("rtd", "rtd_random_boundaries", "does it matter that boundaries are where steps end?"),
-    ("rtd", "rtd_all_tokens", "are boundaries better than all tokens?"),
-)
-
 MEASURED = ("step_accuracy", "perplexity", "updates", "seconds")
+SHOWN = ("kd", "rtd", "kd_curriculum", "cot_ft", "step_reward", "intermediate_kd", "teacher")  # in the pictures
+SETTLED = 0.95  # of a curve's best: where it counts as having reached its plateau
+_GRID = re.compile(r"grid_a(\d+)_c(\d+)")  # weights of alignment and coherence in hundredths
 
-Runs = dict[str, list[Outcome]]
+
+@dataclass
+class Report:
+    """What a study found."""
+
+    title: str = TITLE
+    intro: tuple[str, ...] = INTRO
+    sections: list[Section] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
 
 
-def markdown(
-    baseline: str, deep: int, methods: Sequence[str], outcomes: Sequence[Outcome]
-) -> tuple[str, dict[str, Any]]:
-    """(text, numbers): chain accuracy by depth, paired differences, ablation shares and claims, task by task."""
-    text, numbers = [HEADER], {}
+def study_report(baseline: str, deep: int, methods: Sequence[str], outcomes: Sequence[Outcome]) -> Report:
+    """Accuracy by depth, paired differences, ablation shares, claims with verdicts, drift and time, task by task."""
+    report = Report()
+    of_task: dict[str, Runs] = {}
     for task in dict.fromkeys(outcome.task for outcome in outcomes):
-        of_task = [outcome for outcome in outcomes if outcome.task == task]
-        runs = {name: [o for o in of_task if o.method == name] for name in methods}
-        runs = {name: found for name, found in runs.items() if found}
-        lines, numbers[task] = _task(task, runs, baseline, deep)
-        text += lines
-    return "\n".join(text) + "\n", numbers
+        runs = {name: [o for o in outcomes if (o.task, o.method) == (task, name)] for name in methods}
+        of_task[task] = {name: found for name, found in runs.items() if found}
+        _task(report, task, of_task[task], baseline, deep)
+    between = smaller_gain(of_task, baseline, deep)
+    if between:
+        report.sections.append(Section("Between tasks", 2))
+        report.sections += _claim_section("A smaller student", between)
+        report.numbers["between_tasks"] = [dataclasses.asdict(claim) for claim in between]
+    return report
 
 
-HEADER = """# Study: what keeps multi-step reasoning alive in a small student
+def markdown(report: Report) -> str:
+    lines = [f"# {report.title}", ""]
+    for sentence in report.intro:
+        lines += [sentence, ""]
+    for section in report.sections:
+        lines += markdown_of(section)
+    return "\n".join(lines).rstrip("\n") + "\n"
 
-Written by `launch/study.py`; not edited by hand. Chain accuracy in %: every intermediate result and the answer right,
-by free-running greedy decoding on test problems. Intervals are 95%, from a bootstrap over seeds *and* problems.
-Differences are paired by seed and problem; p-values are of a two-sided t-test over seeds, not corrected for the number
-of comparisons.
-"""
 
-
-def _task(task: str, runs: Runs, baseline: str, deep: int) -> tuple[list[str], dict[str, Any]]:
-    table = _accuracies(runs, deep)
-    differences = {}
+def _task(report: Report, task: str, runs: Runs, baseline: str, deep: int) -> None:
+    known = with_teacher(runs)
+    depths = next(iter(runs.values()))[0].depths.tolist()
+    # The teacher is the same under every seed: its interval is over problems.
+    chosen = buckets(depths, deep)
+    table = {
+        name: {key: accuracy(found[:1] if name == "teacher" else found, keep) for key, keep in chosen.items()}
+        for name, found in known.items()
+    }
+    differences: dict[str, Difference | None] = {}
     if baseline in runs:
-        differences = {n: _deep_difference(runs, n, baseline, deep) for n in runs if n != baseline}
-    shares = _shares(table, baseline, f"{deep}+")
-    claims = _claims(runs, baseline, deep)
+        differences = {n: deep_difference(runs, n, baseline, deep) for n in runs if n != baseline}
+    gains, lost = gains_by_depth(runs, baseline, deep), shares(runs, baseline, deep)
+    claims, open_questions = claims_of(runs, baseline, deep), questions(runs, deep)
     others = {
         name: {key: float(np.mean([getattr(outcome, key) for outcome in found])) for key in MEASURED}
         for name, found in runs.items()
     }
-    lines = [
-        f"## {task}",
-        "",
-        *_accuracy_lines(table, runs),
-        *_difference_lines(differences, baseline, deep),
-        *_share_lines(shares),
-        *_claim_lines(claims),
-        *_question_lines(runs, deep),
-        *_other_lines(others),
-        "",
+    report.sections += [
+        Section(task, 2),
+        _accuracies(table, runs),
+        *_differences(differences, baseline, deep),
+        *_claim_section(f"Gain of `rtd` over `{baseline}` by depth", gains, "steps"),
+        *_claim_section("Share of the gain lost by each ablation", lost, "ablation"),
+        *_claim_section("The article's claims", claims),
+        *_claim_section("Questions the article leaves open", open_questions, "question"),
+        *_grid(table, f"{deep}+"),
+        _others(others),
+        *_drift(runs),
+        *_time(runs, baseline),
     ]
-    numbers = {
+    report.pictures += _pictures(task, table, runs)
+    report.numbers[task] = {
         "chain_accuracy": {name: {k: dataclasses.asdict(v) for k, v in row.items()} for name, row in table.items()},
         "differences": {name: d and dataclasses.asdict(d) for name, d in differences.items()},
-        "share_of_gain_lost": shares,
-        "claims": claims,
+        "share_of_gain_lost": _shares(table, baseline, f"{deep}+"),
+        "gains_by_depth": [dataclasses.asdict(claim) for claim in gains],
+        "shares": [dataclasses.asdict(claim) for claim in lost],
+        "claims": [dataclasses.asdict(claim) for claim in claims],
+        "questions": [dataclasses.asdict(claim) for claim in open_questions],
         "means": others,
     }
-    return lines, numbers
 
 
-def _accuracies(runs: Runs, deep: int) -> dict[str, dict[str, Interval]]:
-    """Chain accuracy of every method, and of the teacher, in every depth bucket."""
-    depths = sorted(set(next(iter(runs.values()))[0].depths.tolist()))
-    buckets: dict[str, Callable[[Array], Array]] = {str(depth): partial(np.equal, depth) for depth in depths}
-    buckets |= {f"{deep}+": lambda x: x >= deep, "all": lambda x: x > 0}
-    groups = dict(runs)
-    for outcome in (outcome for found in runs.values() for outcome in found):
-        if outcome.teacher_correct is not None:
-            groups["teacher"] = [dataclasses.replace(outcome, correct=outcome.teacher_correct)]
-            break
-    return {name: {key: accuracy(found, keep) for key, keep in buckets.items()} for name, found in groups.items()}
+def _accuracies(table: dict[str, dict[str, Interval]], runs: Runs) -> Section:
+    rows = [
+        (name, len(runs[name]) if name in runs else "", *(_percent(cell) for cell in row.values()))
+        for name, row in table.items()
+    ]
+    return Section("Chain accuracy by depth", 3, (), ("method", "seeds", *next(iter(table.values()))), rows)
 
 
-def _deep_difference(runs: Runs, method: str, other: str, deep: int) -> Difference | None:
-    return difference(runs[method], runs[other], lambda x: x >= deep)
-
-
-def _accuracy_lines(table: dict[str, dict[str, Interval]], runs: Runs) -> list[str]:
-    buckets = next(iter(table.values()))
-    lines = [_row("method", "seeds", *buckets), _row("---", *["--:"] * (len(buckets) + 1))]
-    for name, row in table.items():
-        lines.append(_row(name, len(runs.get(name, [])) or "", *(_interval(cell) for cell in row.values())))
-    return lines
-
-
-def _difference_lines(differences: dict[str, Difference | None], baseline: str, deep: int) -> list[str]:
+def _differences(differences: dict[str, Difference | None], baseline: str, deep: int) -> list[Section]:
     if not differences:
         return []
-    rows = [_row(name, *_difference(found)) for name, found in differences.items()]
-    head = [_row("method", "difference", "p"), _row("---", "--:", "--:")]
-    return ["", f"### Against `{baseline}` at {deep} steps and more", "", *head, *rows]
+    rows = [(name, points(found), p_value(found)) for name, found in differences.items()]
+    return [Section(f"Against `{baseline}` at {deep} steps and more", 3, (), ("method", "difference", "p"), rows)]
 
 
-def _share_lines(shares: dict[str, float | None]) -> list[str]:
-    if not shares:
+def _claim_section(title: str, claims: Sequence[Claim], what: str = "claim") -> list[Section]:
+    rows = [(claim.claim, claim.found, claim.article, claim.verdict) for claim in claims]
+    return [Section(title, 3, (), (what, "here", "article", "verdict"), rows)] if rows else []
+
+
+def _grid(table: dict[str, dict[str, Interval]], bucket: str) -> list[Section]:
+    """Chain accuracy at the deep problems for every pair of weights, the best one first."""
+    found = {}
+    for name, row in table.items():
+        match = _GRID.fullmatch(name)
+        if match:
+            found[int(match[1]) / 100, int(match[2]) / 100] = row[bucket]
+    if not found:
         return []
-    lines = ["", "### Share of the gain lost by each ablation", ""]
-    lines += [_row("ablation", "here", "article, from its points", "article, as stated"), _row("---", *["--:"] * 3)]
-    for name, share in shares.items():
-        points, stated = ARTICLE_ABLATIONS[name]
-        here = "no gain to lose" if share is None else f"{100 * share:.0f}%"
-        lines.append(_row(name, here, f"{100 * (1 - points / ARTICLE_GAIN):.0f}%", f"{stated}%"))
-    return lines
-
-
-def _claims(runs: Runs, baseline: str, deep: int) -> list[dict[str, str]]:
-    claims = []
-    for method, other, sign, says in CLAIMS:
-        if method in runs and other in runs:
-            found = _deep_difference(runs, method, other, deep)
-            shown = f"`{method}` - `{other}` = {_with_p(found)}"
-            claims.append({"claim": says, "found": shown, "verdict": verdict(sign, found)})
-    return claims + _grows_with_depth(runs, baseline, deep)
-
-
-def _claim_lines(claims: list[dict[str, str]]) -> list[str]:
-    if not claims:
-        return []
-    lines = [f"- {claim['claim']}: {claim['found']}: **{claim['verdict']}**" for claim in claims]
-    return ["", "### The article's claims", "", *lines]
-
-
-def _question_lines(runs: Runs, deep: int) -> list[str]:
-    lines = [
-        f"- {asks} `{method}` - `{other}` = {_with_p(_deep_difference(runs, method, other, deep))}"
-        for method, other, asks in QUESTIONS
-        if method in runs and other in runs
+    best = sorted(found.items(), key=lambda item: -item[1].mean)
+    rows = [(f"{a:g}", f"{c:g}", _percent(cell)) for (a, c), cell in best]
+    first, second = best[0], best[1] if len(best) > 1 else best[0]
+    apart = first[1].low > second[1].high
+    at = found.get((0.3, 0.5))
+    says = "undecided"
+    if at is not None and first[0] == (0.3, 0.5) and apart:
+        says = "agrees"
+    elif at is not None and at.high < first[1].low:
+        says = "disagrees"
+    text = (
+        f"The article's grid search on held-out data gave 0.3 and 0.5. Here {first[0][0]:g} and {first[0][1]:g} come "
+        f"out best: {says}."
+    )
+    return [
+        Section("Grid over the two weights", 3, [text], ("alignment", "coherence", f"chains right, {bucket}"), rows)
     ]
-    return ["", "### Questions the article leaves open", "", *lines] if lines else []
 
 
-def _other_lines(others: dict[str, dict[str, float]]) -> list[str]:
-    lines = ["", "### What else was measured (means over seeds)", ""]
-    lines += [_row("method", "step accuracy %", "perplexity", "updates", "seconds"), _row("---", *["--:"] * 4)]
-    for name, of in others.items():
-        accuracy_percent = f"{100 * of['step_accuracy']:.1f}"
-        lines.append(_row(name, accuracy_percent, f"{of['perplexity']:.4f}", *(f"{of[k]:.0f}" for k in MEASURED[2:])))
-    return lines
+def _others(others: dict[str, dict[str, float]]) -> Section:
+    rows = [
+        (name, f"{100 * of['step_accuracy']:.1f}", f"{of['perplexity']:.4f}", *(f"{of[k]:.0f}" for k in MEASURED[2:]))
+        for name, of in others.items()
+    ]
+    head = ("method", "step accuracy %", "perplexity", "updates", "seconds of training")
+    return Section("What else was measured (means over seeds)", 3, (), head, rows)
+
+
+def _drift(runs: Runs) -> list[Section]:
+    curves = {name: _mean_curve([cka_curve(outcome) for outcome in found]) for name, found in runs.items()}
+    curves = {name: curve for name, curve in curves.items() if curve}
+    if not curves:
+        return []
+    steps = sorted({step for curve in curves.values() for step in curve})
+    rows = []
+    for name, curve in curves.items():
+        areas = [area for outcome in runs[name] if (area := auroc_within(outcome)) is not None]
+        cells = [f"{curve[step]:.3f}" if step in curve else "-" for step in steps]
+        rows.append((name, *cells, f"{np.mean(areas):.3f}" if areas else "-"))
+    of_article = [f"{ARTICLE_CKA[step]:.2f}" if step in ARTICLE_CKA else "-" for step in steps]
+    rows.append(("article (biased CKA, KD)", *of_article, f"{ARTICLE_AUROC:.2f}"))
+    text = (
+        "Debiased CKA between student and teacher at the end of each step, on the validation chains that have them "
+        "all; and the AUROC with which the cosine of a transition tells whether the next step is right, among steps of "
+        "the same place and depth: through the run's own g where its loss trained one, else through a map fitted on "
+        "one half of the chains and used on the other."
+    )
+    head = ("method", *(f"CKA, step {step}" for step in steps), "AUROC")
+    return [Section("Drift (means over seeds)", 3, [text], head, rows)]
+
+
+def _time(runs: Runs, baseline: str) -> list[Section]:
+    """When curves reach their plateau, and where each method is when the baseline has finished."""
+    limits = {outcome.seed: outcome.curve[-1]["seconds"] for outcome in runs.get(baseline, []) if outcome.curve}
+    rows = []
+    for name, found in runs.items():
+        seen = [outcome for outcome in found if outcome.curve]
+        if not seen:
+            continue
+        settled = [_settled(outcome) for outcome in seen]
+        at_limit = [_at(outcome, limits[outcome.seed]) for outcome in seen if outcome.seed in limits]
+        final = over_seeds([outcome.curve[-1]["chain_accuracy"]["all"] for outcome in seen])
+        rows.append(
+            (
+                name,
+                f"{100 * final.mean:.1f}",
+                f"{np.mean([update for update, _ in settled]):.0f}",
+                f"{np.mean([seconds for _, seconds in settled]):.0f}",
+                f"{100 * np.mean(at_limit):.1f}" if at_limit else "-",
+            )
+        )
+    if not rows:
+        return []
+    text = (
+        "Chain accuracy on validation problems of all depths, in %. A curve has settled at the first look with "
+        f"{SETTLED} of its best. The last column is the accuracy at the time at which `{baseline}` of the same seed "
+        "had finished; a method that was not through then stood in the middle of its learning-rate schedule. Times "
+        "hold for runs side by side on shared cores, and include compilation."
+    )
+    head = ("method", "at the end", "updates to settle", "seconds to settle", f"when {baseline} had finished")
+    return [Section("Accuracy against updates and time (means over seeds)", 3, [text], head, rows)]
+
+
+def _settled(outcome: Outcome) -> tuple[int, float]:
+    best = max(look["chain_accuracy"]["all"] for look in outcome.curve)
+    look = next(look for look in outcome.curve if look["chain_accuracy"]["all"] >= SETTLED * best)
+    return look["update"], look["seconds"]
+
+
+def _at(outcome: Outcome, seconds: float) -> float:
+    """Accuracy at the last look not after `seconds`; 0 before the first."""
+    looks = [look["chain_accuracy"]["all"] for look in outcome.curve if look["seconds"] <= seconds]
+    return looks[-1] if looks else 0.0
+
+
+def _mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
+    """Means over the curves that have each step."""
+    steps = sorted({step for curve in curves for step in curve})
+    return {step: float(np.mean([curve[step] for curve in curves if step in curve])) for step in steps}
 
 
 def _shares(table: dict[str, dict[str, Interval]], baseline: str, bucket: str) -> dict[str, float | None]:
@@ -191,37 +265,49 @@ def _shares(table: dict[str, dict[str, Interval]], baseline: str, bucket: str) -
     }
 
 
-def _grows_with_depth(runs: Runs, baseline: str, deep: int) -> list[dict[str, str]]:
-    if "rtd" not in runs or baseline not in runs:
-        return []
-    deep_gain = difference(runs["rtd"], runs[baseline], lambda x: x >= deep)
-    shallow_gain = difference(runs["rtd"], runs[baseline], lambda x: x < deep)
-    if deep_gain is None or shallow_gain is None:
-        return []
-    if shallow_gain.high < deep_gain.low:
-        outcome = "agrees"
-    elif deep_gain.high < shallow_gain.low:
-        outcome = "disagrees"
-    else:
-        outcome = "undecided"
-    found = f"{_difference(shallow_gain)[0]} below {deep} steps, {_difference(deep_gain)[0]} from there on"
-    return [{"claim": "the gain over KD grows with depth", "found": found, "verdict": outcome}]
+def _pictures(task: str, table: dict[str, dict[str, Interval]], runs: Runs) -> list[Picture]:
+    by_depth = {
+        name: [(int(k), *(100 * x for x in (v.mean, v.low, v.high))) for k, v in table[name].items() if k.isdigit()]
+        for name in SHOWN
+        if name in table
+    }
+    found = [
+        Picture(
+            f"chains_{task}",
+            f"Chain accuracy by depth ({task})",
+            "Every intermediate result and the answer right, free-running. Bands: 95% over seeds and problems.",
+            "reasoning steps of the problem",
+            "chains right, %",
+            by_depth,
+        )
+    ]
+    seen = {name: [o for o in runs[name] if o.curve] for name in SHOWN if name in runs}
+    seen = {name: outcomes for name, outcomes in seen.items() if outcomes}
+    for x, label in (("update", "updates"), ("seconds", "seconds of training")):
+        series = {name: _mean_looks(outcomes, x) for name, outcomes in seen.items()}
+        if series:
+            caption = "On validation problems of all depths; means over seeds."
+            title = f"Chain accuracy against {label} ({task})"
+            found.append(Picture(f"curve_{x}_{task}", title, caption, label, "chains right, %", series))
+    ckas = {name: _mean_curve([cka_curve(o) for o in runs[name]]) for name in SHOWN if name in runs}
+    lines = {name: list(curve.items()) for name, curve in ckas.items() if len(curve) > 1}
+    if lines:
+        caption = "Debiased, on the same validation chains at every step; means over seeds."
+        found.append(Picture(f"cka_{task}", f"CKA by step ({task})", caption, "step", "linear CKA", lines))
+    return found
 
 
-def _row(*cells: Any) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+def _mean_looks(outcomes: Sequence[Outcome], x: str) -> list[tuple[float, float]]:
+    """(x, chain accuracy in %), look by look; looks that not all seeds have are left out."""
+    count = min(len(outcome.curve) for outcome in outcomes)
+    return [
+        (
+            float(np.mean([o.curve[i][x] for o in outcomes])),
+            100 * float(np.mean([o.curve[i]["chain_accuracy"]["all"] for o in outcomes])),
+        )
+        for i in range(count)
+    ]
 
 
-def _interval(value: Interval) -> str:
+def _percent(value: Interval) -> str:
     return f"{100 * value.mean:.1f} [{100 * value.low:.0f}, {100 * value.high:.0f}]"
-
-
-def _difference(value: Difference | None) -> tuple[str, str]:
-    if value is None:
-        return "no common seed", "-"
-    p_value = "-" if value.p_value is None else f"{value.p_value:.3f}" if value.p_value >= 0.001 else "< 0.001"
-    return f"{100 * value.mean:+.1f} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]", p_value
-
-
-def _with_p(value: Difference | None) -> str:
-    return " p=".join(_difference(value))

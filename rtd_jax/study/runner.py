@@ -11,7 +11,8 @@ from pathlib import Path
 
 from rtd_jax.common.files import read_json, write_json
 
-TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "launch" / "train.py"
 POLL_SECONDS = 0.5
 
 
@@ -40,6 +41,60 @@ class Job:
     def command(self, base: Path) -> list[str]:
         flags = [f"--config.{override}" for override in self.overrides]
         return [sys.executable, str(TRAIN), f"--config={base}", f"--workdir={self.workdir}", *flags]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Something that is made once for many runs."""
+
+    name: str
+    command: tuple[str, ...]  # a script, from the repository's root, and its flags
+    folder: Path  # where it puts what it makes
+
+    @property
+    def record(self) -> Path:
+        return self.folder.with_suffix(".json")
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_suffix(".log")
+
+
+def prepare_once(preparations: Sequence[Preparation], note: Callable[[str], None]) -> None:
+    """Makes what is not made yet, one after the other, each with all cores.
+
+    Raises:
+      ValueError: one was made by another command, its script does not exist, or it failed; names its log.
+    """
+    for this in preparations:
+        if this.record.exists():
+            if read_json(this.record) != list(this.command):
+                raise ValueError(
+                    f"{this.folder} was made by another command ({this.record} differs); give the study another "
+                    "--workdir, or delete that folder and its .json"
+                )
+            continue
+        if not (ROOT / this.command[0]).is_file():
+            raise ValueError(f"prepare.{this.name}: there is no script {this.command[0]} in {ROOT}")
+        this.folder.parent.mkdir(parents=True, exist_ok=True)
+        note(f"preparing {this.name}: {' '.join(this.command)}")
+        started = time.monotonic()
+        with this.log.open("a") as log:
+            done = subprocess.run(
+                [sys.executable, *this.command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+            )
+        if done.returncode:
+            last = this.log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+            raise ValueError(
+                f"preparing {this.name} failed ({' '.join(last)[:300]}): its log is {this.log}. Run the same command "
+                "again to continue"
+            )
+        write_json(this.record, list(this.command))
+        note(f"prepared {this.name} in {time.monotonic() - started:.0f} s")
 
 
 def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, note: Callable[[str], None]) -> None:

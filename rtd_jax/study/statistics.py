@@ -3,8 +3,9 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -29,7 +30,11 @@ class Outcome:
     step_accuracy: float  # teacher-forced, over all depths
     perplexity: float
     updates: int
-    seconds: float
+    seconds: float  # of training, calibration and compilation included; without evaluation and looks
+    steps_of_depth: dict[str, float] = field(default_factory=dict)  # teacher-forced step accuracy by depth
+    teacher_perplexity: float | None = None
+    drift: dict[str, Any] | None = None  # see `rtd_jax.evaluation.drift.measure`
+    curve: tuple[dict[str, Any], ...] = ()  # {"update", "seconds", "chain_accuracy": {depth: mean}}, on validation
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,11 @@ def read_outcome(task: str, method: str, seed: int, workdir: Path) -> Outcome:
         report["student"]["step_accuracy"]["all"]["mean"],
         report["student"]["perplexity"],
         report["updates"],
-        report["wall_seconds"],
+        report.get("train_seconds", report["wall_seconds"]),
+        {depth: found["mean"] for depth, found in report["student"]["step_accuracy"].items()},
+        report.get("teacher", {}).get("perplexity"),
+        report.get("drift"),
+        tuple(report.get("curve", ())),
     )
 
 
@@ -108,6 +117,40 @@ def share_of_gain_lost(full: Interval, ablated: Interval, baseline: Interval) ->
     return (full.mean - ablated.mean) / gain if gain > 0 else None
 
 
+def share_interval(
+    full: Sequence[Outcome],
+    ablated: Sequence[Outcome],
+    baseline: Sequence[Outcome],
+    chosen: Callable[[Array], Array],
+) -> tuple[float, float] | None:
+    """95% interval of (full - ablated) / (full - baseline): seeds and problems drawn alike for all three.
+
+    None without a common seed, or where the gain itself is not above 0 in 97.5% of the draws: a share of nothing.
+    """
+    seeds = sorted({o.seed for o in full} & {o.seed for o in ablated} & {o.seed for o in baseline})
+    if not seeds:
+        return None
+    tables = [
+        _table([next(o for o in runs if o.seed == s) for s in seeds], chosen) for runs in (full, ablated, baseline)
+    ]
+    of_full, of_ablated, of_baseline = (_resampled(table) for table in tables)
+    gain = of_full - of_baseline
+    if np.quantile(gain, (1 - CONFIDENCE) / 2) <= 0:
+        return None
+    low, high = np.quantile((of_full - of_ablated) / gain, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """Mean of one number a seed, with the 95% interval of Student's t; from minus to plus infinity with one seed."""
+    x = np.asarray(values, np.float64)
+    mean = float(x.mean())
+    if len(x) < 2:
+        return Interval(mean, -math.inf, math.inf, len(x))
+    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    return Interval(mean, mean - margin, mean + margin, len(x))
+
+
 def _table(outcomes: Sequence[Outcome], chosen: Callable[[Array], Array]) -> np.ndarray:
     """float64 [seeds, problems].
 
@@ -130,20 +173,24 @@ def _bootstrap(table_SP: np.ndarray) -> tuple[float, float, float]:
 
     With one seed, the interval is over problems only.
     """
-    mean = float(table_SP.mean())
+    means_R = _resampled(table_SP)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means_R, [tail, 1 - tail])
+    return float(table_SP.mean()), float(low), float(high)
+
+
+def _resampled(table_SP: np.ndarray) -> np.ndarray:
+    """Means of resampled tables, [RESAMPLES]; tables of one shape are drawn alike."""
     seeds, problems = table_SP.shape
     rng = np.random.default_rng(0)
     weights_RP = rng.multinomial(problems, np.full(problems, 1 / problems), RESAMPLES) / problems
     per_seed_RS = weights_RP @ table_SP.T
     weights_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
-    means_R = np.sum(per_seed_RS * weights_RS, axis=1)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means_R, [tail, 1 - tail])
-    return mean, float(low), float(high)
+    return np.sum(per_seed_RS * weights_RS, axis=1)
 
 
-def verdict(expected_sign: int, found: Difference | None) -> str:
-    """Whether a paired difference has the sign the article reports: "agrees", "disagrees" or "undecided"."""
-    if found is None or math.isnan(found.low) or found.low <= 0.0 <= found.high:
+def verdict(expected_sign: int, found: Interval | None) -> str:
+    """Whether a difference has the sign the article reports: "agrees", "disagrees" or "undecided"."""
+    if found is None or not math.isfinite(found.low) or found.low <= 0.0 <= found.high:
         return "undecided"
     return "agrees" if math.copysign(1, found.mean) == expected_sign else "disagrees"

@@ -1,13 +1,14 @@
 """The study: every method under every seed on every task, and the report of what came out."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from rtd_jax.common.files import check_writable, replacing, write_json
-from rtd_jax.study.report import markdown
-from rtd_jax.study.runner import Job, run_jobs
+from rtd_jax.reporting.sections import write_sections
+from rtd_jax.study.report import markdown, study_report
+from rtd_jax.study.runner import Job, Preparation, prepare_once, run_jobs
 from rtd_jax.study.statistics import Outcome, read_outcome
 
 Overrides = tuple[str, ...]
@@ -15,7 +16,12 @@ Overrides = tuple[str, ...]
 
 @dataclass(frozen=True)
 class StudyRecipe:
-    """Which runs are made. Methods and tasks are overrides of one base config, written as on the command line."""
+    """Which runs are made. Methods and tasks are overrides of one base config, written as on the command line.
+
+    `prepare` names what is made once, before the runs, and shared by them: a script of launch/ and its flags. Where
+    overrides or other preparations write `{name}`, the folder of that preparation is put; only those that are asked for
+    in this way are made.
+    """
 
     base: str  # config file of every run
     tasks: dict[str, Overrides]
@@ -25,6 +31,9 @@ class StudyRecipe:
     parallel: int = 1  # runs side by side; the cores are shared equally
     deep: int = 4  # steps from which a problem counts as deep in the summary
     report: str = ""  # where the report is written besides <workdir>/study.md; "" nowhere
+    prepare: dict[str, Overrides] = field(default_factory=dict)  # {"cache": ("launch/cache_teacher.py", "--config=..")}
+    only: tuple[str, ...] = ()  # methods that are run; () runs all
+    task_methods: dict[str, Overrides] = field(default_factory=dict)  # methods of a task that has not all of them
 
     def __post_init__(self) -> None:
         if self.baseline not in self.methods:
@@ -32,6 +41,17 @@ class StudyRecipe:
         for name in ("tasks", "methods", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give at least one")
+        chosen = {"only": self.only} | {f"task_methods.{task}": names for task, names in self.task_methods.items()}
+        for key, names in chosen.items():
+            unknown = [name for name in names if name not in self.methods]
+            if unknown:
+                raise ValueError(f"{key} names {unknown[0]!r}; the methods are {', '.join(self.methods)}")
+        for task in self.task_methods:
+            if task not in self.tasks:
+                raise ValueError(f"task_methods names the task {task!r}; the tasks are {', '.join(self.tasks)}")
+        for name, command in self.prepare.items():
+            if not command:
+                raise ValueError(f"prepare.{name} is empty; give a script of launch/ and its flags")
 
     def jobs(self, workdir: Path) -> list[Job]:
         """Seed by seed, so that a study that is not finished compares all methods on the seeds it has."""
@@ -40,20 +60,65 @@ class StudyRecipe:
                 task,
                 method,
                 seed,
-                (*self.tasks[task], *self.methods[method], f"seed={seed}"),
+                self._filled((*self.tasks[task], *self.methods[method], f"seed={seed}"), workdir),
                 workdir.absolute() / "runs" / task / method / f"seed_{seed}",
             )
             for seed in self.seeds
-            for task in self.tasks
-            for method in self.methods
+            for task, method in self._pairs()
         ]
+
+    def preparations(self, workdir: Path) -> list[Preparation]:
+        """What the runs ask for, each after what it asks for itself.
+
+        Raises:
+          ValueError: preparations ask for one another in a circle.
+        """
+        asked = {
+            name: {other for other in self.prepare if other != name and any(f"{{{other}}}" in x for x in command)}
+            for name, command in self.prepare.items()
+        }
+        texts = [text for task, method in self._pairs() for text in (*self.tasks[task], *self.methods[method])]
+        needed = {name for name in self.prepare if any(f"{{{name}}}" in text for text in texts)}
+        while more := set().union(*(asked[name] for name in needed)) - needed:
+            needed |= more
+        ordered: list[str] = []
+        while len(ordered) < len(needed):
+            ready = [name for name in self.prepare if name in needed - set(ordered) and asked[name] <= set(ordered)]
+            if not ready:
+                raise ValueError(f"the preparations {', '.join(sorted(needed - set(ordered)))} ask for one another")
+            ordered += ready
+        return [
+            Preparation(name, self._filled(self.prepare[name], workdir), _prepared(workdir) / name) for name in ordered
+        ]
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        """(task, method) of the runs; tasks that have every method come first: the others are compared with them."""
+        tasks = sorted(self.tasks, key=lambda task: task in self.task_methods)
+        return [
+            (task, method)
+            for task in tasks
+            for method in self.task_methods.get(task, tuple(self.methods))
+            if not self.only or method in self.only
+        ]
+
+    def _filled(self, texts: Overrides, workdir: Path) -> Overrides:
+        """With the folders of preparations in place of their names."""
+        for name in self.prepare:
+            texts = tuple(text.replace(f"{{{name}}}", str(_prepared(workdir) / name)) for text in texts)
+        return texts
+
+
+def _prepared(workdir: Path) -> Path:
+    return workdir.absolute() / "prepared"
 
 
 def study(recipe: StudyRecipe, workdir: Path) -> Path:
-    """Makes the runs that are missing, then writes study.json and study.md in `workdir`. Returns study.md's path.
+    """Makes the runs that are missing, then writes study.json, study.md and report.html in `workdir`.
+
+    Returns study.md's path.
 
     Raises:
-      ValueError: the base config does not exist, or what `run_jobs` raises.
+      ValueError: the base config does not exist, or what `prepare_once` and `run_jobs` raise.
     """
     base = Path(recipe.base).absolute()
     if not base.is_file():
@@ -64,19 +129,23 @@ def study(recipe: StudyRecipe, workdir: Path) -> Path:
     note: Callable[[str], None] = partial(print, flush=True)
     jobs = recipe.jobs(workdir)
     try:
+        if not all(job.report.exists() for job in jobs):
+            prepare_once(recipe.preparations(workdir), note)
         run_jobs(jobs, base, recipe.parallel, note)
     finally:
         finished = [job for job in jobs if job.report.exists()]
         if finished:
             path = _write_report(recipe, [read_outcome(j.task, j.method, j.seed, j.workdir) for j in finished], workdir)
-            note(f"report over {len(finished)} of {len(jobs)} runs: {path}")
+            note(f"report over {len(finished)} of {len(jobs)} runs: {path}, {workdir / 'report.html'}")
     return path
 
 
 def _write_report(recipe: StudyRecipe, outcomes: list[Outcome], workdir: Path) -> Path:
-    text, numbers = markdown(recipe.baseline, recipe.deep, list(recipe.methods), outcomes)
-    write_json(workdir / "study.json", numbers)
+    report = study_report(recipe.baseline, recipe.deep, list(recipe.methods), outcomes)
+    write_json(workdir / "study.json", report.numbers)
+    text = markdown(report)
     for path in (workdir / "study.md", *([Path(recipe.report)] if recipe.report else [])):
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+    write_sections(workdir, report.title, report.intro, report.sections, report.pictures)
     return workdir / "study.md"

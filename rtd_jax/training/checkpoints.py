@@ -29,6 +29,7 @@ FREE_SETTINGS = (
     "resume_from",
     "teacher.path",
     "teacher.cache",
+    "reward.model",
     "student.path",
     "data.train.location",
     "data.validation.location",

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 
 class Clock:
@@ -28,6 +28,11 @@ class Clock:
         """What was counted so far, in the order of first use."""
         self._settle()
         return {name: round(value, 2) for name, value in self._seconds.items()}
+
+    def total(self, without: Collection[str] = ()) -> float:
+        """Seconds of all names but those."""
+        self._settle()
+        return sum(value for name, value in self._seconds.items() if name not in without)
 
     def _settle(self) -> None:
         now = time.monotonic()

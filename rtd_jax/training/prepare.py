@@ -33,6 +33,7 @@ from rtd_jax.models.functional import LlamaModel
 from rtd_jax.models.weights import evenly_spaced_layers, logical_axes
 from rtd_jax.segmentation.select import make_segmenter
 from rtd_jax.teacher.cache import Identity, TeacherCache
+from rtd_jax.teacher.reward_head import RewardModel, load_head
 from rtd_jax.training.curriculum import Stage, stages
 from rtd_jax.training.optimizer import make_optimizer
 from rtd_jax.training.recipe import DataSettings, Recipe, StudentSettings, TeacherSettings
@@ -60,10 +61,11 @@ class Experiment:
     mesh: Mesh
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
-    teacher: LlamaModel | None  # None where its outputs are read from a cache
+    teacher: LlamaModel | None  # None where its outputs are read from a cache, or not at all
     teacher_config: LlamaConfig
-    teacher_params: Params  # empty with a cache
+    teacher_params: Params  # empty without a teacher
     cache: TeacherCache | None
+    reward: RewardModel | None  # None where no reward is learned from
     student: LlamaModel
     optimizer: optax.GradientTransformation
     step: TrainStep
@@ -80,6 +82,8 @@ class Experiment:
           batch: this process's rows, on the host.
           states_only: leave the predictions out.
         """
+        if not (self.recipe.loss.reads_teacher or states_only):
+            return {}
         if self.cache is None:
             return self.teacher_params
         dtype = self.recipe.teacher.compute_dtype
@@ -126,7 +130,11 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         identity = cache_identity(recipe, teacher_config, fingerprint, tokenizer)
         cache = TeacherCache(Path(recipe.teacher.cache).expanduser(), identity)
         note(f"the teacher is read from the cache {recipe.teacher.cache}: its weights are not loaded")
-    teacher = None if cache else teacher_model(recipe.teacher, teacher_config, mesh)
+    reward = None
+    if recipe.loss.reward_weight:
+        check_rows(recipe.reward.rows, mesh, recipe.micro_batches, "reward.prompts_per_update x reward.samples =")
+        reward = load_head(Path(recipe.reward.model).expanduser(), fingerprint, tokenizer_fingerprint(tokenizer))
+    teacher = teacher_model(recipe.teacher, teacher_config, mesh) if _needs_weights(recipe) else None
     student = student_model(recipe.student, of_student, mesh)
     teacher_params = {}
     if teacher is not None:
@@ -145,6 +153,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         teacher_config=teacher_config,
         teacher_params=teacher_params,
         cache=cache,
+        reward=reward,
         student=student,
         optimizer=optimizer,
         step=step,
@@ -155,12 +164,23 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         fingerprints={
             "teacher": fingerprint,
             "cache": "" if cache is None else cache.fingerprint,
+            "reward": "" if reward is None else reward.digest,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "data": chains_fingerprint((*train.encoded, *validation.encoded)),
             "student_config": _digest(repr(of_student)),
         },
     )
     return experiment, state
+
+
+def _needs_weights(recipe: Recipe) -> bool:
+    """Whether anything that the recipe does runs the teacher."""
+    return not recipe.teacher.cache and bool(
+        recipe.loss.reads_teacher
+        or recipe.loss.reward_weight
+        or recipe.evaluation.teacher
+        or recipe.evaluation.drift_problems
+    )
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -85,7 +85,10 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """L = alpha T^2 KL + (1 - alpha) CE + alignment_weight L_align + coherence_weight L_coherence."""
+    """L = alpha T^2 KL + (1 - alpha) CE + alignment_weight L_align + coherence_weight L_coherence, and its rivals.
+
+    With alpha and all weights 0 the teacher is not run: fine-tuning on chains of thought.
+    """
 
     temperature: float = 4.0
     alpha: float = 0.7
@@ -98,6 +101,7 @@ class LossSettings:
     token_alignment_weight: float = 0.0  # a control: alignment at every token of a completion
     intermediate_weight: float = 0.0  # a baseline: intermediate layers matched at every token
     intermediate_layers: int = 4  # pairs of evenly spaced layers; read when intermediate_weight is not 0
+    reward_weight: float = 0.0  # a baseline: rewards of the steps of the student's own chains (see RewardSettings)
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -117,7 +121,14 @@ class LossSettings:
             self.coherence_weight,
             self.token_alignment_weight,
             self.intermediate_weight,
+            self.reward_weight,
         )
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the loss on given chains has anything of the teacher in it."""
+        weights = (self.alignment_weight, self.coherence_weight, self.token_alignment_weight, self.intermediate_weight)
+        return bool(self.alpha or any(weights))
 
     def intermediate_pairs(self, student_layers: int, teacher_layers: int) -> tuple[tuple[int, int], ...]:
         """(student layer, teacher layer) matched at every token; none where their weight is 0."""
@@ -128,13 +139,66 @@ class LossSettings:
 
 
 @dataclass(frozen=True)
+class RewardSettings:
+    """How the student draws chains of its own and learns from their steps' rewards.
+
+    Read when loss.reward_weight is not 0. Every `updates_per_refresh` updates, `samples` chains of each of `prompts`
+    training problems are drawn and scored; each update takes `prompts_per_update` of these problems with all their
+    chains, in turn.
+    """
+
+    model: str = ""  # folder that launch/reward_model.py wrote
+    prompts: int = 32  # training problems of a refresh
+    samples: int = 4  # chains of each problem
+    prompts_per_update: int = 8
+    updates_per_refresh: int = 8
+    temperature: float = 1.0  # of the draws, and of the policy whose ratios are clipped
+    clip: float = 0.2  # by which a probability's ratio may leave 1 before its gradient stops
+    max_new_tokens: int = 128  # of a drawn chain
+    batch_size: int = 128  # chains drawn at one time
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "prompts_per_update", "updates_per_refresh", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"reward.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.samples < 2:
+            raise ValueError(
+                f"reward.samples is {self.samples}; advantages compare the chains of a problem, use 2 or more"
+            )
+        if self.prompts % self.prompts_per_update:
+            raise ValueError(
+                f"reward.prompts {self.prompts} is not a multiple of reward.prompts_per_update "
+                f"{self.prompts_per_update}"
+            )
+        if self.temperature <= 0 or self.clip <= 0:
+            raise ValueError(
+                f"reward.temperature is {self.temperature}, reward.clip {self.clip}; both must be positive"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Drawn chains of an update, one a row."""
+        return self.prompts_per_update * self.samples
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
-    """The final evaluation by free-running greedy decoding."""
+    """What is measured by free-running greedy decoding: test problems at the end, validation problems on the way."""
 
     problems_per_depth: int = 100
     max_new_tokens: int = 256
     batch_size: int = 64  # problems decoded at one time
     teacher: bool = True  # evaluate the teacher beside the student
+    every: int = 0  # updates between looks at validation problems, for accuracy against updates and time; 0: none
+    curve_problems: int = 20  # validation problems of each depth for these looks
+    drift_problems: int = 0  # validation problems of each depth on which states are compared at the end; 0: none
+
+    def __post_init__(self) -> None:
+        for name in ("every", "drift_problems"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"evaluation.{name} is {getattr(self, name)}; 0 leaves it out, else give a number")
+        if self.every and self.curve_problems < 1:
+            raise ValueError(f"evaluation.curve_problems is {self.curve_problems}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -148,6 +212,7 @@ class Recipe:
     total_updates: int  # over all stages
     cache: CacheSettings = CacheSettings()
     loss: LossSettings = LossSettings()
+    reward: RewardSettings = RewardSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     curriculum: CurriculumSettings = CurriculumSettings()
     mesh: MeshSettings = MeshSettings()
@@ -170,6 +235,34 @@ class Recipe:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.loss.reward_weight:
+            self._check_reward()
+        curriculum = self.curriculum
+        by_coherence = curriculum.enabled and (curriculum.threshold_factor or curriculum.plateau_patience)
+        if not self.loss.reads_teacher and by_coherence:
+            raise ValueError(
+                "the loss has nothing of the teacher in it, so no coherence loss can end a stage: set "
+                "curriculum.enabled=False, or curriculum.threshold_factor=0 and plateau_patience=0 for stages of equal "
+                "length"
+            )
+
+    def _check_reward(self) -> None:
+        if not self.reward.model:
+            raise ValueError(
+                "loss.reward_weight is not 0, but reward.model is empty; train one with launch/reward_model.py and "
+                "give <its workdir>/model"
+            )
+        if self.teacher.cache:
+            raise ValueError(
+                "loss.reward_weight needs the teacher online: the chains that the student draws are in no cache; set "
+                "teacher.cache=''"
+            )
+        if self.checkpoint_every % self.reward.updates_per_refresh:
+            raise ValueError(
+                f"checkpoint_every {self.checkpoint_every} is not a multiple of reward.updates_per_refresh "
+                f"{self.reward.updates_per_refresh}: drawn chains are not in a checkpoint, so one may only be taken "
+                "where new ones are due"
+            )
 
     @property
     def rows_at_once(self) -> int:
@@ -187,5 +280,8 @@ class Recipe:
             loss.chunk_length,
             bool(loss.token_alignment_weight),
             loss.intermediate_pairs(student_layers, teacher_layers),
+            not loss.reads_teacher,
+            self.reward.temperature,
+            self.reward.clip,
             self.optimizer.offload,
         )

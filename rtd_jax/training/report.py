@@ -5,17 +5,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from rtd_jax.common.sharding import row_sharding, row_ways
+from rtd_jax.common.sharding import host_share, put_batch, row_sharding, row_ways, to_host
 from rtd_jax.common.types import Params
 from rtd_jax.data.formats import TextFormat, render, stop_token_ids
+from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.traces import Trace
+from rtd_jax.evaluation.drift import BoundaryStates, Map, cross_fitted, measure
 from rtd_jax.evaluation.evaluate import EvaluationReport, Record, evaluate_model
 from rtd_jax.models.functional import LlamaModel
 from rtd_jax.reporting.page import write_report
 from rtd_jax.training.display import print_table
+from rtd_jax.training.prepare import Experiment
+from rtd_jax.training.step import make_boundary_reader
 
 
 def evaluate_traces(
@@ -54,6 +59,75 @@ def evaluate_traces(
         row_length=row_length,
         progress=progress,
     )
+
+
+def evaluate_in(
+    experiment: Experiment,
+    model: LlamaModel,
+    params: Params,
+    problems: Sequence[Trace],
+    note: Callable[[str], None] = lambda _: None,
+    name: str = "",
+) -> tuple[EvaluationReport, list[Record]]:
+    """`evaluate_traces` with a run's settings."""
+    recipe = experiment.recipe
+    return evaluate_traces(
+        model,
+        params,
+        experiment.tokenizer,
+        problems,
+        recipe.data.text,
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+        batch_size=recipe.evaluation.batch_size,
+        rows=recipe.rows_at_once,
+        row_length=recipe.data.row_length,
+        mesh=experiment.mesh,
+        note=note,
+        name=name,
+    )
+
+
+def drift_section(experiment: Experiment, params: Params, resamples: int = 200) -> dict[str, Any]:
+    """Does the student leave the teacher's trajectory? On validation chains, whose states a cache has too.
+
+    What `evaluation.drift.measure` says: CKA and cosines by step, and whether the cosine of a transition tells right
+    steps and chains from wrong ones. What is right is the student's own: steps under teacher forcing, chains by
+    free-running decoding. f and g are the run's own where its loss trained them; else linear maps fitted on one half of
+    the chains and used on the other.
+    """
+    recipe, split = experiment.recipe, experiment.validation
+    problems = first_of_each_depth(split.traces, recipe.evaluation.drift_problems)
+    place = {id(trace): i for i, trace in enumerate(split.traces)}
+    chains = [split.encoded[place[id(trace)]] for trace in problems]
+    _, records = evaluate_in(experiment, experiment.student, params["student"], problems)
+    settings = recipe.step(experiment.student.config.layers, experiment.teacher_config.layers)
+    read = make_boundary_reader(experiment.student, experiment.teacher, settings)
+    share, shape = host_share(experiment.mesh), (recipe.rows_at_once, recipe.data.row_length, 1)
+    parts = []
+    for batch in fixed_batches(chains, *shape, experiment.max_boundaries, share=share):
+        source = experiment.source(batch, states_only=True)
+        placed = put_batch(batch, experiment.mesh)
+        both = to_host((*read(params, source, placed), placed.boundary_mask_BCK))
+        parts.append([x[:, 0] for x in both])
+    of_student, of_teacher, mask = (np.concatenate(x)[: len(chains)] for x in zip(*parts, strict=True))
+    states = BoundaryStates(of_student, of_teacher, mask.astype(bool))
+    loss = recipe.loss
+    trained = {"f": bool(loss.alignment_weight or loss.token_alignment_weight), "g": bool(loss.coherence_weight)}
+    maps: dict[str, Sequence[Map]] = {
+        name: [np.asarray(to_host(params[name]))] * len(chains)
+        if is_own
+        else cross_fitted(states, transitions=name == "g", seed=0)
+        for name, is_own in trained.items()
+    }
+    found = measure(
+        states,
+        (maps["f"], maps["g"]),
+        [record["teacher_forced"] for record in records],
+        np.array([not record["correct"] for record in records]),
+        resamples=resamples,
+        seed=0,
+    )
+    return found | {"maps": {name: "the run's own" if is_own else "fitted" for name, is_own in trained.items()}}
 
 
 def first_of_each_depth(traces: Sequence[Trace], count: int) -> list[Trace]:
@@ -105,6 +179,8 @@ def write_page(report: dict[str, Any], workdir: Path) -> None:
     records = [json.loads(line) for line in lines]
     models = {name: report[name] for name in ("student", "teacher") if name in report}
     shown = {"title": f"Run {workdir.name}", "models": models, "stages": report["stages"]}
+    if "drift" in report:
+        shown["texts"] = {"reference": report["drift"]}
     examples = [record for record in records if record["model"] == "student"]
     write_report(workdir, shown, examples, workdir / "metrics.jsonl")
 

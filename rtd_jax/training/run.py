@@ -19,7 +19,7 @@ from rtd_jax.training.display import Display
 from rtd_jax.training.metrics import MetricsLog
 from rtd_jax.training.prepare import Experiment, encode_split, prepare
 from rtd_jax.training.recipe import Recipe
-from rtd_jax.training.report import evaluate_traces, first_of_each_depth, print_report, write_page
+from rtd_jax.training.report import drift_section, evaluate_in, first_of_each_depth, print_report, write_page
 from rtd_jax.training.stages import Run, Sinks, run_stages
 from rtd_jax.training.state import TrainState
 
@@ -64,6 +64,7 @@ def train(recipe: Recipe, workdir: Path) -> Path:
     finally:
         log.close()
     report["wall_seconds"] = round(time.monotonic() - started, 1)
+    report["train_seconds"] = round(run.seconds(clock), 1)  # of all processes that the run had
     report["seconds"] = clock.seconds()  # of this process: a run that was resumed has had others before
     if speaks:
         write_json(workdir / "report.json", report)
@@ -98,7 +99,7 @@ def _starting_point(experiment: Experiment, state: TrainState, latest: Path | No
 
 
 def _check_fingerprints(path: Path, before: dict[str, str], now: dict[str, str], data_too: bool) -> None:
-    for name in ("teacher", "tokenizer", "student_config", *(("data", "cache") if data_too else ())):
+    for name in ("teacher", "tokenizer", "student_config", *(("data", "cache", "reward") if data_too else ())):
         if before.get(name, "") != now[name]:
             raise ValueError(
                 f"{path} was made with another {name.replace('_', ' ')} (fingerprint {str(before.get(name))[:12]}, now "
@@ -122,24 +123,19 @@ def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path)
         models["teacher"] = (experiment.teacher, experiment.teacher_params)
     generations: list[dict[str, Any]] = []
     for name, (model, params) in models.items():
-        result, records = evaluate_traces(
-            model,
-            params,
-            experiment.tokenizer,
-            problems,
-            recipe.data.text,
-            max_new_tokens=recipe.evaluation.max_new_tokens,
-            batch_size=recipe.evaluation.batch_size,
-            rows=recipe.rows_at_once,
-            row_length=recipe.data.row_length,
-            mesh=experiment.mesh,
-            note=display.note,
-            name=name,
-        )
+        result, records = evaluate_in(experiment, model, params, problems, display.note, name)
         report[name] = result.to_dict()
         for key in ("chain_accuracy", "step_accuracy", "perplexity"):
             report[key][name] = getattr(result, key)
         generations += [{"model": name, **record} for record in records]
+    if recipe.evaluation.every:
+        report["curve"] = run.curve
+    if recipe.evaluation.drift_problems:
+        if experiment.teacher is None and experiment.cache is None:
+            display.note("no drift is measured: neither the teacher nor a cache of it is there")
+        else:
+            display.note("reading validation chains with both models")
+            report["drift"] = drift_section(experiment, run.state.params)
     if jax.process_index() == 0:
         write_jsonl(workdir / "generations.jsonl", generations)
     return report
@@ -149,7 +145,8 @@ def _summary(experiment: Experiment, run: Run, workdir: Path) -> str:
     def million(params: Params) -> str:
         return f"{sum(x.size for x in jax.tree.leaves(params)) / 1e6:.2f}M"
 
-    of_teacher = "from its cache" if experiment.cache else f"{million(experiment.teacher_params)} params"
+    of_teacher = "not needed" if experiment.teacher is None else f"{million(experiment.teacher_params)} params"
+    of_teacher = "from its cache" if experiment.cache else of_teacher
     mesh = " x ".join(f"{name} {size}" for name, size in experiment.mesh.shape.items())
     begin = f"resuming at update {int(run.state.step)}" if int(run.state.step) else "starting"
     return (

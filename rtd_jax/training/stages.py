@@ -23,6 +23,8 @@ from rtd_jax.training.curriculum import Stage, StageRecord, ended, record_valida
 from rtd_jax.training.display import Display
 from rtd_jax.training.metrics import MetricsLog, Window, check_finite
 from rtd_jax.training.prepare import Experiment, prefixed_chains, row_length_of
+from rtd_jax.training.report import evaluate_in, first_of_each_depth
+from rtd_jax.training.rollouts import Sampler, make_sampler
 from rtd_jax.training.state import TrainState
 from rtd_jax.training.step import TeacherSource, make_coherence_eval
 
@@ -34,19 +36,32 @@ class Run:
     state: TrainState
     records: list[StageRecord] = field(default_factory=list)  # the last one is open while its `ended_by` is None
     iterator: dict[str, Any] | None = None  # data position inside the open stage
+    curve: list[dict[str, Any]] = field(default_factory=list)  # accuracy on validation problems, update by update
+    seconds_before: float = 0.0  # of training in the processes before this one
 
-    def meta(self, experiment: Experiment, settings: dict[str, Any]) -> dict[str, Any]:
+    def seconds(self, clock: Clock) -> float:
+        """Time that training took so far, calibration, validation and compilation included, looks at problems not."""
+        return self.seconds_before + clock.total(without=NOT_TRAINING)
+
+    def meta(self, experiment: Experiment, sinks: "Sinks") -> dict[str, Any]:
         return {
             "records": [record.to_dict() for record in self.records],
             "iterator": json.dumps(self.iterator),  # as text: orbax would turn its integers into arrays
-            "settings": settings,
+            "curve": json.dumps(self.curve),
+            "seconds": self.seconds(sinks.clock),
+            "settings": sinks.settings,
             "fingerprints": experiment.fingerprints,
         }
 
     @classmethod
     def from_meta(cls, state: TrainState, meta: dict[str, Any]) -> "Run":
         records = [StageRecord.from_dict(record) for record in meta["records"]]
-        return cls(state, records, json.loads(meta["iterator"]))
+        curve, seconds = json.loads(meta.get("curve", "[]")), float(meta.get("seconds", 0.0))
+        return cls(state, records, json.loads(meta["iterator"]), curve, seconds)
+
+
+# Spans of the clock that are no part of what training costs.
+NOT_TRAINING = ("loading and tokenising", "looks", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,7 @@ def run_stages(experiment: Experiment, run: Run, sinks: Sinks) -> None:
       ValueError: a loss or gradient became non-finite, or a checkpoint cannot be written; earlier ones are intact.
     """
     student = experiment.student
+    draw = make_sampler(experiment) if experiment.reward is not None else None
     settings = experiment.recipe.step(student.config.layers, experiment.teacher_config.layers)
     evaluate = make_coherence_eval(student, experiment.teacher, settings)
     finished = sum(record.ended_by is not None for record in run.records)
@@ -81,11 +97,12 @@ def run_stages(experiment: Experiment, run: Run, sinks: Sinks) -> None:
             f"threshold {record.threshold:.4f} (teacher against itself {record.teacher_coherence:.4f})"
         )
         with sinks.clock.span("updates"):
-            _run_stage(experiment, run, stage, partial(_coherence, experiment, evaluate, validation.batches), sinks)
+            validate = partial(_coherence, experiment, evaluate, validation.batches)
+            _run_stage(experiment, run, stage, validate, draw, sinks)
         finished += 1
         run.iterator = None
         with sinks.clock.span("checkpoints"):
-            sinks.checkpoints.save_stage(finished, run.state, run.meta(experiment, sinks.settings))
+            sinks.checkpoints.save_stage(finished, run.state, run.meta(experiment, sinks))
         sinks.display.note(
             f"stage {stage.name} ended by {record.ended_by} after {record.updates} updates: "
             f"coherence {_shown(record.coherence)}, threshold {record.threshold:.4f}"
@@ -93,7 +110,12 @@ def run_stages(experiment: Experiment, run: Run, sinks: Sinks) -> None:
 
 
 def _run_stage(
-    experiment: Experiment, run: Run, stage: Stage, validate: Callable[[TrainState], float], sinks: Sinks
+    experiment: Experiment,
+    run: Run,
+    stage: Stage,
+    validate: Callable[[TrainState], float],
+    draw: Sampler | None,
+    sinks: Sinks,
 ) -> None:
     recipe, record = experiment.recipe, run.records[-1]
     weights = recipe.loss.weights()
@@ -103,9 +125,10 @@ def _run_stage(
     window, pending = Window(), _Pending(stage)
     _, hosts = host_share(experiment.mesh)
     update = int(run.state.step)
+    drawn, drawn_at = None, update
 
     while True:
-        if _due(record, recipe.curriculum.validate_every):
+        if recipe.loss.reads_teacher and _due(record, recipe.curriculum.validate_every):
             pending.settle(window)
             with sinks.clock.span("validation"):
                 coherence = validate(run.state)
@@ -113,6 +136,12 @@ def _run_stage(
             record_validation(record, coherence)
             values = {"validation/coherence": coherence, "validation/threshold": record.threshold}
             sinks.log.write(update, values, stage=stage.name)
+        if _look_due(recipe.evaluation.every, recipe.total_updates, update, run.curve):
+            pending.settle(window)
+            with sinks.clock.span("looks"):
+                run.curve.append(_look(experiment, run, sinks))
+            values = {f"validation/{name}": run.curve[-1][name]["all"] for name in ("chain_accuracy", "step_accuracy")}
+            sinks.log.write(update, values | {"perf/train_seconds": run.curve[-1]["seconds"]}, stage=stage.name)
         record.ended_by = ended(record, stage, recipe.curriculum)
         if record.ended_by is not None:
             pending.settle(window)
@@ -123,13 +152,21 @@ def _run_stage(
         if record.updates and update % recipe.checkpoint_every == 0:
             run.iterator = loader.get_state()
             with sinks.clock.span("checkpoints"):
-                sinks.checkpoints.save_rolling(run.state, run.meta(experiment, sinks.settings))
+                sinks.checkpoints.save_rolling(run.state, run.meta(experiment, sinks))
+
+        if draw is not None and (drawn is None or update % recipe.reward.updates_per_refresh == 0):
+            pending.settle(window)
+            with sinks.clock.span("rollouts"):
+                drawn, means = draw(run.state, stage)
+            drawn_at = update
+            sinks.log.write(update + 1, means, stage=stage.name)  # of the first update that learns from them
+        own = () if drawn is None else (drawn[(update - drawn_at) % len(drawn)],)
 
         batch = next(loader)
         window.add_tokens(int(np.count_nonzero(batch.chain_ids_BL)) * hosts)
         # Dispatched before the metrics of the update before it are fetched, so the device never waits for Python.
         run.state, metrics = experiment.step(
-            run.state, experiment.source(batch), put_batch(batch, experiment.mesh), weights
+            run.state, experiment.source(batch), put_batch(batch, experiment.mesh), weights, *own
         )
         update += 1
         record.updates += 1
@@ -139,6 +176,23 @@ def _run_stage(
             pending.settle(window)
             means, speed = _log_window(window, sinks.log, update, stage)
             sinks.display.update(update, stage.name, _values(means, speed, record))
+
+
+def _look_due(every: int, total: int, update: int, curve: Sequence[dict[str, Any]]) -> bool:
+    """Whether validation problems are to be solved now: every so many updates, after the last, never twice at one."""
+    return bool(every and update and (update % every == 0 or update >= total)) and (
+        not curve or curve[-1]["update"] < update
+    )
+
+
+def _look(experiment: Experiment, run: Run, sinks: Sinks) -> dict[str, Any]:
+    """Chain and step accuracy of the student, by depth, on validation problems; and when that was."""
+    seconds, update = run.seconds(sinks.clock), int(run.state.step)
+    problems = first_of_each_depth(experiment.validation.traces, experiment.recipe.evaluation.curve_problems)
+    result, _ = evaluate_in(experiment, experiment.student, run.state.params["student"], problems)
+    tables = {"chain_accuracy": result.chain_accuracy, "step_accuracy": result.step_accuracy}
+    means = {name: {depth: found["mean"] for depth, found in table.items()} for name, table in tables.items()}
+    return {"update": update, "seconds": round(seconds, 3), **means}
 
 
 def _coherence(
@@ -196,7 +250,9 @@ def _validation(experiment: Experiment, stage: Stage) -> _Validation:
 
 def _open_record(experiment: Experiment, run: Run, stage: Stage, validation: _Validation) -> StageRecord:
     recipe = experiment.recipe
-    own = teacher_self_coherence(experiment, validation.traces, validation.chains)
+    own = 0.0
+    if recipe.loss.reads_teacher:
+        own = teacher_self_coherence(experiment, validation.traces, validation.chains)
     return StageRecord(
         depth=stage.name,
         threshold=recipe.curriculum.threshold_factor * own,

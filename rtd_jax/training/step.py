@@ -10,12 +10,13 @@ import optax
 from jax.sharding import Mesh
 
 from rtd_jax.common.boundaries import shifted_labels, transition_boundaries
-from rtd_jax.common.reductions import Mean, mean_per_chain
+from rtd_jax.common.reductions import Mean, mean_per_chain, safe_divide
 from rtd_jax.common.sharding import row_sharding
 from rtd_jax.common.types import Array, Batch, Params, TeacherOutputs
 from rtd_jax.losses import LossWeights, cross_entropy_sums, denominators, rtd, transition_losses, transition_mask
 from rtd_jax.losses.everywhere import intermediate, token_alignment, token_counts
 from rtd_jax.losses.objective import Metrics
+from rtd_jax.losses.rewards import Rollouts, policy_sums
 from rtd_jax.models.functional import LlamaModel
 from rtd_jax.teacher.online import states_at_boundaries, teacher_outputs
 from rtd_jax.training.state import TrainState, projections, state_shardings
@@ -32,6 +33,9 @@ class StepSettings:
     chunk_length: int = 32  # positions of each row whose logits exist at one time
     token_alignment: bool = False  # whether states are aligned at every token of a completion
     intermediate: tuple[tuple[int, int], ...] = ()  # (student layer, teacher layer) matched at every token
+    labels_only: bool = False  # cross-entropy with the labels and nothing else: the teacher is not run
+    policy_temperature: float = 1.0  # at which the student's own chains are drawn
+    policy_clip: float = 0.2  # by which a probability's ratio may leave 1 before its gradient stops
     offload_optimizer: bool = False  # whether the optimizer's moments lie in host memory between updates
 
     def token_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -43,8 +47,8 @@ class StepSettings:
 
 # Where a step's teacher comes from: its weights, or its outputs on the very batch, read back from a cache.
 TeacherSource = Params | TeacherOutputs
-# (state, teacher, batch, loss weights) -> (state, metrics)
-TrainStep = Callable[[TrainState, TeacherSource, Batch, LossWeights], tuple[TrainState, Metrics]]
+# (state, teacher, batch, loss weights[, the student's own chains]) -> (state, metrics)
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -58,7 +62,7 @@ def make_train_step(
     """Builds the RTD update. The teacher's params are an argument: closed over, they would be copied into the program.
 
     Without a `teacher` the argument in their place is its outputs on the batch (`TeacherOutputs` with `top_k`), rows
-    lying as the batch's do.
+    lying as the batch's do; with `settings.labels_only` it is not read. Given `Rollouts`, the policy term is added.
 
     Gradients of micro-batches are added under denominators counted over the whole batch, so the update does not depend
     on `settings.micro_batches`, on the mesh, or on how chains are packed into rows.
@@ -71,6 +75,49 @@ def make_train_step(
         )
 
     def loss_of(
+        params: Params, source: TeacherSource, part: tuple, weights: LossWeights, totals: Any
+    ) -> tuple[Array, Metrics]:
+        batch, _, rollouts = part
+        imitate = labels_loss if settings.labels_only else teacher_loss
+        loss, metrics = imitate(params, source, batch, weights, totals)
+        if rollouts is not None:
+            term, of_policy = policy_loss(params, rollouts, totals[2])
+            loss, metrics = loss + weights.reward * term, metrics | of_policy
+        return loss, metrics | {"loss": Mean(loss, jnp.ones(()))}
+
+    def labels_loss(
+        params: Params, _: TeacherSource, batch: Batch, weights: LossWeights, totals: Any
+    ) -> tuple[Array, Metrics]:
+        """(1 - alpha) CE, as in the whole objective, without anything that it has of the teacher."""
+        total, weight = cross_entropy_sums(
+            student.hidden(params["student"], batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL),
+            student.head(params["student"]),
+            *shifted_labels(batch),
+            vocab_size=vocab_size,
+            chunk_length=settings.chunk_length,
+            mesh=mesh,
+        )
+        loss = (1.0 - weights.alpha) * safe_divide(total, totals[0].tokens)
+        return loss, {"distill/hard_loss": Mean(jax.lax.stop_gradient(total), weight)}
+
+    def policy_loss(params: Params, rollouts: Rollouts, tokens: Array) -> tuple[Array, Metrics]:
+        batch = rollouts.batch
+        sums = policy_sums(
+            student.hidden(params["student"], batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL),
+            student.head(params["student"]),
+            *shifted_labels(batch),
+            *(jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (rollouts.old_log_probs_BL, rollouts.advantages_BL)),
+            temperature=settings.policy_temperature,
+            clip=settings.policy_clip,
+            vocab_size=vocab_size,
+            chunk_length=settings.chunk_length,
+            mesh=mesh,
+        )
+        measured = {"policy_loss": sums.loss, "clip_fraction": sums.clipped, "policy_kl": sums.kl}
+        means = {f"reward/{name}": Mean(jax.lax.stop_gradient(x), sums.weight) for name, x in measured.items()}
+        return safe_divide(sums.loss, tokens), means
+
+    def teacher_loss(
         params: Params, source: TeacherSource, batch: Batch, weights: LossWeights, totals: Any
     ) -> tuple[Array, Metrics]:
         with jax.named_scope("student"):
@@ -103,18 +150,20 @@ def make_train_step(
                 students, teachers, batch, params["regressors"], totals[1]
             )
             loss += weights.intermediate * term
-        return loss, metrics | {"loss": Mean(loss, jnp.ones(()))}
+        return loss, metrics
 
     def step(
-        state: TrainState, source: TeacherSource, batch: Batch, weights: LossWeights
+        state: TrainState, source: TeacherSource, batch: Batch, weights: LossWeights, rollouts: Rollouts | None = None
     ) -> tuple[TrainState, Metrics]:
         if settings.offload_optimizer:
             state = _moved(state, optimizer, mesh, offload=False)
-        totals = (denominators(batch, anchor_prompt=settings.anchor_prompt), token_counts(batch))
+        drawn = None if rollouts is None else jnp.sum(shifted_labels(rollouts.batch)[1])
+        totals = (denominators(batch, anchor_prompt=settings.anchor_prompt), token_counts(batch), drawn)
+        is_params = teacher is not None or settings.labels_only
         gradients, metrics = accumulate(
-            lambda params, part: loss_of(params, source if teacher else part[1], part[0], weights, totals),
+            lambda params, part: loss_of(params, source if is_params else part[1], part, weights, totals),
             state.params,
-            split_rows((batch, None if teacher else source), settings.micro_batches, mesh),
+            split_rows((batch, None if is_params else source, rollouts), settings.micro_batches, mesh),
             None if mesh is None else state_shardings(state, optimizer, mesh).params,
         )
         state, metrics = apply_update(optimizer, state, gradients, metrics)
@@ -179,6 +228,22 @@ def make_pretrain_step(
     return jax.jit(step, donate_argnums=0)
 
 
+def make_boundary_reader(
+    student: LlamaModel, teacher: LlamaModel | None, settings: StepSettings
+) -> Callable[[Params, TeacherSource, Batch], tuple[Array, Array]]:
+    """Builds (params, teacher, batch) -> states at the boundaries of the matched layers, [B, C, K, S] and [B, C, K, D].
+
+    The teacher is given as in `make_train_step`; of cached outputs only the boundary states are read.
+    """
+
+    @jax.jit
+    def read(params: Params, source: TeacherSource, batch: Batch) -> tuple[Array, Array]:
+        _, student_states, _ = states_at_boundaries(student, params["student"], batch, settings.student_hidden_layer)
+        return student_states, teacher_on(teacher, source, batch, settings.hidden_layer)[0].boundary_states_BCKD
+
+    return read
+
+
 def make_coherence_eval(
     student: LlamaModel, teacher: LlamaModel | None, settings: StepSettings
 ) -> Callable[[Params, TeacherSource, Batch], Mean]:
@@ -187,10 +252,11 @@ def make_coherence_eval(
     The teacher is given as in `make_train_step`; of cached outputs only the boundary states are read.
     """
 
+    read = make_boundary_reader(student, teacher, settings)
+
     @jax.jit
     def evaluate(params: Params, source: TeacherSource, batch: Batch) -> Mean:
-        _, student_states, _ = states_at_boundaries(student, params["student"], batch, settings.student_hidden_layer)
-        teacher_states = teacher_on(teacher, source, batch, settings.hidden_layer)[0].boundary_states_BCKD
+        student_states, teacher_states = read(params, source, batch)
         mask_BCK = transition_boundaries(batch.boundary_mask_BCK, settings.anchor_prompt)
         losses = transition_losses(student_states, teacher_states, mask_BCK, projections(params).g)
         means_BC, has_any_BC = mean_per_chain(losses, transition_mask(mask_BCK))

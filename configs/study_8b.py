@@ -1,0 +1,72 @@
+"""The study of configs/study_tiny.py at the article's size: Llama-3-70B-Instruct -> Llama-3-8B-Instruct, GSM8K.
+
+    python launch/study.py --config=configs/study_8b.py              # :grid varies the two weights
+    python launch/study.py --config=configs/study_8b.py:cached       # teacher's outputs from a cache, where possible
+
+Not run by us: each run is one of configs/rtd_8b.py, on eight A100s, one after the other. Needed are the teacher's
+chains in traces/llama3_70b (launch/traces.py --config=configs/traces_llama3_70b.py) and, for step rewards, PRM800K's
+train.jsonl and test.jsonl in prm800k. docs/teacher-cache.md says what a cache loses at temperature 4.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.study_tiny import ALIGNMENT_WEIGHTS, COHERENCE_WEIGHTS, FROM_CACHE, KD, methods, weight_grid, words_of
+
+TEACHER = "meta-llama/Meta-Llama-3-70B-Instruct"
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    words = words_of(arg, ("grid", "cached"))
+    c = ConfigDict()
+    c.base = "configs/rtd_8b.py"  # config of every run; all methods train on the teacher's chains
+    c.parallel = 1  # a run takes all devices
+    c.seeds = (0, 1, 2)  # of projections and data order; the same for every method
+    c.baseline = "kd"  # what differences are taken to
+    c.deep = 4  # steps from which a problem counts as deep
+    c.report = ""  # where the report is written besides <workdir>/study.md
+    c.only = ()  # methods that are run; () runs all
+
+    c.prepare = ConfigDict()
+    c.prepare.reward = (
+        "launch/reward_model.py",
+        "--config=configs/reward_tiny.py",
+        "--workdir={reward}",
+        f"--config.teacher.path={TEACHER}",
+        "--config.teacher.param_dtype=bfloat16",
+        "--config.teacher.compute_dtype=bfloat16",
+        *(f"--config.{split}.schema=prm800k" for split in ("train", "test")),
+        *(f"--config.{split}.location=prm800k" for split in ("train", "test")),
+        *(f"--config.{split}.limit={limit}" for split, limit in (("train", 50_000), ("test", 5_000))),
+        "--config.text.kind=chat",
+        "--config.text.prompt_template=",
+        "--config.row_length=1024",
+        "--config.max_dropped_fraction=0.05",
+    )
+    c.prepare.cache = (
+        "launch/cache_teacher.py",
+        "--config=configs/rtd_8b.py",
+        "--config.teacher.cache={cache}",
+    )
+
+    c.tasks = ConfigDict()
+    c.tasks.gsm8k = (
+        "evaluation.teacher=False",
+        "evaluation.problems_per_depth=300",
+        "evaluation.every=4000",
+        "evaluation.drift_problems=200",
+    )
+    every = methods()
+    every["kd_long"] = (*KD, "total_updates=64000")  # about RTD's time, by the article's 60%
+    if "grid" in words:
+        every = {"kd": every["kd"]} | weight_grid(ALIGNMENT_WEIGHTS, COHERENCE_WEIGHTS)
+    else:
+        smaller = ("student.path=meta-llama/Llama-3.2-1B-Instruct",)
+        c.tasks.smaller_student = (*c.tasks.gsm8k, *smaller)  # is the gain smaller below a capacity?
+        c.task_methods = ConfigDict()
+        c.task_methods.smaller_student = ("kd", "rtd", "kd_curriculum")  # of all methods
+    if "cached" in words:
+        every = {n: (*of, "teacher.cache={cache}") if n in FROM_CACHE else of for n, of in every.items()}
+        if "intermediate_kd" in every:  # a cache cannot solve problems
+            every["intermediate_kd"] += ("evaluation.teacher=True",)
+    c.methods = ConfigDict(every)  # overrides by method
+    return c

@@ -1,0 +1,124 @@
+"""A process reward model: a small head on what the frozen teacher makes of a step.
+
+    reward of step i = sigmoid(head(features of step i))
+
+The features are the states of some of the teacher's layers at the boundary of the step, side by side, and, with
+`surprise`, the mean and the largest -log p that the teacher gives to the step's own tokens. Each step is scored by
+itself; rewards of other steps have no part in it. What the features know of the step's context (the problem, the steps
+before) they have from the teacher's attention.
+
+    <folder>/head.safetensors   mean and scale of the features it was trained on, and its weights
+    <folder>/head.json          the layers, and which teacher and tokenizer it belongs to
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from rtd_jax.common.boundaries import gather_boundaries, step_tokens
+from rtd_jax.common.files import read_json, replacing, write_json
+from rtd_jax.common.types import Array, Batch, Params
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RewardIdentity:
+    """What a head can be used with."""
+
+    teacher: str  # fingerprint of the weights
+    tokenizer: str  # fingerprint
+    layers: tuple[int, ...]  # whose states it reads, counted from 0 (embeddings) to N (final normed states)
+    surprise: bool  # whether it also reads how surprised the teacher is by the step's tokens
+    width: int  # of the features
+
+
+class RewardModel(NamedTuple):
+    """A saved head."""
+
+    head: Params
+    identity: RewardIdentity
+    digest: str  # SHA-256 of its weights
+
+
+def init_head(key: jax.Array, width: int, hidden: int) -> Params:
+    """Weights: linear with `hidden` 0, else one layer of `hidden` GELU units. The output starts at 0 (probability 1/2).
+
+    "mean" and "scale" standardise the features; they are measured, not trained.
+    """
+    params = {"mean": jnp.zeros(width), "scale": jnp.ones(width), "out_bias": jnp.zeros(())}
+    if hidden:
+        params["inner"] = jax.random.normal(key, (width, hidden)) / jnp.sqrt(width)
+        params["inner_bias"] = jnp.zeros(hidden)
+    return params | {"out": jnp.zeros(hidden or width)}
+
+
+def step_logits(params: Params, features: Array) -> Array:
+    """Log-odds that a step is right, float32 [...], from its features [..., W]."""
+    x = (jnp.asarray(features, jnp.float32) - params["mean"]) / params["scale"]
+    if "inner" in params:
+        x = jax.nn.gelu(x @ params["inner"] + params["inner_bias"])
+    return x @ params["out"] + params["out_bias"]
+
+
+def step_features(states: Sequence[Array], log_probs_BL: Array | None, batch: Batch) -> jax.Array:
+    """Features of the step that ends at each boundary, float32 [B, C, K, W]; slot 0 ends no step.
+
+    Args:
+      states: [B, L, D] of each layer that is read.
+      log_probs_BL: the teacher's log-probability of each token given those before it; None leaves surprise out.
+    """
+    found = [gather_boundaries(x, batch.boundary_positions_BCK).astype(jnp.float32) for x in states]
+    if log_probs_BL is not None:
+        inside_BCKL = step_tokens(batch)
+        nats_BCKL = jnp.where(inside_BCKL, -log_probs_BL[:, None, None].astype(jnp.float32), 0.0)
+        mean_BCK = jnp.sum(nats_BCKL, axis=-1) / jnp.maximum(jnp.sum(inside_BCKL, axis=-1), 1)
+        surprise = jnp.stack([mean_BCK, jnp.max(nats_BCKL, axis=-1)], axis=-1)
+        found.append(jnp.pad(surprise, ((0, 0), (0, 0), (1, 0), (0, 0))))
+    return jax.lax.stop_gradient(jnp.concatenate(found, axis=-1))
+
+
+def save_head(folder: Path, params: Params, identity: RewardIdentity) -> None:
+    """Writes head.safetensors, then head.json, each whole or not at all."""
+    with replacing(folder / "head.safetensors") as temporary:
+        save_file({name: np.asarray(x, np.float32) for name, x in params.items()}, temporary)
+    digest = hashlib.sha256((folder / "head.safetensors").read_bytes()).hexdigest()
+    write_json(folder / "head.json", {"format": FORMAT, "sha256": digest, "identity": asdict(identity)})
+
+
+def load_head(folder: Path, teacher: str, tokenizer: str) -> RewardModel:
+    """A saved head.
+
+    Args:
+      teacher, tokenizer: fingerprints of those that it is to be used with.
+
+    Raises:
+      ValueError: there is none, it is damaged, or it was trained on another teacher or tokenizer.
+    """
+    if not (folder / "head.json").is_file():
+        raise ValueError(
+            f"{folder} holds no reward model (no head.json); train one with "
+            "`python launch/reward_model.py --config=configs/reward_tiny.py` and give <its workdir>/model"
+        )
+    saved = read_json(folder / "head.json")
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise ValueError(f"{folder}/head.json is not of format {FORMAT}, which this version reads")
+    identity = RewardIdentity(**saved["identity"] | {"layers": tuple(saved["identity"]["layers"])})
+    for name, before, now in (("teacher", identity.teacher, teacher), ("tokenizer", identity.tokenizer, tokenizer)):
+        if before != now:
+            raise ValueError(
+                f"the reward model {folder} was trained on another {name} (fingerprint {before[:12]}, this run's is "
+                f"{now[:12]}); train one on this {name} with launch/reward_model.py"
+            )
+    path = folder / "head.safetensors"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
+    if digest != saved["sha256"]:
+        raise ValueError(f"{path} is not the file that head.json names ({digest[:12]}); train the reward model again")
+    return RewardModel({name: jnp.asarray(x) for name, x in load_file(path).items()}, identity, digest)
