@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
     c.selection.steps = "lines"  # what a step is: lines or sentences
     c.selection.per_problem = 0  # right chains of one problem at most; 0 keeps all
     c.selection.max_depth_share = 1.0  # of the kept chains, that one depth (1, 2, 3, 4, 5+) may have
+    c.selection.tokenizer = ""  # chains with tokens unknown to it are unparsable; a byte-pair tokenizer knows all
 
     c.output = ConfigDict()
     c.output.format = "jsonl"  # jsonl or parquet

@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
     c.selection.steps = "lines"  # what a step is: lines or sentences
     c.selection.per_problem = 0  # right chains of one problem at most; 0 keeps all
     c.selection.max_depth_share = 0.5  # of the kept chains, that one depth (1, 2, 3, 4, 5+) may have
+    c.selection.tokenizer = str(BUNDLED_TEACHER)  # chains with words unknown to it are unparsable; its words are few
 
     c.output = ConfigDict()
     c.output.format = "jsonl"  # or parquet

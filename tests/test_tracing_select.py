@@ -77,7 +77,9 @@ def test_every_request_has_one_outcome():
     one = select(requests, replies, SelectionSettings(per_problem=1))
     assert [row["completions"] for row in one.rows] == [["9.", "18."], ["1.", "2.", "3."]]
     assert one.counts["all"]["surplus"] == 3
-    for result in (found, halved, one):
+    unknown = select(requests, replies, STRICT, lambda text: "2+1" not in text)
+    assert unknown.counts["5+"] == none | {"kept": 2, "unparsable": 2}
+    for result in (found, halved, one, unknown):
         assert sum(result.counts["all"].values()) == len(requests)
         assert len(result.rows) == result.counts["all"]["kept"] == sum(result.kept_by_depth.values())
 
@@ -135,7 +137,7 @@ REQUESTS = make_requests([APPLES], 3, 0, IDENTITY)
 def fill(folder) -> bytes:
     with ResponseLog(folder, IDENTITY) as log:
         for request in REQUESTS:
-            log.add(request, Reply(f"é line {request.sample}\n#### 18", "stop"))
+            log.add([(request, Reply(f"é line {request.sample}\n#### 18", "stop"))])
         return log.path.read_bytes()
 
 
@@ -146,7 +148,7 @@ def test_every_kill_leaves_a_log_that_goes_on(tmp_path):
         with ResponseLog(tmp_path, IDENTITY) as log:
             assert len(log.replies) == whole[:length].count(b"\n")
             for request in REQUESTS[len(log.replies) :]:
-                log.add(request, Reply(f"é line {request.sample}\n#### 18", "stop"))
+                log.add([(request, Reply(f"é line {request.sample}\n#### 18", "stop"))])
         assert (tmp_path / "responses.jsonl").read_bytes() == whole
 
 

@@ -1,6 +1,6 @@
 """Chains from a teacher in this process, by cached decoding over its devices."""
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ from rtd_jax.common.sharding import make_mesh, row_sharding, row_ways
 from rtd_jax.data.formats import TextFormat, render, stop_token_ids
 from rtd_jax.generation.decode import Sampling, generate
 from rtd_jax.models.checkpoint import load_config, resolve
-from rtd_jax.tracing.requests import JaxSettings, Reply, Request, SamplingSettings, before_stop
+from rtd_jax.tracing.requests import JaxSettings, Record, Reply, Request, SamplingSettings, before_stop
 from rtd_jax.training.prepare import load_teacher, load_tokenizer, teacher_model, weights_fingerprint
 from rtd_jax.training.recipe import TeacherSettings
 
@@ -37,9 +37,7 @@ class JaxBackend:
         dtypes = f"{self._settings.param_dtype} weights, {self._settings.compute_dtype} arithmetic"
         return {"backend": "jax", "model": weights_fingerprint(self._directory), "dtypes": dtypes}
 
-    def complete(
-        self, requests: Sequence[Request], missing: Set[str], record: Callable[[Request, Reply], None]
-    ) -> None:
+    def complete(self, requests: Sequence[Request], missing: Set[str], record: Record) -> None:
         settings, sampling = self._settings, self._sampling
         mesh = make_mesh(settings.mesh)
         config, tokenizer = load_config(self._directory), load_tokenizer(self._directory)
@@ -77,8 +75,9 @@ class JaxBackend:
                 stopped=stopped if sampling.stop else None,
                 batch_sharding=row_sharding(mesh),
             )
-            for i, ids in zip(rows, written, strict=True):
+            replies = []
+            for ids in written:
                 text, at_stop = before_stop(decoded(ids), sampling.stop)
-                finish = "stop" if at_stop or len(ids) < sampling.max_tokens else "length"
-                if requests[i].id in missing:
-                    record(requests[i], Reply(text, finish))  # type: ignore[arg-type]
+                replies.append(Reply(text, "stop" if at_stop or len(ids) < sampling.max_tokens else "length"))
+            pairs = zip((requests[i] for i in rows), replies, strict=True)
+            record([(request, reply) for request, reply in pairs if request.id in missing])

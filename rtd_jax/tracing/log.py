@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -83,14 +84,15 @@ class ResponseLog:
                 ) from error
         return replies
 
-    def add(self, request: Request, reply: Reply) -> None:
-        """Appends a reply; it is on the disk when this returns."""
-        row = {"id": request.id, "sample": request.sample, "text": reply.text, "finish": reply.finish}
-        line = json.dumps({**row, "crc32": _checksum(row)}) + "\n"
-        self._file.write(line.encode())
+    def add(self, replies: Sequence[tuple[Request, Reply]]) -> None:
+        """Appends replies; they are on the disk when this returns."""
+        for request, reply in replies:
+            row = {"id": request.id, "sample": request.sample, "text": reply.text, "finish": reply.finish}
+            line = json.dumps({**row, "crc32": _checksum(row)}) + "\n"
+            self._file.write(line.encode())
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.replies[request.id] = reply
+        self.replies.update((request.id, reply) for request, reply in replies)
 
     def __enter__(self) -> "ResponseLog":
         return self

@@ -97,6 +97,9 @@ class Reply(NamedTuple):
     finish: Finish
 
 
+Record = Callable[[Sequence[tuple[Request, Reply]]], None]
+
+
 class Backend(Protocol):
     """Something that writes chains."""
 
@@ -104,10 +107,8 @@ class Backend(Protocol):
         """What it is that writes: JSON, equal where replies are interchangeable."""
         ...
 
-    def complete(
-        self, requests: Sequence[Request], missing: Set[str], record: Callable[[Request, Reply], None]
-    ) -> None:
-        """Calls `record` once for each request whose id is in `missing`, in any order, as soon as its reply is there.
+    def complete(self, requests: Sequence[Request], missing: Set[str], record: Record) -> None:
+        """Gives `record` every request whose id is in `missing` once, in any order, as soon as its reply is there.
 
         Raises:
           ValueError: the teacher cannot be had, or refuses; what was recorded before stays.

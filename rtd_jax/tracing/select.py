@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ class SelectionSettings:
     steps: Literal["lines", "sentences"] = "lines"  # what a step is; sentences are cut as those of MATH
     per_problem: int = 0  # chains of one problem at most; 0 keeps all
     max_depth_share: float = 1.0  # of all kept chains, that one depth (1, 2, 3, 4, 5+) may have
+    tokenizer: str = ""  # Hugging Face folder: a chain that has tokens unknown to it is unparsable; "" asks none
 
     def __post_init__(self) -> None:
         if self.per_problem < 0 or not 0 < self.max_depth_share <= 1:
@@ -47,10 +48,16 @@ class Selected:
     kept_by_depth: dict[str, int]
 
 
-def select(requests: Sequence[Request], replies: Mapping[str, Reply], settings: SelectionSettings) -> Selected:
-    """Sorts every reply into one of `OUTCOMES`.
+def select(
+    requests: Sequence[Request],
+    replies: Mapping[str, Reply],
+    settings: SelectionSettings,
+    known: Callable[[str], bool] = lambda text: True,
+) -> Selected:
+    """Sorts every reply into one of `OUTCOMES`; `known` says of a chain's text whether a tokenizer can write it.
 
-    wrong: it states another answer; unfinished: cut at max_tokens; unparsable: it has no step, or states no answer;
+    wrong: it states another answer; unfinished: cut at max_tokens; unparsable: it has no step, or states no answer, or
+    is not `known`;
     duplicate: right, but the same text as an earlier one of its problem, up to white space and case; surplus: right,
     but beyond `per_problem` or `max_depth_share`; refused: the server did not take the request.
 
@@ -64,6 +71,8 @@ def select(requests: Sequence[Request], replies: Mapping[str, Reply], settings: 
     ranks: list[int] = []  # the how-manieth kept chain of its problem
     for request in requests:
         outcome, steps = judge(request.problem, replies[request.id], settings)
+        if outcome == "kept" and not known("\n".join(steps)):
+            outcome = "unparsable"
         if outcome == "kept":
             text = re.sub(r"\s+", " ", " ".join(steps)).lower()
             if (request.problem.prompt, text) in seen:

@@ -2,11 +2,11 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 from rtd_jax.data.formats import TextFormat
-from rtd_jax.tracing.requests import OpenAISettings, Reply, Request, SamplingSettings, before_stop
+from rtd_jax.tracing.requests import OpenAISettings, Record, Reply, Request, SamplingSettings, before_stop
 
 BACKOFF, LONGEST_BACKOFF = 0.5, 8.0  # seconds before a reply that could not be read is asked for again
 
@@ -26,12 +26,10 @@ class OpenAIBackend:
     def identity(self) -> dict[str, Any]:
         return {"backend": "openai", "model": self._settings.model, "extra_body": self._settings.extra()}
 
-    def complete(
-        self, requests: Sequence[Request], missing: Set[str], record: Callable[[Request, Reply], None]
-    ) -> None:
+    def complete(self, requests: Sequence[Request], missing: Set[str], record: Record) -> None:
         asyncio.run(self._complete([request for request in requests if request.id in missing], record))
 
-    async def _complete(self, requests: Sequence[Request], record: Callable[[Request, Reply], None]) -> None:
+    async def _complete(self, requests: Sequence[Request], record: Record) -> None:
         from openai import AsyncOpenAI  # slow to import, and the other backend needs none of it
 
         settings, pace = self._settings, _Pace(self._settings.requests_per_minute)
@@ -46,7 +44,7 @@ class OpenAIBackend:
             async def worker() -> None:
                 for request in waiting:
                     await pace.wait()
-                    record(request, await self._ask(client, request))
+                    record([(request, await self._ask(client, request))])
 
             workers = [asyncio.create_task(worker()) for _ in range(min(settings.concurrency, len(requests)))]
             try:

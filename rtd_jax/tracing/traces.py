@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -90,13 +90,13 @@ def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:
         if missing:
             progress = _Progress(len(missing))
 
-            def record(request: Request, reply: Reply) -> None:
-                log.add(request, reply)
-                progress.add()
+            def record(replies: Sequence[tuple[Request, Reply]]) -> None:
+                log.add(replies)
+                progress.add(len(replies))
 
             backend.complete(requests, missing, record)
         replies = {request.id: log.replies[request.id] for request in requests}
-        selected = select(requests, replies, recipe.selection)
+        selected = select(requests, replies, recipe.selection, _known(recipe.selection.tokenizer))
         manifest = _write_shards(recipe, workdir, selected, _about(recipe, identity, problems, replies, selected))
     _print(selected, manifest)
     if samples > 1 and _all_alike(requests, replies):
@@ -113,6 +113,17 @@ def _all_alike(requests: Sequence[Request], replies: Mapping[str, Reply]) -> boo
     for request in requests:
         texts.setdefault(request.problem.prompt, set()).add(replies[request.id].text)
     return all(len(of_problem) == 1 for of_problem in texts.values())
+
+
+def _known(path: str) -> Callable[[str], bool]:
+    """Whether a text has only tokens that the tokenizer at `path` knows."""
+    if not path:
+        return lambda text: True
+    from rtd_jax.models.checkpoint import resolve
+    from rtd_jax.training.prepare import load_tokenizer
+
+    tokenizer = load_tokenizer(resolve(path))
+    return lambda text: tokenizer.unk_token_id not in tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _backend(recipe: TracesRecipe, text: TextFormat) -> Backend:
@@ -152,7 +163,7 @@ def _write_shards(recipe: TracesRecipe, workdir: Path, selected: Selected, about
     output, rows = recipe.output, selected.rows
     if not rows:
         raise ValueError(
-            f"none of {selected.counts['all']} chains is right and whole, so there is nothing to write: look into "
+            f"no chain is right and whole ({selected.counts['all']}), so there is nothing to write: look into "
             f"{workdir / 'responses.jsonl'}; then change text, sampling or selection"
         )
     total = -(-len(rows) // output.rows_per_shard)
@@ -180,8 +191,8 @@ class _Progress:
         self._total, self._done = total, 0
         self._started = self._last = time.monotonic()
 
-    def add(self) -> None:
-        self._done += 1
+    def add(self, count: int) -> None:
+        self._done += count
         now = time.monotonic()
         if now - self._last >= PROGRESS_INTERVAL or self._done == self._total:
             self._last = now
