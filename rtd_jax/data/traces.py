@@ -24,6 +24,7 @@ class Trace:
     """A chain of thought cut into steps.
 
     `final` is the last line of the completion as text ("#### 72"); "" where the last step states the answer (MATH).
+    `text` is what the steps were cut from, where they are not one a line; "" where they are.
     """
 
     prompt: str
@@ -31,6 +32,7 @@ class Trace:
     answer: str
     final: str = ""
     source: str = ""
+    text: str = ""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -47,9 +49,14 @@ class Trace:
         return len(self.steps)
 
     @property
+    def body(self) -> str:
+        """The steps as one text: as they were written, else one a line."""
+        return self.text or "\n".join(self.steps)
+
+    @property
     def completion(self) -> str:
-        """What the model is to write: the steps and the final line, one a line."""
-        return "\n".join((*self.steps, self.final) if self.final else self.steps)
+        """What the model is to write: the steps, and the final line on a line of its own."""
+        return f"{self.body}\n{self.final}" if self.final else self.body
 
 
 def from_gsm8k(row: Row, source: str = "row", *, keep_marks: bool = True) -> Trace:
@@ -154,12 +161,30 @@ def from_stepwise(row: Row, source: str = "row") -> Trace:
     return Trace(prompt, tuple(steps), str(answer).strip(), f"#### {str(answer).strip()}", source)
 
 
+def from_prose(row: Row, source: str = "row") -> Trace:
+    """`prompt`, `text`[, `answer`]: a rationale whose steps nobody has marked; a boundary classifier has to cut it.
+
+    The whole text is one step until then. A last line `#### 72` in it is the answer's.
+    """
+    lines = _text(row, "text", source).strip().splitlines()
+    final = _GSM8K_ANSWER.match(lines[-1].strip()) if lines else None
+    text = "\n".join(lines[:-1] if final else lines).strip()
+    if not text:
+        raise ValueError(f"{source}: field 'text' is {row['text']!r}; expected a chain of reasoning")
+    answer = row.get("answer", final.group(1) if final else None)
+    if isinstance(answer, bool | list | dict):
+        raise ValueError(f"{source}: field 'answer' is {answer!r}; expected text or a number")
+    answer = "" if answer is None else str(answer).strip()
+    return Trace(_text(row, "prompt", source).strip(), (text,), answer, f"#### {answer}" if answer else "", source)
+
+
 PARSERS: dict[str, Callable[..., Trace]] = {
     "gsm8k": from_gsm8k,
     "math": from_math,
     "strategyqa": from_strategyqa,
     "arc": from_arc,
     "stepwise": from_stepwise,
+    "prose": from_prose,
 }
 
 

@@ -6,7 +6,6 @@ differ.
 """
 
 import dataclasses
-import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -280,9 +279,12 @@ def _teacher_forced(
     for trace, text, prompt_length, offsets, score in zip(
         traces, texts, prompt_lengths, encoded["offset_mapping"], token_scores, strict=True
     ):
-        first = len(text.prompt) + text.completion_offset
-        starts = itertools.accumulate((len(step) + 1 for step in trace.steps[:-1]), initial=first)
-        spans = scored_spans(trace.steps, list(starts))
+        starts: list[int] = []
+        end = len(text.prompt) + text.completion_offset
+        for step in trace.steps:  # between them may be more than one line end, where a classifier cut them
+            starts.append(text.text.index(step, end))
+            end = starts[-1] + len(step)
+        spans = scored_spans(trace.steps, starts)
         correct_steps.append(steps_correct(np.asarray(score.chosen), tokens_in_spans(offsets, spans)))
         predicted = np.asarray(score.log_probs, np.float64)[prompt_length:]
         for key in (depth_key(trace.depth, open_from), "all"):

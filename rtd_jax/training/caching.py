@@ -1,7 +1,7 @@
 """Runs the teacher once over a recipe's chains and keeps what training reads of it (rtd_jax/teacher/cache.py)."""
 
+import functools
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,14 @@ from rtd_jax.teacher.online import teacher_outputs
 from rtd_jax.teacher.predictions import top_k_predictions
 from rtd_jax.training.curriculum import stages
 from rtd_jax.training.prepare import (
+    LoadedTeacher,
     cache_identity,
-    load_splits,
-    load_teacher,
     load_tokenizer,
-    prefixed_chains,
-    row_length_of,
-    teacher_model,
+    make_detector,
     weights_fingerprint,
 )
 from rtd_jax.training.recipe import Recipe
+from rtd_jax.training.splits import load_splits, prefixed_chains, row_length_of
 
 SHARD = 512  # chains of a shard; what a kill can cost at most
 
@@ -54,9 +52,11 @@ def cache_teacher(recipe: Recipe, _: Path) -> Path:
     check_rows(recipe.batch_size, mesh)
     directory = resolve(recipe.teacher.path)
     config, tokenizer = load_config(directory), load_tokenizer(directory)
-    identity = cache_identity(recipe, config, weights_fingerprint(directory), tokenizer)
-    writer = CacheWriter(folder, identity)
-    train, validation = load_splits(recipe.data, tokenizer)
+    fingerprint = weights_fingerprint(directory)
+    writer = CacheWriter(folder, identity := cache_identity(recipe, config, fingerprint, tokenizer))
+    teacher = LoadedTeacher(recipe.teacher, config, directory, mesh, functools.partial(print, flush=True))
+    detector = make_detector(recipe, teacher, fingerprint, tokenizer)
+    train, validation = load_splits(recipe.data, tokenizer, detector)
     calibration: list[EncodedChain] = []
     for stage in stages(recipe.curriculum):
         chosen = validation.of_stage(stage)[: recipe.curriculum.validation_chains]
@@ -67,16 +67,14 @@ def cache_teacher(recipe: Recipe, _: Path) -> Path:
     print(f"{len(writer.keys)} chains are in {folder}, {total} are to be added", flush=True)
     if not total:
         return folder
-    teacher = teacher_model(recipe.teacher, config, mesh)
-    params = load_teacher(recipe.teacher, teacher, directory, mesh)
-    forward = jax.jit(partial(_forward, teacher, identity, recipe.loss.chunk_length))
+    forward = jax.jit(functools.partial(_forward, teacher.model, identity, recipe.loss.chunk_length))
     shapes = (recipe.data.row_length, recipe.data.chains_per_row), (row_length_of(calibration or wanted[0]), 1)
     for chains, (row_length, chains_per_row) in zip(wanted, shapes, strict=True):
         slots = max((len(chain.boundaries) for chain in chains), default=0)
         for start in range(0, len(chains), SHARD):
             shard = chains[start : start + SHARD]
             batches = fixed_batches(shard, recipe.batch_size, row_length, chains_per_row, slots)
-            outputs = ((batch, forward(params, put_batch(batch, mesh))) for batch in batches)
+            outputs = ((batch, forward(teacher.params, put_batch(batch, mesh))) for batch in batches)
             writer.write(list(_records(outputs, identity)))
             print(f"{len(writer.keys)} chains are in {folder}", flush=True)
     return folder
