@@ -22,7 +22,7 @@ class SourceSettings:
     also under `<subset>/` or `data/`), a single file of these kinds, or the name of a data set on the hub.
     """
 
-    schema: str  # synthetic, gsm8k, math, strategyqa, arc or stepwise
+    schema: str  # synthetic, gsm8k, math, strategyqa, arc, stepwise or prose
     location: str = ""  # unused by synthetic
     split: str = "train"
     subset: str = ""  # the hub's configuration name ("main" of openai/gsm8k)
@@ -30,6 +30,7 @@ class SourceSettings:
     limit: int = 0  # traces; 0 takes all (synthetic needs a number)
     keep_marks: bool = True  # the <<48/2=24>> of gsm8k and synthetic
     reasoning_field: str = "reasoning"  # of arc
+    facts_only: bool = False  # of strategyqa: the steps are the facts, without the sub-questions
     depths: tuple[int, ...] = ()  # keep only chains of these depths; () keeps all (synthetic: 1 to 6)
     seed: int = 0  # of synthetic
 
@@ -60,10 +61,12 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
         options["keep_marks"] = settings.keep_marks
     if settings.schema == "arc":
         options["reasoning_field"] = settings.reasoning_field
+    if settings.schema == "strategyqa":
+        options["facts_only"] = settings.facts_only
     parse = PARSERS[settings.schema]
     traces: list[Trace] = []
     count = 0
-    for count, (place, row) in enumerate(_rows(settings), start=1):  # noqa: B007
+    for count, (place, row) in enumerate(read_rows(settings), start=1):  # noqa: B007
         trace = parse(row, place, **options)
         if settings.depths and trace.depth not in settings.depths:
             continue
@@ -78,8 +81,8 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
     return traces
 
 
-def _rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, row) pairs; place is "file:row", rows counted from 1."""
+def read_rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, row) pairs, unparsed; place is "file:row", rows counted from 1. Raises ValueError as `load_traces`."""
     path = Path(settings.location).expanduser()
     if path.exists():
         for file in [path] if path.is_file() else _split_files(path, settings):

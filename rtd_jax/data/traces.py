@@ -84,18 +84,21 @@ def from_math(row: Row, source: str = "row") -> Trace:
     )
 
 
-def from_strategyqa(row: Row, source: str = "row") -> Trace:
+def from_strategyqa(row: Row, source: str = "row", *, facts_only: bool = False) -> Trace:
     """`question`, `answer` (bool), `decomposition` (human sub-questions), `facts`.
 
     Step i is sub-question i followed by fact i where the row has as many facts as sub-questions (fact i then mostly
     answers sub-question i, which the data set does not promise); otherwise the facts come first, one a step, then the
     sub-questions. The article's "steps" of StrategyQA are not published; this keeps every human sentence.
+    With `facts_only` the steps are the facts.
     """
     answer = row.get("answer")
     if not isinstance(answer, bool):
         raise ValueError(f"{source}: field 'answer' is {answer!r}; expected true or false")
     questions, facts = _texts(row, "decomposition", source), _texts(row, "facts", source)
-    if len(questions) == len(facts):
+    if facts_only:
+        steps: tuple[str, ...] = tuple(facts)
+    elif len(questions) == len(facts):
         steps = tuple(f"{question} {fact}" for question, fact in zip(questions, facts, strict=True))
     else:
         steps = (*facts, *questions)
@@ -166,16 +169,21 @@ def from_prose(row: Row, source: str = "row") -> Trace:
 
     The whole text is one step until then. A last line `#### 72` in it is the answer's.
     """
-    lines = _text(row, "text", source).strip().splitlines()
-    final = _GSM8K_ANSWER.match(lines[-1].strip()) if lines else None
-    text = "\n".join(lines[:-1] if final else lines).strip()
+    text, stated = split_answer(_text(row, "text", source))
     if not text:
         raise ValueError(f"{source}: field 'text' is {row['text']!r}; expected a chain of reasoning")
-    answer = row.get("answer", final.group(1) if final else None)
+    answer = row.get("answer", stated or None)
     if isinstance(answer, bool | list | dict):
         raise ValueError(f"{source}: field 'answer' is {answer!r}; expected text or a number")
     answer = "" if answer is None else str(answer).strip()
     return Trace(_text(row, "prompt", source).strip(), (text,), answer, f"#### {answer}" if answer else "", source)
+
+
+def split_answer(text: str) -> tuple[str, str]:
+    """(the rest, answer) of a text whose last line is `#### 72`; ("" for an answer that is not stated so)."""
+    lines = text.strip().splitlines()
+    final = _GSM8K_ANSWER.match(lines[-1].strip()) if lines else None
+    return ("\n".join(lines[:-1]).strip(), final.group(1)) if final else (text.strip(), "")
 
 
 PARSERS: dict[str, Callable[..., Trace]] = {

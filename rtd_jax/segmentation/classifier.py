@@ -78,8 +78,8 @@ class BoundaryClassifier:
 
 def boundary_probabilities(classifier: BoundaryClassifier, states_BLND: Array, chain_ids_BL: Array) -> jax.Array:
     """Calibrated probability that a step ends at each token of packed rows. float32 [B, L] in [0, 1]."""
-    weights = _Weights(classifier.params, classifier.scale.mean_ND, classifier.scale.deviation_ND)
-    return _probabilities(classifier.head, weights, states_BLND, chain_ids_BL, classifier.slope, classifier.intercept)
+    shift = (classifier.slope, classifier.intercept)
+    return _probabilities(classifier.head, classifier.params, classifier.scale, states_BLND, chain_ids_BL, *shift)
 
 
 def find_boundaries(
@@ -90,32 +90,29 @@ def find_boundaries(
     return decode(probabilities_BL, candidates_BL, chain_ids_BL, classifier.threshold, min_tokens=classifier.min_tokens)
 
 
-@dataclass(frozen=True)
-class _Weights:
-    params: Params
-    mean_ND: Array
-    deviation_ND: Array
-
-
-jax.tree_util.register_dataclass(_Weights, ["params", "mean_ND", "deviation_ND"], [])
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _probabilities(
-    head: HeadSettings, weights: _Weights, states_BLND: Array, chain_ids_BL: Array, slope: float, intercept: float
+    head: HeadSettings,
+    params: Params,
+    scale: Scale,
+    states_BLND: Array,
+    chain_ids_BL: Array,
+    slope: float,
+    intercept: float,
 ) -> jax.Array:
-    scale = Scale(weights.mean_ND, weights.deviation_ND)
-    logits_BL = boundary_logits(head, weights.params, scale, states_BLND, chain_ids_BL)
-    return jax.nn.sigmoid(slope * logits_BL + intercept)
+    return jax.nn.sigmoid(slope * boundary_logits(head, params, scale, states_BLND, chain_ids_BL) + intercept)
 
 
-def pack(lengths: Sequence[int], row_length: int = ROW_LENGTH) -> tuple[list[tuple[int, int]], int, int]:
-    """Where texts of these many tokens lie in rows, one behind the other: ((row, start) of each, rows, tokens of a row).
+Places = list[tuple[int, int]]  # (row, first token) of each text
+
+
+def pack(lengths: Sequence[int], row_length: int = ROW_LENGTH) -> tuple[Places, int, int]:
+    """Where texts of these many tokens lie in rows, one behind the other, how many rows, and the tokens of a row.
 
     Rows are as long as asked for, or as the longest text.
     """
     row_length = max(row_length, *lengths) if lengths else row_length
-    places: list[tuple[int, int]] = []
+    places: Places = []
     row, used = 0, 0
     for length in lengths:
         if used + length > row_length:
@@ -198,7 +195,7 @@ def load_classifier(folder: Path) -> BoundaryClassifier:
     values = read_json(folder / JSON)
     if values.get("format") != FORMAT:
         raise ValueError(
-            f"{folder / JSON} has format {values.get('format')!r}, this version reads {FORMAT}; fit the classifier again"
+            f"{folder / JSON} has format {values.get('format')!r}, this version reads {FORMAT}; fit it again"
         )
     try:
         if hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() != values["weights_sha256"]:

@@ -42,14 +42,14 @@ def decode(
 def _any_later(x_BL: Array, chain_ids_BL: Array) -> jax.Array:
     """Whether x holds at a later token of the same chain (a chain's tokens lie together). bool [B, L]."""
     count_BL = jnp.cumsum(x_BL, axis=1)
-    # Tokens of one chain share the largest count at its end; a chain with a larger count so far than here has one later.
+    # The count at a chain's end is the largest of its tokens; where it is larger than here, there is one later.
     same_BLL = chain_ids_BL[:, :, None] == chain_ids_BL[:, None, :]
     total_BL = jnp.max(jnp.where(same_BLL, count_BL[:, None, :], 0), axis=-1)
     return total_BL > count_BL
 
 
 def spans_of(text: str, ends: np.ndarray) -> tuple[Span, ...]:
-    """Steps of `text` that end before the characters `ends` (ascending): all but the white space between belongs to one.
+    """Steps of `text` that end before the characters `ends` (ascending). Only white space belongs to none.
 
     What follows the last end becomes part of the last step.
     """

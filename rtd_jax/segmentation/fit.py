@@ -126,7 +126,7 @@ def fit_classifier(
         order = rng.permutation(per_epoch * settings.rows).reshape(per_epoch, settings.rows)
         for number, rows in enumerate(order):
             key = jax.random.key((epoch * per_epoch + number) * 1000 + settings.seed)
-            params, state, loss = update(params, state, scale.mean_ND, scale.deviation_ND, key, *arrays.take(rows))
+            params, state, loss = update(params, state, scale, key, *arrays.take(rows))
             losses.append(loss)
         fitted = dataclasses.replace(blank, params=jax.tree.map(jnp.copy, params))  # params are donated
         raw = np.concatenate(text_probabilities(fitted, validation.states))
@@ -184,8 +184,7 @@ def _update(
     positive_weight: float,
     params: Params,
     state: Any,
-    mean_ND: Array,
-    deviation_ND: Array,
+    scale: Scale,
     key: Array,
     states_BLND: Array,
     ids_BL: Array,
@@ -193,7 +192,7 @@ def _update(
     counted_BL: Array,
 ) -> tuple[Params, Any, jax.Array]:
     def loss_of(params: Params) -> jax.Array:
-        logits_BL = boundary_logits(head, params, Scale(mean_ND, deviation_ND), states_BLND, ids_BL, key)
+        logits_BL = boundary_logits(head, params, scale, states_BLND, ids_BL, key)
         return boundary_loss(logits_BL, labels_BL, counted_BL, positive_weight)
 
     loss, gradient = jax.value_and_grad(loss_of)(params)

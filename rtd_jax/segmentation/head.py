@@ -7,7 +7,8 @@ two `dilation` tokens away, within the chain.
 Further axis: P, the hidden units of the network.
 """
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 
 import chex
 import jax
@@ -34,12 +35,13 @@ class HeadSettings:
             raise ValueError(f"dropout is {self.dropout}; expected 0 or more and below 1")
 
 
-@dataclass(frozen=True)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("mean_ND", "deviation_ND"), meta_fields=())
+@dataclass(frozen=True, eq=False)
 class Scale:
     """What is taken off each dimension of the states, and what it is divided by. float32 [N, D] each."""
 
-    mean_ND: Array = field(repr=False)
-    deviation_ND: Array = field(repr=False)
+    mean_ND: Array
+    deviation_ND: Array
 
 
 def neighbours(x_BLP: Array, chain_ids_BL: Array, offset: int) -> jax.Array:
@@ -134,8 +136,8 @@ def boundary_logits(
 def boundary_loss(logits_BL: Array, labels_BL: Array, counted_BL: Array, positive_weight: Array) -> jax.Array:
     """Weighted binary cross-entropy per counted token, in nats.
 
-    Boundaries are one candidate in ten: each weighs `positive_weight`, other candidates 1, and the sum is divided by the
-    weights' sum.
+    Boundaries are one candidate in ten: each weighs `positive_weight`, other candidates 1, and the sum is divided by
+    the weights' sum.
     """
     chex.assert_equal_shape([logits_BL, labels_BL, counted_BL])
     weights_BL = jnp.where(counted_BL, jnp.where(labels_BL, positive_weight, 1.0), 0.0)
@@ -144,7 +146,7 @@ def boundary_loss(logits_BL: Array, labels_BL: Array, counted_BL: Array, positiv
 
 
 def measure_scale(states: list[np.ndarray]) -> Scale:
-    """Mean and standard deviation of every dimension over all tokens, deviations at least 1e-3. states [T, N, D] each."""
+    """Mean and standard deviation (at least 1e-3) of every dimension over all tokens. states [T, N, D] each."""
     count = sum(len(x) for x in states)
     mean_ND = sum(x.sum(0, dtype=np.float64) for x in states) / count
     square_ND = sum(np.square(x, dtype=np.float64).sum(0) for x in states) / count

@@ -5,6 +5,7 @@ bullets go, and every run of white space is one space, in training, in evaluatio
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,8 @@ from rtd_jax.data.formats import TextFormat, render
 from rtd_jax.data.traces import Trace
 from rtd_jax.segmentation.annotated import Span
 
-# <<48/2=24>>; and at the beginning of a line "1. ", "2) ", "Step 3: ", "- ", "* ". A number needs a space behind it, and
-# a lone "-" one too, or "3.5 miles" and "-4 degrees" would lose their beginning.
+# <<48/2=24>>; and at the beginning of a line "1. ", "2) ", "Step 3: ", "- ", "* ". White space has to follow, or
+# "3.5 miles" and "-4 degrees" would lose their beginning.
 _MARKS = re.compile(
     r"<<[^<>\n]*>>|^[ \t]*(?:(?:step\s+)?\d{1,2}[.):](?=\s)|step\s+\d{1,2}\b(?=\s)|[-*•](?=\s))",
     re.MULTILINE | re.IGNORECASE,
@@ -24,7 +25,7 @@ _MARKS = re.compile(
 
 @dataclass(frozen=True, eq=False)
 class Prose:
-    """`text` has no marks; character i of it is character `origin[i]` of the text that it was made from. int32 [chars]."""
+    """`text` has no marks; its character i is character `origin[i]` (int32) of the text that it was made from."""
 
     text: str
     origin: np.ndarray
@@ -61,12 +62,27 @@ def joined_steps(trace: Trace, *, marked: bool = False) -> tuple[str, tuple[Span
       ValueError: nothing is left of the steps.
     """
     pieces = list(trace.steps) if marked else [unmarked(step).text for step in trace.steps]
-    pieces = [piece.strip() for piece in pieces if piece.strip()]
-    if not pieces:
+    if not any(piece.strip() for piece in pieces):
         raise ValueError(f"{trace.source or 'trace'}: nothing is left of its steps without marks; leave it out")
+    return _joined([piece.strip() for piece in pieces], "\n" if marked else " ")
+
+
+def bare_steps(trace: Trace) -> tuple[str, tuple[Span, ...]]:
+    """As `joined_steps`, in lower case and without . ! ? , ; : at the ends of words: little is left but the words.
+
+    A control: what a classifier reads is then neither a capital nor a full stop.
+    """
+    pieces = [re.sub(r"[.!?,;:]+(?=\s|$)", "", unmarked(step).text.lower()).strip() for step in trace.steps]
+    if not any(pieces):
+        raise ValueError(f"{trace.source or 'trace'}: nothing is left of its steps without marks; leave it out")
+    return _joined(pieces, " ")
+
+
+def _joined(pieces: Sequence[str], separator: str) -> tuple[str, tuple[Span, ...]]:
+    pieces = [piece for piece in pieces if piece]
     ends = np.cumsum([len(piece) + 1 for piece in pieces]) - 1
     spans = tuple((int(end) - len(piece), int(end)) for piece, end in zip(pieces, ends, strict=True))
-    return ("\n" if marked else " ").join(pieces), spans
+    return separator.join(pieces), spans
 
 
 @dataclass(frozen=True, eq=False)

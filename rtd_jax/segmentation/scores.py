@@ -82,7 +82,7 @@ def step_counts(found: Places, right: Places, *, resamples: int = 1000, seed: in
 
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> dict[str, Any]:
-    """Do things of probability p happen in a share p of cases? Bins of equal width; the error is weighted by their size.
+    """Does what has probability p happen in a share p of cases? Bins of equal width, each weighted by its size.
 
     Expected calibration error = sum_b n_b / n |mean p_b - share_b|; Brier score = mean (p - label)^2.
     """
@@ -109,4 +109,10 @@ def sentence_ends(text: str, ends: np.ndarray, candidates: np.ndarray) -> np.nda
     Returns the tokens (indices) among the candidates; the last candidate is always one.
     """
     chosen = [i for i in np.flatnonzero(candidates) if text[: ends[i]].rstrip("\"')]”’")[-1:] in (".", "!", "?")]
+    return np.unique([*chosen, np.flatnonzero(candidates)[-1]]).astype(int)
+
+
+def line_ends(text: str, ends: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """The other baseline without a model: words before a line end, and the last one. Indices of tokens."""
+    chosen = [i for i in np.flatnonzero(candidates) if text[ends[i] :][:1] == "\n"]
     return np.unique([*chosen, np.flatnonzero(candidates)[-1]]).astype(int)

@@ -54,15 +54,19 @@ class Detector:
         Raises:
           ValueError: a chain has no text, or what is kept on disk is damaged.
         """
-        found: list[Trace] = []
-        for start in range(0, len(traces), SHARD):
-            shard = traces[start : start + SHARD]
-            spans = self._kept([(trace.prompt, trace.body, trace.source) for trace in shard])
-            if len(traces) > SHARD:
-                self.note(f"steps of {start + len(shard)} of {len(traces)} chains are found")
-            for trace, of_trace in zip(shard, spans, strict=True):
-                steps = tuple(trace.body[a:b] for a, b in of_trace)
-                found.append(replace(trace, steps=steps, text=trace.body))
+        spans = self.find([(trace.prompt, trace.body, trace.source) for trace in traces])
+        return [
+            replace(trace, steps=tuple(trace.body[a:b] for a, b in of_trace), text=trace.body)
+            for trace, of_trace in zip(traces, spans, strict=True)
+        ]
+
+    def find(self, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:
+        """As `spans`, in parts that are kept on disk, with a line of progress for each."""
+        found: list[tuple[Span, ...]] = []
+        for start in range(0, len(texts), SHARD):
+            found += self._kept(texts[start : start + SHARD])
+            if len(texts) > SHARD:
+                self.note(f"steps of {len(found)} of {len(texts)} texts are found")
         return found
 
     def spans(self, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:

@@ -87,8 +87,8 @@ class DataSettings:
         prose = [x for x in (self.train, self.validation, self.test) if x is not None and x.schema == "prose"]
         if prose and not self.segmentation.startswith("classifier:"):
             raise ValueError(
-                f"segmentation is {self.segmentation!r}, but the texts of {prose[0].location} have no marked steps; use "
-                "'classifier:<folder>' with a classifier that launch/boundaries.py fitted to the teacher"
+                f"segmentation is {self.segmentation!r}, but the texts of {prose[0].location} have no marked steps; "
+                "use 'classifier:<folder>' with a classifier that launch/boundaries.py fitted to the teacher"
             )
 
 

@@ -100,7 +100,10 @@ def kept_states(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def unit_states(model: LlamaModel, layers: tuple[int, ...], params: Params, tokens_BL: Array, there_BL: Array) -> Array:
-    """States of some layers at every token of rows that hold one text each, root mean square 1. float16 [B, L, N, D]."""
+    """States of some layers at every token of rows that hold one text each, of unit root mean square.
+
+    float16 [B, L, N, D].
+    """
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
     ids_BL = jnp.asarray(there_BL, jnp.int32)
     _, states = model.hidden(params, tokens_BL, positions_BL, ids_BL, layers=layers)
