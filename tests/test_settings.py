@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rtd_jax.assessment.boundaries import BoundaryRecipe
 from rtd_jax.settings import build
 from rtd_jax.study.study import StudyRecipe
 from rtd_jax.training.pretrain import PretrainRecipe
@@ -23,10 +24,13 @@ def tiny() -> dict:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_a_complete_recipe(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    settings = {"pretrain": PretrainRecipe, "study": StudyRecipe}.get(name.split("_")[0], Recipe)
+    kinds = {"pretrain": PretrainRecipe, "study": StudyRecipe, "boundaries": BoundaryRecipe}
+    settings = kinds.get(name.split("_")[0], Recipe)
     recipe = build(settings, config.to_dict())
     if isinstance(recipe, StudyRecipe):
         assert recipe.jobs(Path("runs/study"))
+    elif isinstance(recipe, BoundaryRecipe):
+        assert recipe.tests
     else:
         assert recipe.total_updates > 0
 

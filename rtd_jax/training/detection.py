@@ -80,7 +80,7 @@ class Detector:
         found = []
         for (_, text, source), prose, reading, at_T in zip(texts, proses, readings, boundaries, strict=True):
             ends = prose.origin[reading.ends_T[at_T] - 1] + 1  # behind the step's last character
-            spans = spans_of(text, ends)
+            spans = spans_of(text, np.array([_behind_word(text, end) for end in ends]))
             check_spans(spans, text, source)
             found.append(spans)
         return found
@@ -105,6 +105,13 @@ class Detector:
         found = self.spans(texts)
         write_json(path, found)
         return found
+
+
+def _behind_word(text: str, end: int) -> int:
+    """A mark that was taken away from a word's end ("24<<48/2=24>>") belongs to that word."""
+    while end < len(text) and not text[end].isspace():
+        end += 1
+    return end
 
 
 def detect(
