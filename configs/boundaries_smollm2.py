@@ -23,14 +23,14 @@ def get_config() -> ConfigDict:
     c.batch_size = 16  # rows that the teacher reads at one time
     c.states = ".cache/boundaries"  # folder that keeps hidden states: 7 GB per 10,000 chains
 
-    c.train = _gsm8k("train")
+    c.train = _gsm8k("train")  # chains with annotated steps
     c.train_chains = 4_500  # the first by a hash of the prompt
     c.validation_chains = 500  # the next; epoch, calibration, threshold and minimum length are chosen on them
 
     c.tests = ConfigDict()
     for name, chains, form in (("gsm8k", 700, "plain"), ("gsm8k_bare", 400, "bare"), ("gsm8k_marked", 400, "marked")):
         c.tests[name] = ConfigDict()
-        c.tests[name].source = _gsm8k("test")
+        c.tests[name].source = _gsm8k("test")  # held out
         c.tests[name].chains = chains  # the first by a hash of the prompt
         c.tests[name].form = form  # plain: no marks; bare: lower case, no end punctuation either; marked: as it was
     c.tests.strategyqa_facts = ConfigDict()

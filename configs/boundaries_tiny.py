@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.batch_size = 64  # rows that the teacher reads at one time
     c.states = "runs/boundary_states"  # folder that keeps hidden states
 
-    c.train = _problems("train", 5_000)
+    c.train = _problems("train", 5_000)  # chains with annotated steps
     c.train_chains = 4_500  # the first by a hash of the prompt
     c.validation_chains = 500  # the next; epoch, calibration, threshold and minimum length are chosen on them
     c.text = ConfigDict()
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     c.tests = ConfigDict()
     for name, form in (("synthetic", "plain"), ("synthetic_marked", "marked")):
         c.tests[name] = ConfigDict()
-        c.tests[name].source = _problems("test", 600)
+        c.tests[name].source = _problems("test", 600)  # held out
         c.tests[name].chains = 600  # all
         c.tests[name].form = form  # plain: no marks; marked: as it was
 

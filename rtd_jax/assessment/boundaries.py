@@ -7,7 +7,7 @@ away before the teacher reads them. Hidden states are read once and kept on disk
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rtd_jax.data.traces import Trace
 from rtd_jax.models.checkpoint import load_config, resolve
 from rtd_jax.models.quantized import as_float
 from rtd_jax.reporting.segments import plot_examples, plot_scores
+from rtd_jax.segmentation.annotated import Span
 from rtd_jax.segmentation.classifier import BoundaryClassifier, save_classifier, text_boundaries, text_probabilities
 from rtd_jax.segmentation.fit import Examples, FitSettings, Identity, fit_classifier
 from rtd_jax.segmentation.head import HeadSettings
@@ -33,7 +34,14 @@ from rtd_jax.training.prepare import LoadedTeacher, load_tokenizer, weights_fing
 from rtd_jax.training.recipe import TeacherSettings
 from rtd_jax.training.token_states import kept_states, token_states
 
-FORMS = {"plain": joined_steps, "marked": functools.partial(joined_steps, marked=True), "bare": bare_steps}
+FORMS: dict[str, Callable[[Trace], tuple[str, tuple[Span, ...]]]] = {
+    "plain": joined_steps,
+    "marked": functools.partial(joined_steps, marked=True),
+    "bare": bare_steps,
+}
+
+
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class BoundaryRecipe:
     train: SourceSettings
     train_chains: int  # the first so many by a hash of the prompt
     validation_chains: int  # the next so many
-    tests: dict[str, HeldOut]  # the first is the one that baselines are fitted for
+    tests: dict[str, HeldOut]  # by name; chains of the first are shown in the picture
     text: TextFormat = TextFormat()
     head: HeadSettings = field(default_factory=HeadSettings)
     fit: FitSettings = field(default_factory=FitSettings)
@@ -99,21 +107,23 @@ def boundaries(recipe: BoundaryRecipe, workdir: Path) -> Path:
     train = reader.read(traces[: recipe.train_chains], "plain", "training chains")
     validation = reader.read(traces[recipe.train_chains :], "plain", "validation chains")
     classifier = fit_classifier(reader.identity, recipe.head, recipe.fit, train.examples, validation.examples, note)
+    save_classifier(workdir / "classifier", classifier)  # of use before it is measured
+    baselines = _fitted_baselines(reader, train, validation, note) if recipe.baselines else {}
 
     report: dict[str, Any] = {"settings": dataclasses.asdict(recipe), "tests": {}}
     shown: list[dict[str, Any]] = []
-    for number, (name, settings) in enumerate(recipe.tests.items()):
+    for name, settings in recipe.tests.items():
         test = reader.read(_first(load_traces(settings.source), settings.chains, name), settings.form, name)
         result, found = _scored(classifier, test, recipe.resamples)
         result["baselines"] = {
             "sentence ends": _rule(sentence_ends, test, recipe.resamples),
             "line ends": _rule(line_ends, test, recipe.resamples),
         }
-        if not number:
-            shown = _shown(test, found)[: recipe.examples]
-            if recipe.baselines:
-                result["baselines"] |= _fitted_baselines(reader, train, validation, test, note)
+        for baseline, (fitted, examples_of) in baselines.items():
+            as_read = dataclasses.replace(test, examples=examples_of(test))
+            result["baselines"][baseline] = _scored(fitted, as_read, recipe.resamples)[0]["scores"]
         report["tests"][name] = result
+        shown = shown or _shown(test, found)[: recipe.examples]
     classifier = dataclasses.replace(classifier, fitted=_summary(recipe, report))
     save_classifier(workdir / "classifier", classifier)
     report |= {key: getattr(classifier, key) for key in ("threshold", "min_tokens", "slope", "intercept")}
@@ -187,7 +197,7 @@ def _scored(classifier: BoundaryClassifier, test: Chains, resamples: int) -> tup
     return result, places
 
 
-def _rule(rule: Any, test: Chains, resamples: int) -> dict[str, Any]:
+def _rule(rule: Callable[..., np.ndarray], test: Chains, resamples: int) -> dict[str, Any]:
     found = [
         rule(text, reading.ends_T, reading.candidates_T)
         for text, reading in zip(test.texts, test.readings, strict=True)
@@ -195,10 +205,13 @@ def _rule(rule: Any, test: Chains, resamples: int) -> dict[str, Any]:
     return boundary_scores(found, test.examples.right, resamples=resamples)
 
 
-def _fitted_baselines(reader: _Reader, train: Chains, validation: Chains, test: Chains, note: Any) -> dict[str, Any]:
+def _fitted_baselines(
+    reader: _Reader, train: Chains, validation: Chains, note: Note
+) -> dict[str, tuple[BoundaryClassifier, Callable[[Chains], Examples]]]:
+    """By name: a classifier fitted to the same chains as it sees them, and how it sees chains."""
     recipe, found = reader.recipe, {}
     alone = dataclasses.replace(recipe.head, dilations=())
-    kinds = {
+    kinds: dict[str, tuple[HeadSettings, Callable[[Chains], Examples]]] = {
         "same head on token embeddings": (recipe.head, reader.embedded),
         "same states, no neighbours": (alone, lambda chains: chains.examples),
         "positions only": (alone, _positions),
@@ -206,8 +219,7 @@ def _fitted_baselines(reader: _Reader, train: Chains, validation: Chains, test: 
     for name, (head, examples_of) in kinds.items():
         note(f"fitting the baseline: {name}")
         fitted = fit_classifier(reader.identity, head, recipe.fit, examples_of(train), examples_of(validation), note)
-        as_read = dataclasses.replace(test, examples=examples_of(test))
-        found[name] = _scored(fitted, as_read, recipe.resamples)[0]["scores"]
+        found[name] = fitted, examples_of
     return found
 
 
@@ -224,10 +236,10 @@ def _positions(chains: Chains) -> Examples:
 
 
 def _shown(test: Chains, found: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-    """Texts with found and annotated ends in characters, most steps first among chains of 3 to 6 steps."""
+    """Texts of 3 to 6 steps with found and annotated ends in characters; every other one has a mistake in it."""
     chosen = [i for i, right in enumerate(test.examples.right) if 3 <= len(right) <= 6] or list(range(len(found)))
     wrong = [i for i in chosen if not np.array_equal(found[i], test.examples.right[i])]
-    order = [x for pair in zip(chosen, wrong, strict=False) for x in pair] + chosen  # every other one has a mistake
+    order = [x for pair in zip(chosen, wrong, strict=False) for x in pair] + chosen
 
     def ends(i: int, places: np.ndarray) -> list[int]:
         return [int(x) for x in test.readings[i].ends_T[places]]

@@ -30,6 +30,8 @@ JSON, WEIGHTS = "classifier.json", "head.safetensors"
 ROW_LENGTH = 512  # tokens of a packed row
 ROWS = 8  # at one time
 
+Places = list[tuple[int, int]]  # (row, first token) of each text
+
 
 @dataclass(frozen=True, eq=False)
 class BoundaryClassifier:
@@ -103,9 +105,6 @@ def _probabilities(
     return jax.nn.sigmoid(slope * boundary_logits(head, params, scale, states_BLND, chain_ids_BL) + intercept)
 
 
-Places = list[tuple[int, int]]  # (row, first token) of each text
-
-
 def pack(lengths: Sequence[int], row_length: int = ROW_LENGTH) -> tuple[Places, int, int]:
     """Where texts of these many tokens lie in rows, one behind the other, how many rows, and the tokens of a row.
 
@@ -159,9 +158,8 @@ def text_boundaries(
 ) -> list[np.ndarray]:
     """Decoded boundaries of texts whose probabilities are at hand. float32 [T], bool [T] -> bool [T] each."""
     lengths = [len(x) for x in probabilities]
-    ids_BL = row_ids(lengths)
-    found_BL = decode(in_rows(probabilities), in_rows(candidates), ids_BL, threshold, min_tokens=min_tokens)
-    return out_of_rows(np.asarray(found_BL), lengths)
+    arrays = in_rows(probabilities), in_rows(candidates), row_ids(lengths)
+    return out_of_rows(np.asarray(decode(*arrays, threshold, min_tokens=min_tokens)), lengths)
 
 
 def save_classifier(folder: Path, classifier: BoundaryClassifier) -> Path:

@@ -41,11 +41,12 @@ def decode(
 
 def _any_later(x_BL: Array, chain_ids_BL: Array) -> jax.Array:
     """Whether x holds at a later token of the same chain (a chain's tokens lie together). bool [B, L]."""
-    count_BL = jnp.cumsum(x_BL, axis=1)
-    # The count at a chain's end is the largest of its tokens; where it is larger than here, there is one later.
-    same_BLL = chain_ids_BL[:, :, None] == chain_ids_BL[:, None, :]
-    total_BL = jnp.max(jnp.where(same_BLL, count_BL[:, None, :], 0), axis=-1)
-    return total_BL > count_BL
+    rows, length = x_BL.shape
+    places_BL = jnp.where(x_BL, jnp.arange(length), length)
+    # The next place after each token; `length` stands for none, where the ids below end with a 0.
+    next_BL = jnp.pad(jax.lax.cummin(places_BL, axis=1, reverse=True)[:, 1:], ((0, 0), (0, 1)), constant_values=length)
+    ids_BL = jnp.concatenate([chain_ids_BL, jnp.zeros((rows, 1), chain_ids_BL.dtype)], axis=1)
+    return (jnp.take_along_axis(ids_BL, next_BL, axis=1) == chain_ids_BL) & (chain_ids_BL > 0)
 
 
 def spans_of(text: str, ends: np.ndarray) -> tuple[Span, ...]:

@@ -104,7 +104,8 @@ def fit_classifier(
         in_rows(train.labels, rows=settings.rows),
         in_rows(train.counted, rows=settings.rows),
     )
-    params = init_head(head, *train.states[0].shape[1:], seed=settings.seed)
+    _, layers, width = train.states[0].shape
+    params = init_head(head, layers, width, settings.seed)
     blank = BoundaryClassifier(
         **{field.name: getattr(identity, field.name) for field in dataclasses.fields(identity)},
         head=head,
@@ -128,6 +129,8 @@ def fit_classifier(
             key = jax.random.key((epoch * per_epoch + number) * 1000 + settings.seed)
             params, state, loss = update(params, state, scale, key, *arrays.take(rows))
             losses.append(loss)
+            if (done := (epoch - 1) * per_epoch + number + 1) % 100 == 0:
+                note(f"update {done} of {total}: loss {float(loss):.4f}")
         fitted = dataclasses.replace(blank, params=jax.tree.map(jnp.copy, params))  # params are donated
         raw = np.concatenate(text_probabilities(fitted, validation.states))
         precision = float(average_precision_score(labels[chosen], raw[chosen]))
@@ -143,8 +146,8 @@ def fit_classifier(
 def calibrated(classifier: BoundaryClassifier, settings: FitSettings, validation: Examples) -> BoundaryClassifier:
     """With the slope, intercept, threshold and minimum step length that suit the validation texts best.
 
-    Slope and intercept by maximum likelihood (Platt scaling), then threshold and minimum length by exact F1; of equally
-    good thresholds the middle one is taken.
+    Slope and intercept by maximum likelihood (Platt scaling), then threshold and minimum length by exact F1. That is
+    flat where the head is sure: of thresholds within a thousandth of the best, the one nearest to one half is taken.
     """
     chosen = np.concatenate(validation.counted)
     raw = text_probabilities(dataclasses.replace(classifier, slope=1.0, intercept=0.0), validation.states)
@@ -161,9 +164,9 @@ def calibrated(classifier: BoundaryClassifier, settings: FitSettings, validation
             places = [np.flatnonzero(x) for x in found]
             scored[min_tokens, threshold] = precision_recall_f1(counts(places, validation.right))[2]
     best = max(scored.values())
-    min_tokens = min(length for (length, _), f1 in scored.items() if f1 == best)
-    equal = [threshold for (length, threshold), f1 in scored.items() if f1 == best and length == min_tokens]
-    return dataclasses.replace(classifier, threshold=equal[len(equal) // 2], min_tokens=min_tokens)
+    good = {key: f1 for key, f1 in scored.items() if f1 >= best - 1e-3}
+    min_tokens, threshold = min(good, key=lambda key: (abs(key[1] - 0.5), -good[key], key[0]))
+    return dataclasses.replace(classifier, threshold=threshold, min_tokens=min_tokens)
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ def _update(
     params: Params,
     state: Any,
     scale: Scale,
-    key: Array,
+    key: jax.Array,
     states_BLND: Array,
     ids_BL: Array,
     labels_BL: Array,

@@ -116,7 +116,7 @@ def boundary_logits(
     scale: Scale,
     states_BLND: Array,
     chain_ids_BL: Array,
-    dropout_key: Array | None = None,
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Logits that a step ends at each token of packed rows; chains do not see each other. float32 [B, L].
 
@@ -126,14 +126,15 @@ def boundary_logits(
       dropout_key: while fitting.
     """
     chex.assert_rank([states_BLND, chain_ids_BL], [4, 2])
-    abstract = nnx.eval_shape(lambda: BoundaryHead(*states_BLND.shape[2:], settings, nnx.Rngs(0)))
+    layers, width = states_BLND.shape[2], states_BLND.shape[3]
+    abstract = nnx.eval_shape(lambda: BoundaryHead(layers, width, settings, nnx.Rngs(0)))
     graph, _, rest = nnx.split(abstract, nnx.Param, ...)
     scaled_BLND = (jnp.asarray(states_BLND, jnp.float32) - scale.mean_ND) / scale.deviation_ND
     rngs = None if dropout_key is None else nnx.Rngs(dropout_key)
     return nnx.merge(graph, params, rest)(scaled_BLND, chain_ids_BL, rngs)
 
 
-def boundary_loss(logits_BL: Array, labels_BL: Array, counted_BL: Array, positive_weight: Array) -> jax.Array:
+def boundary_loss(logits_BL: Array, labels_BL: Array, counted_BL: Array, positive_weight: Array | float) -> jax.Array:
     """Weighted binary cross-entropy per counted token, in nats.
 
     Boundaries are one candidate in ten: each weighs `positive_weight`, other candidates 1, and the sum is divided by
