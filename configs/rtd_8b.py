@@ -51,7 +51,8 @@ def get_config() -> ConfigDict:
     c.data.test.split = "test"  # of the data set
     c.data.text = ConfigDict()
     c.data.text.kind = "chat"  # the tokenizer's own chat template
-    c.data.segmentation = "annotated"  # where steps end; random: as many boundaries elsewhere, a control
+    c.data.segmentation = "annotated"  # where steps end; classifier:<folder> finds them, random is a control
+    c.data.steps_cache = "runs/steps"  # folder that keeps the steps a classifier found
     c.data.row_length = 1024  # tokens
     c.data.chains_per_row = 1  # 1 is the article's batch of 64 problems; more packs several chains into a row
     c.data.max_dropped_fraction = 0.02  # of chains longer than a row; more is an error

@@ -48,7 +48,8 @@ def get_config() -> ConfigDict:
     c.data.validation_fraction = 0.05  # of the training traces, held out by a stable hash of the prompt
     c.data.text = ConfigDict()
     c.data.text.kind = "chat"  # the tokenizer's own chat template
-    c.data.segmentation = "annotated"  # where steps end; random: as many boundaries elsewhere, a control
+    c.data.segmentation = "annotated"  # where steps end; classifier:<folder> finds them, random is a control
+    c.data.steps_cache = "runs/steps"  # folder that keeps the steps a classifier found
     c.data.row_length = 640  # tokens
     c.data.chains_per_row = 4  # at most
 

@@ -57,7 +57,8 @@ def get_config() -> ConfigDict:
     c.data.text = ConfigDict()
     c.data.text.prompt_template = "Question: {prompt}\nAnswer:\n"  # what the tiny tokenizer is made for
     c.data.text.completion_prefix = ""  # between prompt and completion
-    c.data.segmentation = "annotated"  # where steps end; random: as many boundaries elsewhere, a control
+    c.data.segmentation = "annotated"  # where steps end; classifier:<folder> finds them, random is a control
+    c.data.steps_cache = "runs/steps"  # folder that keeps the steps a classifier found
     c.data.row_length = 160  # tokens; the longest chain has about 150
     c.data.chains_per_row = 4  # at most
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rtd_jax.assessment.boundaries import BoundaryRecipe
 from rtd_jax.settings import build
 from rtd_jax.study.study import StudyRecipe
 from rtd_jax.tracing.traces import TracesRecipe
@@ -30,6 +31,7 @@ def test_every_config_is_a_complete_recipe(name):
         "study": StudyRecipe,
         "traces": TracesRecipe,
         "reward": RewardModelRecipe,
+        "boundaries": BoundaryRecipe,
     }
     settings = kinds.get(name.split("_")[0], Recipe)
     recipe = build(settings, config.to_dict())
@@ -40,6 +42,8 @@ def test_every_config_is_a_complete_recipe(name):
         assert recipe.text.fill("How many?").count("How many?") == 1
     elif isinstance(recipe, RewardModelRecipe):
         assert recipe.train.limit > recipe.test.limit > 0
+    elif isinstance(recipe, BoundaryRecipe):
+        assert recipe.tests
     else:
         assert recipe.total_updates > 0
 

@@ -25,6 +25,7 @@ from rtd_jax.assessment.models import (
 from rtd_jax.common.files import check_writable, write_json, write_jsonl
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings, load_traces
+from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.data.tokens import EncodedChain, encode_traces
 from rtd_jax.data.traces import Trace
 from rtd_jax.evaluation.chains import results_right
@@ -32,7 +33,10 @@ from rtd_jax.evaluation.drift import BoundaryStates, Map, cross_fitted
 from rtd_jax.evaluation.evaluate import Record
 from rtd_jax.models.checkpoint import resolve
 from rtd_jax.reporting.page import write_report
+from rtd_jax.segmentation.classifier import load_classifier
+from rtd_jax.segmentation.select import classifier_folder
 from rtd_jax.teacher.cache import TeacherCache
+from rtd_jax.training.detection import Detector
 from rtd_jax.training.display import print_table
 from rtd_jax.training.report import evaluate_traces
 
@@ -45,11 +49,12 @@ class DiagnoseSettings:
     student: str  # of the kinds of --teacher; may be the teacher itself
     cache: str = ""  # teacher cache to read the teacher's states from; its weights are then not loaded
     data: str = "synthetic"  # folder or file or hub name of chains; "synthetic" generates problems
-    schema: Literal["gsm8k", "math", "strategyqa", "arc", "stepwise", "synthetic"] = "gsm8k"  # of the rows of `data`
+    schema: Literal["gsm8k", "math", "strategyqa", "arc", "stepwise", "prose", "synthetic"] = "gsm8k"  # of the rows
     split: str = "test"  # of `data`
     subset: str = ""  # the hub's configuration name
     limit: int = 200  # chains; 0 takes all
     keep_marks: bool = False  # the <<48/2=24>> of gsm8k (synthetic problems always have them)
+    segmentation: str = "annotated"  # where steps end; or "classifier:<folder>", of this teacher
     out: str = "runs/diagnosis"  # folder for the report
     teacher_dtype: Dtype = "float32"  # of the teacher's weights in memory; int8 is weight-only
     student_dtype: Dtype = "float32"  # of the student's weights in memory
@@ -79,6 +84,13 @@ class DiagnoseSettings:
             raise ValueError(
                 f"teacher_dtype {self.teacher_dtype!r} is of weights that are not loaded with a cache; leave it out"
             )
+        if self.segmentation != "annotated" and classifier_folder(self.segmentation) is None:
+            raise ValueError(
+                f"segmentation is {self.segmentation!r}; a diagnosis compares states where steps end: use 'annotated' "
+                "or 'classifier:<folder>'"
+            )
+        if self.schema == "prose" and self.segmentation == "annotated":
+            raise ValueError("texts of schema 'prose' have no marked steps; give --segmentation=classifier:<folder>")
         if self.resamples < 20:
             raise ValueError(f"resamples is {self.resamples}; an interval needs at least 20, 200 are usual")
 
@@ -102,7 +114,7 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
     teacher = teacher or load_model(settings.teacher, settings.teacher_dtype, settings.compute_dtype)
     student = load_model(settings.student, settings.student_dtype, settings.compute_dtype)
     text = text_format(settings, student, teacher)
-    traces = _traces(settings)
+    traces = _cut(settings, teacher, _traces(settings), note)
     traces, encoded = _encode(traces, (student, teacher), text, settings.row_length, note)
     if cache is not None:
         traces, encoded = _in_cache(cache, settings.cache, traces, encoded, note)
@@ -216,6 +228,20 @@ def _traces(settings: DiagnoseSettings) -> list[Trace]:
             keep_marks=settings.keep_marks or synthetic,
         )
     )
+
+
+def _cut(
+    settings: DiagnoseSettings, teacher: LoadedModel, traces: list[Trace], note: Callable[[str], None]
+) -> list[Trace]:
+    """The reference chains with the steps that a classifier finds, where one is named. The student's own are lines."""
+    folder = classifier_folder(settings.segmentation)
+    if folder is None:
+        return traces
+    classifier = load_classifier(folder)
+    classifier.check_teacher(teacher.fingerprint(), tokenizer_fingerprint(teacher.tokenizer), settings.teacher)
+    note(f"cutting {len(traces)} chains with {folder}")
+    detector = Detector(classifier, teacher.tokenizer, teacher.mesh, lambda: (teacher.model, teacher.params), note=note)
+    return detector.cut(traces)
 
 
 def _encode(

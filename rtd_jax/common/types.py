@@ -6,6 +6,7 @@ Axis suffixes, used in every array name of the code base:
     C  chains packed into a row       K  boundaries of a chain       D  model width (S: student's, where both meet)
     N  layers                         H  query heads                 G  key/value heads
     T  tokens flattened (B * L)       F  MLP width                   E  width of one head
+       or tokens of one text         P  units of a boundary head
     M  the teacher's most probable tokens that a cache keeps
 
 Boundary 0 of a chain is its last prompt token; boundary i >= 1 is the token that covers the last non-space character of

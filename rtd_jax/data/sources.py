@@ -26,7 +26,7 @@ class SourceSettings:
     Shards that launch/traces.py wrote are compared with their manifest.
     """
 
-    schema: str  # synthetic, rooms (both generated), gsm8k, math, strategyqa, arc or stepwise
+    schema: str  # synthetic, rooms (both generated), gsm8k, math, strategyqa, arc, stepwise or prose
     location: str = ""  # unused by generated ones
     split: str = "train"
     subset: str = ""  # the hub's configuration name ("main" of openai/gsm8k)
@@ -34,6 +34,7 @@ class SourceSettings:
     limit: int = 0  # traces; 0 takes all (generated ones need a number)
     keep_marks: bool = True  # the <<48/2=24>> of gsm8k and synthetic
     reasoning_field: str = "reasoning"  # of arc
+    facts_only: bool = False  # of strategyqa: the steps are the facts, without the sub-questions
     depths: tuple[int, ...] = ()  # keep only chains of these depths; () keeps all (generated: 1 to 6)
     levels: tuple[int, ...] = ()  # of math: keep only problems of these levels, 1 to 5; () keeps all
     seed: int = 0  # of generated ones
@@ -71,10 +72,12 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
         options["keep_marks"] = settings.keep_marks
     if settings.schema == "arc":
         options["reasoning_field"] = settings.reasoning_field
+    if settings.schema == "strategyqa":
+        options["facts_only"] = settings.facts_only
     parse = PARSERS[settings.schema]
     traces: list[Trace] = []
     count = 0
-    for count, (place, row) in enumerate(_rows(settings), start=1):  # noqa: B007
+    for count, (place, row) in enumerate(read_rows(settings), start=1):  # noqa: B007
         trace = parse(row, place, **options)
         if settings.depths and trace.depth not in settings.depths:
             continue
@@ -96,7 +99,7 @@ def load_rows(settings: SourceSettings) -> list[tuple[str, Mapping[str, Any]]]:
 
     Raises ValueError as `load_traces` does, except that rows are not checked.
     """
-    return list(itertools.islice(_rows(settings), settings.limit or None))
+    return list(itertools.islice(read_rows(settings), settings.limit or None))
 
 
 def _unmet(settings: SourceSettings) -> str:
@@ -113,7 +116,7 @@ def load_problems(settings: SourceSettings) -> list[Problem]:
     if settings.schema == "arc" and settings.depths:
         raise ValueError("depths are given, but ARC's problems have no chains to count the steps of; leave depths out")
     if settings.schema == "arc":
-        problems = [arc_problem(row, place) for place, row in _rows(settings)]
+        problems = [arc_problem(row, place) for place, row in read_rows(settings)]
         problems = problems[: settings.limit or None]
     else:
         traces = load_traces(settings)
@@ -125,8 +128,8 @@ def load_problems(settings: SourceSettings) -> list[Problem]:
     return list({problem.prompt: problem for problem in reversed(problems)}.values())[::-1]
 
 
-def _rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, row) pairs; place is "file:row", rows counted from 1."""
+def read_rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, row) pairs, unparsed; place is "file:row", rows counted from 1. Raises ValueError as `load_traces`."""
     path = Path(settings.location).expanduser()
     if path.exists():
         for file in [path] if path.is_file() else _split_files(path, settings):
@@ -212,8 +215,3 @@ def _read_hub(settings: SourceSettings) -> Iterable[Mapping[str, Any]]:
             f"{settings.split}.parquet with the hub's field names into a folder and set the source's location "
             "to that folder"
         ) from error
-
-
-def read_rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, row) pairs of a file, a folder or the hub, for rows that are no traces; refusals as of `load_traces`."""
-    return _rows(settings)

@@ -26,6 +26,7 @@ class Trace:
 
     `final` is the last line of the completion as text ("#### 72"); "" where the last step states the answer (MATH).
     `subject` and `level` are MATH's ("Algebra", 1 to 5); "" and 0 where a row has none.
+    `text` is what the steps were cut from, where they are not one a line; "" where they are.
     """
 
     prompt: str
@@ -35,6 +36,7 @@ class Trace:
     source: str = ""
     subject: str = ""
     level: int = 0
+    text: str = ""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -51,9 +53,14 @@ class Trace:
         return len(self.steps)
 
     @property
+    def body(self) -> str:
+        """The steps as one text: as they were written, else one a line."""
+        return self.text or "\n".join(self.steps)
+
+    @property
     def completion(self) -> str:
-        """What the model is to write: the steps and the final line, one a line."""
-        return "\n".join((*self.steps, self.final) if self.final else self.steps)
+        """What the model is to write: the steps, and the final line on a line of its own."""
+        return f"{self.body}\n{self.final}" if self.final else self.body
 
 
 @dataclass(frozen=True)
@@ -117,13 +124,14 @@ def from_math(row: Row, source: str = "row") -> Trace:
     )
 
 
-def from_strategyqa(row: Row, source: str = "row") -> Trace:
+def from_strategyqa(row: Row, source: str = "row", *, facts_only: bool = False) -> Trace:
     """`question`, `answer` (bool), `decomposition` (human sub-questions), `facts`.
 
     Step i is sub-question i followed by fact i where the row has as many facts as sub-questions (fact i then mostly
     answers sub-question i, which the data set does not promise); otherwise the facts come first, one a step, then the
     sub-questions. Copies with the facts as one text and without sub-questions have a sentence of it as a step. The
-    article's "steps" of StrategyQA are not published; this keeps every human sentence.
+    article's "steps" of StrategyQA are not published; this keeps every human sentence. With `facts_only` the steps are
+    the facts.
     """
     answer = row.get("answer")
     if not isinstance(answer, bool):
@@ -131,7 +139,9 @@ def from_strategyqa(row: Row, source: str = "row") -> Trace:
     as_text = isinstance(row.get("facts"), str)
     facts = sentences(row["facts"]) if as_text else _texts(row, "facts", source)
     questions = [] if as_text and row.get("decomposition") is None else _texts(row, "decomposition", source)
-    if len(questions) == len(facts):
+    if facts_only:
+        steps: tuple[str, ...] = tuple(facts)
+    elif len(questions) == len(facts):
         steps = tuple(f"{question} {fact}" for question, fact in zip(questions, facts, strict=True))
     else:
         steps = (*facts, *questions)
@@ -210,12 +220,35 @@ def from_stepwise(row: Row, source: str = "row") -> Trace:
     return Trace(prompt, tuple(steps), str(answer).strip(), f"#### {str(answer).strip()}", source)
 
 
+def from_prose(row: Row, source: str = "row") -> Trace:
+    """`prompt`, `text`[, `answer`]: a rationale whose steps nobody has marked; a boundary classifier has to cut it.
+
+    The whole text is one step until then. A last line `#### 72` in it is the answer's.
+    """
+    text, stated = split_answer(_text(row, "text", source))
+    if not text:
+        raise ValueError(f"{source}: field 'text' is {row['text']!r}; expected a chain of reasoning")
+    answer = row.get("answer", stated or None)
+    if isinstance(answer, bool | list | dict):
+        raise ValueError(f"{source}: field 'answer' is {answer!r}; expected text or a number")
+    answer = "" if answer is None else str(answer).strip()
+    return Trace(_text(row, "prompt", source).strip(), (text,), answer, f"#### {answer}" if answer else "", source)
+
+
+def split_answer(text: str) -> tuple[str, str]:
+    """(the rest, answer) of a text whose last line is `#### 72`; ("" for an answer that is not stated so)."""
+    lines = text.strip().splitlines()
+    final = _GSM8K_ANSWER.match(lines[-1].strip()) if lines else None
+    return ("\n".join(lines[:-1]).strip(), final.group(1)) if final else (text.strip(), "")
+
+
 PARSERS: dict[str, Callable[..., Trace]] = {
     "gsm8k": from_gsm8k,
     "math": from_math,
     "strategyqa": from_strategyqa,
     "arc": from_arc,
     "stepwise": from_stepwise,
+    "prose": from_prose,
 }
 
 

@@ -1,6 +1,5 @@
 """What a model makes of the reference chains, read with the right prefix throughout: steps right, and perplexity."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -68,9 +67,12 @@ def score_references(
     for trace, text, prompt, offsets, score in zip(
         traces, texts, prompts, encoded["offset_mapping"], token_scores, strict=True
     ):
-        first = len(text.prompt) + text.completion_offset
-        starts = itertools.accumulate((len(step) + 1 for step in trace.steps[:-1]), initial=first)
-        spans = scored_spans(trace.steps, list(starts))
+        starts: list[int] = []
+        end = len(text.prompt) + text.completion_offset
+        for step in trace.steps:  # between them may be more than one line end, where a classifier cut them
+            starts.append(text.text.index(step, end))
+            end = starts[-1] + len(step)
+        spans = scored_spans(trace.steps, starts)
         predicted = np.asarray(score.log_probs, np.float64)[len(prompt) :]
         right = steps_correct(np.asarray(score.chosen), tokens_in_spans(offsets, spans))
         scores.append(ReferenceScore(right, -float(predicted.sum()), len(predicted)))

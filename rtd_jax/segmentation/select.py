@@ -3,6 +3,7 @@
 import hashlib
 import random
 import re
+from pathlib import Path
 
 from rtd_jax.data.traces import Trace
 from rtd_jax.segmentation.annotated import AnnotatedSegmenter, Segmenter, Span
@@ -34,14 +35,39 @@ class RandomSegmenter:
         return tuple((_skip_space(trace.completion, start), end) for start, end in zip(starts, chosen, strict=True))
 
 
+CLASSIFIER = "classifier:"
+
+
+def classifier_folder(name: str) -> Path | None:
+    """The folder of the boundary classifier that a segmentation names; None for one that needs no teacher.
+
+    Raises:
+      ValueError: the folder's name is missing.
+    """
+    if not name.startswith(CLASSIFIER):
+        return None
+    folder = name.removeprefix(CLASSIFIER)
+    if not folder:
+        raise ValueError(
+            f"segmentation is {name!r}; say which classifier, e.g. 'classifier:rtd_jax/bundled/tiny_boundaries'"
+        )
+    return Path(folder).expanduser()
+
+
 def make_segmenter(name: str) -> Segmenter:
-    """The segmenter called `name`. Raises ValueError for one that does not exist."""
+    """The segmenter called `name`. Raises ValueError for one that does not exist.
+
+    Of 'classifier:<folder>' it is the annotated one: a classifier needs the teacher, so it cuts whole data sets
+    beforehand (training/detection.py), and its traces carry the steps it found.
+    """
     match name:
         case "annotated":
             return AnnotatedSegmenter()
         case "random":
             return RandomSegmenter()
-    raise ValueError(f"data.segmentation is {name!r}; use 'annotated' or 'random'")
+    if classifier_folder(name) is not None:
+        return AnnotatedSegmenter()
+    raise ValueError(f"data.segmentation is {name!r}; use 'annotated', 'random' or 'classifier:<folder>'")
 
 
 def _skip_space(text: str, start: int) -> int:

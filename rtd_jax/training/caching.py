@@ -1,8 +1,8 @@
 """Runs the teacher once over a recipe's chains and keeps what training reads of it (rtd_jax/teacher/cache.py)."""
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,14 @@ from rtd_jax.teacher.cache import CacheWriter, Identity, chain_key, encode_recor
 from rtd_jax.teacher.predictions import top_k_predictions
 from rtd_jax.training.curriculum import stages
 from rtd_jax.training.prepare import (
+    LoadedTeacher,
     cache_identity,
-    load_splits,
-    load_teacher,
     load_tokenizer,
-    prefixed_chains,
-    row_length_of,
-    teacher_model,
+    make_detector,
     weights_fingerprint,
 )
 from rtd_jax.training.recipe import Recipe
+from rtd_jax.training.splits import load_splits, prefixed_chains, row_length_of
 
 
 def cache_teacher(recipe: Recipe, _: Path) -> Path:
@@ -53,9 +51,11 @@ def cache_teacher(recipe: Recipe, _: Path) -> Path:
     check_rows(recipe.batch_size, mesh)
     directory = resolve(recipe.teacher.path)
     config, tokenizer = load_config(directory), load_tokenizer(directory)
-    identity = cache_identity(recipe, config, weights_fingerprint(directory), tokenizer)
-    writer = CacheWriter(folder, identity)
-    train, validation = load_splits(recipe.data, tokenizer)
+    fingerprint = weights_fingerprint(directory)
+    writer = CacheWriter(folder, identity := cache_identity(recipe, config, fingerprint, tokenizer))
+    teacher = LoadedTeacher(recipe.teacher, config, directory, mesh, functools.partial(print, flush=True))
+    detector = make_detector(recipe, teacher, fingerprint, tokenizer)
+    train, validation = load_splits(recipe.data, tokenizer, detector)
     calibration: list[EncodedChain] = []
     for stage in stages(recipe.curriculum):
         chosen = validation.of_stage(stage)[: recipe.curriculum.validation_chains]
@@ -69,9 +69,8 @@ def cache_teacher(recipe: Recipe, _: Path) -> Path:
         print(f"{len(writer.keys)} chains are in {folder}, {total} are to be added", flush=True)
     if not total:
         return folder
-    teacher = teacher_model(recipe.teacher, config, mesh)
-    params = load_teacher(recipe.teacher, teacher, directory, mesh)
-    forward = jax.jit(partial(_forward, teacher, identity, recipe.loss.chunk_length), out_shardings=row_sharding(mesh))
+    run = functools.partial(_forward, teacher.model, identity, recipe.loss.chunk_length)
+    forward = jax.jit(run, out_shardings=row_sharding(mesh))
     share, writes, done = host_share(mesh), _writes(mesh), len(writer.keys)
     shapes = (recipe.data.row_length, recipe.data.chains_per_row), (row_length_of(calibration or wanted[0]), 1)
     for chains, (row_length, chains_per_row) in zip(wanted, shapes, strict=True):
@@ -79,7 +78,7 @@ def cache_teacher(recipe: Recipe, _: Path) -> Path:
         for start in range(0, len(chains), recipe.cache.chains_per_shard):
             shard = chains[start : start + recipe.cache.chains_per_shard]
             batches = fixed_batches(shard, recipe.batch_size, row_length, chains_per_row, slots, share=share)
-            outputs = ((batch, forward(params, put_batch(batch, mesh))) for batch in batches)
+            outputs = ((batch, forward(teacher.params, put_batch(batch, mesh))) for batch in batches)
             records = list(_records(outputs, identity))
             if writes and records:
                 writer.write(records)

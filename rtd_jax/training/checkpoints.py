@@ -27,6 +27,7 @@ FREE_SETTINGS = (
     "keep_checkpoints",
     "evaluation.",
     "resume_from",
+    "data.steps_cache",
     "teacher.path",
     "teacher.cache",
     "reward.model",

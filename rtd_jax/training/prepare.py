@@ -1,5 +1,6 @@
 """From a recipe to everything a run needs in memory: models, params, chains, mesh, optimizer, step."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,35 +23,23 @@ from rtd_jax.common.sharding import (
     row_sharding,
 )
 from rtd_jax.common.types import Batch, Params
-from rtd_jax.data.formats import solved_examples
-from rtd_jax.data.sources import load_traces
 from rtd_jax.data.tokenizer_match import compare_tokenizers, tokenizer_fingerprint
-from rtd_jax.data.tokens import EncodedChain, chains_fingerprint, encode_traces
-from rtd_jax.data.traces import Trace
+from rtd_jax.data.tokens import chains_fingerprint
 from rtd_jax.models.checkpoint import load_config, load_params, resolve
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.functional import LlamaModel
 from rtd_jax.models.weights import evenly_spaced_layers, logical_axes
-from rtd_jax.segmentation.select import make_segmenter
+from rtd_jax.segmentation.classifier import load_classifier
+from rtd_jax.segmentation.select import classifier_folder
 from rtd_jax.teacher.cache import Identity, TeacherCache
 from rtd_jax.teacher.reward_head import RewardModel, load_head
 from rtd_jax.training.curriculum import Stage, stages
+from rtd_jax.training.detection import Detector
 from rtd_jax.training.optimizer import make_optimizer
-from rtd_jax.training.recipe import DataSettings, Recipe, StudentSettings, TeacherSettings
+from rtd_jax.training.recipe import Recipe, StudentSettings, TeacherSettings
+from rtd_jax.training.splits import Chains, load_splits
 from rtd_jax.training.state import TrainState, create_state, init_projections, state_shardings
 from rtd_jax.training.step import TeacherSource, TrainStep, make_train_step
-
-
-@dataclass(frozen=True)
-class Chains:
-    """One split: the traces that fit into a row, and the same encoded. Aligned by index."""
-
-    traces: tuple[Trace, ...]
-    encoded: tuple[EncodedChain, ...]
-    too_long: int
-
-    def of_stage(self, stage: Stage) -> list[int]:
-        return [i for i, trace in enumerate(self.traces) if stage.holds(trace.depth)]
 
 
 @dataclass(frozen=True)
@@ -71,6 +60,7 @@ class Experiment:
     step: TrainStep
     train: Chains
     validation: Chains
+    detector: Detector | None  # where a classifier cuts the chains
     stages: tuple[Stage, ...]
     max_boundaries: int  # slots of a chain, the prompt's end included
     fingerprints: dict[str, str]
@@ -115,7 +105,10 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
             )
 
     note("reading and tokenising the chains")
-    train, validation = load_splits(recipe.data, tokenizer)
+    fingerprint = weights_fingerprint(teacher_dir)
+    loaded = LoadedTeacher(recipe.teacher, teacher_config, teacher_dir, mesh, note)
+    detector = make_detector(recipe, loaded, fingerprint, tokenizer)
+    train, validation = load_splits(recipe.data, tokenizer, detector)
     plan = tuple(stages(recipe.curriculum))
     _check_stages(plan, train, validation)
     for split, chains in (("train", train), ("validation", validation)):
@@ -125,7 +118,6 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
             )
 
     cache = None
-    fingerprint = weights_fingerprint(teacher_dir)
     if recipe.teacher.cache:
         identity = cache_identity(recipe, teacher_config, fingerprint, tokenizer)
         cache = TeacherCache(Path(recipe.teacher.cache).expanduser(), identity)
@@ -134,12 +126,10 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
     if recipe.loss.reward_weight:
         check_rows(recipe.reward.rows, mesh, recipe.micro_batches, "reward.prompts_per_update x reward.samples =")
         reward = load_head(Path(recipe.reward.model).expanduser(), fingerprint, tokenizer_fingerprint(tokenizer))
-    teacher = teacher_model(recipe.teacher, teacher_config, mesh) if _needs_weights(recipe) else None
+    needed = _needs_weights(recipe)
+    teacher = loaded.model if needed else None
     student = student_model(recipe.student, of_student, mesh)
-    teacher_params = {}
-    if teacher is not None:
-        note(f"loading the teacher from {teacher_dir}")
-        teacher_params = load_teacher(recipe.teacher, teacher, teacher_dir, mesh)
+    teacher_params = loaded.params if needed else {}
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
     state = _initial_state(recipe, student, student_dir, teacher_dir, teacher_config, optimizer, mesh)
     settings = recipe.step(of_student.layers, teacher_config.layers)
@@ -159,6 +149,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         step=step,
         train=train,
         validation=validation,
+        detector=detector,
         stages=plan,
         max_boundaries=1 + max(t.depth for chains in (train, validation) for t in chains.traces),
         fingerprints={
@@ -237,6 +228,56 @@ def load_teacher(settings: TeacherSettings, model: LlamaModel, directory: Path, 
     return load_params(directory, model.config, dtype=settings.param_dtype, shardings=shardings)
 
 
+@dataclass(frozen=True, eq=False)
+class LoadedTeacher:
+    """The teacher, its weights read when they are first asked for: with a cache that may be never."""
+
+    settings: TeacherSettings
+    config: LlamaConfig
+    directory: Path
+    mesh: Mesh
+    note: Callable[[str], None]
+
+    @functools.cached_property
+    def model(self) -> LlamaModel:
+        return teacher_model(self.settings, self.config, self.mesh)
+
+    @functools.cached_property
+    def params(self) -> Params:
+        self.note(f"loading the teacher from {self.directory}")
+        return load_teacher(self.settings, self.model, self.directory, self.mesh)
+
+
+def make_detector(
+    recipe: Recipe, loaded: LoadedTeacher, fingerprint: str, tokenizer: PreTrainedTokenizerBase
+) -> Detector | None:
+    """What cuts the recipe's chains, where that is a classifier.
+
+    Raises:
+      ValueError: the classifier is missing or damaged, or was fitted to another teacher.
+    """
+    folder = classifier_folder(recipe.data.segmentation)
+    if folder is None:
+        return None
+    classifier = load_classifier(folder)
+    classifier.check_teacher(fingerprint, tokenizer_fingerprint(tokenizer), f"the recipe's teacher {loaded.directory}")
+
+    def teacher() -> tuple[LlamaModel, Params]:
+        if recipe.teacher.cache and "params" not in loaded.__dict__:
+            loaded.note("some chains have not been cut yet, so the teacher is loaded in spite of its cache")
+        return loaded.model, loaded.params
+
+    return Detector(
+        classifier,
+        tokenizer,
+        loaded.mesh,
+        teacher,
+        described=f"{recipe.teacher.param_dtype} weights, {recipe.teacher.compute_dtype} arithmetic",
+        folder=Path(recipe.data.steps_cache).expanduser() if recipe.data.steps_cache else None,
+        note=loaded.note,
+    )
+
+
 def cache_identity(
     recipe: Recipe, config: LlamaConfig, fingerprint: str, tokenizer: PreTrainedTokenizerBase
 ) -> Identity:
@@ -262,56 +303,6 @@ def cache_identity(
         states=recipe.cache.states,
         layers=tuple(sorted({layer, *others})),
     )
-
-
-def prefixed_chains(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Sequence[Trace], traces: Sequence[Trace]
-) -> list[EncodedChain]:
-    """The same problems behind solved training examples, however long: the other context of the calibration."""
-    text = recipe.data.text
-    shots = train[: recipe.curriculum.calibration_shots]
-    context = solved_examples(text, [(shot.prompt, shot.completion) for shot in shots])
-    segmenter = make_segmenter(recipe.data.segmentation)
-    text = replace(text, context=text.context + context)
-    return encode_traces(tokenizer, traces, text, row_length=2**31 - 1, segmenter=segmenter)[0]
-
-
-def row_length_of(chains: Sequence[EncodedChain]) -> int:
-    """Tokens of a row that holds the longest, a multiple of 64."""
-    return -(-max(len(chain) for chain in chains) // 64) * 64
-
-
-def load_splits(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[Chains, Chains]:
-    """Training and validation chains, encoded."""
-    traces = load_traces(data.train)
-    if data.validation is not None:
-        held_out = load_traces(data.validation)
-    else:
-        # By a stable hash of the prompt, so that the split survives new rows and another order.
-        chosen = [_unit_hash(trace.prompt) < data.validation_fraction for trace in traces]
-        held_out = [trace for trace, out in zip(traces, chosen, strict=True) if out]
-        traces = [trace for trace, out in zip(traces, chosen, strict=True) if not out]
-        if not held_out or not traces:
-            raise ValueError(
-                f"data.validation_fraction {data.validation_fraction} leaves {len(traces)} training and "
-                f"{len(held_out)} validation traces; both need some"
-            )
-    return encode_split(traces, data, tokenizer), encode_split(held_out, data, tokenizer)
-
-
-def encode_split(traces: Sequence[Trace], data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Chains:
-    """Tokenises traces; those longer than a row are counted, and an error when they are too many."""
-    encoded, report = encode_traces(
-        tokenizer,
-        traces,
-        data.text,
-        row_length=data.row_length,
-        segmenter=make_segmenter(data.segmentation),
-        max_dropped_fraction=data.max_dropped_fraction,
-    )
-    dropped = set(report.dropped)
-    kept = tuple(trace for i, trace in enumerate(traces) if i not in dropped)
-    return Chains(kept, tuple(encoded), len(dropped))
 
 
 def _check_stages(plan: Sequence[Stage], train: Chains, validation: Chains) -> None:
@@ -393,7 +384,3 @@ def weights_fingerprint(directory: Path) -> str:
 
 def _digest(text: Any) -> str:
     return hashlib.sha256(str(text).encode()).hexdigest()
-
-
-def _unit_hash(text: str) -> float:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

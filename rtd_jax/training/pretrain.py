@@ -85,6 +85,13 @@ class PretrainRecipe:
     checkpoint_every: int = 250  # updates
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if "prose" in (self.train.schema, self.test.schema):
+            raise ValueError(
+                "a pretraining takes problems by their depth, and texts of schema 'prose' have no marked steps to "
+                "count; cut them with launch/segment.py first and use schema 'stepwise'"
+            )
+
     @property
     def total_updates(self) -> int:
         return sum(phase.updates for phase in self.phases)

@@ -77,10 +77,19 @@ class DataSettings:
     validation: SourceSettings | None = None  # None: `validation_fraction` of the training traces, chosen by hash
     validation_fraction: float = 0.05
     text: TextFormat = field(default_factory=TextFormat)
-    segmentation: str = "annotated"  # where steps end: "annotated", or "random" (a control)
+    segmentation: str = "annotated"  # where steps end: "annotated", "random" (a control), "classifier:<folder>"
+    steps_cache: str = "runs/steps"  # folder that keeps the steps a classifier found; "" finds them again each time
     row_length: int = 1024  # tokens
     chains_per_row: int = 8  # at most; 1 switches packing off
     max_dropped_fraction: float = 0.0  # of chains longer than a row; more is an error
+
+    def __post_init__(self) -> None:
+        prose = [x for x in (self.train, self.validation, self.test) if x is not None and x.schema == "prose"]
+        if prose and not self.segmentation.startswith("classifier:"):
+            raise ValueError(
+                f"segmentation is {self.segmentation!r}, but the texts of {prose[0].location} have no marked steps; "
+                "use 'classifier:<folder>' with a classifier that launch/boundaries.py fitted to the teacher"
+            )
 
 
 @dataclass(frozen=True)

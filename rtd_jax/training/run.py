@@ -17,9 +17,10 @@ from rtd_jax.training.checkpoints import Checkpoints, check_same_settings, read_
 from rtd_jax.training.clock import Clock
 from rtd_jax.training.display import Display
 from rtd_jax.training.metrics import MetricsLog
-from rtd_jax.training.prepare import Experiment, encode_split, prepare
+from rtd_jax.training.prepare import Experiment, prepare
 from rtd_jax.training.recipe import Recipe
 from rtd_jax.training.report import drift_section, evaluate_in, first_of_each_depth, print_report, write_page
+from rtd_jax.training.splits import encode_split
 from rtd_jax.training.stages import Run, Sinks, run_stages
 from rtd_jax.training.state import TrainState
 
@@ -109,7 +110,10 @@ def _check_fingerprints(path: Path, before: dict[str, str], now: dict[str, str],
 
 def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path) -> dict[str, Any]:
     recipe = experiment.recipe
-    fitting = encode_split(load_traces(recipe.data.test), recipe.data, experiment.tokenizer).traces
+    test = load_traces(recipe.data.test)
+    if recipe.data.test.schema == "prose" and experiment.detector is not None:  # others have steps of their own
+        test = experiment.detector.cut(test)
+    fitting = encode_split(test, recipe.data, experiment.tokenizer).traces
     problems = first_of_each_depth(fitting, recipe.evaluation.problems_per_depth)
     report: dict[str, Any] = {
         "stages": [record.to_dict() for record in run.records],

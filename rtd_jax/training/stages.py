@@ -22,9 +22,10 @@ from rtd_jax.training.clock import Clock
 from rtd_jax.training.curriculum import Stage, StageRecord, ended, record_validation, stage_budget
 from rtd_jax.training.display import Display
 from rtd_jax.training.metrics import MetricsLog, Window, check_finite
-from rtd_jax.training.prepare import Experiment, prefixed_chains, row_length_of
+from rtd_jax.training.prepare import Experiment
 from rtd_jax.training.report import evaluate_in, first_of_each_depth
 from rtd_jax.training.rollouts import Sampler, make_sampler
+from rtd_jax.training.splits import prefixed_chains, row_length_of
 from rtd_jax.training.state import TrainState
 from rtd_jax.training.step import TeacherSource, make_coherence_eval
 
