@@ -17,7 +17,7 @@ from tiny_run import recipe, write_teacher
 
 import rtd_jax.assessment.models
 from rtd_jax.assessment.diagnose import DiagnoseSettings, diagnose, readable
-from rtd_jax.assessment.findings import measure, verdict
+from rtd_jax.assessment.findings import ARTICLE, measure, verdict
 from rtd_jax.assessment.models import boundary_states, load_model
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.synthetic import generate
@@ -29,6 +29,7 @@ from rtd_jax.models.checkpoint import load_config, load_params
 from rtd_jax.models.export import save_pretrained
 from rtd_jax.models.functional import LlamaModel
 from rtd_jax.models.weights import evenly_spaced_layers
+from rtd_jax.reporting.page import write_report
 from rtd_jax.teacher.cache import CacheSettings
 from rtd_jax.training.caching import cache_teacher
 from rtd_jax.training.run import train
@@ -282,16 +283,19 @@ def test_any_pair_of_layers_of_models_of_any_width(teacher, foreign):
     (of_teacher, mask_CK), (of_student, same_CK) = sides
     np.testing.assert_array_equal(mask_CK, same_CK)
     failed = np.arange(24) % 2 == 0
-    for teacher_CKD in of_teacher:
-        for student_CKD in of_student:
-            states = BoundaryStates(student_CKD, teacher_CKD, mask_CK)
-            maps = tuple(cross_fitted(states, transitions=transitions, seed=0) for transitions in (False, True))
-            found = measure(states, maps, [[None] * 3] * 24, failed, resamples=20, seed=0)
-            cosines = [step["boundary_cosine"]["value"] for step in found["steps"]]
-            assert all(-1 <= value <= 1 for value in cosines)
-            for step in found["steps"][1:]:
-                here_CD = student_CKD[mask_CK[:, step["step"]], step["step"]]
-                there_CD = teacher_CKD[mask_CK[:, step["step"]], step["step"]]
+    for one, other in ((0, 0), (1, 2), (2, 1), (2, 3)):  # layers of teacher and student
+        teacher_CKD, student_CKD = of_teacher[one], of_student[other]
+        states = BoundaryStates(student_CKD, teacher_CKD, mask_CK)
+        maps = tuple(cross_fitted(states, transitions=transitions, seed=0) for transitions in (False, True))
+        found = measure(states, maps, [[None] * 3] * 24, failed, resamples=20, seed=0)
+        for step in found["steps"][1:]:
+            assert -1 <= step["boundary_cosine"]["value"] <= 1
+            here_CD = student_CKD[mask_CK[:, step["step"]], step["step"]]
+            there_CD = teacher_CKD[mask_CK[:, step["step"]], step["step"]]
+            if one == 0:  # every step ends with the same token, so all embeddings there are one: no CKA
+                assert np.ptp(there_CD, axis=0).max() == 0
+                assert step["cka"]["value"] is None
+            else:
                 assert step["cka"]["value"] == pytest.approx(linear_cka(here_CD, there_CD).biased, abs=1e-6)
 
 
@@ -353,6 +357,24 @@ def test_the_verdict_tells_the_four_cases_apart(drift, related, answer):
     assert verdict({"reference": found}, np.zeros(len(failed), bool))["answer"] == "too few to say"
 
 
+def test_the_page_draws_the_auroc_curve_and_names_the_articles(tmp_path):
+    found, failed = findings(0.8, True)
+    report = {"title": "t", "texts": {"reference": found}, "verdict": verdict({"reference": found}, failed)}
+    example = {"model": "m", "prompt": "p", "reference": ["a"], "answer": "1", "completions": ["b"], "final": "2"}
+    example |= {"depth": 1, "first_error": 0, "text": "b", "problem": 0, "sample": 0, "correct": False}
+    page = write_report(tmp_path, report | {"article": ARTICLE}, [example]).read_text()
+    picture = page[page.index('<figure id="roc_reference">') :].split("</figure>")[0]
+    area = found["relation"]["chain"]["auroc"]["value"]
+    assert area > 0.8  # failure follows the distance here
+    assert f"whole chain ({area:.2f})" in picture
+    assert "the article reports 0.83" in picture
+    assert (tmp_path / "roc_reference.png").stat().st_size > 5_000
+    assert "Grey: the article" in page
+    assert "m · 1 step · wrong" in page
+    without = write_report(tmp_path, report).read_text()
+    assert "Grey: the article" not in without
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="resamples is 3"):
         DiagnoseSettings("a", "b", resamples=3)
@@ -385,7 +407,6 @@ def test_the_page_shows_in_a_browser(diagnosed, scheme):
         assert text.strip(), name
     reference = page["figures"]["cka_reference"][3]
     assert all(text in reference for text in ("article", "0.89", "0.58"))
-    assert "0.83" in page["text"]  # the article's AUROC, beside ours
     assert page["title"] == "tiny, stage 2 against model"
     assert "0.0% of whole chains" in page["text"] or "of whole chains" not in page["text"]
     assert page["wrong"]  # examples with their first wrong step marked

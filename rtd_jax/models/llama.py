@@ -109,8 +109,8 @@ def attention_kernel(wanted: AttentionKernel, length: int, head_dim: int, dtype:
     """The implementation for queries of `length` tokens a row; jax.nn.dot_product_attention's own default is XLA's.
 
     "auto" takes cuDNN's kernel, which holds no [L, L] scores, where it runs: on NVIDIA GPUs from compute capability 8.0
-    on, for bfloat16, rows of an even length, and heads of a multiple of 8 up to 128. Single queries are XLA's in any
-    case: a cache of one token gains nothing.
+    on, for bfloat16, rows of an even length, and heads of a multiple of 8 up to 128. Rows of one token are XLA's in
+    any case; with a cache, `attend_cached` takes them.
     """
     if length == 1 or wanted == "xla":
         return "xla"
@@ -258,9 +258,9 @@ class Llama(nnx.Module):
     def decode(self, cache: KVCache, tokens_B: jax.Array, positions_B: jax.Array) -> tuple[jax.Array, KVCache]:
         """Final normed state of one more token per row [B, D], and the cache with that token in slot `positions_B`."""
         angles = rope_angles(self.config.rope, self.config.head_dim, positions_B[:, None])
-        _, batch, heads, length, _ = cache.keys_NBGLE.shape
+        length = cache.keys_NBGLE.shape[3]
         seen_BL = jnp.arange(length)[None] <= positions_B[:, None]
-        rows_B1, heads_1G = jnp.arange(batch)[:, None], jnp.arange(heads)[None]
+        rows_B = jnp.arange(tokens_B.shape[0])
         graphdef, layers = nnx.split(self.layers)
 
         def body(carry, scanned):
@@ -270,7 +270,7 @@ class Llama(nnx.Module):
 
             def attend(q_B1HE, k_B1GE, v_B1GE):
                 new = KVCache(k_B1GE[:, 0], v_B1GE[:, 0])
-                places = (index, rows_B1, heads_1G, positions_B[:, None])
+                places = (index, rows_B, slice(None), positions_B)
                 stored = jax.tree.map(lambda x, y: x.at[places].set(y.astype(x.dtype)), cache, new)
                 k_BGLE, v_BGLE = (
                     jax.lax.dynamic_index_in_dim(x, index, keepdims=False).astype(q_B1HE.dtype) for x in stored
