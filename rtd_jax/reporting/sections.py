@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from rtd_jax.common.files import replacing
 from rtd_jax.reporting import page
@@ -80,6 +81,7 @@ def _draw(picture: Picture) -> page.Draw:
                 axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
             axes.plot(x, y, marker="osD^"[i % 4], markersize=4, **style)
         axes.set(xlabel=picture.x, ylabel=picture.y)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize=8)
 
     return draw

@@ -60,6 +60,7 @@ def study_report(baseline: str, deep: int, methods: Sequence[str], outcomes: Seq
     """Accuracy by depth, paired differences, ablation shares, claims with verdicts, drift and time, task by task."""
     report = Report()
     of_task: dict[str, Runs] = {}
+    methods = sorted(methods, key=lambda name: (name != baseline, name != "rtd"))  # the two that are compared, then all
     for task in dict.fromkeys(outcome.task for outcome in outcomes):
         runs = {name: [o for o in outcomes if (o.task, o.method) == (task, name)] for name in methods}
         of_task[task] = {name: found for name, found in runs.items() if found}
