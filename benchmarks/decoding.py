@@ -99,7 +99,7 @@ class Worker:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(60)
+        self._process.wait()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -198,7 +198,7 @@ def main() -> None:
         f"\n\n{arguments.model.name}, float32, {arguments.tokens} new tokens a row, "
         f"{'GSM8K questions' if arguments.gsm8k else 'random ids'} of {min(map(len, prompts))} to "
         f"{max(map(len, prompts))} tokens. Medians of {arguments.rounds} rounds in turn; "
-        f"{arguments.cores or os.cpu_count()} cores for each; other processes used "
+        f"{arguments.cores or os.cpu_count()} core(s) for each; other processes used "
         f"{statistics.median(others):.2f} cores (median; at most {max(others):.2f}). On {machine()}, "
         f"{', '.join(f'{name} {version(name)}' for name in ('jax', 'torch', 'transformers'))}."
     )
