@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rtd_jax.assessment.diagnose import DiagnoseSettings
+from rtd_jax.assessment.diagnose import _cut as cut_chains
+from rtd_jax.assessment.models import load_model
 from rtd_jax.assessment.segment import SegmentSettings, segment
 from rtd_jax.common.sharding import MeshSettings, make_mesh
 from rtd_jax.data.synthetic import generate
@@ -20,6 +23,7 @@ from rtd_jax.settings import build
 from rtd_jax.training.caching import cache_teacher
 from rtd_jax.training.detection import Detector, detect
 from rtd_jax.training.prepare import LoadedTeacher, load_tokenizer, prepare, weights_fingerprint
+from rtd_jax.training.pretrain import PretrainRecipe
 from rtd_jax.training.recipe import Recipe, TeacherSettings
 from rtd_jax.training.token_states import kept_states, token_states
 
@@ -207,3 +211,20 @@ def test_segment_writes_stepwise_rows(tmp_path, problems):
         assert len(row["completions"]) == trace.depth
     with pytest.raises(ValueError, match=r"field 'text' is None; .*The row has id, q, why; name the field with"):
         segment(dataclasses.replace(settings, text_field="text"))
+
+
+def test_a_diagnosis_cuts_its_reference_chains_with_the_classifier_of_its_teacher(problems):
+    settings = DiagnoseSettings(str(TEACHER), str(TEACHER), segmentation=f"classifier:{CLASSIFIER}")
+    cut = cut_chains(settings, load_model(str(TEACHER)), [prose(trace) for trace in problems[:4]], lambda _: None)
+    assert [trace.depth for trace in cut] == [trace.depth for trace in problems[:4]]
+    with pytest.raises(ValueError, match="'random'; a diagnosis compares states where steps end"):
+        dataclasses.replace(settings, segmentation="random")
+    with pytest.raises(ValueError, match="have no marked steps; give --segmentation"):
+        dataclasses.replace(settings, schema="prose", segmentation="annotated")
+
+
+def test_a_pretraining_refuses_texts_without_marked_steps():
+    values = importlib.import_module("configs.pretrain_tiny").get_config().to_dict()
+    values["train"] = {"schema": "prose", "location": "x.jsonl"}
+    with pytest.raises(ValueError, match=r"cut them with launch/segment\.py first"):
+        build(PretrainRecipe, values)
