@@ -15,6 +15,7 @@ from tiny_run import recipe, source, write_teacher
 
 from rtd_jax.common.sharding import MeshSettings, make_mesh, put_batch, to_host
 from rtd_jax.common.types import Batch
+from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.labelled import LabelledSettings
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.synthetic import generate
@@ -87,6 +88,12 @@ def test_features_of_a_step_are_its_boundary_state_and_the_surprise_at_its_token
     np.testing.assert_allclose(step_features((states,), None, batch), [[[[1], [3], [5]]]])
 
 
+def test_forms_of_text_are_the_same_where_their_texts_are():
+    assert TextFormat("chat", completion_prefix="").identity == TextFormat("chat", "{prompt}").identity
+    assert TextFormat("plain", completion_prefix="").identity != TextFormat("plain").identity
+    assert TINY_FORMAT.identity == TextFormat("plain", "Question: {prompt}\nAnswer:\n", "").identity
+
+
 def test_a_head_begins_undecided_and_learns_what_separates_the_steps():
     rng = np.random.default_rng(0)
     features = rng.normal(3.0, 2.0, (400, 2)).astype(np.float32)
@@ -116,21 +123,23 @@ def test_a_head_begins_undecided_and_learns_what_separates_the_steps():
 
 
 def test_a_saved_head_belongs_to_its_teacher_and_its_file(tmp_path):
-    identity = RewardIdentity("teacher", "tokenizer", (1, 2), True, 66)
+    identity = RewardIdentity("teacher", "tokenizer", "text", (1, 2), True, 66)
     params = init_head(jax.random.key(0), 66, 4)
     save_head(tmp_path, params, identity)
-    loaded = load_head(tmp_path, "teacher", "tokenizer")
+    loaded = load_head(tmp_path, "teacher", "tokenizer", "text")
     assert loaded.identity == identity
     jax.tree.map(np.testing.assert_array_equal, loaded.head, params)
     with pytest.raises(ValueError, match=r"was trained on another teacher .*; train one on this teacher"):
-        load_head(tmp_path, "other", "tokenizer")
+        load_head(tmp_path, "other", "tokenizer", "text")
     with pytest.raises(ValueError, match="was trained on another tokenizer"):
-        load_head(tmp_path, "teacher", "other")
+        load_head(tmp_path, "teacher", "other", "text")
+    with pytest.raises(ValueError, match="was trained on another form of text: text, this run's is chat"):
+        load_head(tmp_path, "teacher", "tokenizer", "chat")
     with pytest.raises(ValueError, match=r"holds no reward model \(no head.json\); train one with"):
-        load_head(tmp_path / "nowhere", "teacher", "tokenizer")
+        load_head(tmp_path / "nowhere", "teacher", "tokenizer", "text")
     (tmp_path / "head.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"is not the file that head.json names"):
-        load_head(tmp_path, "teacher", "tokenizer")
+        load_head(tmp_path, "teacher", "tokenizer", "text")
 
 
 # One update, on 8 simulated devices.

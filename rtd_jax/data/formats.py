@@ -42,6 +42,12 @@ class TextFormat:
         """The prompt template in use; each kind has its default."""
         return self.prompt_template or {"plain": "Question: {prompt}\nAnswer:", "chat": "{prompt}"}[self.kind]
 
+    @property
+    def identity(self) -> str:
+        """Equal for two formats that make the same texts."""
+        prefix = self.completion_prefix if self.kind == "plain" else ""
+        return repr((self.kind, self.context, self.template, prefix))
+
     def fill(self, prompt: str) -> str:
         """Context and prompt as one text. Braces inside the prompt are left alone."""
         return self.context + self.template.replace("{prompt}", prompt)

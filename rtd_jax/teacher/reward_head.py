@@ -35,6 +35,7 @@ class RewardIdentity:
 
     teacher: str  # fingerprint of the weights
     tokenizer: str  # fingerprint
+    text: str  # the form of text it was trained on
     layers: tuple[int, ...]  # whose states it reads, counted from 0 (embeddings) to N (final normed states)
     surprise: bool  # whether it also reads how surprised the teacher is by the step's tokens
     width: int  # of the features
@@ -93,14 +94,15 @@ def save_head(folder: Path, params: Params, identity: RewardIdentity) -> None:
     write_json(folder / "head.json", {"format": FORMAT, "sha256": digest, "identity": asdict(identity)})
 
 
-def load_head(folder: Path, teacher: str, tokenizer: str) -> RewardModel:
+def load_head(folder: Path, teacher: str, tokenizer: str, text: str) -> RewardModel:
     """A saved head.
 
     Args:
       teacher, tokenizer: fingerprints of those that it is to be used with.
+      text: the form of text likewise (`TextFormat.identity`).
 
     Raises:
-      ValueError: there is none, it is damaged, or it was trained on another teacher or tokenizer.
+      ValueError: there is none, it is damaged, or it was trained on another teacher, tokenizer or form of text.
     """
     if not (folder / "head.json").is_file():
         raise ValueError(
@@ -111,6 +113,11 @@ def load_head(folder: Path, teacher: str, tokenizer: str) -> RewardModel:
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise ValueError(f"{folder}/head.json is not of format {FORMAT}, which this version reads")
     identity = RewardIdentity(**saved["identity"] | {"layers": tuple(saved["identity"]["layers"])})
+    if identity.text != text:
+        raise ValueError(
+            f"the reward model {folder} was trained on another form of text: {identity.text}, this run's is {text}; give "
+            "launch/reward_model.py the text settings of the run"
+        )
     for name, before, now in (("teacher", identity.teacher, teacher), ("tokenizer", identity.tokenizer, tokenizer)):
         if before != now:
             raise ValueError(

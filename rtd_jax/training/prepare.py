@@ -125,7 +125,8 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
     reward = None
     if recipe.loss.reward_weight:
         check_rows(recipe.reward.rows, mesh, recipe.micro_batches, "reward.prompts_per_update x reward.samples =")
-        reward = load_head(Path(recipe.reward.model).expanduser(), fingerprint, tokenizer_fingerprint(tokenizer))
+        folder, of_tokenizer = Path(recipe.reward.model).expanduser(), tokenizer_fingerprint(tokenizer)
+        reward = load_head(folder, fingerprint, of_tokenizer, recipe.data.text.identity)
     needed = _needs_weights(recipe)
     teacher = loaded.model if needed else None
     student = student_model(recipe.student, of_student, mesh)

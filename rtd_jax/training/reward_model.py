@@ -99,6 +99,7 @@ def train_reward_model(recipe: RewardModelRecipe, workdir: Path) -> Path:
     identity = RewardIdentity(
         weights_fingerprint(directory),
         tokenizer_fingerprint(tokenizer),
+        recipe.text.identity,
         layers,
         recipe.surprise,
         train.features_MW.shape[1],
