@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     c.tests.strategyqa_facts = ConfigDict()
     c.tests.strategyqa_facts.source = ConfigDict()
     c.tests.strategyqa_facts.source.schema = "strategyqa"  # field names of the rows
-    c.tests.strategyqa_facts.source.location = "ChilleD/StrategyQA"  # hub name, or a folder with train.jsonl
+    c.tests.strategyqa_facts.source.location = "tasksource/strategy-qa"  # hub name, or a folder with train.jsonl
     c.tests.strategyqa_facts.source.split = "train"  # of the data set; nothing is fitted to it here
     c.tests.strategyqa_facts.source.facts_only = True  # one fact a step
     c.tests.strategyqa_facts.source.depths = (2, 3, 4, 5, 6, 7, 8)  # facts; one alone has nothing to be cut

@@ -115,8 +115,8 @@ def load_head(folder: Path, teacher: str, tokenizer: str, text: str) -> RewardMo
     identity = RewardIdentity(**saved["identity"] | {"layers": tuple(saved["identity"]["layers"])})
     if identity.text != text:
         raise ValueError(
-            f"the reward model {folder} was trained on another form of text: {identity.text}, this run's is {text}; give "
-            "launch/reward_model.py the text settings of the run"
+            f"the reward model {folder} was trained on another form of text: {identity.text}, this run's is {text}; "
+            "give launch/reward_model.py the text settings of the run"
         )
     for name, before, now in (("teacher", identity.teacher, teacher), ("tokenizer", identity.tokenizer, tokenizer)):
         if before != now:
