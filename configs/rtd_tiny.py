@@ -74,6 +74,8 @@ def get_config() -> ConfigDict:
     c.loss.anchor_prompt = True  # the prompt's end is h_0, so that a one-step problem has a transition
     c.loss.hidden_layer = -1  # of the teacher, matched at the boundaries; -1 is the final normed state
     c.loss.student_hidden_layer = -1  # of the student; -1 is the final normed state
+    c.loss.projections = "separate"  # separate: f and g; shared: one map for both; none: states as they are
+    c.loss.transition_form = "direction"  # what of transitions is compared; difference: their lengths count too
     c.loss.chunk_length = 160  # positions of each row whose logits exist at one time
     c.loss.token_alignment_weight = 0.0  # a control: alignment at every token of a completion
     c.loss.intermediate_weight = 0.0  # a baseline: intermediate layers matched at every token

@@ -22,6 +22,29 @@ def test_coherence_by_hand():
     np.testing.assert_allclose(coherence(student, teacher, mask), np.mean(expected), atol=1e-7)
 
 
+def test_lengths_count_in_the_difference_of_transitions():
+    # Student deltas (2, 0), (0, 1); teacher deltas (1, 0), (3, 4): errors 1 / 1 and (9 + 9) / 25.
+    student = jnp.array([[0.0, 0.0], [2.0, 0.0], [2.0, 1.0]])
+    teacher = jnp.array([[5.0, 5.0], [6.0, 5.0], [9.0, 9.0]])
+    mask = jnp.ones(3, bool)
+    found = transition_losses(student, teacher, mask, form="difference")
+    np.testing.assert_allclose(found, [1.0, 18 / 25], rtol=1e-6)
+    half = transition_losses(student, teacher, mask, jnp.diag(jnp.array([0.5, 1.0])), "difference")
+    np.testing.assert_allclose(half, [0.0, 18 / 25], rtol=1e-6)
+    # Masked and still teachers: nothing, and no NaN in the gradient.
+    still, masked = jnp.zeros((3, 2)), jnp.array([True, True, False])
+    dirty = jnp.where(masked[:, None], student, jnp.nan)
+
+    def total(states, targets, keep):
+        return jnp.sum(transition_losses(states, targets, keep, form="difference"))
+
+    np.testing.assert_array_equal(jax.grad(total)(student, still, mask), 0.0)
+    gradient = jax.grad(total)(dirty, teacher, masked)
+    assert np.all(np.isfinite(gradient))
+    np.testing.assert_array_equal(gradient[2], 0.0)
+    np.testing.assert_array_equal(transition_losses(student, still, mask, form="difference"), 0.0)
+
+
 def test_alignment_by_hand():
     # cos of (1, 0) with (0, 2), (3, 0), (-1, 0) is 0, 1, -1.
     student = jnp.array([[1.0, 0.0]] * 3)

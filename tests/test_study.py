@@ -239,22 +239,22 @@ def test_finished_runs_are_kept_and_failed_ones_named_and_repeated(fake_train, t
     (tmp_path / "broken").touch()
     lines = []
     with pytest.raises(ValueError, match=r"1 of 3 runs failed, first task kd seed 1: its log is .*runs/1/log.txt"):
-        run_jobs(jobs, fake_train, 1, lines.append)
+        run_jobs(jobs, fake_train, 1, lines.append, tmp_path / "compiled")
     assert sum("chain accuracy 25.0%" in line for line in lines) == 2
     (tmp_path / "broken").unlink()
-    run_jobs(jobs, fake_train, 2, lines.append)
+    run_jobs(jobs, fake_train, 2, lines.append, tmp_path / "compiled")
     assert [(job.workdir / "calls").read_text() for job in jobs] == ["x", "xx", "x"]
 
 
 def test_a_workdir_of_another_study_is_refused_before_anything_starts(fake_train, tmp_path):
     job = Job("task", "kd", 0, ("seed=0",), tmp_path / "runs" / "0")
-    run_jobs([job], fake_train, 1, print)
+    run_jobs([job], fake_train, 1, print, tmp_path / "compiled")
     other = Job("task", "kd", 0, ("seed=0", "loss.alpha=0.5"), job.workdir)
     with pytest.raises(ValueError, match=r"runs/0 was begun with other settings .* give the study another --workdir"):
-        run_jobs([other], fake_train, 1, print)
+        run_jobs([other], fake_train, 1, print, tmp_path / "compiled")
     fake_train.write_text("# another config\n")
     with pytest.raises(ValueError, match="begun with other settings"):
-        run_jobs([job], fake_train, 1, print)
+        run_jobs([job], fake_train, 1, print, tmp_path / "compiled")
 
 
 def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, monkeypatch):

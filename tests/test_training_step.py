@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,6 +257,43 @@ def _projection_gradients(weights: LossWeights):
     step = make_train_step(STUDENT, TEACHER, sgd, STEP, VOCAB)
     state, _ = step(create_state(params, sgd, key), TEACHER_PARAMS, PACKED, weights)
     return [before[name] - np.asarray(state.params[name]) for name in ("f", "g")]
+
+
+def test_one_map_for_both_gets_both_gradients_and_none_is_the_identity():
+    import optax
+
+    key, sgd = jax.random.PRNGKey(0), optax.sgd(1.0)
+
+    def update(teacher, teacher_params, maps, **changes):
+        params = {"student": STUDENT.init(key), **jax.tree.map(jnp.array, maps)}
+        step = make_train_step(STUDENT, teacher, sgd, replace(STEP, **changes), VOCAB)
+        state, metrics = step(create_state(params, sgd, jnp.array(key)), teacher_params, PACKED, LossWeights())
+        return jax.device_get((state.params, metrics))
+
+    both = init_projections(key, 16, 32)
+    shared = init_projections(key, 16, 32, maps="shared")
+    assert list(shared) == ["f"]
+    start = np.array(both["f"])
+    got, _ = update(TEACHER, TEACHER_PARAMS, shared)
+    apart, _ = update(TEACHER, TEACHER_PARAMS, {"f": start, "g": start})
+    np.testing.assert_allclose(got["f"] - start, (apart["f"] - start) + (apart["g"] - start), rtol=1e-4, atol=1e-7)
+
+    # A teacher as wide as the student: no map is a map that is the identity.
+    twin_params = STUDENT.init(jax.random.PRNGKey(1))
+    eye = np.eye(16, dtype=np.float32)
+    bare, of_bare = update(STUDENT, twin_params, init_projections(key, 16, 16, maps="none"), token_alignment=True)
+    mapped, of_mapped = update(STUDENT, twin_params, {"f": eye, "g": eye.copy()}, token_alignment=True)
+    assert list(bare) == ["student"]
+    for name in ("distill/alignment", "distill/coherence", "distill/token_alignment"):
+        np.testing.assert_allclose(of_bare[name].value(), of_mapped[name].value(), rtol=1e-6)
+    chex.assert_trees_all_close(bare["student"], mapped["student"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="student's width is 16 and the teacher's 32"):
+        init_projections(key, 16, 32, maps="none")
+
+    # Lengths of transitions change the coherence loss, and what it asks of the student.
+    _, with_lengths = update(TEACHER, TEACHER_PARAMS, init_projections(key, 16, 32), transition_form="difference")
+    _, directions = update(TEACHER, TEACHER_PARAMS, init_projections(key, 16, 32))
+    assert float(with_lengths["distill/coherence"].value()) != float(directions["distill/coherence"].value())
 
 
 def test_schedule_counts_updates_and_ends_at_the_last():

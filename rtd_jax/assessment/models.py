@@ -33,6 +33,7 @@ from rtd_jax.training.prepare import (
     weights_fingerprint,
 )
 from rtd_jax.training.recipe import Recipe, TeacherSettings
+from rtd_jax.training.state import map_names, projections
 
 LENGTH_BUCKET = 64  # tokens; rows are as long as their longest chain, rounded up to this
 
@@ -123,10 +124,11 @@ def _from_stage(path: Path, dtype: Dtype, compute_dtype: str, mesh: Mesh) -> Loa
         ) from error
     model = LlamaModel(config, compute_dtype, activation_sharding=row_sharding(mesh))
     joins = jax.ShapeDtypeStruct((config.width, teacher.width), jnp.float32)
-    abstract: Params = {"student": model.abstract_params(), "f": joins, "g": joins}
-    axes = {"student": logical_axes(abstract["student"])} | dict.fromkeys("fg", ("student_width", "teacher_width"))
+    maps = map_names(recipe.loss.projections)
+    abstract: Params = {"student": model.abstract_params()} | dict.fromkeys(maps, joins)
+    axes = {"student": logical_axes(abstract["student"])} | dict.fromkeys(maps, ("student_width", "teacher_width"))
     restored = restore_params(path, abstract, param_shardings(abstract, axes, mesh))
-    params = restored["student"]
+    params, own = restored["student"], projections(restored)
     if dtype == INT8:
         params = jax.jit(quantize_params)(params)
     elif dtype != "float32":
@@ -139,8 +141,8 @@ def _from_stage(path: Path, dtype: Dtype, compute_dtype: str, mesh: Mesh) -> Loa
         mesh=mesh,
         directory=path,
         text=recipe.data.text,
-        f=np.asarray(restored["f"]),
-        g=np.asarray(restored["g"]),
+        f=np.eye(config.width) if own.f is None else np.asarray(own.f),
+        g=np.eye(config.width) if own.g is None else np.asarray(own.g),
         layers=(model.layer_index(recipe.loss.student_hidden_layer), teacher_layer(teacher.layers, recipe)),
         teacher_fingerprint=meta["fingerprints"]["teacher"],
     )

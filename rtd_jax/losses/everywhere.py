@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from rtd_jax.common.reductions import Mean, masked_sum, safe_divide
 from rtd_jax.common.types import Array, Batch
-from rtd_jax.losses.trajectory import boundary_losses
+from rtd_jax.losses.trajectory import Projection, boundary_losses
 
 
 class TokenCounts(NamedTuple):
@@ -49,7 +49,7 @@ def hint_losses(student_BLS: Array, teacher_BLD: Array, mask_BL: Array, regresso
 
 
 def token_alignment(
-    student_BLS: Array, teacher_BLD: Array, batch: Batch, f: Array, counts: TokenCounts
+    student_BLS: Array, teacher_BLD: Array, batch: Batch, f: Projection, counts: TokenCounts
 ) -> tuple[Array, Mean]:
     """Token alignment of the rows given, over the global batch's count: (float32 scalar, metric as (sum, count))."""
     mask_BL, _ = token_masks(batch)

@@ -13,7 +13,13 @@ from rtd_jax.common.boundaries import shifted_labels, step_boundaries, transitio
 from rtd_jax.common.reductions import Mean, mean_per_chain, safe_divide
 from rtd_jax.common.types import Array, Batch, TeacherOutputs
 from rtd_jax.losses.distillation import kd_sums, top_k_kd_sums
-from rtd_jax.losses.trajectory import Projection, boundary_losses, transition_losses, transition_mask
+from rtd_jax.losses.trajectory import (
+    Projection,
+    TransitionForm,
+    boundary_losses,
+    transition_losses,
+    transition_mask,
+)
 
 Metrics = dict[str, Mean]
 
@@ -70,6 +76,7 @@ def rtd(
     totals: Denominators,
     vocab_size: int,
     anchor_prompt: bool = True,
+    transition_form: TransitionForm = "direction",
     chunk_length: int = 32,
     mesh: Mesh | None = None,
 ) -> tuple[Array, Metrics]:
@@ -86,6 +93,7 @@ def rtd(
       totals: `denominators` of the global batch.
       vocab_size: real vocabulary entries.
       anchor_prompt: whether the prompt's end is h_0 (see `transition_boundaries`).
+      transition_form: see `transition_losses`.
       chunk_length, mesh: see `kd_sums`.
 
     Returns:
@@ -109,7 +117,9 @@ def rtd(
     )
     path_mask = transition_boundaries(batch.boundary_mask_BCK, anchor_prompt)
     cohere = _chain_mean(
-        transition_losses(student_boundary_states_BCKS, teacher.boundary_states_BCKD, path_mask, projections.g),
+        transition_losses(
+            student_boundary_states_BCKS, teacher.boundary_states_BCKD, path_mask, projections.g, transition_form
+        ),
         transition_mask(path_mask),
     )
     loss = (

@@ -5,7 +5,12 @@ Both compare directions. With h_i the state at boundary i and delta_i = h_{i+1} 
     alignment = mean_i       1 - cos(f(h^S_i), h^T_i)              (the waypoints)
     coherence = mean_i      (1 - cos(g(delta^S_i), delta^T_i))^2   (the way between them)
 
-f and g are learned linear maps from student width to teacher width. Source: "Reasoning Trace Distillation: Preserving
+f and g are learned linear maps from student width to teacher width. With form="difference" a transition's length counts
+beside its direction; a control, for the article says nothing of lengths:
+
+    coherence = mean_i      |g(delta^S_i) - delta^T_i|^2 / |delta^T_i|^2
+
+Source: "Reasoning Trace Distillation: Preserving
 Multi-Step Logic in Compressed Student Models" (KriraAI), sections "Step-Boundary Representation Alignment" and "The
 Reasoning Coherence Loss".
 
@@ -15,6 +20,7 @@ micro-batches or a sharded batch the denominators have to be counted over the gl
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import chex
 import jax
@@ -23,6 +29,7 @@ import jax.numpy as jnp
 from rtd_jax.common.reductions import mean_per_chain, safe_divide
 from rtd_jax.common.types import Array
 
+TransitionForm = Literal["direction", "difference"]
 Projection = Array | Callable[[Array], Array] | None  # a [S, D] matrix, a function [..., S] -> [..., D], or identity
 
 
@@ -80,12 +87,19 @@ def boundary_losses(student_states: Array, teacher_states: Array, mask: Array, p
 
 @jax.named_scope("coherence")
 def transition_losses(
-    student_states: Array, teacher_states: Array, mask: Array, projection: Projection = None
+    student_states: Array,
+    teacher_states: Array,
+    mask: Array,
+    projection: Projection = None,
+    form: TransitionForm = "direction",
 ) -> Array:
     """Squared cosine distance between consecutive boundary states' differences, per transition, in [0, 4].
 
     (1 - cos(g(h_S[i+1] - h_S[i]), h_T[i+1] - h_T[i]))^2; float32 [..., K-1]. The square forgives small deviations
     and is smooth at zero. Exactly 0, with zero gradient, where masked or where either transition has zero length.
+
+    form="difference" gives |g(delta_S) - delta_T|^2 / |delta_T|^2 instead, at least 0 and without an upper bound; 0
+    where masked or where the teacher's transition has zero length.
 
     Raises:
       ValueError: the widths differ and there is no projection, or the projection does not fit.
@@ -93,6 +107,8 @@ def transition_losses(
     _check(student_states, teacher_states, mask)
     student_deltas, teacher_deltas = transitions(_cleared(student_states, mask)), transitions(teacher_states)
     projected = _project(student_deltas, teacher_deltas, projection)
+    if form == "difference":
+        return _relative_error(projected, teacher_deltas, transition_mask(mask))
     return jnp.square(_cosine_distance(projected, teacher_deltas, transition_mask(mask)))
 
 
@@ -127,6 +143,16 @@ def _cosine_distance(a: Array, b: Array, mask: Array) -> Array:
     dot = jnp.sum(a * b, axis=-1)
     norms = jnp.sqrt(jnp.sum(jnp.square(a), axis=-1)) * jnp.sqrt(jnp.sum(jnp.square(b), axis=-1))
     return jnp.where(usable, 1.0 - dot / norms, 0.0)
+
+
+def _relative_error(a: Array, b: Array, mask: Array) -> Array:
+    """|a - b|^2 / |b|^2 over the last axis, in float32; 0 with zero gradient where masked or where b is 0."""
+    a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    usable = mask & jnp.any(b != 0, axis=-1)
+    a, b = (jnp.where(usable[..., None], x, 1.0) for x in (a, b))
+    scale = jax.lax.stop_gradient(jnp.max(jnp.abs(b), axis=-1, keepdims=True))
+    a, b = a / scale, b / scale
+    return jnp.where(usable, jnp.sum(jnp.square(a - b), axis=-1) / jnp.sum(jnp.square(b), axis=-1), 0.0)
 
 
 def _cleared(states: Array, mask: Array) -> Array:

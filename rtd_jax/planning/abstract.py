@@ -113,7 +113,7 @@ def _state(
 ) -> TrainState:
     def assemble(params: Params) -> TrainState:
         key = jax.random.PRNGKey(recipe.seed)
-        maps = init_projections(key, student.config.width, of_teacher.width, pairs)
+        maps = init_projections(key, student.config.width, of_teacher.width, pairs, recipe.loss.projections)
         return create_state({"student": params, **maps}, optimizer, key)
 
     state = jax.eval_shape(assemble, student.abstract_params())

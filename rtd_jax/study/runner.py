@@ -97,10 +97,11 @@ def prepare_once(preparations: Sequence[Preparation], note: Callable[[str], None
         note(f"prepared {this.name} in {time.monotonic() - started:.0f} s")
 
 
-def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, note: Callable[[str], None]) -> None:
+def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, note: Callable[[str], None], compiled: Path) -> None:
     """Runs what is not finished, `parallel` at a time, each on its own share of the cores.
 
-    A job that was begun is continued by the trainer itself; one whose report is there is not run again.
+    A job that was begun is continued by the trainer itself; one whose report is there is not run again. Programs
+    compiled by one are kept in the folder `compiled` for the others: methods under other seeds are the same programs.
 
     Raises:
       ValueError: a workdir holds a run with other settings (before anything starts), or jobs failed (after all others
@@ -121,7 +122,7 @@ def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, note: Callable[[str
             for slot in range(parallel):
                 if slot not in running and waiting:
                     job = waiting.pop(0)
-                    running[slot] = (job, _start(job, base, shares[slot]), time.monotonic())
+                    running[slot] = (job, _start(job, base, shares[slot], compiled), time.monotonic())
             time.sleep(POLL_SECONDS)
             for slot, (job, process, since) in list(running.items()):
                 if process.poll() is None:
@@ -162,13 +163,23 @@ def _claim(job: Job, digest: str) -> None:
         )
 
 
-def _start(job: Job, base: Path, cores: set[int]) -> subprocess.Popen:
+def _start(job: Job, base: Path, cores: set[int], compiled: Path) -> subprocess.Popen:
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     everything = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)  # inherited; set in the child it would come after its first threads
     try:
         with job.log.open("a") as log:
             return subprocess.Popen(
-                job.command(base), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=TRAIN.parents[1]
+                job.command(base),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=TRAIN.parents[1],
+                env=environment,
             )
     finally:
         os.sched_setaffinity(0, everything)

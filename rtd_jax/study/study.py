@@ -131,7 +131,7 @@ def study(recipe: StudyRecipe, workdir: Path) -> Path:
     try:
         if not all(job.report.exists() for job in jobs):
             prepare_once(recipe.preparations(workdir), note)
-        run_jobs(jobs, base, recipe.parallel, note)
+        run_jobs(jobs, base, recipe.parallel, note, _prepared(workdir) / "compiled")
     finally:
         finished = [job for job in jobs if job.report.exists()]
         if finished:

@@ -352,7 +352,8 @@ def _initial_state(
     pairs = len(recipe.loss.intermediate_pairs(student.config.layers, teacher_config.layers))
 
     def assemble(params: Params) -> TrainState:
-        return create_state({"student": params, **init_projections(projection_key, *widths, pairs)}, optimizer, run_key)
+        maps = init_projections(projection_key, *widths, pairs, recipe.loss.projections)
+        return create_state({"student": params, **maps}, optimizer, run_key)
 
     abstract = jax.eval_shape(assemble, student.abstract_params())
     shardings = state_shardings(abstract, optimizer, mesh, recipe.optimizer.offload)

@@ -8,9 +8,11 @@ from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings
 from rtd_jax.losses import LossWeights
 from rtd_jax.losses.everywhere import evenly_spaced
+from rtd_jax.losses.trajectory import TransitionForm
 from rtd_jax.teacher.cache import CacheSettings
 from rtd_jax.training.curriculum import CurriculumSettings
 from rtd_jax.training.optimizer import OptimizerSettings
+from rtd_jax.training.state import Maps
 from rtd_jax.training.step import StepSettings
 
 Dtype = Literal["float32", "bfloat16"]
@@ -106,6 +108,8 @@ class LossSettings:
     anchor_prompt: bool = True  # the prompt's end is h_0, so that a one-step problem has a transition
     hidden_layer: int = -1  # of the teacher, matched at the boundaries; -1 final normed state
     student_hidden_layer: int = -1
+    projections: Maps = "separate"  # f for states and g for transitions: "separate", "shared" (one map), "none"
+    transition_form: TransitionForm = "direction"  # "direction": the article's cosine; "difference": lengths count too
     chunk_length: int = 32  # positions of each row whose logits exist at one time
     token_alignment_weight: float = 0.0  # a control: alignment at every token of a completion
     intermediate_weight: float = 0.0  # a baseline: intermediate layers matched at every token
@@ -286,6 +290,7 @@ class Recipe:
             loss.anchor_prompt,
             loss.hidden_layer,
             loss.student_hidden_layer,
+            loss.transition_form,
             loss.chunk_length,
             bool(loss.token_alignment_weight),
             loss.intermediate_pairs(student_layers, teacher_layers),

@@ -20,6 +20,7 @@ from rtd_jax.models.functional import LlamaModel
 from rtd_jax.reporting.page import write_report
 from rtd_jax.training.display import print_table
 from rtd_jax.training.prepare import Experiment
+from rtd_jax.training.state import projections
 from rtd_jax.training.step import make_boundary_reader
 
 
@@ -113,8 +114,9 @@ def drift_section(experiment: Experiment, params: Params, resamples: int = 200) 
     states = BoundaryStates(of_student, of_teacher, mask.astype(bool))
     loss = recipe.loss
     trained = {"f": bool(loss.alignment_weight or loss.token_alignment_weight), "g": bool(loss.coherence_weight)}
+    own = projections(params)._asdict()
     maps: dict[str, Sequence[Map]] = {
-        name: [np.asarray(to_host(params[name]))] * len(chains)
+        name: [None if own[name] is None else np.asarray(to_host(own[name]))] * len(chains)
         if is_own
         else cross_fitted(states, transitions=name == "g", seed=0)
         for name, is_own in trained.items()

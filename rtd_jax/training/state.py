@@ -1,6 +1,6 @@
 """What an update changes: the student, its projections f and g, and the optimizer. No functions, no teacher."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,13 @@ from rtd_jax.common.types import Array, Params
 from rtd_jax.losses import Projections
 from rtd_jax.models.weights import logical_axes
 
+# f and g apart, as in the article; one map for both; or none, where student and teacher are equally wide.
+Maps = Literal["separate", "shared", "none"]
+
 
 class TrainState(NamedTuple):
-    """A pure pytree. `params` is {"student": .., "f": [S, D], "g": [S, D]}; f and g are absent in plain pretraining.
+    """A pure pytree. `params` is {"student": .., "f": [S, D], "g": [S, D]}; f and g are absent in plain pretraining,
+    and where a recipe has one map (no g) or none.
 
     "regressors" [P, S, D] is there when P layer pairs are matched at every token.
     """
@@ -25,25 +29,42 @@ class TrainState(NamedTuple):
     rng: Array  # base key; randomness is folded from it and `step`
 
 
-def init_projections(key: jax.Array, student_width: int, teacher_width: int, pairs: int = 0) -> Params:
+def init_projections(
+    key: jax.Array, student_width: int, teacher_width: int, pairs: int = 0, maps: Maps = "separate"
+) -> Params:
     """f and g, [S, D] float32: the identity where the widths agree (student cut from teacher), else LeCun normal.
 
     With `pairs`, also one regressor for each pair of layers, [P, S, D].
+
+    Raises:
+      ValueError: no maps, but different widths.
     """
+    if maps == "none" and student_width != teacher_width:
+        raise ValueError(
+            f"loss.projections is 'none', but the student's width is {student_width} and the teacher's "
+            f"{teacher_width}: states of different widths need a map; use 'separate' or 'shared'"
+        )
     count = 2 + pairs
     if student_width == teacher_width:
-        maps = jnp.tile(jnp.eye(student_width), (count, 1, 1))
+        initial = jnp.tile(jnp.eye(student_width), (count, 1, 1))
     else:
         init = jax.nn.initializers.lecun_normal()
         # f and g do not depend on `pairs`, so that methods compared under one seed start alike.
         keys = [*jax.random.split(key), *jax.random.split(jax.random.fold_in(key, 1), pairs)]
-        maps = jnp.stack([init(key, (student_width, teacher_width), jnp.float32) for key in keys])
-    regressors = {"regressors": maps[2:]} if pairs else {}
-    return {"f": maps[0], "g": maps[1], **regressors}
+        initial = jnp.stack([init(key, (student_width, teacher_width), jnp.float32) for key in keys])
+    regressors = {"regressors": initial[2:]} if pairs else {}
+    return dict(zip(map_names(maps), initial[:2], strict=False)) | regressors
+
+
+def map_names(maps: Maps) -> tuple[str, ...]:
+    """The maps that are params of a recipe."""
+    return {"separate": ("f", "g"), "shared": ("f",), "none": ()}[maps]
 
 
 def projections(params: Params) -> Projections:
-    return Projections(f=params["f"], g=params["g"])
+    """f and g, the same array where there is one for both; None, the identity, where there is none."""
+    f = params.get("f")
+    return Projections(f=f, g=params.get("g", f))
 
 
 def create_state(params: Params, optimizer: optax.GradientTransformation, rng: jax.Array) -> TrainState:

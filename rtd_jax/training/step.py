@@ -17,6 +17,7 @@ from rtd_jax.losses import LossWeights, cross_entropy_sums, denominators, rtd, t
 from rtd_jax.losses.everywhere import intermediate, token_alignment, token_counts
 from rtd_jax.losses.objective import Metrics
 from rtd_jax.losses.rewards import Rollouts, policy_sums
+from rtd_jax.losses.trajectory import TransitionForm
 from rtd_jax.models.functional import LlamaModel
 from rtd_jax.teacher.online import states_at_boundaries, teacher_outputs
 from rtd_jax.training.state import TrainState, projections, state_shardings
@@ -30,6 +31,7 @@ class StepSettings:
     anchor_prompt: bool = True  # whether the prompt's end is h_0, so that a one-step problem has a transition
     hidden_layer: int = -1  # teacher layer whose states are matched; -1 final normed
     student_hidden_layer: int = -1
+    transition_form: TransitionForm = "direction"  # what of a transition is compared; see `transition_losses`
     chunk_length: int = 32  # positions of each row whose logits exist at one time
     token_alignment: bool = False  # whether states are aligned at every token of a completion
     intermediate: tuple[tuple[int, int], ...] = ()  # (student layer, teacher layer) matched at every token
@@ -137,12 +139,15 @@ def make_train_step(
             totals=totals[0],
             vocab_size=vocab_size,
             anchor_prompt=settings.anchor_prompt,
+            transition_form=settings.transition_form,
             chunk_length=settings.chunk_length,
             mesh=mesh,
         )
         pairs = list(zip(everywhere, of_teacher.token_states, strict=True))
         if settings.token_alignment:
-            term, metrics["distill/token_alignment"] = token_alignment(*pairs.pop(0), batch, params["f"], totals[1])
+            term, metrics["distill/token_alignment"] = token_alignment(
+                *pairs.pop(0), batch, projections(params).f, totals[1]
+            )
             loss += weights.token_alignment * term
         if pairs:
             students, teachers = zip(*pairs, strict=True)
@@ -258,7 +263,8 @@ def make_coherence_eval(
     def evaluate(params: Params, source: TeacherSource, batch: Batch) -> Mean:
         student_states, teacher_states = read(params, source, batch)
         mask_BCK = transition_boundaries(batch.boundary_mask_BCK, settings.anchor_prompt)
-        losses = transition_losses(student_states, teacher_states, mask_BCK, projections(params).g)
+        maps, form = projections(params), settings.transition_form
+        losses = transition_losses(student_states, teacher_states, mask_BCK, maps.g, form)
         means_BC, has_any_BC = mean_per_chain(losses, transition_mask(mask_BCK))
         return Mean(jnp.sum(means_BC), jnp.sum(has_any_BC).astype(jnp.float32))
 
