@@ -19,19 +19,20 @@ TRACES = generate(600)
 def read(prompt: str) -> tuple[int, list[str], dict[tuple[int, str], int], int]:
     """(start, colours, doors, facts) of a problem."""
     start, colours = re.match(r"You are in room (\d+)\. Which room is behind ([a-z, ]+)\?", prompt).groups()
-    facts = re.findall(r"Room (\d+) ([a-z]+) (\d+)\.", prompt)
-    doors = {(int(room), colour): int(behind) for room, colour, behind in facts}
+    facts = re.findall(r"Room (\d+) (\d+) ([a-z]+)\.", prompt)
+    doors = {(int(room), colour): int(behind) for room, behind, colour in facts}
     return int(start), colours.split(", "), doors, len(facts)
 
 
 def test_following_the_doors_gives_the_steps_and_the_answer():
     for trace in TRACES:
         room, colours, doors, facts = read(trace.prompt)
-        assert len(doors) == facts  # no door leads to two rooms
+        assert len({room for room, _ in doors}) == len(doors) == facts  # every room has one door
+        assert len(set(colours)) == len(colours)
         assert trace.depth == len(colours)
         for colour, step in zip(colours, trace.steps, strict=True):
             behind = doors[room, colour]
-            assert step == f"Room {room} {colour} {behind}."
+            assert step == f"Room {room} {behind} {colour}."
             room = behind
         assert trace.answer == str(room)
         assert score_chain(trace.completion, trace).chain_correct
@@ -40,7 +41,8 @@ def test_following_the_doors_gives_the_steps_and_the_answer():
 def test_a_wrong_door_is_a_wrong_step_and_loses_the_path():
     trace = next(trace for trace in TRACES if trace.depth == 3)
     steps = list(trace.steps)
-    steps[1] = re.sub(r"\d+\.$", "0.", steps[1]) if not steps[1].endswith(" 0.") else steps[1].replace(" 0.", " 1.")
+    _, room, behind, colour = steps[1].split()
+    steps[1] = f"Room {room} {(int(behind) + 1) % 100} {colour}"
     score = score_chain("\n".join([*steps, trace.final]), trace)
     assert not score.chain_correct
     assert score.first_error == 1
@@ -49,7 +51,7 @@ def test_a_wrong_door_is_a_wrong_step_and_loses_the_path():
 def test_neither_the_number_of_facts_nor_their_order_tells_the_depth_or_the_path():
     counts = {depth: Counter(read(t.prompt)[3] for t in TRACES if t.depth == depth) for depth in range(1, 7)}
     assert all(set(count) == {10, 11, 12, 13} for count in counts.values())
-    first = Counter()
+    first, shared = Counter(), Counter()
     for trace in TRACES:
         start, colours, doors, _ = read(trace.prompt)
         room, path = start, [start]
@@ -57,12 +59,12 @@ def test_neither_the_number_of_facts_nor_their_order_tells_the_depth_or_the_path
             room = doors[room, colour]
             path.append(room)
         assert len(set(path)) == len(path)  # nobody walks in circles
-        others = {other for other, _ in doors} - set(path)
         assert any(room == path[-1] for room, _ in doors)  # the end of the path has a door of its own
-        assert others or trace.depth >= 4
-        assert sum(room in path[:-1] for room, _ in doors) >= min(2 * trace.depth, 10 - 1)  # other doors on the way
+        elsewhere = [colour for other, colour in doors if other not in path]
+        shared[sum(colour in colours for colour in elsewhere) > 0] += 1
         first[list(doors).index((start, colours[0])) < len(doors) / 2] += 1
     assert 0.4 < first[True] / len(TRACES) < 0.6
+    assert shared[True] / len(TRACES) > 0.95  # a colour alone finds no door
 
 
 def test_splits_are_disjoint_and_the_stream_is_fixed():
@@ -89,7 +91,7 @@ def test_a_tokenizer_of_its_own_knows_every_word_and_the_bundled_one_is_as_befor
         assert tokenizer.decode(chain.tokens).endswith(trace.completion + tokenizer.eos_token)
         assert chain.depth == trace.depth
     # A step is made of the same tokens as the fact that it copies, but for its end.
-    ids = tokenizer("Room 7 red 12. Room 12 blue 40.\nRoom 7 red 12.\n")["input_ids"][1:]
+    ids = tokenizer("Room 7 12 red. Room 12 40 blue.\nRoom 7 12 red.\n")["input_ids"][1:]
     assert ids[:4] == ids[10:14]
     assert len(tiny_tokenizer()) == len(tiny_tokenizer(synthetic.closed_words()))
     stream = "\n".join(t.prompt + t.completion for t in synthetic.generate(60))

@@ -1,11 +1,15 @@
 """Paths through rooms with coloured doors, in GSM8K's row schema: looking up instead of reckoning.
 
-    You are in room 7. Which room is behind red, blue? Room 31 blue 5. Room 12 blue 40. Room 7 red 12. ...
+    You are in room 7. Which room is behind red, blue? Room 31 5 blue. Room 12 40 blue. Room 7 12 red. ...
 
-Each step looks up one door, (room, colour) -> room, and copies the fact; the room it ends in is where the next one
-begins, so a wrong step loses the path. Rooms are numbers from 0 to 99, so results and answers are read as those of word
-problems. Facts are shuffled, and their number does not depend on the depth. Among them are doors that lead nowhere on
-the path: other colours in rooms of the path, the path's colours in other rooms, and doors of the last room.
+A fact is a door: its room, the room behind it, its colour. Each step looks up the door of a room and copies the fact; the
+room it ends in is where the next one begins, so a wrong step loses the path. The last colour asked for says where to
+stop: the room at the end has a door, too. Rooms are numbers from 0 to 99, so results and answers are read as those of
+word problems. Facts are shuffled, and their number does not depend on the depth. Doors elsewhere have the path's colours
+as often as any others, so a colour finds no door.
+
+The room behind stands right after the room. With the colour between them a 4 x 128 model was still guessing after 1,800
+updates: it learns soonest to copy what follows a match.
 
 The stream is a pure function of (seed, split, depth), and splits are disjoint by the hash of the question, as in
 `rtd_jax.data.synthetic`.
@@ -53,7 +57,7 @@ def closed_words() -> list[str]:
 
 
 def _stream(depth: int, split: str, seed: int) -> Iterator[dict[str, str]]:
-    digest = hashlib.sha256(f"rtd_jax rooms 1/{seed}/{split}/{depth}".encode()).digest()
+    digest = hashlib.sha256(f"rtd_jax rooms 3/{seed}/{split}/{depth}".encode()).digest()
     rng = random.Random(int.from_bytes(digest))
     seen: set[str] = set()
     while True:
@@ -65,20 +69,13 @@ def _stream(depth: int, split: str, seed: int) -> Iterator[dict[str, str]]:
 
 def _problem(rng: random.Random, depth: int) -> dict[str, str]:
     rooms = rng.sample(ROOMS, len(ROOMS))
-    path, others = rooms[: depth + 1], rooms[depth + 1 :]
-    colours = [rng.choice(COLOURS) for _ in range(depth)]
+    path, elsewhere = rooms[: depth + 1], rooms[depth + 1 :]
+    colours = rng.sample(COLOURS, depth)
     doors: list[Door] = list(zip(path[:-1], colours, path[1:], strict=True))
-    taken = {(room, colour) for room, colour, _ in doors}
-    count = rng.choice(FACTS)
-    places = [path[-1], *rng.sample(path[:-1], depth), *others]  # the end of the path is no dead end
-    while len(doors) < count:
-        # A door of the path's colours or any other, first in the rooms of the path, then elsewhere.
-        room = places.pop(0)
-        colour = rng.choice((rng.choice(colours), rng.choice(COLOURS)))
-        if (room, colour) in taken:
-            colour = rng.choice([c for c in COLOURS if (room, c) not in taken])
-        taken.add((room, colour))
-        doors.append((room, colour, others.pop()))
+    places = [path[-1], *elsewhere[: max(FACTS) - depth]]  # the end of the path is no dead end
+    behind = elsewhere[max(FACTS) - depth :]
+    for room in places[: rng.choice(FACTS) - depth]:
+        doors.append((room, rng.choice((rng.choice(colours), rng.choice(COLOURS))), behind.pop()))
     steps = [_fact(door) for door in doors[:depth]]
     rng.shuffle(doors)
     asked = f"You are in room {path[0]}. Which room is behind {', '.join(colours)}?"
@@ -88,4 +85,4 @@ def _problem(rng: random.Random, depth: int) -> dict[str, str]:
 
 def _fact(door: Door) -> str:
     # In a step the same words as in the problem: what a tiny model copies, it finds by the same tokens.
-    return f"Room {door[0]} {door[1]} {door[2]}."
+    return f"Room {door[0]} {door[2]} {door[1]}."

@@ -19,6 +19,7 @@ from rtd_jax.study.statistics import (
     Interval,
     Outcome,
     difference,
+    mean_difference,
     over_seeds,
     share_interval,
     verdict,
@@ -52,6 +53,8 @@ CLAIMS = (
 # Controls that the article lacks: no sign is expected of them.
 QUESTIONS = (
     ("kd_curriculum", "kd", "is it the curriculum alone?"),
+    ("coherence_only", "kd", "does the coherence loss help plain KD?"),
+    ("alignment_only", "kd", "does the boundary alignment help plain KD?"),
     ("rtd", "kd_curriculum", "do the hidden-state losses add to the curriculum?"),
     ("rtd", "rtd_random_boundaries", "does it matter that boundaries are where steps end?"),
     ("rtd", "rtd_all_tokens", "are boundaries better than all tokens?"),
@@ -59,6 +62,19 @@ QUESTIONS = (
     ("rtd", "kd_long", "is RTD better than KD with 1.6 times the updates, about its time?"),
     ("rtd_plateau", "kd_plateau", "is anything left when both have had four times the updates?"),
 )
+
+# Every combination of the three components, (alignment, coherence, curriculum), and what it is called.
+COMPONENTS = ("alignment", "coherence", "curriculum")
+COMBINATIONS = {
+    (False, False, False): "kd",
+    (True, False, False): "alignment_only",
+    (False, True, False): "coherence_only",
+    (False, False, True): "kd_curriculum",
+    (True, True, False): "rtd_no_curriculum",
+    (True, False, True): "rtd_no_coherence",
+    (False, True, True): "rtd_no_alignment",
+    (True, True, True): "rtd",
+}
 
 Runs = dict[str, list[Outcome]]
 Chosen = Callable[[Array], Array]
@@ -155,23 +171,39 @@ def questions(runs: Runs, deep: int) -> list[Claim]:
     ]
 
 
-def smaller_gain(of_task: dict[str, Runs], baseline: str, deep: int) -> list[Claim]:
-    """Is RTD's gain smaller for each other task's student than for the first task's?"""
-    first, *others = of_task
-    if not all(name in of_task[first] for name in ("rtd", baseline)):
+def added_by(runs: Runs, deep: int) -> list[tuple[str, str, Difference | None]]:
+    """(component, added to what, difference in deep chain accuracy) over all combinations of the three components.
+
+    First of each component is the mean of its four differences, its main effect. [] where a combination was not run.
+    """
+    if not all(name in runs for name in COMBINATIONS.values()):
         return []
-    whole = deep_difference(of_task[first], "rtd", baseline, deep)
+    rows = []
+    for i, component in enumerate(COMPONENTS):
+        pairs = {
+            name: COMBINATIONS[(*parts[:i], True, *parts[i + 1 :])]
+            for parts, name in COMBINATIONS.items()
+            if not parts[i]
+        }
+        whole = mean_difference([(runs[b], runs[a]) for a, b in pairs.items()], lambda x: x >= deep)
+        rows.append((component, "mean of the four", whole))
+        rows += [(component, f"`{a}` (gives `{b}`)", deep_difference(runs, b, a, deep)) for a, b in pairs.items()]
+    return rows
+
+
+def smaller_gain(of_task: dict[str, Runs], smaller_than: dict[str, str], baseline: str, deep: int) -> list[Claim]:
+    """Is RTD's gain smaller for a task's student than for the larger student of the task it is paired with?"""
     claims = []
-    for task in others:
-        if whole is None or not all(name in of_task[task] for name in ("rtd", baseline)):
+    for task, larger in smaller_than.items():
+        if not all(name in of_task.get(x, {}) for x in (task, larger) for name in ("rtd", baseline)):
             continue
-        part = deep_difference(of_task[task], "rtd", baseline, deep)
-        if part is None:
+        whole, part = (deep_difference(of_task[x], "rtd", baseline, deep) for x in (larger, task))
+        if whole is None or part is None:
             continue
         margin = math.hypot(*((x.high - x.low) / 2 for x in (whole, part)))  # the two tasks' runs are independent
         mean = whole.mean - part.mean
         gap = Interval(mean, mean - margin, mean + margin, part.seeds)
-        found = f"{points(whole)} for `{first}`, {points(part)} for `{task}`: {points(gap)} less"
+        found = f"{points(whole)} for `{larger}`, {points(part)} for `{task}`: {points(gap)} less"
         article = f"{ARTICLE_GAIN:+.1f} and {ARTICLE_SMALL_GAIN:+.1f}"
         claims.append(Claim("the gain is smaller for a smaller student", found, article, verdict(1, gap)))
     return claims

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from rtd_jax.study.claims import (
     ARTICLE_CKA,
     Claim,
     Runs,
+    added_by,
     auroc_within,
     buckets,
     cka_curve,
@@ -56,16 +57,32 @@ class Report:
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
-def study_report(baseline: str, deep: int, methods: Sequence[str], outcomes: Sequence[Outcome]) -> Report:
-    """Accuracy by depth, paired differences, ablation shares, claims with verdicts, drift and time, task by task."""
+def study_report(
+    baseline: str,
+    deep: int,
+    methods: Sequence[str],
+    outcomes: Sequence[Outcome],
+    about: Mapping[str, str] | None = None,
+    smaller_than: Mapping[str, str] | None = None,
+) -> Report:
+    """Accuracy by depth, paired differences, ablation shares, claims with verdicts, drift and time, task by task.
+
+    Args:
+      baseline: method that differences are taken to.
+      deep: steps from which a problem counts as deep.
+      methods: in the order in which they are shown, after the baseline and RTD.
+      outcomes: finished runs.
+      about: what a task is, in words, by its name.
+      smaller_than: {task with a smaller student: task with the larger one}.
+    """
     report = Report()
     of_task: dict[str, Runs] = {}
     methods = sorted(methods, key=lambda name: (name != baseline, name != "rtd"))  # the two that are compared, then all
     for task in dict.fromkeys(outcome.task for outcome in outcomes):
         runs = {name: [o for o in outcomes if (o.task, o.method) == (task, name)] for name in methods}
         of_task[task] = {name: found for name, found in runs.items() if found}
-        _task(report, task, of_task[task], baseline, deep)
-    between = smaller_gain(of_task, baseline, deep)
+        _task(report, task, (about or {}).get(task, ""), of_task[task], baseline, deep)
+    between = smaller_gain(of_task, dict(smaller_than or {}), baseline, deep)
     if between:
         report.sections.append(Section("Between tasks", 2))
         report.sections += _claim_section("A smaller student", between)
@@ -82,7 +99,7 @@ def markdown(report: Report) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _task(report: Report, task: str, runs: Runs, baseline: str, deep: int) -> None:
+def _task(report: Report, task: str, about: str, runs: Runs, baseline: str, deep: int) -> None:
     known = with_teacher(runs)
     depths = next(iter(runs.values()))[0].depths.tolist()
     # The teacher is the same under every seed: its interval is over problems.
@@ -95,19 +112,21 @@ def _task(report: Report, task: str, runs: Runs, baseline: str, deep: int) -> No
     if baseline in runs:
         differences = {n: deep_difference(runs, n, baseline, deep) for n in runs if n != baseline}
     gains, lost = gains_by_depth(runs, baseline, deep), shares(runs, baseline, deep)
+    added = added_by(runs, deep)
     claims, open_questions = claims_of(runs, baseline, deep), questions(runs, deep)
     others = {
         name: {key: float(np.mean([getattr(outcome, key) for outcome in found])) for key in MEASURED}
         for name, found in runs.items()
     }
     report.sections += [
-        Section(task, 2),
+        Section(task, 2, [about] if about else ()),
         _accuracies(table, runs),
         *_differences(differences, baseline, deep),
         *_claim_section(f"Gain of `rtd` over `{baseline}` by depth", gains, "steps"),
         *_claim_section("Share of the gain lost by each ablation", lost, "ablation"),
         *_claim_section("The article's claims", claims),
         *_claim_section("Questions the article leaves open", open_questions, "question"),
+        *_components(added, deep),
         *_grid(table, f"{deep}+"),
         _others(others),
         *_drift(runs),
@@ -122,6 +141,9 @@ def _task(report: Report, task: str, runs: Runs, baseline: str, deep: int) -> No
         "shares": [dataclasses.asdict(claim) for claim in lost],
         "claims": [dataclasses.asdict(claim) for claim in claims],
         "questions": [dataclasses.asdict(claim) for claim in open_questions],
+        "components": [
+            {"component": c, "added_to": to, "difference": d and dataclasses.asdict(d)} for c, to, d in added
+        ],
         "means": others,
     }
 
@@ -144,6 +166,18 @@ def _differences(differences: dict[str, Difference | None], baseline: str, deep:
 def _claim_section(title: str, claims: Sequence[Claim], what: str = "claim") -> list[Section]:
     rows = [(claim.claim, claim.found, claim.article, claim.verdict) for claim in claims]
     return [Section(title, 3, (), (what, "here", "article", "verdict"), rows)] if rows else []
+
+
+def _components(added: Sequence[tuple[str, str, Difference | None]], deep: int) -> list[Section]:
+    if not added:
+        return []
+    text = (
+        "All eight combinations of alignment, coherence and curriculum were run: each component's differences to the "
+        "same method without it, and their mean, which says what the component is worth whatever stands beside it."
+    )
+    rows = [(component, to, points(found), p_value(found)) for component, to, found in added]
+    head = ("component", "added to", "difference", "p")
+    return [Section(f"What each component adds at {deep} steps and more", 3, [text], head, rows)]
 
 
 def _grid(table: dict[str, dict[str, Interval]], bucket: str) -> list[Section]:

@@ -100,15 +100,27 @@ def difference(
     outcomes: Sequence[Outcome], baseline: Sequence[Outcome], chosen: Callable[[Array], Array]
 ) -> Difference | None:
     """Chain accuracy of a method minus the baseline's, paired by seed and problem; None without a common seed."""
-    pairs = [(a, b) for a in outcomes for b in baseline if a.seed == b.seed]
-    if not pairs:
+    return mean_difference([(outcomes, baseline)], chosen)
+
+
+def mean_difference(
+    pairs: Sequence[tuple[Sequence[Outcome], Sequence[Outcome]]], chosen: Callable[[Array], Array]
+) -> Difference | None:
+    """Mean over pairs of (method, baseline) of their paired differences, on the seeds that all of them have."""
+    seeds = sorted(set.intersection(*({o.seed for o in runs} for pair in pairs for runs in pair)))
+    if not seeds:
         return None
-    table_SP = _table([a for a, _ in pairs], chosen) - _table([b for _, b in pairs], chosen)
+
+    def table(runs: Sequence[Outcome]) -> np.ndarray:
+        of_seed = {outcome.seed: outcome for outcome in runs}
+        return _table([of_seed[seed] for seed in seeds], chosen)
+
+    table_SP = np.mean([table(method) - table(baseline) for method, baseline in pairs], axis=0)
     per_seed = table_SP.mean(axis=1)
     p_value = None
     if len(per_seed) > 1 and np.ptp(per_seed) > 0:
         p_value = float(stats.ttest_1samp(per_seed, 0.0).pvalue)
-    return Difference(*_bootstrap(table_SP), len(pairs), p_value)
+    return Difference(*_bootstrap(table_SP), len(seeds), p_value)
 
 
 def share_of_gain_lost(full: Interval, ablated: Interval, baseline: Interval) -> float | None:

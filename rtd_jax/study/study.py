@@ -34,6 +34,8 @@ class StudyRecipe:
     prepare: dict[str, Overrides] = field(default_factory=dict)  # {"cache": ("launch/cache_teacher.py", "--config=..")}
     only: tuple[str, ...] = ()  # methods that are run; () runs all
     task_methods: dict[str, Overrides] = field(default_factory=dict)  # methods of a task that has not all of them
+    about: dict[str, str] = field(default_factory=dict)  # what a task is, in words, for the report
+    smaller_than: dict[str, str] = field(default_factory=dict)  # {task of a smaller student: of the larger}
 
     def __post_init__(self) -> None:
         if self.baseline not in self.methods:
@@ -46,9 +48,15 @@ class StudyRecipe:
             unknown = [name for name in names if name not in self.methods]
             if unknown:
                 raise ValueError(f"{key} names {unknown[0]!r}; the methods are {', '.join(self.methods)}")
-        for task in self.task_methods:
-            if task not in self.tasks:
-                raise ValueError(f"task_methods names the task {task!r}; the tasks are {', '.join(self.tasks)}")
+        named = {
+            "task_methods": (*self.task_methods,),
+            "about": (*self.about,),
+            "smaller_than": (*self.smaller_than, *self.smaller_than.values()),
+        }
+        for key, tasks in named.items():
+            unknown = [task for task in tasks if task not in self.tasks]
+            if unknown:
+                raise ValueError(f"{key} names the task {unknown[0]!r}; the tasks are {', '.join(self.tasks)}")
         for name, command in self.prepare.items():
             if not command:
                 raise ValueError(f"prepare.{name} is empty; give a script of launch/ and its flags")
@@ -141,7 +149,9 @@ def study(recipe: StudyRecipe, workdir: Path) -> Path:
 
 
 def _write_report(recipe: StudyRecipe, outcomes: list[Outcome], workdir: Path) -> Path:
-    report = study_report(recipe.baseline, recipe.deep, list(recipe.methods), outcomes)
+    report = study_report(
+        recipe.baseline, recipe.deep, list(recipe.methods), outcomes, recipe.about, recipe.smaller_than
+    )
     write_json(workdir / "study.json", report.numbers)
     text = markdown(report)
     for path in (workdir / "study.md", *([Path(recipe.report)] if recipe.report else [])):
