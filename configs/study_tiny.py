@@ -6,7 +6,7 @@
     python launch/study.py --config=configs/study_tiny.py:conditions   # layer, anchor, maps, form and size of coherence
     python launch/study.py --config=configs/study_tiny.py:cached       # teacher's outputs from a cache, where possible
 
-What the runs share (the teacher's own chains, the reward model, the teacher of the rooms, the cache) is made once,
+What the runs share (the teacher's own chains, the reward model, the teacher of the cups, the cache) is made once,
 before them, in <workdir>/prepared. `--config.only="('kd','rtd')"` makes some of the runs. Budgets were chosen with KD
 alone on validation problems, so that it is neither solved nor hopeless: docs/study.md says what came out.
 """
@@ -28,7 +28,7 @@ FROM_CACHE = (
 )
 # Every digit of every token: with k = V (the bundled tokenizer's 445) training is that with the teacher online.
 CACHED = ("cache.top_k=445", "cache.predictions=float32", "cache.states=float32")
-ROOMS = ()
+CUPS = ()
 SMOKE = ("kd", "intermediate_kd", "cot_ft", "step_reward", "rtd", "rtd_no_coherence", "self_distillation")
 COMBINATIONS = FROM_CACHE  # of alignment, coherence and curriculum, all eight: what each is worth beside the others
 # A few updates on a few problems. The first three decide what a cache holds.
@@ -142,11 +142,11 @@ def get_config(arg: str = "") -> ConfigDict:
         "--workdir={reward}",
         *(few if smoke else ()),
     )
-    c.prepare.rooms_teacher = (
+    c.prepare.cups_teacher = (
         "launch/pretrain.py",
         "--config=configs/pretrain_tiny.py",
-        "--workdir={rooms_teacher}",
-        *(f"--config.{split}.schema=rooms" for split in ("train", "test")),
+        "--workdir={cups_teacher}",
+        *(f"--config.{split}.schema=cups" for split in ("train", "test")),
     )
     c.prepare.cache = (
         "launch/cache_teacher.py",
@@ -206,14 +206,14 @@ def _more_tasks(c: ConfigDict, whole: tuple[str, ...]) -> None:
     c.tasks.larger_student = (*c.tasks.few_problems, "student.layers=3")
     c.about.larger_student = "As few_problems, with a student of three layers: is the gain smaller for a smaller one?"
     c.smaller_than = ConfigDict({"few_problems": "larger_student"})
-    path = "{rooms_teacher}/model"
-    of_rooms = tuple(f"data.{split}.schema=rooms" for split in ("train", "validation", "test"))
-    c.tasks.rooms = (*whole, *of_rooms, f"teacher.path={path}", *ROOMS)
-    c.about.rooms = (
-        "Paths through rooms: looking up instead of reckoning, with a teacher of its own. Step rewards and fine-tuning "
-        "on the teacher's chains are not among the methods here."
+    path = "{cups_teacher}/model"
+    of_cups = tuple(f"data.{split}.schema=cups" for split in ("train", "validation", "test"))
+    c.tasks.cups = (*whole, *of_cups, f"teacher.path={path}", *CUPS)
+    c.about.cups = (
+        "A ball under swapped cups: keeping track instead of reckoning, with a teacher of its own. Step rewards and "
+        "fine-tuning on the teacher's chains are not among the methods here."
     )
     c.task_methods = ConfigDict()
     c.task_methods.many_problems = ("kd", "rtd", "kd_curriculum", "coherence_only", "kd_plateau", "rtd_plateau")
-    c.task_methods.rooms = (*COMBINATIONS, "rtd_random_boundaries")
+    c.task_methods.cups = (*COMBINATIONS, "rtd_random_boundaries")
     c.task_methods.larger_student = ("kd", "rtd", "kd_curriculum")

@@ -366,9 +366,9 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
     assert not recipes[of, "cot_ft"].loss.reads_teacher
     made = [this.name for this in recipe.preparations(tmp_path)]
     if config is study_tiny and arg != "smoke":
-        assert recipes["rooms", "rtd"].teacher.path.endswith("prepared/rooms_teacher/model")
-        assert {getattr(recipes["rooms", "rtd"].data, x).schema for x in ("train", "validation", "test")} == {"rooms"}
-        assert "rooms_teacher" in made
+        assert recipes["cups", "rtd"].teacher.path.endswith("prepared/cups_teacher/model")
+        assert {getattr(recipes["cups", "rtd"].data, x).schema for x in ("train", "validation", "test")} == {"cups"}
+        assert "cups_teacher" in made
     assert recipes[of, "step_reward"].reward.model.endswith("prepared/reward/model")
     # The same data budget and the same order of the data, whatever the method.
     budgets = {

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtd_jax.data import synthetic, synthetic_rooms
+from rtd_jax.data import synthetic, synthetic_cups
 from rtd_jax.data.manifest import check_shards
 from rtd_jax.data.traces import PARSERS, Problem, Trace, arc_problem
 
-GENERATED = ("synthetic", "rooms")  # schemas without files
+GENERATED = ("synthetic", "cups")  # schemas without files
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -26,7 +26,7 @@ class SourceSettings:
     Shards that launch/traces.py wrote are compared with their manifest.
     """
 
-    schema: str  # synthetic, rooms (both generated), gsm8k, math, strategyqa, arc, stepwise or prose
+    schema: str  # synthetic, cups (both generated), gsm8k, math, strategyqa, arc, stepwise or prose
     location: str = ""  # unused by generated ones
     split: str = "train"
     subset: str = ""  # the hub's configuration name ("main" of openai/gsm8k)
@@ -63,8 +63,8 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
     """
     if settings.schema in GENERATED:
         depths = settings.depths or (1, 2, 3, 4, 5, 6)
-        if settings.schema == "rooms":
-            return synthetic_rooms.generate(settings.limit, depths, settings.split, settings.seed)
+        if settings.schema == "cups":
+            return synthetic_cups.generate(settings.limit, depths, settings.split, settings.seed)
         keep_marks = settings.keep_marks
         return synthetic.generate(settings.limit, depths, settings.split, settings.seed, keep_marks=keep_marks)
     options: dict[str, Any] = {}

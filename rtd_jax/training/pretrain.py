@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.common.files import check_writable, write_json
 from rtd_jax.common.sharding import MeshSettings, check_rows, host_share, make_mesh, put_batch, row_sharding
-from rtd_jax.data import synthetic_rooms
+from rtd_jax.data import synthetic_cups
 from rtd_jax.data.formats import TextFormat, solved_examples
 from rtd_jax.data.loader import BatchLoader, make_loader
 from rtd_jax.data.sources import SourceSettings, load_traces
@@ -113,7 +113,7 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
     mesh = make_mesh(recipe.mesh)
     for phase in recipe.phases:
         check_rows(phase.batch_size, mesh)
-    tokenizer = tiny_tokenizer(synthetic_rooms.closed_words() if recipe.train.schema == "rooms" else ())
+    tokenizer = tiny_tokenizer(synthetic_cups.closed_words() if recipe.train.schema == "cups" else ())
     model = LlamaModel(model_config(recipe.model, tokenizer), activation_sharding=row_sharding(mesh))
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
     state, iterator = _starting_point(recipe, model, optimizer, mesh, latest)

@@ -1,0 +1,95 @@
+"""A ball under one of nine cups that are swapped, in GSM8K's row schema: keeping track instead of reckoning.
+
+    The ball is under cup 4. Under which cup is it after March? Meanwhile 36 elsewhere. January 47 swapped. ...
+
+`January 47 swapped` says that the cups 4 and 7 change places. Each step restates the next swap and says where the
+ball is now; a swap of two other cups leaves it, and what is lost once stays lost. Nothing tells a swap of the ball's
+cup from any other but where the ball is. Distractors are swaps on another table, and swaps after the month that is
+asked for.
+
+Where a problem starts is drawn as in `rtd_jax.data.synthetic`, and a pair of cups is one number, another one in each
+fact, so that a fact can be found by what stands in it: what is hard is the chain, not the search.
+
+The stream is a pure function of (seed, split, depth), and splits are disjoint by the hash of the question, as there.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from rtd_jax.data.synthetic import MONTHS, SPLITS, split_of
+from rtd_jax.data.traces import Trace, from_gsm8k
+
+MAX_DEPTH = 6
+CUPS = range(1, 10)
+PAIRS = tuple(10 * a + b for a in CUPS for b in CUPS if a != b)  # 47: the cups 4 and 7; one token each
+OWN_SWAPS = 0.75  # share of the swaps that move the ball
+BEYOND = range(3)  # swaps after the month that is asked for
+ELSEWHERE = range(1, 3)  # swaps on another table
+
+
+def generate(
+    count: int, depths: Sequence[int] = (1, 2, 3, 4, 5, 6), split: str = "train", seed: int = 0
+) -> list[Trace]:
+    """`count` distinct problems, depths in turn; a longer list starts with the shorter one.
+
+    Raises:
+      ValueError: a split or depth that does not exist.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
+    if not depths or len(set(depths)) != len(depths) or not all(1 <= depth <= MAX_DEPTH for depth in depths):
+        raise ValueError(f"depths are {tuple(depths)}; expected distinct numbers from 1 to {MAX_DEPTH}")
+    streams = [
+        list(islice(_stream(depth, split, seed), (count - i + len(depths) - 1) // len(depths)))
+        for i, depth in enumerate(depths)
+    ]
+    rows = [streams[i % len(depths)][i // len(depths)] for i in range(count)]
+    return [from_gsm8k(row, f"cups-{split}:{i + 1}") for i, row in enumerate(rows)]
+
+
+def closed_words() -> list[str]:
+    """Every word the generator can write, sorted."""
+    words = ("The", "ball", "is", "under", "cup", "Under", "which", "it", "after", "Meanwhile", "elsewhere", "swapped")
+    return sorted({*MONTHS, *words})
+
+
+def moved(cup: int, pair: int) -> int:
+    """Where the ball is after the swap."""
+    a, b = divmod(pair, 10)
+    return {a: b, b: a}.get(cup, cup)
+
+
+def _stream(depth: int, split: str, seed: int) -> Iterator[dict[str, str]]:
+    digest = hashlib.sha256(f"rtd_jax cups 1/{seed}/{split}/{depth}".encode()).digest()
+    rng = random.Random(int.from_bytes(digest))
+    seen: set[str] = set()
+    while True:
+        row = _problem(rng, depth)
+        if row["question"] not in seen and split_of(row["question"]) == split:
+            seen.add(row["question"])
+            yield row
+
+
+def _problem(rng: random.Random, depth: int) -> dict[str, str]:
+    start = cup = rng.choice(CUPS)
+    first = rng.randrange(len(MONTHS))
+    facts, steps, taken = [], [], set()
+    for i in range(depth + rng.choice(BEYOND)):
+        own = rng.random() < OWN_SWAPS
+        pair = rng.choice([p for p in PAIRS if p not in taken and (moved(cup, p) != cup) == own])
+        taken.add(pair)
+        cup = moved(cup, pair)
+        said = f"{MONTHS[(first + i) % len(MONTHS)]} {pair} swapped"
+        facts.append(f"{said}.")
+        if i < depth:
+            steps.append(f"{said}: {cup}.")
+            answer = cup
+    asked = MONTHS[(first + depth - 1) % len(MONTHS)]
+    for _ in range(rng.choice(ELSEWHERE)):
+        pair = rng.choice([p for p in PAIRS if p not in taken])
+        taken.add(pair)
+        facts.insert(rng.randint(0, len(facts)), f"Meanwhile {pair} elsewhere.")
+    question = " ".join([f"The ball is under cup {start}. Under which cup is it after {asked}?", *facts])
+    return {"question": question, "answer": "\n".join([*steps, f"#### {answer}"])}
