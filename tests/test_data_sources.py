@@ -154,7 +154,10 @@ def test_unreachable_hub_says_how_to_point_to_a_folder(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"schema": "gms8k", "location": "x"}, "schema 'gms8k' is unknown; use one of synthetic, cups, gsm8k, math"),
+        (
+            {"schema": "gms8k", "location": "x"},
+            "schema 'gms8k' is unknown; use one of synthetic, cups, synthetic\\+cups, gsm8k",
+        ),
         ({"schema": "gsm8k"}, "schema 'gsm8k' needs a location"),
         ({"schema": "synthetic"}, "needs the number of problems"),
         ({"schema": "gsm8k", "location": "x", "limit": -1}, "limit is -1"),

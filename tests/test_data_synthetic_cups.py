@@ -9,6 +9,7 @@ import pytest
 
 from rtd_jax.data import synthetic
 from rtd_jax.data.sources import SourceSettings, load_traces
+from rtd_jax.data.sources import closed_words as closed_words_of
 from rtd_jax.data.synthetic_cups import closed_words, generate
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
 from rtd_jax.data.tokens import encode_traces
@@ -17,11 +18,11 @@ from rtd_jax.evaluation.chains import score_chain
 TRACES = generate(600)
 
 
-def read(prompt: str) -> tuple[int, str, list[tuple[str, int, int]]]:
+def read(prompt: str) -> tuple[int, str, list[tuple[str, int, int, str]]]:
     """(cup at the start, month asked for, swaps in order) of a problem."""
     start, asked = re.match(r"The ball is under cup (\d)\. Under which cup is it after (\w+)\?", prompt).groups()
-    swaps = re.findall(r"(\w+) (\d)(\d) swapped\.", prompt)
-    return int(start), asked, [(month, int(a), int(b)) for month, a, b in swaps]
+    swaps = re.findall(r"(\w+) (\d)(\d) (\w+)\.", prompt)
+    return int(start), asked, [(month, int(a), int(b), name) for month, a, b, name in swaps if month != "Meanwhile"]
 
 
 def test_following_the_ball_gives_the_steps_and_the_answer():
@@ -30,10 +31,11 @@ def test_following_the_ball_gives_the_steps_and_the_answer():
         start, asked, swaps = read(trace.prompt)
         cups[start] = "ball"
         wanted = []
-        for month, a, b in swaps:
+        for month, a, b, name in swaps:
+            (before,) = (cup for cup, there in cups.items() if there)
             cups[a], cups[b] = cups[b], cups[a]
             (now,) = (cup for cup, there in cups.items() if there)
-            wanted.append(f"{month} {a}{b} swapped: {now}.")
+            wanted.append(f"{month} {a}{b} {name}: <<{before}*{a}{b}={now}>>{now}.")
             if month == asked:
                 break
         assert list(trace.steps) == wanted
@@ -45,7 +47,7 @@ def test_a_wrong_cup_is_a_wrong_step():
     trace = next(trace for trace in TRACES if trace.depth == 3)
     steps = list(trace.steps)
     now = int(steps[1][-2])
-    steps[1] = f"{steps[1][:-2]}{now % 9 + 1}."
+    steps[1] = steps[1].replace(f"={now}>>{now}.", f"={now % 6 + 1}>>{now % 6 + 1}.")
     score = score_chain("\n".join([*steps, trace.final]), trace)
     assert not score.chain_correct
     assert score.first_error == 1
@@ -55,7 +57,7 @@ def test_depth_is_told_by_the_month_alone_and_most_swaps_move_the_ball():
     months, beyond, still, pairs = set(), Counter(), [], Counter()
     for trace in TRACES:
         _, asked, swaps = read(trace.prompt)
-        names = [month for month, _, _ in swaps]
+        names = [month for month, *_ in swaps]
         assert names.index(asked) == trace.depth - 1
         beyond[len(swaps) - trace.depth] += 1
         months |= {(trace.depth, asked)}
@@ -86,6 +88,15 @@ def test_splits_are_disjoint_and_the_stream_is_fixed():
             generate(1, **changes)
 
 
+def test_both_families_take_turns_in_one_source():
+    both = load_traces(SourceSettings("synthetic+cups", limit=7))
+    assert both[1::2] == TRACES[:3]
+    assert both[::2] == synthetic.generate(4)
+    words = closed_words_of("synthetic+cups")
+    assert words == sorted({*synthetic.closed_words(), *closed_words()})
+    assert closed_words_of("synthetic") == synthetic.closed_words()
+
+
 def test_a_tokenizer_of_its_own_knows_every_word_and_the_bundled_one_is_as_before():
     tokenizer = tiny_tokenizer(closed_words())
     chains, report = encode_traces(tokenizer, TRACES, TINY_FORMAT, row_length=160)
@@ -94,7 +105,7 @@ def test_a_tokenizer_of_its_own_knows_every_word_and_the_bundled_one_is_as_befor
         assert tokenizer.decode(chain.tokens).endswith(trace.completion + tokenizer.eos_token)
         assert chain.depth == trace.depth
     # A step begins with the tokens of the fact that it copies.
-    ids = tokenizer("May 47 swapped. June 25 swapped.\nMay 47 swapped: 7.\n")["input_ids"][1:]
+    ids = tokenizer("May 42 Tom. June 25 Mia.\nMay 42 Tom: 2.\n")["input_ids"][1:]
     assert ids[:3] == ids[8:11]
     assert len(tiny_tokenizer()) == len(tiny_tokenizer(synthetic.closed_words()))
     stream = "\n".join(t.prompt + t.completion for t in synthetic.generate(60))

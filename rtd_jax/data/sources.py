@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rtd_jax.data import synthetic, synthetic_cups
 from rtd_jax.data.manifest import check_shards
 from rtd_jax.data.traces import PARSERS, Problem, Trace, arc_problem
 
-GENERATED = ("synthetic", "cups")  # schemas without files
+GENERATED = ("synthetic", "cups", "synthetic+cups")  # schemas without files; the last takes from both in turn
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -26,7 +27,7 @@ class SourceSettings:
     Shards that launch/traces.py wrote are compared with their manifest.
     """
 
-    schema: str  # synthetic, cups (both generated), gsm8k, math, strategyqa, arc, stepwise or prose
+    schema: str  # synthetic, cups, synthetic+cups (generated), gsm8k, math, strategyqa, arc, stepwise or prose
     location: str = ""  # unused by generated ones
     split: str = "train"
     subset: str = ""  # the hub's configuration name ("main" of openai/gsm8k)
@@ -62,11 +63,7 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
     missing; and saying how to point to a folder where the hub cannot be reached.
     """
     if settings.schema in GENERATED:
-        depths = settings.depths or (1, 2, 3, 4, 5, 6)
-        if settings.schema == "cups":
-            return synthetic_cups.generate(settings.limit, depths, settings.split, settings.seed)
-        keep_marks = settings.keep_marks
-        return synthetic.generate(settings.limit, depths, settings.split, settings.seed, keep_marks=keep_marks)
+        return _generated(settings)
     options: dict[str, Any] = {}
     if settings.schema == "gsm8k":
         options["keep_marks"] = settings.keep_marks
@@ -92,6 +89,23 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
             + (_unmet(settings) if count else "could be read: it is empty")
         )
     return traces
+
+
+def closed_words(schema: str) -> list[str]:
+    """Every word that a generated source can write, sorted."""
+    words = {"synthetic": synthetic.closed_words, "cups": synthetic_cups.closed_words}
+    return sorted({word for part in schema.split("+") for word in words[part]()})
+
+
+def _generated(settings: SourceSettings) -> list[Trace]:
+    depths = settings.depths or (1, 2, 3, 4, 5, 6)
+    makers = {"synthetic": partial(synthetic.generate, keep_marks=settings.keep_marks), "cups": synthetic_cups.generate}
+    parts = settings.schema.split("+")
+    made = [
+        makers[part]((settings.limit - i + len(parts) - 1) // len(parts), depths, settings.split, settings.seed)
+        for i, part in enumerate(parts)
+    ]
+    return [made[i % len(parts)][i // len(parts)] for i in range(settings.limit)]
 
 
 def load_rows(settings: SourceSettings) -> list[tuple[str, Mapping[str, Any]]]:

@@ -1,11 +1,11 @@
-"""A ball under one of nine cups that are swapped, in GSM8K's row schema: keeping track instead of reckoning.
+"""A ball under one of six cups that are swapped, in GSM8K's row schema: keeping track instead of reckoning.
 
-    The ball is under cup 4. Under which cup is it after March? Meanwhile 36 elsewhere. January 47 swapped. ...
+    The ball is under cup 4. Under which cup is it after March? Meanwhile 36 Ana. January 42 Tom. February 61 Mia. ...
 
-`January 47 swapped` says that the cups 4 and 7 change places. Each step restates the next swap and says where the
-ball is now; a swap of two other cups leaves it, and what is lost once stays lost. Nothing tells a swap of the ball's
-cup from any other but where the ball is. Distractors are swaps on another table, and swaps after the month that is
-asked for.
+`January 42 Tom` says that in January Tom swaps the cups 4 and 2. Each step restates the next swap and says where the
+ball is now, with a mark that names where it was: `January 42 Tom: <<4*42=2>>2.` A swap of two other cups leaves it,
+and what is lost once stays lost. Nothing tells a swap of the ball's cup from any other but where the ball is.
+Distractors are swaps on another table ("Meanwhile"), and swaps after the month that is asked for.
 
 Where a problem starts is drawn as in `rtd_jax.data.synthetic`, and a pair of cups is one number, another one in each
 fact, so that a fact can be found by what stands in it: what is hard is the chain, not the search.
@@ -18,12 +18,12 @@ import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from rtd_jax.data.synthetic import MONTHS, SPLITS, split_of
+from rtd_jax.data.synthetic import MONTHS, NAMES, SPLITS, split_of
 from rtd_jax.data.traces import Trace, from_gsm8k
 
 MAX_DEPTH = 6
-CUPS = range(1, 10)
-PAIRS = tuple(10 * a + b for a in CUPS for b in CUPS if a != b)  # 47: the cups 4 and 7; one token each
+CUPS = range(1, 7)
+PAIRS = tuple(10 * a + b for a in CUPS for b in CUPS if a != b)  # 42: the cups 4 and 2; one token each
 OWN_SWAPS = 0.75  # share of the swaps that move the ball
 BEYOND = range(3)  # swaps after the month that is asked for
 ELSEWHERE = range(1, 3)  # swaps on another table
@@ -51,8 +51,8 @@ def generate(
 
 def closed_words() -> list[str]:
     """Every word the generator can write, sorted."""
-    words = ("The", "ball", "is", "under", "cup", "Under", "which", "it", "after", "Meanwhile", "elsewhere", "swapped")
-    return sorted({*MONTHS, *words})
+    words = ("The", "ball", "is", "under", "cup", "Under", "which", "it", "after", "Meanwhile")
+    return sorted({*MONTHS, *NAMES, *words})
 
 
 def moved(cup: int, pair: int) -> int:
@@ -62,7 +62,7 @@ def moved(cup: int, pair: int) -> int:
 
 
 def _stream(depth: int, split: str, seed: int) -> Iterator[dict[str, str]]:
-    digest = hashlib.sha256(f"rtd_jax cups 1/{seed}/{split}/{depth}".encode()).digest()
+    digest = hashlib.sha256(f"rtd_jax cups 3/{seed}/{split}/{depth}".encode()).digest()
     rng = random.Random(int.from_bytes(digest))
     seen: set[str] = set()
     while True:
@@ -80,16 +80,16 @@ def _problem(rng: random.Random, depth: int) -> dict[str, str]:
         own = rng.random() < OWN_SWAPS
         pair = rng.choice([p for p in PAIRS if p not in taken and (moved(cup, p) != cup) == own])
         taken.add(pair)
-        cup = moved(cup, pair)
-        said = f"{MONTHS[(first + i) % len(MONTHS)]} {pair} swapped"
+        before, cup = cup, moved(cup, pair)
+        said = f"{MONTHS[(first + i) % len(MONTHS)]} {pair} {rng.choice(NAMES)}"
         facts.append(f"{said}.")
         if i < depth:
-            steps.append(f"{said}: {cup}.")
+            steps.append(f"{said}: <<{before}*{pair}={cup}>>{cup}.")
             answer = cup
     asked = MONTHS[(first + depth - 1) % len(MONTHS)]
     for _ in range(rng.choice(ELSEWHERE)):
         pair = rng.choice([p for p in PAIRS if p not in taken])
         taken.add(pair)
-        facts.insert(rng.randint(0, len(facts)), f"Meanwhile {pair} elsewhere.")
+        facts.insert(rng.randint(0, len(facts)), f"Meanwhile {pair} {rng.choice(NAMES)}.")
     question = " ".join([f"The ball is under cup {start}. Under which cup is it after {asked}?", *facts])
     return {"question": question, "answer": "\n".join([*steps, f"#### {answer}"])}

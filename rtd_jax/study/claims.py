@@ -57,6 +57,7 @@ QUESTIONS = (
     ("alignment_only", "kd", "does the boundary alignment help plain KD?"),
     ("rtd", "kd_curriculum", "do the hidden-state losses add to the curriculum?"),
     ("rtd", "rtd_random_boundaries", "does it matter that boundaries are where steps end?"),
+    ("rtd_no_curriculum", "random_boundaries_no_curriculum", "does it matter where there is no curriculum?"),
     ("rtd", "rtd_all_tokens", "are boundaries better than all tokens?"),
     ("self_distillation", "self_kd", "does coherence add to training the teacher on?"),
     ("rtd", "kd_long", "is RTD better than KD with 1.6 times the updates, about its time?"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -117,6 +118,7 @@ def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, note: Callable[[str
     failed: list[Job] = []
     started, done = time.monotonic(), 0
     total = len(waiting)
+    asked_to_stop = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through the `finally`
     try:
         while waiting or running:
             for slot in range(parallel):
@@ -142,6 +144,7 @@ def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, note: Callable[[str
             process.terminate()
         for _, process, _ in running.values():
             process.wait()
+        signal.signal(signal.SIGTERM, asked_to_stop)
     if failed:
         raise ValueError(
             f"{len(failed)} of {total} runs failed, first {failed[0].name}: its log is {failed[0].log}. The others are "

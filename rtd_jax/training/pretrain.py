@@ -17,10 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.common.files import check_writable, write_json
 from rtd_jax.common.sharding import MeshSettings, check_rows, host_share, make_mesh, put_batch, row_sharding
-from rtd_jax.data import synthetic_cups
 from rtd_jax.data.formats import TextFormat, solved_examples
 from rtd_jax.data.loader import BatchLoader, make_loader
-from rtd_jax.data.sources import SourceSettings, load_traces
+from rtd_jax.data.sources import SourceSettings, closed_words, load_traces
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.data.tokens import EncodedChain, encode_traces
 from rtd_jax.data.traces import Trace
@@ -113,7 +112,7 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
     mesh = make_mesh(recipe.mesh)
     for phase in recipe.phases:
         check_rows(phase.batch_size, mesh)
-    tokenizer = tiny_tokenizer(synthetic_cups.closed_words() if recipe.train.schema == "cups" else ())
+    tokenizer = tiny_tokenizer(closed_words(recipe.train.schema))
     model = LlamaModel(model_config(recipe.model, tokenizer), activation_sharding=row_sharding(mesh))
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
     state, iterator = _starting_point(recipe, model, optimizer, mesh, latest)
