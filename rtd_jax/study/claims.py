@@ -61,7 +61,7 @@ QUESTIONS = (
     ("rtd", "rtd_all_tokens", "are boundaries better than all tokens?"),
     ("self_distillation", "self_kd", "does coherence add to training the teacher on?"),
     ("rtd", "kd_long", "is RTD better than KD with 1.6 times the updates, about its time?"),
-    ("rtd_plateau", "kd_plateau", "is anything left when both have had four times the updates?"),
+    ("rtd_plateau", "kd_plateau", "is anything left when both have had many more updates?"),
 )
 
 # Every combination of the three components, (alignment, coherence, curriculum), and what it is called.
