@@ -28,7 +28,6 @@ FROM_CACHE = (
 )
 # Every digit of every token: with k = V (the bundled tokenizer's 445) training is that with the teacher online.
 CACHED = ("cache.top_k=445", "cache.predictions=float32", "cache.states=float32")
-CUPS = ()
 SMOKE = ("kd", "intermediate_kd", "cot_ft", "step_reward", "rtd", "rtd_no_coherence", "self_distillation")
 COMBINATIONS = FROM_CACHE  # of alignment, coherence and curriculum, all eight: what each is worth beside the others
 # A few updates on a few problems. The first three decide what a cache holds.
@@ -212,13 +211,14 @@ def _more_tasks(c: ConfigDict, whole: tuple[str, ...]) -> None:
     c.about.larger_student = "As few_problems, with a student of three layers: is the gain smaller for a smaller one?"
     c.smaller_than = ConfigDict({"few_problems": "larger_student"})
     path = "{cups_teacher}/model"
+    budget = ("student.layers=3", "data.train.limit=3000", "total_updates=300")
     of_cups = tuple(f"data.{split}.schema=cups" for split in ("train", "validation", "test"))
-    c.tasks.cups = (*whole, *of_cups, f"teacher.path={path}", *CUPS)
+    c.tasks.cups = (*whole, *of_cups, f"teacher.path={path}", *budget)
     c.about.cups = (
-        "A ball under swapped cups: keeping track instead of reckoning, with a teacher of its own. Step rewards and "
-        "fine-tuning on the teacher's chains are not among the methods here."
+        "A ball under swapped cups: keeping track instead of reckoning, with a teacher of its own; students of three "
+        "layers, 3,000 problems to train on, 300 updates. Two layers learned too little to be compared."
     )
     c.task_methods = ConfigDict()
     c.task_methods.many_problems = ("kd", "rtd", "kd_curriculum", "coherence_only", "kd_plateau", "rtd_plateau")
-    c.task_methods.cups = (*("kd", "rtd", "rtd_no_curriculum", "kd_curriculum", "coherence_only", "alignment_only"),)
+    c.task_methods.cups = ("kd", "rtd", "rtd_no_curriculum", "kd_curriculum", "coherence_only", "alignment_only")
     c.task_methods.larger_student = ("kd", "rtd")
