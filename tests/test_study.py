@@ -103,6 +103,10 @@ def test_a_share_of_the_gain_has_an_interval_where_there_is_a_gain():
     assert low < 0.5 < high  # (1 - 0.75) / (1 - 0.5)
     assert share_interval(full, full, base, everything) == (0.0, 0.0)  # problems are drawn alike for all three
     assert share_interval(base, ablated, full, everything) is None  # no gain
+    # One seed without a gain: the few draws that have nothing but this seed are no share of anything.
+    lucky = [outcome("kd", 0, [1] * 40), *base[1:]]
+    with np.errstate(all="raise"):
+        assert share_interval(full, ablated, lucky, everything) is not None
     assert share_interval(full, ablated, [outcome("kd", 9, [1, 0] * 20)], everything) is None  # no common seed
 
 

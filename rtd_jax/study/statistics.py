@@ -149,7 +149,8 @@ def share_interval(
     gain = of_full - of_baseline
     if np.quantile(gain, (1 - CONFIDENCE) / 2) <= 0:
         return None
-    low, high = np.quantile((of_full - of_ablated) / gain, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    there = gain > 0  # all but a few draws
+    low, high = np.quantile((of_full - of_ablated)[there] / gain[there], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
