@@ -11,12 +11,14 @@ import threading
 import time
 import urllib.request
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import pytest
 from completions_server import CompletionsServer, answer
+from real_weights import real_weights_dir
 from test_training_run import ROOT, environment
 
 from rtd_jax.common.files import read_json
@@ -266,47 +268,59 @@ def test_a_teacher_in_this_process_goes_on_with_the_same_bits(tmp_path):
     assert all(row["finish"] == "stop" for row in logged(tmp_path / "whole").values())
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def serving(folder: Path, port: int):
+    """`transformers serve` with a model's folder on the loopback; gives the process, once it answers."""
+    log = folder.with_name(f"{folder.name}.log")
+    with log.open("a") as out:
+        process = subprocess.Popen(
+            [
+                str(Path(sys.executable).with_name("transformers")),
+                "serve",
+                str(folder),
+                "--host=127.0.0.1",
+                f"--port={port}",
+                "--device=cpu",
+                "--dtype=float32",
+            ],
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except OSError:
+                time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """`transformers serve` with the bundled teacher on the loopback: (url, model)."""
+    """The bundled teacher, served: (url, model)."""
     folder = tmp_path_factory.mktemp("served") / "tiny_teacher"
     shutil.copytree(BUNDLED, folder)
     config = read_json(folder / "config.json")
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
     # Without this the server decodes greedily, whatever the temperature.
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, **ids}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = (folder.parent / "log").open("w")
-    process = subprocess.Popen(
-        [
-            str(Path(sys.executable).with_name("transformers")),
-            "serve",
-            str(folder),
-            "--host=127.0.0.1",
-            f"--port={port}",
-            "--device=cpu",
-        ],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert process.poll() is None, (folder.parent / "log").read_text()
-            assert time.monotonic() < deadline, (folder.parent / "log").read_text()
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                    break
-            except OSError:
-                time.sleep(0.1)
+    port = free_port()
+    with serving(folder, port):
         yield f"http://127.0.0.1:{port}/v1", str(folder)
-    finally:
-        process.kill()
-        process.wait()
-        log.close()
 
 
 @pytest.mark.slow
@@ -332,6 +346,57 @@ def test_both_backends_write_the_same_greedy_chains(served, tmp_path):
         sorted((row["text"], row["finish"]) for row in logged(tmp_path / name).values()) for name in ("server", "here")
     ]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.real_weights
+def test_a_server_of_real_weights_that_is_killed_midway(tmp_path):
+    """SmolLM2-135M-Instruct: the logs that two lives of a server filled are those of the model in this process."""
+    try:
+        folder = real_weights_dir()
+    except ValueError as error:
+        pytest.skip(str(error))
+    model = tmp_path / "smollm2"
+    model.mkdir()
+    for path in folder.iterdir():
+        (model / path.name).symlink_to(path.resolve())
+    port = free_port()
+    # Eight tokens are no whole chain, so there is nothing to write; what counts here is the log.
+    settings = {"sampling": SamplingSettings(1, 0.0, 1.0, 8)}
+    plain = settings | {"text": TextFormat("plain", "Question: {prompt}\nAnswer:")}
+    chat = settings | {"text": TextFormat("chat")}
+    of_jax = JaxSettings(str(folder), "float32", "float32", "fsdp", 8, MeshSettings(1, -1, 1))
+    of_server = OpenAISettings(f"http://127.0.0.1:{port}/v1", str(model), concurrency=1, retries=1, timeout=60.0)
+    log = tmp_path / "server plain" / "responses.jsonl"
+
+    def answered() -> int:
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    def kill_after_two(process: subprocess.Popen) -> None:
+        while answered() < 2:
+            time.sleep(0.01)
+        process.kill()
+
+    with serving(model, port) as process:
+        killer = threading.Thread(target=kill_after_two, args=(process,), daemon=True)
+        killer.start()
+        with pytest.raises(ValueError, match=rf"127.0.0.1:{port}"):
+            write_traces(tiny("openai", openai=of_server, **plain), tmp_path / "server plain")
+        killer.join()
+    assert 2 <= answered() < 6
+    with serving(model, port):
+        for name, form in (("plain", plain), ("chat", chat)):
+            with pytest.raises(ValueError, match="no chain is right and whole"):
+                write_traces(tiny("openai", openai=of_server, **form), tmp_path / f"server {name}")
+    for name, form in (("plain", plain), ("chat", chat)):
+        with pytest.raises(ValueError, match="no chain is right and whole"):
+            write_traces(tiny("jax", jax=of_jax, **form), tmp_path / f"here {name}")
+        served, here = (
+            sorted((row["text"], row["finish"]) for row in logged(tmp_path / f"{where} {name}").values())
+            for where in ("server", "here")
+        )
+        assert len(served) == 6
+        assert served == here
 
 
 def test_the_test_server_has_every_kind_of_chain():
