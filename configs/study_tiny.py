@@ -119,7 +119,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c = ConfigDict()
     c.base = "configs/rtd_tiny.py"  # config of every run
-    c.parallel = 2  # runs side by side, on equal shares of the cores
+    c.parallel = 2  # runs side by side, on equal shares of the cores; 0: only the report of finished runs
     c.seeds = (0,) if smoke else (0, 1, 2, 3, 4)  # of params and data order; the same for every method
     c.baseline = "kd"  # what differences are taken to
     c.deep = 4  # steps from which a problem counts as deep

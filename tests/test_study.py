@@ -31,6 +31,7 @@ from rtd_jax.study.statistics import (
     verdict,
 )
 from rtd_jax.study.study import StudyRecipe
+from rtd_jax.study.study import study as write_study
 from rtd_jax.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -285,6 +286,13 @@ def test_a_workdir_of_another_study_is_refused_before_anything_starts(fake_train
         run_jobs([job], fake_train, 1, print, tmp_path / "compiled")
 
 
+def test_without_runs_there_is_nothing_to_report(fake_train, tmp_path):
+    recipe = StudyRecipe(str(fake_train), {"task": ()}, {"kd": ()}, (0,), parallel=0)
+    with pytest.raises(ValueError, match="only a report of finished runs, but .*empty has none; set it to 1 or more"):
+        write_study(recipe, tmp_path / "empty")
+    assert not (tmp_path / "empty" / "runs").exists()
+
+
 def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, monkeypatch):
     recipe = StudyRecipe(
         base="b",
@@ -437,3 +445,7 @@ def test_a_study_of_real_runs(tmp_path):
     assert "the teacher is read from the cache" in log
     assert report["drift"]["maps"] == {"f": "fitted", "g": "fitted"}  # nothing trained them
     assert "2 runs, 2 of them finished" in study().stdout
+    (workdir / "study.md").unlink()
+    command.append("--config.parallel=0")
+    assert "report over 2 of 2 runs" in study().stdout
+    assert (workdir / "study.md").read_text() == text

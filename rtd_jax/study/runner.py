@@ -108,9 +108,7 @@ def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, note: Callable[[str
       ValueError: a workdir holds a run with other settings (before anything starts), or jobs failed (after all others
         ran), with the place of their logs.
     """
-    digest = hashlib.sha256(base.read_bytes()).hexdigest()
-    for job in jobs:
-        _claim(job, digest)
+    claim_jobs(jobs, base)
     waiting = [job for job in jobs if not job.report.exists()]
     note(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them finished; {parallel} at a time")
     shares = _core_shares(parallel)
@@ -152,18 +150,24 @@ def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, note: Callable[[str
         )
 
 
-def _claim(job: Job, digest: str) -> None:
-    """Notes in the job's workdir what it is; refuses one that was begun as something else."""
-    path = job.workdir / "job.json"
-    mine = {"base_sha256": digest, "overrides": list(job.overrides)}
-    if not path.exists():
-        job.workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, mine)
-    elif read_json(path) != mine:
-        raise ValueError(
-            f"{job.workdir} was begun with other settings ({path} differs: the base config's text or the overrides); "
-            "give the study another --workdir, or delete that run"
-        )
+def claim_jobs(jobs: Sequence[Job], base: Path) -> None:
+    """Notes in each job's workdir what it is.
+
+    Raises:
+      ValueError: a workdir was begun as something else.
+    """
+    digest = hashlib.sha256(base.read_bytes()).hexdigest()
+    for job in jobs:
+        path = job.workdir / "job.json"
+        mine = {"base_sha256": digest, "overrides": list(job.overrides)}
+        if not path.exists():
+            job.workdir.mkdir(parents=True, exist_ok=True)
+            write_json(path, mine)
+        elif read_json(path) != mine:
+            raise ValueError(
+                f"{job.workdir} was begun with other settings ({path} differs: the base config's text or the "
+                "overrides); give the study another --workdir, or delete that run"
+            )
 
 
 def _start(job: Job, base: Path, cores: set[int], compiled: Path) -> subprocess.Popen:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rtd_jax.common.files import check_writable, replacing, write_json
 from rtd_jax.reporting.sections import write_sections
 from rtd_jax.study.report import markdown, study_report
-from rtd_jax.study.runner import Job, Preparation, prepare_once, run_jobs
+from rtd_jax.study.runner import Job, Preparation, claim_jobs, prepare_once, run_jobs
 from rtd_jax.study.statistics import Outcome, read_outcome
 
 Overrides = tuple[str, ...]
@@ -28,7 +28,7 @@ class StudyRecipe:
     methods: dict[str, Overrides]
     seeds: tuple[int, ...]  # of params and data order; the same for every method
     baseline: str = "kd"  # what differences are taken to
-    parallel: int = 1  # runs side by side; the cores are shared equally
+    parallel: int = 1  # runs side by side on equal shares of the cores; 0 makes none: the report of those there are
     deep: int = 4  # steps from which a problem counts as deep in the summary
     report: str = ""  # where the report is written besides <workdir>/study.md; "" nowhere
     prepare: dict[str, Overrides] = field(default_factory=dict)  # {"cache": ("launch/cache_teacher.py", "--config=..")}
@@ -126,7 +126,8 @@ def study(recipe: StudyRecipe, workdir: Path) -> Path:
     Returns study.md's path.
 
     Raises:
-      ValueError: the base config does not exist, or what `prepare_once` and `run_jobs` raise.
+      ValueError: the base config does not exist, nothing is there to report on, or what `prepare_once` and `run_jobs`
+        raise.
     """
     base = Path(recipe.base).absolute()
     if not base.is_file():
@@ -136,10 +137,18 @@ def study(recipe: StudyRecipe, workdir: Path) -> Path:
     check_writable(workdir)
     note: Callable[[str], None] = partial(print, flush=True)
     jobs = recipe.jobs(workdir)
+    if not recipe.parallel:
+        there = [job for job in jobs if job.report.exists()]
+        if not there:
+            raise ValueError(
+                f"parallel is 0: only a report of finished runs, but {workdir} has none; set it to 1 or more"
+            )
+        claim_jobs(there, base)
     try:
-        if not all(job.report.exists() for job in jobs):
+        if recipe.parallel and not all(job.report.exists() for job in jobs):
             prepare_once(recipe.preparations(workdir), note)
-        run_jobs(jobs, base, recipe.parallel, note, _prepared(workdir) / "compiled")
+        if recipe.parallel:
+            run_jobs(jobs, base, recipe.parallel, note, _prepared(workdir) / "compiled")
     finally:
         finished = [job for job in jobs if job.report.exists()]
         if finished:
