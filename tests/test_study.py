@@ -288,7 +288,7 @@ def test_a_workdir_of_another_study_is_refused_before_anything_starts(fake_train
 
 def test_without_runs_there_is_nothing_to_report(fake_train, tmp_path):
     recipe = StudyRecipe(str(fake_train), {"task": ()}, {"kd": ()}, (0,), parallel=0)
-    with pytest.raises(ValueError, match="only a report of finished runs, but .*empty has none; set it to 1 or more"):
+    with pytest.raises(ValueError, match=r"only a report of finished runs, but .*empty has none; use 1 or more"):
         write_study(recipe, tmp_path / "empty")
     assert not (tmp_path / "empty" / "runs").exists()
 

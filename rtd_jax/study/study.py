@@ -140,9 +140,7 @@ def study(recipe: StudyRecipe, workdir: Path) -> Path:
     if not recipe.parallel:
         there = [job for job in jobs if job.report.exists()]
         if not there:
-            raise ValueError(
-                f"parallel is 0: only a report of finished runs, but {workdir} has none; set it to 1 or more"
-            )
+            raise ValueError(f"parallel is 0: only a report of finished runs, but {workdir} has none; use 1 or more")
         claim_jobs(there, base)
     try:
         if recipe.parallel and not all(job.report.exists() for job in jobs):
