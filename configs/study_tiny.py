@@ -216,7 +216,8 @@ def _more_tasks(c: ConfigDict, whole: tuple[str, ...]) -> None:
     c.tasks.cups = (*whole, *of_cups, f"teacher.path={path}", *budget)
     c.about.cups = (
         "A ball under swapped cups: keeping track instead of reckoning, with a teacher of its own; students of three "
-        "layers, 3,000 problems to train on, 300 updates. Two layers learned too little to be compared."
+        "layers, 3,000 problems to train on, 300 updates. Two layers learned too little to be compared. Where the "
+        "ball is follows from the words of a step, so step accuracy, which is that of results, says nothing here."
     )
     c.task_methods = ConfigDict()
     c.task_methods.many_problems = ("kd", "rtd", "kd_curriculum", "coherence_only", "kd_plateau", "rtd_plateau")

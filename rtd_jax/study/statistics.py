@@ -39,7 +39,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and problems with its bootstrap interval."""
+    """A mean over seeds and problems with its 95% interval."""
 
     mean: float
     low: float
@@ -93,7 +93,8 @@ def read_outcome(task: str, method: str, seed: int, workdir: Path) -> Outcome:
 
 def accuracy(outcomes: Sequence[Outcome], chosen: Callable[[Array], Array]) -> Interval:
     """Chain accuracy of one method over its seeds, on the problems whose depth `chosen` keeps."""
-    return Interval(*_bootstrap(_table(outcomes, chosen)), len(outcomes))
+    mean, low, high = _interval(_table(outcomes, chosen))
+    return Interval(mean, max(low, 0.0), min(high, 1.0), len(outcomes))
 
 
 def difference(
@@ -120,7 +121,7 @@ def mean_difference(
     p_value = None
     if len(per_seed) > 1 and np.ptp(per_seed) > 0:
         p_value = float(stats.ttest_1samp(per_seed, 0.0).pvalue)
-    return Difference(*_bootstrap(table_SP), len(seeds), p_value)
+    return Difference(*_interval(table_SP), len(seeds), p_value)
 
 
 def share_of_gain_lost(full: Interval, ablated: Interval, baseline: Interval) -> float | None:
@@ -137,18 +138,17 @@ def share_interval(
 ) -> tuple[float, float] | None:
     """95% interval of (full - ablated) / (full - baseline): seeds and problems drawn alike for all three.
 
-    None without a common seed, or where the gain itself is not above 0 in 97.5% of the draws: a share of nothing.
+    By bootstrap. None without a common seed, or where the gain's own interval does not lie above 0: a share of nothing.
     """
     seeds = sorted({o.seed for o in full} & {o.seed for o in ablated} & {o.seed for o in baseline})
-    if not seeds:
+    whole = difference(full, baseline, chosen)
+    if not seeds or whole is None or whole.low <= 0:
         return None
     tables = [
         _table([next(o for o in runs if o.seed == s) for s in seeds], chosen) for runs in (full, ablated, baseline)
     ]
     of_full, of_ablated, of_baseline = (_resampled(table) for table in tables)
     gain = of_full - of_baseline
-    if np.quantile(gain, (1 - CONFIDENCE) / 2) <= 0:
-        return None
     there = gain > 0  # all but a few draws
     low, high = np.quantile((of_full - of_ablated)[there] / gain[there], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
@@ -181,15 +181,24 @@ def _table(outcomes: Sequence[Outcome], chosen: Callable[[Array], Array]) -> np.
     return np.stack([outcome.correct[keep] for outcome in outcomes]).astype(np.float64)
 
 
-def _bootstrap(table_SP: np.ndarray) -> tuple[float, float, float]:
-    """(mean, low, high): seeds and problems are both drawn with replacement, for both are samples of what could be.
+def _interval(table_SP: np.ndarray) -> tuple[float, float, float]:
+    """(mean, low, high), seeds and problems both being samples of what could be.
 
-    With one seed, the interval is over problems only.
+    The mean's variance is that of the seeds' means over their number plus that of the problems' means over theirs. That
+    counts twice what seeds and problems have in common, so it is rather too large; its degrees of freedom are
+    Welch-Satterthwaite's. A bootstrap over five seeds would be too sure of itself. One seed: over problems only.
     """
-    means_R = _resampled(table_SP)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means_R, [tail, 1 - tail])
-    return float(table_SP.mean()), float(low), float(high)
+    parts = [  # (variance of the mean, degrees of freedom)
+        (float(means.var(ddof=1)) / len(means), len(means) - 1)
+        for means in (table_SP.mean(axis=1), table_SP.mean(axis=0))
+        if len(means) > 1
+    ]
+    mean, variance = float(table_SP.mean()), sum(part for part, _ in parts)
+    if not variance:
+        return mean, mean, mean
+    freedom = variance**2 / sum(part**2 / count for part, count in parts)
+    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
+    return mean, mean - margin, mean + margin
 
 
 def _resampled(table_SP: np.ndarray) -> np.ndarray:
