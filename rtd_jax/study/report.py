@@ -34,10 +34,10 @@ from rtd_jax.study.statistics import Difference, Interval, Outcome, accuracy, ov
 TITLE = "Study: what keeps multi-step reasoning alive in a small student"
 INTRO = (
     "Written by `launch/study.py`; not edited by hand. Chain accuracy in %: every intermediate result and the answer "
-    "right, by free-running greedy decoding on test problems. Intervals are 95%: of accuracies and their differences by "
-    "Student's t, with the variance over seeds and that over problems added; of other measures over seeds. Differences "
-    "are paired by seed and problem; p-values are of a two-sided t-test over seeds, the problems being given, not "
-    "corrected for the number of comparisons.",
+    "right, by free-running greedy decoding on test problems. Intervals are 95%: of accuracies and their differences "
+    "by Student's t, with the variance over seeds and that over problems added; of other measures over seeds. "
+    "Differences are paired by seed and problem; p-values are of a two-sided t-test over seeds, the problems being "
+    "given, not corrected for the number of comparisons.",
     "Models and problems are not the article's, so a claim is compared by its sign or order, and only shares and "
     "ratios as numbers: it agrees or disagrees when the interval lies wholly on one side, and is undecided otherwise.",
 )
