@@ -99,7 +99,10 @@ def closed_words(schema: str) -> list[str]:
 
 def _generated(settings: SourceSettings) -> list[Trace]:
     depths = settings.depths or (1, 2, 3, 4, 5, 6)
-    makers = {"synthetic": partial(synthetic.generate, keep_marks=settings.keep_marks), "cups": synthetic_cups.generate}
+    makers: dict[str, Callable[..., list[Trace]]] = {
+        "synthetic": partial(synthetic.generate, keep_marks=settings.keep_marks),
+        "cups": synthetic_cups.generate,
+    }
     parts = settings.schema.split("+")
     made = [
         makers[part]((settings.limit - i + len(parts) - 1) // len(parts), depths, settings.split, settings.seed)

@@ -66,7 +66,7 @@ QUESTIONS = (
 
 # Every combination of the three components, (alignment, coherence, curriculum), and what it is called.
 COMPONENTS = ("alignment", "coherence", "curriculum")
-COMBINATIONS = {
+COMBINATIONS: dict[tuple[bool, ...], str] = {
     (False, False, False): "kd",
     (True, False, False): "alignment_only",
     (False, True, False): "coherence_only",
