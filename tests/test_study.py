@@ -162,10 +162,10 @@ def test_the_report_says_what_was_found(tmp_path):
     text, numbers = markdown(report), report.numbers
     assert "| rtd | 3 | 100.0 [100, 100] | 100.0 [100, 100] | 100.0 [100, 100] | 100.0 [100, 100] |" in text
     assert "| teacher |  | 100.0 [100, 100] |" in text
-    assert "| 4 | +100.0 [+100.0, +100.0] p=- | - | not in the article |" in text
-    assert "| 4+ | +100.0 [+100.0, +100.0] p=- | +18.7 | agrees |" in text
+    assert "| 4 | +100.0 [+100.0, +100.0] | - | not in the article |" in text
+    assert "| 4+ | +100.0 [+100.0, +100.0] | +18.7 | agrees |" in text
     claim = "RTD keeps more deep chains than logit matching"
-    assert f"| {claim} | `rtd` - `kd` = +100.0 [+100.0, +100.0] p=- | +18.7 | agrees |" in text
+    assert f"| {claim} | `rtd` - `kd` = +100.0 [+100.0, +100.0] | +18.7 | agrees |" in text
     of = {claim["claim"]: claim for claim in numbers["task"]["claims"]}
     # Steps at depth 4: 0.90, 0.91, 0.92 right, chains 0: 91 points, t(2) 4.303 x 0.01 / sqrt(3) = 2.5.
     gap = of["`kd`: single steps are right far more often than whole deep chains"]

@@ -300,7 +300,8 @@ def points(value: Interval | None) -> str:
 
 
 def with_p(value: Difference | None) -> str:
-    return f"{points(value)} p={p_value(value)}"
+    shown = p_value(value)
+    return points(value) if shown == "-" else f"{points(value)}, p {shown if shown[0] == '<' else f'= {shown}'}"
 
 
 def p_value(value: Difference | None) -> str:
