@@ -92,6 +92,8 @@ def test_share_of_gain_and_verdicts():
     )
     assert verdict(1, better) == "agrees"
     assert verdict(-1, better) == "disagrees"
+    one = difference([outcome("rtd", 0, [1] * 20)], [outcome("kd", 0, [0] * 20)], everything)
+    assert verdict(1, one) == "undecided"  # sure of these problems, not of another seed
     unclear = difference([outcome("rtd", 0, [1, 0] * 4)], [outcome("kd", 0, [0, 1] * 4)], everything)
     assert verdict(1, unclear) == verdict(-1, unclear) == verdict(1, None) == "undecided"
 
