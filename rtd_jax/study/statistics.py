@@ -212,7 +212,7 @@ def _resampled(table_SP: np.ndarray) -> np.ndarray:
 
 
 def verdict(expected_sign: int, found: Interval | None) -> str:
-    """Whether a difference has the sign the article reports: "agrees", "disagrees" or "undecided" (as with one seed)."""
+    """Whether a difference has the sign the article reports: "agrees", "disagrees" or "undecided"; so is one seed."""
     if found is None or found.seeds < 2 or not math.isfinite(found.low) or found.low <= 0.0 <= found.high:
         return "undecided"
     return "agrees" if math.copysign(1, found.mean) == expected_sign else "disagrees"
