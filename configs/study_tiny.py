@@ -165,7 +165,8 @@ def get_config(arg: str = "") -> ConfigDict:
     whole = ("evaluation.teacher=False", *(SMALL if smoke else measured))
     c.tasks = ConfigDict()  # overrides
     c.about = ConfigDict()  # for the report
-    c.tasks.few_problems = (*whole, *(() if smoke else (f"data.train.limit={FEW}", "total_updates=300")))
+    budget = () if smoke else (f"data.train.limit={FEW}", "total_updates=300")
+    c.tasks.few_problems = (*whole, *budget)  # the task that has all methods
     c.about.few_problems = (
         f"Word problems, {FEW} to train on, 300 updates, after which KD gains little more: what differs is where the "
         "methods end, not how fast they come there."
@@ -188,7 +189,7 @@ def get_config(arg: str = "") -> ConfigDict:
         _more_tasks(c, whole)
         every["kd_plateau"] = (*KD, "total_updates=400")
         every["rtd_plateau"] = ("total_updates=400",)
-        c.task_methods.few_problems = tuple(name for name in every if not name.endswith("_plateau"))
+        c.task_methods.few_problems = tuple(name for name in every if not name.endswith("_plateau"))  # all others
     # Not the default: of what a cache cannot hold, times could not be compared with those of what it can.
     from_cache = FROM_CACHE if "cached" in words else ("kd",) if smoke else ()  # the smoke study tries both ways
     for name in from_cache:
@@ -202,24 +203,26 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def _more_tasks(c: ConfigDict, whole: tuple[str, ...]) -> None:
     """Other budgets, students and problems, with the methods that they can tell apart."""
-    c.tasks.many_problems = (*whole, "total_updates=200")
+    c.tasks.many_problems = (*whole, "total_updates=200")  # is it the speed of learning?
     c.about.many_problems = (
         "Word problems, 12,000 to train on, 200 updates: KD is still learning, so how fast the methods learn counts. "
         "`kd_plateau` and `rtd_plateau` have 400."
     )
-    c.tasks.larger_student = (*c.tasks.few_problems, "student.layers=3")
-    c.about.larger_student = "As few_problems, with a student of three layers: is the gain smaller for a smaller one?"
-    c.smaller_than = ConfigDict({"few_problems": "larger_student"})
+    c.tasks.larger_student = (*c.tasks.few_problems, "student.layers=3")  # is the gain smaller for a smaller student?
+    c.about.larger_student = "As few_problems, with a student of three layers."  # for the report
+    c.smaller_than = ConfigDict({"few_problems": "larger_student"})  # {task of a smaller student: of the larger}
     path = "{cups_teacher}/model"
     budget = ("student.layers=3", "data.train.limit=3000", "total_updates=300")
     of_cups = tuple(f"data.{split}.schema=cups" for split in ("train", "validation", "test"))
-    c.tasks.cups = (*whole, *of_cups, f"teacher.path={path}", *budget)
+    c.tasks.cups = (*whole, *of_cups, f"teacher.path={path}", *budget)  # problems of another nature
     c.about.cups = (
         "A ball under swapped cups: keeping track instead of reckoning, with a teacher of its own; students of three "
         "layers, 3,000 problems to train on, 300 updates. Two layers learned too little to be compared. Where the "
         "ball is follows from the words of a step, so step accuracy, which is that of results, says nothing here."
     )
     c.task_methods = ConfigDict()
-    c.task_methods.many_problems = ("kd", "rtd", "kd_curriculum", "coherence_only", "kd_plateau", "rtd_plateau")
-    c.task_methods.cups = ("kd", "rtd", "rtd_no_curriculum", "kd_curriculum", "coherence_only", "alignment_only")
-    c.task_methods.larger_student = ("kd", "rtd")
+    more = ("kd_plateau", "rtd_plateau")
+    c.task_methods.many_problems = ("kd", "rtd", "kd_curriculum", "coherence_only", *more)  # of all methods
+    parts = ("alignment_only", "coherence_only", "rtd_no_curriculum")
+    c.task_methods.cups = ("kd", "rtd", "kd_curriculum", *parts)  # of all methods
+    c.task_methods.larger_student = ("kd", "rtd")  # of all methods
