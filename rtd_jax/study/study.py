@@ -1,5 +1,8 @@
 """The study: every method under every seed on every task, and the report of what came out."""
 
+import datetime
+import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -116,6 +119,16 @@ class StudyRecipe:
         return texts
 
 
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
 def _prepared(workdir: Path) -> Path:
     return workdir.absolute() / "prepared"
 
@@ -150,14 +163,21 @@ def study(recipe: StudyRecipe, workdir: Path) -> Path:
     finally:
         finished = [job for job in jobs if job.report.exists()]
         if finished:
-            path = _write_report(recipe, [read_outcome(j.task, j.method, j.seed, j.workdir) for j in finished], workdir)
+            outcomes = [read_outcome(j.task, j.method, j.seed, j.workdir) for j in finished]
+            path = _write_report(recipe, outcomes, len(jobs), workdir)
             note(f"report over {len(finished)} of {len(jobs)} runs: {path}, {workdir / 'report.html'}")
     return path
 
 
-def _write_report(recipe: StudyRecipe, outcomes: list[Outcome], workdir: Path) -> Path:
+def _write_report(recipe: StudyRecipe, outcomes: list[Outcome], planned: int, workdir: Path) -> Path:
     report = study_report(
         recipe.baseline, recipe.deep, list(recipe.methods), outcomes, recipe.about, recipe.smaller_than
+    )
+    hours = sum(outcome.seconds for outcome in outcomes) / 3600
+    report.intro += (
+        f"{len(outcomes)} of {planned} runs are finished: {hours:.1f} hours of training, on {os.cpu_count()} cores of "
+        f"{_processor()} with Python {platform.python_version()}, {datetime.date.today()}. A method with one "
+        "seed decides nothing.",
     )
     write_json(workdir / "study.json", report.numbers)
     text = markdown(report)
