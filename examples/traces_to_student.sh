@@ -25,7 +25,7 @@ smollm2)
   # So few chains are right that there is nothing to make stages of.
   recipe=(--config=configs/rtd_smollm2.py --config.data.test.location="$gsm8k" --config.curriculum.enabled=False
     --config.data.validation_fraction=0.3 --config.total_updates="${UPDATES:-20}")
-  evaluation=(--tasks=gsm8k --data_root="$(dirname "$gsm8k")" --limit=20)
+  evaluation=(--tasks=gsm8k --data_root="$(dirname "$gsm8k")" --limit=20 --few_shot=1 --max_new_tokens=160)
   ;;
 *)
   echo "unknown teacher $teacher; use tiny or smollm2" >&2
