@@ -64,6 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.tasks.smaller_student = (*c.tasks.gsm8k, *smaller)  # is the gain smaller below a capacity?
         c.task_methods = ConfigDict()
         c.task_methods.smaller_student = ("kd", "rtd", "kd_curriculum")  # of all methods
+        c.smaller_than = ConfigDict({"smaller_student": "gsm8k"})  # {task of a smaller student: of the larger}
     if "cached" in words:
         every = {n: (*of, "teacher.cache={cache}") if n in FROM_CACHE else of for n, of in every.items()}
         if "intermediate_kd" in every:  # a cache cannot solve problems

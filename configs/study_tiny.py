@@ -29,7 +29,6 @@ FROM_CACHE = (
 # Every digit of every token: with k = V (the bundled tokenizer's 445) training is that with the teacher online.
 CACHED = ("cache.top_k=445", "cache.predictions=float32", "cache.states=float32")
 SMOKE = ("kd", "intermediate_kd", "cot_ft", "step_reward", "rtd", "rtd_no_coherence", "self_distillation")
-COMBINATIONS = FROM_CACHE  # of alignment, coherence and curriculum, all eight: what each is worth beside the others
 # A few updates on a few problems. The first three decide what a cache holds.
 SMALL = (
     "data.train.limit=60",

@@ -4,8 +4,10 @@ import ast
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -252,6 +254,7 @@ def fake_train(monkeypatch, tmp_path):
         "flags = dict(flag.lstrip('-').split('=', 1) for flag in sys.argv[1:])\n"
         "workdir = pathlib.Path(flags['workdir'])\n"
         "print(len(os.sched_getaffinity(0)), flags)\n"
+        "assert os.environ['JAX_COMPILATION_CACHE_DIR'].endswith('compiled')\n"  # programs are shared between runs
         "calls = workdir / 'calls'\n"
         "calls.write_text(calls.read_text() + 'x' if calls.exists() else 'x')\n"
         "if flags['config.seed'] == '1' and pathlib.Path('broken').exists(): sys.exit(2)\n"
@@ -286,6 +289,37 @@ def test_a_workdir_of_another_study_is_refused_before_anything_starts(fake_train
     fake_train.write_text("# another config\n")
     with pytest.raises(ValueError, match="begun with other settings"):
         run_jobs([job], fake_train, 1, print, tmp_path / "compiled")
+
+
+def test_a_study_that_is_asked_to_stop_takes_its_runs_along(tmp_path):
+    trainer = tmp_path / "launch" / "train.py"
+    trainer.parent.mkdir()
+    trainer.write_text(
+        "import os, pathlib, sys, time\n"
+        "flags = dict(flag.lstrip('-').split('=', 1) for flag in sys.argv[1:])\n"
+        "pathlib.Path(flags['workdir'], 'started').write_text(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    base, workdir = tmp_path / "base.py", tmp_path / "run"
+    base.write_text("# a config\n")
+    program = (
+        "from pathlib import Path\n"
+        "from rtd_jax.study import runner\n"
+        f"runner.TRAIN = Path({str(trainer)!r})\n"
+        f"job = runner.Job('task', 'kd', 0, ('seed=0',), Path({str(workdir)!r}))\n"
+        f"runner.run_jobs([job], Path({str(base)!r}), 1, print, Path({str(tmp_path / 'compiled')!r}))\n"
+    )
+    study = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    started = workdir / "started"
+    deadline = time.monotonic() + 120
+    while not (started.exists() and started.read_text()):
+        assert study.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    study.send_signal(signal.SIGTERM)
+    assert study.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
 
 
 def test_without_runs_there_is_nothing_to_report(fake_train, tmp_path):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rtd_jax.common.boundaries import shifted_labels
+from rtd_jax.common.boundaries import shifted_labels, transition_boundaries
 from rtd_jax.common.sharding import MeshSettings, host_share, make_mesh, put_batch, to_host
 from rtd_jax.data.packing import fixed_batches, host_rows
 from rtd_jax.data.synthetic import generate
@@ -18,6 +18,7 @@ from rtd_jax.losses import LossWeights, alignment, coherence, kd_token_losses
 from rtd_jax.models.functional import LlamaModel
 from rtd_jax.teacher.online import teacher_outputs
 from rtd_jax.teacher.predictions import top_k_predictions
+from rtd_jax.training.calibration import make_self_coherence
 from rtd_jax.training.optimizer import OptimizerSettings, decay_mask, learning_rate_schedule, make_optimizer
 from rtd_jax.training.prepare import teacher_model, teacher_shardings
 from rtd_jax.training.pretrain import SizeSettings, model_config
@@ -188,6 +189,22 @@ def test_cached_updates_donate_the_state_only_and_read_states_at_every_token_now
     for changes in ({"token_alignment": True}, {"intermediate": ((1, 1),)}):
         with pytest.raises(ValueError, match="a cache has no teacher states at every token"):
             make_train_step(STUDENT, None, OPTIMIZER, replace(STEP, **changes), VOCAB)
+
+
+@pytest.mark.parametrize("form", ["direction", "difference"])
+def test_thresholds_are_measured_by_the_loss_that_is_validated(form):
+    """The teacher against itself under another context, as `make_coherence_eval` would compare it with a student."""
+    measure = make_self_coherence(TEACHER, transition_form=form)
+    plain, other = (jax.tree.map(jnp.asarray, UNPACKED) for _ in range(2))
+    other = other._replace(tokens_BL=(other.tokens_BL + 1) % VOCAB)
+    found = measure(TEACHER_PARAMS, plain, TEACHER_PARAMS, other)
+    settings = replace(STEP, transition_form=form)
+    states = [teacher_outputs(TEACHER, TEACHER_PARAMS, x, -1).boundary_states_BCKD for x in (other, plain)]
+    mask = transition_boundaries(plain.boundary_mask_BCK, settings.anchor_prompt)
+    expected = coherence(*states, mask, form=form)
+    np.testing.assert_allclose(found.value(), expected, rtol=1e-5)
+    both = [coherence(*states, mask, form=x) for x in ("direction", "difference")]
+    assert float(both[0]) != float(both[1])
 
 
 @pytest.mark.parametrize("hidden_layer", [-1, 1])

@@ -52,7 +52,13 @@ def alignment(student_states: Array, teacher_states: Array, mask: Array, project
     return _mean_over_chains(losses_K, mask)
 
 
-def coherence(student_states: Array, teacher_states: Array, mask: Array, projection: Projection = None) -> Array:
+def coherence(
+    student_states: Array,
+    teacher_states: Array,
+    mask: Array,
+    projection: Projection = None,
+    form: TransitionForm = "direction",
+) -> Array:
     """Mean over chains of the mean over a chain's transitions of (1 - cos(g(delta_S), delta_T))^2.
 
     Args:
@@ -60,14 +66,15 @@ def coherence(student_states: Array, teacher_states: Array, mask: Array, project
       teacher_states: [..., K, D] teacher hidden states at the same boundaries.
       mask: bool [..., K], True where the boundary exists; transitions join neighbouring ones that do.
       projection: g; a [S, D] matrix, a callable, or None when S == D.
+      form: what of a transition is compared, see `transition_losses`.
 
     Returns:
-      float32 scalar in [0, 4]: the mean over chains that have a transition; 0 if there is none.
+      float32 scalar, in [0, 4] unless form="difference": the mean over chains that have a transition; 0 if none has.
 
     Raises:
       ValueError: the widths differ and there is no projection, or the projection does not fit.
     """
-    losses_K = transition_losses(student_states, teacher_states, mask, projection)
+    losses_K = transition_losses(student_states, teacher_states, mask, projection, form)
     return _mean_over_chains(losses_K, transition_mask(mask))
 
 

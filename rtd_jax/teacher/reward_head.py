@@ -26,7 +26,7 @@ from rtd_jax.common.boundaries import gather_boundaries, step_tokens
 from rtd_jax.common.files import read_json, replacing, write_json
 from rtd_jax.common.types import Array, Batch, Params
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,17 @@ from rtd_jax.common.boundaries import transition_boundaries
 from rtd_jax.common.reductions import Mean
 from rtd_jax.common.types import Batch
 from rtd_jax.losses import coherence
+from rtd_jax.losses.trajectory import TransitionForm
 from rtd_jax.models.functional import LlamaModel
 from rtd_jax.training.step import TeacherSource, teacher_on
 
 
 def make_self_coherence(
-    teacher: LlamaModel | None, *, hidden_layer: int = -1, anchor_prompt: bool = True
+    teacher: LlamaModel | None,
+    *,
+    hidden_layer: int = -1,
+    anchor_prompt: bool = True,
+    transition_form: TransitionForm = "direction",
 ) -> Callable[[TeacherSource, Batch, TeacherSource, Batch], Mean]:
     """Builds (teacher, batch, teacher, same chains under another context) -> coherence as (sum over chains, chains).
 
@@ -36,7 +41,7 @@ def make_self_coherence(
         )
         mask_BCK = transition_boundaries(plain.boundary_mask_BCK & prefixed.boundary_mask_BCK, anchor_prompt)
         chains = (mask_BCK[..., 1:] & mask_BCK[..., :-1]).any(-1).sum().astype(float)
-        return Mean(coherence(prefixed_states, plain_states, mask_BCK) * chains, chains)
+        return Mean(coherence(prefixed_states, plain_states, mask_BCK, form=transition_form) * chains, chains)
 
     return measure
 

@@ -282,7 +282,10 @@ def teacher_self_coherence(experiment: Experiment, traces: Sequence[Trace], chai
         ]
 
     measure = make_self_coherence(
-        experiment.teacher, hidden_layer=recipe.loss.hidden_layer, anchor_prompt=recipe.loss.anchor_prompt
+        experiment.teacher,
+        hidden_layer=recipe.loss.hidden_layer,
+        anchor_prompt=recipe.loss.anchor_prompt,
+        transition_form=recipe.loss.transition_form,
     )
     both = batches(chains, recipe.data.row_length), batches(prefixed, row_length_of(prefixed))
     return mean_over(measure, (plain + other for plain, other in zip(*both, strict=True)))
