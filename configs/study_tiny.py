@@ -167,8 +167,8 @@ def get_config(arg: str = "") -> ConfigDict:
     budget = () if smoke else (f"data.train.limit={FEW}", "total_updates=300")
     c.tasks.few_problems = (*whole, *budget)  # the task that has all methods
     c.about.few_problems = (
-        f"Word problems, {FEW} to train on, 300 updates, after which KD gains little more: what differs is where the "
-        "methods end, not how fast they come there."
+        f"Word problems, {FEW} to train on, 300 updates. KD levels off by then with fewer and with more of them "
+        "(docs/decisions.md), so what differs is where the methods end, not how fast they come there."
     )
 
     every = methods()
