@@ -18,9 +18,10 @@ names, so the splits are disjoint by construction, for every pair of seeds.
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 from rtd_jax.data.traces import Trace, from_gsm8k
 
@@ -47,6 +48,9 @@ _WEIGHTS = {"gain": 7, "lose": 7, "double": 1, "halve": 1}
 _BUCKETS = 10  # of which one each for validation and test
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class _Problem:
     question: str
@@ -71,18 +75,34 @@ def generate_rows(
     count: int, depths: Sequence[int] = (1, 2, 3, 4, 5, 6), split: str = "train", seed: int = 0
 ) -> list[dict[str, str]]:
     """As `generate`, as rows of GSM8K's schema: `question`, `answer`."""
+    problems = in_turn(_stream, count, depths, split, seed, MAX_DEPTH)
+    return [{"question": p.question, "answer": "\n".join((*p.steps, f"#### {p.result}"))} for p in problems]
+
+
+def in_turn(
+    stream: Callable[[int, str, int], Iterator[T]],
+    count: int,
+    depths: Sequence[int],
+    split: str,
+    seed: int,
+    deepest: int,
+) -> list[T]:
+    """`count` problems of `stream(depth, split, seed)`, depths in turn; a longer list starts with the shorter one.
+
+    Raises:
+      ValueError: a split, count or depth that does not exist.
+    """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
     if count < 0:
         raise ValueError(f"count is {count}; expected 0 or more problems")
-    if not depths or len(set(depths)) != len(depths) or not all(1 <= depth <= MAX_DEPTH for depth in depths):
-        raise ValueError(f"depths are {tuple(depths)}; expected distinct numbers from 1 to {MAX_DEPTH}")
+    if not depths or len(set(depths)) != len(depths) or not all(1 <= depth <= deepest for depth in depths):
+        raise ValueError(f"depths are {tuple(depths)}; expected distinct numbers from 1 to {deepest}")
     streams = [
-        list(islice(_stream(depth, split, seed), (count - i + len(depths) - 1) // len(depths)))
+        list(islice(stream(depth, split, seed), (count - i + len(depths) - 1) // len(depths)))
         for i, depth in enumerate(depths)
     ]
-    problems = [streams[i % len(depths)][i // len(depths)] for i in range(count)]
-    return [{"question": p.question, "answer": "\n".join((*p.steps, f"#### {p.result}"))} for p in problems]
+    return [streams[i % len(depths)][i // len(depths)] for i in range(count)]
 
 
 def split_of(question: str) -> str:

@@ -16,9 +16,8 @@ The stream is a pure function of (seed, split, depth), and splits are disjoint b
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
-from rtd_jax.data.synthetic import MONTHS, NAMES, SPLITS, split_of
+from rtd_jax.data.synthetic import MONTHS, NAMES, in_turn, split_of
 from rtd_jax.data.traces import Trace, from_gsm8k
 
 MAX_DEPTH = 6
@@ -35,17 +34,9 @@ def generate(
     """`count` distinct problems, depths in turn; a longer list starts with the shorter one.
 
     Raises:
-      ValueError: a split or depth that does not exist.
+      ValueError: a split, count or depth that does not exist.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
-    if not depths or len(set(depths)) != len(depths) or not all(1 <= depth <= MAX_DEPTH for depth in depths):
-        raise ValueError(f"depths are {tuple(depths)}; expected distinct numbers from 1 to {MAX_DEPTH}")
-    streams = [
-        list(islice(_stream(depth, split, seed), (count - i + len(depths) - 1) // len(depths)))
-        for i, depth in enumerate(depths)
-    ]
-    rows = [streams[i % len(depths)][i // len(depths)] for i in range(count)]
+    rows = in_turn(_stream, count, depths, split, seed, MAX_DEPTH)
     return [from_gsm8k(row, f"cups-{split}:{i + 1}") for i, row in enumerate(rows)]
 
 
