@@ -156,7 +156,7 @@ def test_unreachable_hub_says_how_to_point_to_a_folder(monkeypatch):
     [
         (
             {"schema": "gms8k", "location": "x"},
-            "schema 'gms8k' is unknown; use one of synthetic, cups, synthetic\\+cups, gsm8k",
+            "schema 'gms8k' is unknown; use one of synthetic, cups, lift, synthetic\\+cups, gsm8k",
         ),
         ({"schema": "gsm8k"}, "schema 'gsm8k' needs a location"),
         ({"schema": "synthetic"}, "needs the number of problems"),

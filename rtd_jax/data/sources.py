@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rtd_jax.data import synthetic, synthetic_cups
+from rtd_jax.data import synthetic, synthetic_cups, synthetic_lift
 from rtd_jax.data.manifest import check_shards
 from rtd_jax.data.traces import PARSERS, Problem, Trace, arc_problem
 
-GENERATED = ("synthetic", "cups", "synthetic+cups")  # schemas without files; the last takes from both in turn
+GENERATED = ("synthetic", "cups", "lift", "synthetic+cups")  # schemas without files; the last takes from both in turn
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -27,7 +27,7 @@ class SourceSettings:
     Shards that launch/traces.py wrote are compared with their manifest.
     """
 
-    schema: str  # synthetic, cups, synthetic+cups (generated), gsm8k, math, strategyqa, arc, stepwise or prose
+    schema: str  # synthetic, cups, lift, synthetic+cups (generated), gsm8k, math, strategyqa, arc, stepwise or prose
     location: str = ""  # unused by generated ones
     split: str = "train"
     subset: str = ""  # the hub's configuration name ("main" of openai/gsm8k)
@@ -93,7 +93,11 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
 
 def closed_words(schema: str) -> list[str]:
     """Every word that a generated source can write, sorted."""
-    words = {"synthetic": synthetic.closed_words, "cups": synthetic_cups.closed_words}
+    words = {
+        "synthetic": synthetic.closed_words,
+        "cups": synthetic_cups.closed_words,
+        "lift": synthetic_lift.closed_words,
+    }
     return sorted({word for part in schema.split("+") for word in words[part]()})
 
 
@@ -102,6 +106,7 @@ def _generated(settings: SourceSettings) -> list[Trace]:
     makers: dict[str, Callable[..., list[Trace]]] = {
         "synthetic": partial(synthetic.generate, keep_marks=settings.keep_marks),
         "cups": synthetic_cups.generate,
+        "lift": synthetic_lift.generate,
     }
     parts = settings.schema.split("+")
     made = [
