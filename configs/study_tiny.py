@@ -6,7 +6,7 @@
     python launch/study.py --config=configs/study_tiny.py:conditions   # layer, anchor, maps, form and size of coherence
     python launch/study.py --config=configs/study_tiny.py:cached       # teacher's outputs from a cache, where possible
 
-What the runs share (the teacher's own chains, the reward model, the teacher of the cups, the cache) is made once,
+What the runs share (chains, the reward model, other teachers, the cache) is made once,
 before them, in <workdir>/prepared. `--config.only="('kd','rtd')"` makes some of the runs. Budgets were chosen with KD
 alone on validation problems, so that it is neither solved nor hopeless: docs/study.md says what came out.
 """
@@ -17,15 +17,18 @@ ALIGNMENT_WEIGHTS = (0.1, 0.3, 1.0)  # the article's grid search gave 0.3 ..
 COHERENCE_WEIGHTS = (0.1, 0.5, 1.0)  # .. and 0.5
 
 FEW = 250  # problems to train on where few are to be had
+LIFT = 500  # updates of students that start from random weights
 
 # Logit matching alone, all depths at once.
 KD = ("loss.alignment_weight=0.0", "loss.coherence_weight=0.0", "curriculum.enabled=False")
-# A cache holds all that these need. The others need the teacher online (states at every token, other boundaries, the
-# student's own chains), or not at all.
-FROM_CACHE = (
+# All eight combinations of alignment, coherence and curriculum.
+PARTS = (
     *("kd", "rtd", "rtd_no_coherence", "rtd_no_alignment", "rtd_no_curriculum"),
     *("kd_curriculum", "coherence_only", "alignment_only"),
 )
+# A cache holds all that these need. The others need the teacher online (states at every token, other boundaries, the
+# student's own chains), or not at all.
+FROM_CACHE = PARTS
 # Every digit of every token: with k = V (the bundled tokenizer's 445) training is that with the teacher online.
 CACHED = ("cache.top_k=445", "cache.predictions=float32", "cache.states=float32")
 SMOKE = ("kd", "intermediate_kd", "cot_ft", "step_reward", "rtd", "rtd_no_coherence", "self_distillation")
@@ -148,6 +151,14 @@ def get_config(arg: str = "") -> ConfigDict:
         "--config.train.schema=synthetic+cups",  # what helps it find a month's fact is learned on word problems
         "--config.test.schema=cups",
     )
+    c.prepare.lift_teacher = (
+        "launch/pretrain.py",
+        "--config=configs/pretrain_tiny.py",
+        "--workdir={lift_teacher}",
+        "--config.train.schema=lift",
+        "--config.test.schema=lift",
+        "--config.phases=({'updates': 1000, 'max_depth': 6, 'batch_size': 16, 'row_length': 160, 'chains_per_row': 4},)",  # noqa: E501
+    )
     c.prepare.cache = (
         "launch/cache_teacher.py",
         "--config=configs/rtd_tiny.py",
@@ -186,8 +197,8 @@ def get_config(arg: str = "") -> ConfigDict:
         every = conditions()
     else:
         _more_tasks(c, whole)
-        every["kd_plateau"] = (*KD, "total_updates=400")
-        every["rtd_plateau"] = ("total_updates=400",)
+        every["kd_plateau"] = (*KD, f"total_updates={3 * LIFT}")
+        every["rtd_plateau"] = (f"total_updates={3 * LIFT}",)
         c.task_methods.few_problems = tuple(name for name in every if not name.endswith("_plateau"))  # all others
     # Not the default: of what a cache cannot hold, times could not be compared with those of what it can.
     from_cache = FROM_CACHE if "cached" in words else ("kd",) if smoke else ()  # the smoke study tries both ways
@@ -200,13 +211,25 @@ def get_config(arg: str = "") -> ConfigDict:
     return c
 
 
+def _lift(teacher: str) -> tuple[str, ...]:
+    """Overrides of a task of rides in a lift, with students of random weights."""
+    return (
+        *(f"data.{split}.schema=lift" for split in ("train", "validation", "test")),
+        f"teacher.path={teacher}",
+        "data.train.limit=6000",
+        f"total_updates={LIFT}",
+        "student.init=random",
+        "student.width=128",
+        "student.mlp_width=384",
+        "student.heads=4",
+        "student.kv_heads=2",
+        "student.head_dim=32",
+        "optimizer.learning_rate=3e-3",
+    )
+
+
 def _more_tasks(c: ConfigDict, whole: tuple[str, ...]) -> None:
     """Other budgets, students and problems, with the methods that they can tell apart."""
-    c.tasks.many_problems = (*whole, "total_updates=200")  # is it the speed of learning?
-    c.about.many_problems = (
-        "Word problems, 12,000 to train on, 200 updates: KD is still learning, so how fast the methods learn counts. "
-        "`kd_plateau` and `rtd_plateau` have 400."
-    )
     c.tasks.larger_student = (*c.tasks.few_problems, "student.layers=3")  # is the gain smaller for a smaller student?
     c.about.larger_student = "As few_problems, with a student of three layers."  # for the report
     c.smaller_than = ConfigDict({"few_problems": "larger_student"})  # {task of a smaller student: of the larger}
@@ -219,9 +242,15 @@ def _more_tasks(c: ConfigDict, whole: tuple[str, ...]) -> None:
         "layers, 3,000 problems to train on, 300 updates. Two layers learned too little to be compared. Where the "
         "ball is follows from the words of a step, so step accuracy, which is that of results, says nothing here."
     )
+    c.tasks.lift = (*whole, *_lift("{lift_teacher}/model"))  # learned from nothing: stages of some length
+    c.about.lift = (
+        f"Rides in a lift: chained one-digit sums without anything to search, 6,000 problems, {LIFT} updates. Students "
+        "of two layers with random weights, so that there is something to learn in every stage of the curriculum. KD "
+        "is still learning then, so how fast the methods learn counts; `kd_plateau` and `rtd_plateau` have three times "
+        "the updates."
+    )
     c.task_methods = ConfigDict()
-    more = ("kd_plateau", "rtd_plateau")
-    c.task_methods.many_problems = ("kd", "rtd", "kd_curriculum", "coherence_only", *more)  # of all methods
+    c.task_methods.lift = (*PARTS, "rtd_random_boundaries", "kd_plateau", "rtd_plateau")  # of all methods
     parts = ("alignment_only", "coherence_only", "rtd_no_curriculum")
     c.task_methods.cups = ("kd", "rtd", "kd_curriculum", *parts)  # of all methods
     c.task_methods.larger_student = ("kd", "rtd")  # of all methods
