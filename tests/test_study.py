@@ -416,7 +416,11 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
     if config is study_tiny and arg != "smoke":
         assert recipes["cups", "rtd"].teacher.path.endswith("prepared/cups_teacher/model")
         assert {getattr(recipes["cups", "rtd"].data, x).schema for x in ("train", "validation", "test")} == {"cups"}
-        assert "cups_teacher" in made
+        lift = recipes["lift", "rtd"]
+        assert (lift.data.test.schema, lift.student.init) == ("lift", "random")
+        assert lift.teacher.path.endswith("prepared/lift_teacher/model")
+        assert recipes["lift", "rtd_plateau"].total_updates == 3 * lift.total_updates
+        assert {"cups_teacher", "lift_teacher"} <= set(made)
     assert recipes[of, "step_reward"].reward.model.endswith("prepared/reward/model")
     # The same data budget and the same order of the data, whatever the method.
     budgets = {
