@@ -118,6 +118,8 @@ def conditions() -> dict[str, tuple[str, ...]]:
 def get_config(arg: str = "") -> ConfigDict:
     words = words_of(arg, ("smoke", "grid", "conditions", "cached"))
     smoke = "smoke" in words
+    if {"conditions", "cached"} <= words:
+        raise ValueError("conditions+cached: the conditions are tried on rides in a lift, the cache has word problems")
 
     c = ConfigDict()
     c.base = "configs/rtd_tiny.py"  # config of every run
@@ -175,6 +177,7 @@ def get_config(arg: str = "") -> ConfigDict:
     whole = ("evaluation.teacher=False", *(SMALL if smoke else measured))
     c.tasks = ConfigDict()  # overrides
     c.about = ConfigDict()  # for the report
+    c.task_methods = ConfigDict()  # of a task that does not have all
     budget = () if smoke else (f"data.train.limit={FEW}", "total_updates=300")
     c.tasks.few_problems = (*whole, *budget)  # the task that has all methods
     c.about.few_problems = (
@@ -195,11 +198,17 @@ def get_config(arg: str = "") -> ConfigDict:
         every = {"kd": every["kd"]} | weight_grid(ALIGNMENT_WEIGHTS, COHERENCE_WEIGHTS)
     elif "conditions" in words:
         every = conditions()
+        c.tasks, c.about = ConfigDict(), ConfigDict()
+        _add_lift(c, whole)  # the most that a term can do is where there is most to learn
     else:
-        _more_tasks(c, whole)
+        _add_larger_student(c)
+        if "cached" not in words:  # the cache is the bundled teacher's, on word problems
+            _add_cups(c, whole)
+            _add_lift(c, whole)
+            c.task_methods.lift = (*PARTS, "rtd_random_boundaries", "kd_plateau", "rtd_plateau")
         every["kd_plateau"] = (*KD, f"total_updates={3 * LIFT}")
         every["rtd_plateau"] = (f"total_updates={3 * LIFT}",)
-        c.task_methods.few_problems = tuple(name for name in every if not name.endswith("_plateau"))  # all others
+        c.task_methods.few_problems = tuple(name for name in every if not name.endswith("_plateau"))
     # Not the default: of what a cache cannot hold, times could not be compared with those of what it can.
     from_cache = FROM_CACHE if "cached" in words else ("kd",) if smoke else ()  # the smoke study tries both ways
     for name in from_cache:
@@ -211,11 +220,12 @@ def get_config(arg: str = "") -> ConfigDict:
     return c
 
 
-def _lift(teacher: str) -> tuple[str, ...]:
-    """Overrides of a task of rides in a lift, with students of random weights."""
-    return (
+def _add_lift(c: ConfigDict, whole: tuple[str, ...]) -> None:
+    """Students that learn from nothing: every stage of the curriculum has something to learn, and updates for it."""
+    c.tasks.lift = (
+        *whole,
         *(f"data.{split}.schema=lift" for split in ("train", "validation", "test")),
-        f"teacher.path={teacher}",
+        "teacher.path={lift_teacher}/model",
         "data.train.limit=6000",
         f"total_updates={LIFT}",
         "student.init=random",
@@ -226,31 +236,31 @@ def _lift(teacher: str) -> tuple[str, ...]:
         "student.head_dim=32",
         "optimizer.learning_rate=3e-3",
     )
-
-
-def _more_tasks(c: ConfigDict, whole: tuple[str, ...]) -> None:
-    """Other budgets, students and problems, with the methods that they can tell apart."""
-    c.tasks.larger_student = (*c.tasks.few_problems, "student.layers=3")  # is the gain smaller for a smaller student?
-    c.about.larger_student = "As few_problems, with a student of three layers."  # for the report
-    c.smaller_than = ConfigDict({"few_problems": "larger_student"})  # {task of a smaller student: of the larger}
-    path = "{cups_teacher}/model"
-    budget = ("student.layers=3", "data.train.limit=3000", "total_updates=300")
-    of_cups = tuple(f"data.{split}.schema=cups" for split in ("train", "validation", "test"))
-    c.tasks.cups = (*whole, *of_cups, f"teacher.path={path}", *budget)  # problems of another nature
-    c.about.cups = (
-        "A ball under swapped cups: keeping track instead of reckoning, with a teacher of its own; students of three "
-        "layers, 3,000 problems to train on, 300 updates. Two layers learned too little to be compared. Where the "
-        "ball is follows from the words of a step, so step accuracy, which is that of results, says nothing here."
-    )
-    c.tasks.lift = (*whole, *_lift("{lift_teacher}/model"))  # learned from nothing: stages of some length
     c.about.lift = (
         f"Rides in a lift: chained one-digit sums without anything to search, 6,000 problems, {LIFT} updates. Students "
         "of two layers with random weights, so that there is something to learn in every stage of the curriculum. KD "
         "is still learning then, so how fast the methods learn counts; `kd_plateau` and `rtd_plateau` have three times "
         "the updates."
     )
-    c.task_methods = ConfigDict()
-    c.task_methods.lift = (*PARTS, "rtd_random_boundaries", "kd_plateau", "rtd_plateau")  # of all methods
-    parts = ("alignment_only", "coherence_only", "rtd_no_curriculum")
-    c.task_methods.cups = ("kd", "rtd", "kd_curriculum", *parts)  # of all methods
-    c.task_methods.larger_student = ("kd", "rtd")  # of all methods
+
+
+def _add_larger_student(c: ConfigDict) -> None:
+    """Is the gain smaller for a smaller student?"""
+    c.tasks.larger_student = (*c.tasks.few_problems, "student.layers=3")
+    c.task_methods.larger_student = ("kd", "rtd")
+    c.about.larger_student = "As few_problems, with a student of three layers."  # for the report
+    c.smaller_than = ConfigDict({"few_problems": "larger_student"})  # {task of a smaller student: of the larger}
+
+
+def _add_cups(c: ConfigDict, whole: tuple[str, ...]) -> None:
+    """Problems of another nature."""
+    path = "{cups_teacher}/model"
+    budget = ("student.layers=3", "data.train.limit=3000", "total_updates=300")
+    of_cups = tuple(f"data.{split}.schema=cups" for split in ("train", "validation", "test"))
+    c.tasks.cups = (*whole, *of_cups, f"teacher.path={path}", *budget)
+    c.about.cups = (
+        "A ball under swapped cups: keeping track instead of reckoning, with a teacher of its own; students of three "
+        "layers, 3,000 problems to train on, 300 updates. Two layers learned too little to be compared. Where the "
+        "ball is follows from the words of a step, so step accuracy, which is that of results, says nothing here."
+    )
+    c.task_methods.cups = ("kd", "rtd", "kd_curriculum", "alignment_only", "coherence_only", "rtd_no_curriculum")

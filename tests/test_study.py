@@ -398,7 +398,7 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
             assert last in group, override
             group[last] = value
         recipes[job.task, job.method] = build(Recipe, base.to_dict())
-    of = "few_problems" if config is study_tiny else "gsm8k"
+    of = "gsm8k" if config is study_8b else "lift" if arg == "conditions" else "few_problems"
     assert recipes[of, "kd"].loss.alignment_weight == 0.0
     if arg == "conditions":
         assert recipes[of, "rtd_no_map"].loss.projections == "none"
@@ -413,7 +413,9 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
         return
     assert not recipes[of, "cot_ft"].loss.reads_teacher
     made = [this.name for this in recipe.preparations(tmp_path)]
-    if config is study_tiny and arg != "smoke":
+    if config is study_tiny and arg == "cached":  # the cache holds word problems alone
+        assert {r.data.test.schema for r in recipes.values()} == {"synthetic"}
+    elif config is study_tiny and arg != "smoke":
         assert recipes["cups", "rtd"].teacher.path.endswith("prepared/cups_teacher/model")
         assert {getattr(recipes["cups", "rtd"].data, x).schema for x in ("train", "validation", "test")} == {"cups"}
         lift = recipes["lift", "rtd"]
@@ -489,3 +491,8 @@ def test_a_study_of_real_runs(tmp_path):
     command.append("--config.parallel=0")
     assert "report over 2 of 2 runs" in study().stdout
     assert (workdir / "study.md").read_text() == text
+
+
+def test_the_conditions_are_not_read_from_the_cache_of_other_problems():
+    with pytest.raises(ValueError, match="the cache has word problems"):
+        study_tiny.get_config("conditions+cached")
