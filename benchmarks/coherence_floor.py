@@ -1,0 +1,75 @@
+"""How low the coherence loss goes for a student that knows nothing of a chain but its depth and the place in it.
+
+python benchmarks/coherence_floor.py  # the bundled teacher on word problems; half a minute
+python benchmarks/coherence_floor.py --teacher=<study>/prepared/lift_teacher/model --schema=lift
+python benchmarks/coherence_floor.py --teacher=<folder> --schema=gsm8k --location=/data/gsm8k --limit=200 --layers=15,30
+
+Each transition is answered by the mean direction of other chains' transitions at its place. A student whose states say
+no more than that reaches this loss through g, so what lies below is all that the loss can teach about reasoning.
+Writes a section of docs/coherence.md.
+"""
+
+import argparse
+
+import numpy as np
+from measure import ROOT, markdown_table, write_section
+
+from rtd_jax.assessment.models import boundary_states, load_model
+from rtd_jax.data.formats import TextFormat
+from rtd_jax.data.sources import SourceSettings, load_traces
+from rtd_jax.data.tiny_tokenizer import TINY_FORMAT
+from rtd_jax.data.tokens import encode_traces
+
+BUNDLED = ROOT / "rtd_jax" / "bundled" / "tiny_teacher"
+DEPTHS = range(1, 7)
+
+
+def floor(states_CKD: np.ndarray) -> float:
+    """Mean coherence loss where each transition is answered by the mean direction at its place.
+
+    Directions are means of unit transitions over the even chains for the odd ones, and the other way round.
+
+    Args:
+      states_CKD: the prompt's end and every step's, of chains of one depth.
+    """
+    steps_CJD = np.diff(states_CKD, axis=1)
+    steps_CJD /= np.linalg.norm(steps_CJD, axis=-1, keepdims=True) + 1e-12
+    cosines = []
+    for half in (0, 1):
+        direction_JD = steps_CJD[1 - half :: 2].mean(0)
+        direction_JD /= np.linalg.norm(direction_JD, axis=-1, keepdims=True) + 1e-12
+        cosines.append((steps_CJD[half::2] * direction_JD).sum(-1))
+    return float(1 - np.concatenate(cosines).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default=str(BUNDLED))
+    parser.add_argument("--schema", default="synthetic")
+    parser.add_argument("--location", default="")
+    parser.add_argument("--limit", type=int, default=3000, help="chains")
+    parser.add_argument("--layers", default="", help="of the teacher, separated by commas; all")
+    args = parser.parse_args()
+    source = SourceSettings(
+        args.schema, args.location, "validation" if not args.location else "train", limit=args.limit
+    )
+    traces = load_traces(source)
+    loaded = load_model(args.teacher)
+    text = TextFormat() if args.location else TINY_FORMAT
+    chains, report = encode_traces(loaded.tokenizer, traces, text, row_length=512, max_dropped_fraction=1.0)
+    kept = [trace for i, trace in enumerate(traces) if i not in set(report.dropped)]
+    depth_C = np.array([trace.depth for trace in kept])
+    depths = [depth for depth in DEPTHS if (depth_C == depth).sum() >= 20]
+    count = loaded.model.config.layers
+    rows = []
+    for layer in map(int, args.layers.split(",")) if args.layers else range(1, count + 1):
+        states_CKD, _ = boundary_states(loaded, chains, -1 if layer == count else layer)
+        cells = [f"{floor(states_CKD[depth_C == depth, : depth + 1]):.2f}" for depth in depths]
+        rows.append([f"{layer}, normed" if layer == count else layer, *cells])
+        print(*rows[-1], flush=True)
+    table = markdown_table(["layer", *(f"{depth} step{'s' * (depth > 1)}" for depth in depths)], rows)
+    write_section(ROOT / "docs" / "coherence.md", args.schema, f"{len(kept)} chains.\n\n{table}")
+
+
+if __name__ == "__main__":
+    main()
