@@ -105,6 +105,20 @@ def in_turn(
     return [streams[i % len(depths)][i // len(depths)] for i in range(count)]
 
 
+def distinct_rows(
+    problem: Callable[[random.Random, int], dict[str, str]], name: str, depth: int, split: str, seed: int
+) -> Iterator[dict[str, str]]:
+    """Endless rows of `problem(rng, depth)` that the split owns, no question twice; a function of all but `problem`."""
+    digest = hashlib.sha256(f"rtd_jax {name}/{seed}/{split}/{depth}".encode()).digest()
+    rng = random.Random(int.from_bytes(digest))
+    seen: set[str] = set()
+    while True:
+        row = problem(rng, depth)
+        if row["question"] not in seen and split_of(row["question"]) == split:
+            seen.add(row["question"])
+            yield row
+
+
 def split_of(question: str) -> str:
     """The split that owns a question, by a hash that is the same on every machine and in every process."""
     bucket = int.from_bytes(hashlib.sha256(question.encode()).digest()[:8]) % _BUCKETS

@@ -13,11 +13,11 @@ fact, so that a fact can be found by what stands in it: what is hard is the chai
 The stream is a pure function of (seed, split, depth), and splits are disjoint by the hash of the question, as there.
 """
 
-import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 
-from rtd_jax.data.synthetic import MONTHS, NAMES, in_turn, split_of
+from rtd_jax.data.synthetic import MONTHS, NAMES, distinct_rows, in_turn
 from rtd_jax.data.traces import Trace, from_gsm8k
 
 MAX_DEPTH = 6
@@ -36,7 +36,7 @@ def generate(
     Raises:
       ValueError: a split, count or depth that does not exist.
     """
-    rows = in_turn(_stream, count, depths, split, seed, MAX_DEPTH)
+    rows = in_turn(partial(distinct_rows, _problem, "cups 3"), count, depths, split, seed, MAX_DEPTH)
     return [from_gsm8k(row, f"cups-{split}:{i + 1}") for i, row in enumerate(rows)]
 
 
@@ -50,17 +50,6 @@ def moved(cup: int, pair: int) -> int:
     """Where the ball is after the swap."""
     a, b = divmod(pair, 10)
     return {a: b, b: a}.get(cup, cup)
-
-
-def _stream(depth: int, split: str, seed: int) -> Iterator[dict[str, str]]:
-    digest = hashlib.sha256(f"rtd_jax cups 3/{seed}/{split}/{depth}".encode()).digest()
-    rng = random.Random(int.from_bytes(digest))
-    seen: set[str] = set()
-    while True:
-        row = _problem(rng, depth)
-        if row["question"] not in seen and split_of(row["question"]) == split:
-            seen.add(row["question"])
-            yield row
 
 
 def _problem(rng: random.Random, depth: int) -> dict[str, str]:

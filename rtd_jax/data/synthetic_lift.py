@@ -12,11 +12,11 @@ stands in it.
 The stream is a pure function of (seed, split, depth), and splits are disjoint by the hash of the question, as there.
 """
 
-import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 
-from rtd_jax.data.synthetic import MONTHS, NAMES, in_turn, split_of
+from rtd_jax.data.synthetic import MONTHS, NAMES, distinct_rows, in_turn
 from rtd_jax.data.traces import Trace, from_gsm8k
 
 MAX_DEPTH = 6
@@ -31,24 +31,13 @@ def generate(
     Raises:
       ValueError: a split, count or depth that does not exist.
     """
-    rows = in_turn(_stream, count, depths, split, seed, MAX_DEPTH)
+    rows = in_turn(partial(distinct_rows, _problem, "lift 1"), count, depths, split, seed, MAX_DEPTH)
     return [from_gsm8k(row, f"lift-{split}:{i + 1}") for i, row in enumerate(rows)]
 
 
 def closed_words() -> list[str]:
     """Every word the generator can write, sorted."""
     return sorted({*MONTHS, *NAMES, "is", "on", "floor", "up", "down"})
-
-
-def _stream(depth: int, split: str, seed: int) -> Iterator[dict[str, str]]:
-    digest = hashlib.sha256(f"rtd_jax lift 1/{seed}/{split}/{depth}".encode()).digest()
-    rng = random.Random(int.from_bytes(digest))
-    seen: set[str] = set()
-    while True:
-        row = _problem(rng, depth)
-        if row["question"] not in seen and split_of(row["question"]) == split:
-            seen.add(row["question"])
-            yield row
 
 
 def _problem(rng: random.Random, depth: int) -> dict[str, str]:
