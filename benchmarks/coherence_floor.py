@@ -19,13 +19,14 @@ from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings, load_traces
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT
 from rtd_jax.data.tokens import encode_traces
+from rtd_jax.losses import coherence
 
 BUNDLED = ROOT / "rtd_jax" / "bundled" / "tiny_teacher"
 DEPTHS = range(1, 7)
 
 
 def floor(states_CKD: np.ndarray) -> float:
-    """Mean coherence loss where each transition is answered by the mean direction at its place.
+    """Coherence loss of states that move by the mean direction of each place, the same in every chain.
 
     Directions are means of unit transitions over the even chains for the odd ones, and the other way round.
 
@@ -34,12 +35,13 @@ def floor(states_CKD: np.ndarray) -> float:
     """
     steps_CJD = np.diff(states_CKD, axis=1)
     steps_CJD /= np.linalg.norm(steps_CJD, axis=-1, keepdims=True) + 1e-12
-    cosines = []
+    losses = []
     for half in (0, 1):
-        direction_JD = steps_CJD[1 - half :: 2].mean(0)
-        direction_JD /= np.linalg.norm(direction_JD, axis=-1, keepdims=True) + 1e-12
-        cosines.append((steps_CJD[half::2] * direction_JD).sum(-1))
-    return float(1 - np.concatenate(cosines).mean())
+        held_CKD = states_CKD[half::2]
+        moved_KD = np.pad(steps_CJD[1 - half :: 2].mean(0).cumsum(0), ((1, 0), (0, 0)))
+        blind_CKD = np.broadcast_to(moved_KD, held_CKD.shape)
+        losses.append(coherence(blind_CKD, held_CKD, np.ones(held_CKD.shape[:2], bool)))
+    return float(np.mean(losses))
 
 
 def main() -> None:
