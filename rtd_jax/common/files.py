@@ -56,9 +56,9 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def check_writable(directory: Path) -> None:
     """Raises ValueError when nothing can be written in `directory`; creates it if need be."""
     try:
-        with replacing(directory / ".probe") as probe:
-            probe.write_text("x")
-        (directory / ".probe").unlink()
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe.") as probe:  # a name that no other process has
+            probe.write(b"x")
     except OSError as error:
         raise ValueError(
             f"cannot write in {directory}: {error.strerror}; choose another folder with --workdir"
