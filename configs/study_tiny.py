@@ -208,7 +208,8 @@ def get_config(arg: str = "") -> ConfigDict:
             c.task_methods.lift = (*PARTS, "rtd_random_boundaries", "kd_plateau", "rtd_plateau")  # all combinations
         every["kd_plateau"] = (*KD, f"total_updates={2 * LIFT}")
         every["rtd_plateau"] = (f"total_updates={2 * LIFT}",)
-        c.task_methods.few_problems = tuple(name for name in every if not name.endswith("_plateau"))
+        all_but = tuple(name for name in every if not name.endswith("_plateau"))
+        c.task_methods.few_problems = all_but  # those have the budget of the lift
     # Not the default: of what a cache cannot hold, times could not be compared with those of what it can.
     from_cache = FROM_CACHE if "cached" in words else ("kd",) if smoke else ()  # the smoke study tries both ways
     for name in from_cache:
@@ -247,7 +248,7 @@ def _add_lift(c: ConfigDict, whole: tuple[str, ...]) -> None:
 def _add_larger_student(c: ConfigDict) -> None:
     """Is the gain smaller for a smaller student?"""
     c.tasks.larger_student = (*c.tasks.few_problems, "student.layers=3")
-    c.task_methods.larger_student = ("kd", "rtd")
+    c.task_methods.larger_student = ("kd", "rtd")  # their difference is what is compared
     c.about.larger_student = "As few_problems, with a student of three layers."  # for the report
     c.smaller_than = ConfigDict({"few_problems": "larger_student"})  # {task of a smaller student: of the larger}
 
@@ -263,4 +264,5 @@ def _add_cups(c: ConfigDict, whole: tuple[str, ...]) -> None:
         "layers, 3,000 problems to train on, 300 updates. Two layers learned too little to be compared. Where the "
         "ball is follows from the words of a step, so step accuracy, which is that of results, says nothing here."
     )
-    c.task_methods.cups = ("kd", "rtd", "kd_curriculum", "alignment_only", "coherence_only", "rtd_no_curriculum")
+    parts = ("kd", "rtd", "kd_curriculum", "alignment_only", "coherence_only", "rtd_no_curriculum")
+    c.task_methods.cups = parts  # no rivals
