@@ -247,7 +247,7 @@ def _add_lift(c: ConfigDict, whole: tuple[str, ...]) -> None:
 
 def _add_larger_student(c: ConfigDict) -> None:
     """Is the gain smaller for a smaller student?"""
-    c.tasks.larger_student = (*c.tasks.few_problems, "student.layers=3")
+    c.tasks.larger_student = (*c.tasks.few_problems, "student.layers=3")  # else the same
     c.task_methods.larger_student = ("kd", "rtd")  # their difference is what is compared
     c.about.larger_student = "As few_problems, with a student of three layers."  # for the report
     c.smaller_than = ConfigDict({"few_problems": "larger_student"})  # {task of a smaller student: of the larger}
@@ -258,7 +258,7 @@ def _add_cups(c: ConfigDict, whole: tuple[str, ...]) -> None:
     path = "{cups_teacher}/model"
     budget = ("student.layers=3", "data.train.limit=3000", "total_updates=300")
     of_cups = tuple(f"data.{split}.schema=cups" for split in ("train", "validation", "test"))
-    c.tasks.cups = (*whole, *of_cups, f"teacher.path={path}", *budget)
+    c.tasks.cups = (*whole, *of_cups, f"teacher.path={path}", *budget)  # that of the others is too small
     c.about.cups = (
         "A ball under swapped cups: keeping track instead of reckoning, with a teacher of its own; students of three "
         "layers, 3,000 problems to train on, 300 updates. Two layers learned too little to be compared. Where the "
