@@ -196,6 +196,28 @@ def test_the_report_says_what_was_found(tmp_path):
     assert (tmp_path / "chains_task.png").stat().st_size > 1000
 
 
+def test_the_report_says_how_stages_ended_and_what_was_solved_by_then():
+    def stage(depth, threshold, loss, ended_by, updates):
+        return {"depth": depth, "threshold": threshold, "coherence": loss, "ended_by": ended_by, "updates": updates}
+
+    def look(update, *shares):
+        return {"update": update, "seconds": 1.0, "chain_accuracy": {"4": shares[0], "5": shares[1], "all": 0.5}}
+
+    stages = [stage("4", 0.2, 0.1, "threshold", 15), stage("5+", 0.2, 0.3, "budget", 20)]
+    others = [stage("4", 0.2, 0.3, "budget", 25), stage("5+", 0.2, 0.3, "budget", 20)]
+    looks = (look(10, 0.9, 0.9), look(20, 0.25, 0.9), look(30, 0.75, 0.9), look(35, 0.9, 0.2))
+    first = replace(outcome("rtd", 0, [1, 0]), stages=tuple(stages), curve=looks)
+    second = replace(outcome("rtd", 1, [1, 0]), stages=tuple(others), curve=looks)
+    text = markdown(study_report("kd", 4, ["rtd"], [first, second]))
+    # Stages 4 end after 15 and 25 updates, looked at after 20 and 30; the second run's last one ends after its looks.
+    assert "| 4 | 0.200 | 0.200 | 1 of 2 | 20 | 50.0 |" in text
+    assert "| 5+ | 0.200 | 0.300 | 0 of 2 | 20 | 20.0 |" in text
+    wide = replace(first, stages=({**stages[0], "depth": "4-5"}, stages[1]))
+    assert "| 4-5 | 0.200 | 0.100 | 1 of 1 | 15 | 57.5 |" in markdown(study_report("kd", 4, ["rtd"], [wide]))
+    text = markdown(study_report("kd", 4, ["rtd"], [replace(first, stages=(stages[0],))]))
+    assert "How the stages" not in text  # all depths at once
+
+
 def test_every_compared_line_has_a_verdict_and_shares_are_compared_as_numbers():
     kd, rtd, ablated = study_runs()
     runs = {"kd": kd, "rtd": rtd, "rtd_no_coherence": ablated}

@@ -1,6 +1,7 @@
 """The study's report: sections of tables, pictures, and the same numbers as JSON. Every line is computed."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -132,6 +133,7 @@ def _task(report: Report, task: str, about: str, runs: Runs, baseline: str, deep
         _others(others),
         *_drift(runs),
         *_time(runs, baseline),
+        *_stages(runs.get("rtd", [])),
     ]
     report.pictures += _pictures(task, table, runs)
     report.numbers[task] = {
@@ -271,6 +273,43 @@ def _time(runs: Runs, baseline: str) -> list[Section]:
     )
     head = ("method", "at the end", "updates to settle", "seconds to settle", f"when {baseline} had finished")
     return [Section("Accuracy against updates and time (means over seeds)", 3, [text], head, rows)]
+
+
+def _stages(found: Sequence[Outcome]) -> list[Section]:
+    """How the stages of the curriculum ended, and what the student could do by then."""
+    found = [outcome for outcome in found if len(outcome.stages) > 1]
+    if not found:
+        return []
+    rows = []
+    for number, first in enumerate(found[0].stages):
+        records = [outcome.stages[number] for outcome in found]
+        seen = [share for outcome in found if (share := _solved_after(outcome, number)) is not None]
+        rows.append(
+            (
+                first["depth"],
+                *(f"{np.mean([record[key] for record in records]):.3f}" for key in ("threshold", "coherence")),
+                f"{sum(record['ended_by'] == 'threshold' for record in records)} of {len(records)}",
+                f"{np.mean([record['updates'] for record in records]):.0f}",
+                f"{100 * np.mean(seen):.1f}" if seen else "-",
+            )
+        )
+    text = (
+        "Coherence loss on validation chains of the stage's depths when it ended, and the threshold, which is the "
+        "teacher's own under another context; in how many runs the threshold ended it. The last column is chain "
+        "accuracy on validation problems of these depths at the first look after the end."
+    )
+    head = ("steps", "threshold", "loss at the end", "ended by threshold", "updates", "chains right after it, %")
+    return [Section("How the stages of `rtd` ended (means over seeds)", 3, [text], head, rows)]
+
+
+def _solved_after(outcome: Outcome, number: int) -> float | None:
+    """Mean over a stage's depths ("3", "5+", "1-2") at the first look not before its end; None without such a look."""
+    end = sum(record["updates"] for record in outcome.stages[: number + 1])
+    low, _, high = outcome.stages[number]["depth"].rstrip("+").partition("-")
+    last = math.inf if outcome.stages[number]["depth"].endswith("+") else int(high or low)
+    seen = next((look["chain_accuracy"] for look in outcome.curve if look["update"] >= end), {})
+    chosen = [x for key, x in seen.items() if key.isdigit() and int(low) <= int(key) <= last]
+    return float(np.mean(chosen)) if chosen else None
 
 
 def _settled(outcome: Outcome) -> tuple[int, float]:

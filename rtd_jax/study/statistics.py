@@ -35,6 +35,7 @@ class Outcome:
     teacher_perplexity: float | None = None
     drift: dict[str, Any] | None = None  # see `rtd_jax.evaluation.drift.measure`
     curve: tuple[dict[str, Any], ...] = ()  # {"update", "seconds", "chain_accuracy": {depth: mean}}, on validation
+    stages: tuple[dict[str, Any], ...] = ()  # see `rtd_jax.training.curriculum.StageRecord`
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def read_outcome(task: str, method: str, seed: int, workdir: Path) -> Outcome:
         report.get("teacher", {}).get("perplexity"),
         report.get("drift"),
         tuple(report.get("curve", ())),
+        tuple(report["stages"]),
     )
 
 
