@@ -307,7 +307,7 @@ def _solved_after(outcome: Outcome, number: int) -> float | None:
     end = sum(record["updates"] for record in outcome.stages[: number + 1])
     low, _, high = outcome.stages[number]["depth"].rstrip("+").partition("-")
     last = math.inf if outcome.stages[number]["depth"].endswith("+") else int(high or low)
-    seen = next((look["chain_accuracy"] for look in outcome.curve if look["update"] >= end), {})
+    seen: dict[str, float] = next((look["chain_accuracy"] for look in outcome.curve if look["update"] >= end), {})
     chosen = [x for key, x in seen.items() if key.isdigit() and int(low) <= int(key) <= last]
     return float(np.mean(chosen)) if chosen else None
 
