@@ -2,8 +2,8 @@
 
     python launch/study.py --config=configs/study_tiny.py              # everything, five seeds; run again to continue
     python launch/study.py --config=configs/study_tiny.py:smoke        # a few updates of some methods, in minutes
-    python launch/study.py --config=configs/study_tiny.py:grid         # the two weights of RTD
     python launch/study.py --config=configs/study_tiny.py:conditions   # layer, anchor, maps, form and size of coherence
+    python launch/study.py --config=configs/study_tiny.py:grid         # the two weights of RTD
     python launch/study.py --config=configs/study_tiny.py:cached       # teacher's outputs from a cache, where possible
 
 What the runs share (chains, the reward model, other teachers, the cache) is made once,
@@ -17,6 +17,7 @@ ALIGNMENT_WEIGHTS = (0.1, 0.3, 1.0)  # the article's grid search gave 0.3 ..
 COHERENCE_WEIGHTS = (0.1, 0.5, 1.0)  # .. and 0.5
 
 FEW = 250  # problems to train on where few are to be had
+PLATEAU = 600  # updates on few problems, twice the budget
 LIFT = 750  # updates of students that start from random weights
 
 # Logit matching alone, all depths at once.
@@ -26,6 +27,7 @@ PARTS = (
     *("kd", "rtd", "rtd_no_coherence", "rtd_no_alignment", "rtd_no_curriculum"),
     *("kd_curriculum", "coherence_only", "alignment_only"),
 )
+AT_ONCE = ("kd", "alignment_only", "coherence_only", "rtd_no_curriculum")  # those without the curriculum
 # A cache holds all that these need. The others need the teacher online (states at every token, other boundaries, the
 # student's own chains), or not at all.
 FROM_CACHE = PARTS
@@ -94,24 +96,29 @@ def words_of(arg: str, known: tuple[str, ...]) -> set[str]:
     return words
 
 
+CHANGED = {  # one thing about the coherence loss
+    "no_anchor": ("loss.anchor_prompt=False",),  # no transition from the prompt: the formula to the letter
+    "lengths": ("loss.transition_form=difference",),
+    "one_map": ("loss.projections=shared",),  # with the alignment
+    "no_map": ("loss.projections=none",),
+    "middle_layer": ("loss.hidden_layer=2", "loss.student_hidden_layer=1"),
+    "fourfold": ("loss.coherence_weight=2.0",),
+    "sixteenfold": ("loss.coherence_weight=8.0",),
+}
+
+
 def conditions() -> dict[str, tuple[str, ...]]:
-    """When does the coherence loss earn its place? Each changes one thing of it, alone and in RTD."""
-    changed = {
-        "no_anchor": ("loss.anchor_prompt=False",),  # no transition from the prompt: the formula to the letter
-        "lengths": ("loss.transition_form=difference",),
-        "one_map": ("loss.projections=shared",),
-        "no_map": ("loss.projections=none",),
-        "middle_layer": ("loss.hidden_layer=2", "loss.student_hidden_layer=1"),
-    }
-    alone = (KD[0], KD[2])
-    found = {name: methods()[name] for name in ("kd", "rtd", "coherence_only")}
-    for name, overrides in changed.items():
-        found[f"coherence_{name}"] = (*alone, *overrides)
-        found[f"rtd_{name}"] = overrides
-    for factor, name in ((0.1, "tenth"), (4.0, "fourfold")):
-        found[f"coherence_{name}"] = (*alone, f"loss.coherence_weight={0.5 * factor:g}")
-        weights = (f"loss.alignment_weight={0.3 * factor:g}", f"loss.coherence_weight={0.5 * factor:g}")
-        found[f"rtd_{name}"] = weights
+    """When does the coherence loss earn its place? Changed by itself and beside the alignment, all depths at once.
+
+    The curriculum's harm on few problems would hide everything else.
+    """
+    known = methods()
+    found = {name: known[name] for name in (*AT_ONCE, "intermediate_kd", "random_boundaries_no_curriculum")}
+    # What the rival, which matches every token, has over boundaries: by the article's weight and by the rival's.
+    found["tokens_only"] = (*KD, "loss.token_alignment_weight=0.3")
+    found["tokens_strong"] = (*KD, "loss.token_alignment_weight=1.0")
+    found |= {f"coherence_{n}": (*known["coherence_only"], *of) for n, of in CHANGED.items() if n != "one_map"}
+    found |= {f"both_{n}": (*known["rtd_no_curriculum"], *of) for n, of in CHANGED.items() if n != "sixteenfold"}
     return found
 
 
@@ -119,7 +126,7 @@ def get_config(arg: str = "") -> ConfigDict:
     words = words_of(arg, ("smoke", "grid", "conditions", "cached"))
     smoke = "smoke" in words
     if {"conditions", "cached"} <= words:
-        raise ValueError("conditions+cached: the conditions are tried on rides in a lift, the cache has word problems")
+        raise ValueError("conditions+cached: a cache has the states of one layer; give one of the two words")
 
     c = ConfigDict()
     c.base = "configs/rtd_tiny.py"  # config of every run
@@ -182,7 +189,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.tasks.few_problems = (*whole, *budget)  # the task that has all methods
     c.about.few_problems = (
         f"Word problems, {FEW} to train on, 300 updates. KD levels off by then with fewer and with more of them "
-        "(docs/decisions.md), so what differs is where the methods end, not how fast they come there."
+        "(docs/decisions.md), so what differs is where the methods end, not how fast they come there. `kd_plateau` and "
+        f"`rtd_plateau` have {PLATEAU} updates."
     )
 
     every = methods()
@@ -198,18 +206,19 @@ def get_config(arg: str = "") -> ConfigDict:
         every = {"kd": every["kd"]} | weight_grid(ALIGNMENT_WEIGHTS, COHERENCE_WEIGHTS)
     elif "conditions" in words:
         every = conditions()
-        c.tasks, c.about = ConfigDict(), ConfigDict()
-        _add_lift(c, whole)  # the most that a term can do is where there is most to learn
+        _add_lift(c, whole)
+        # By itself where KD has levelled off; beside the alignment where both together help, and neither by itself.
+        c.task_methods.few_problems = tuple(n for n in every if not n.startswith("both_"))  # what it adds to KD
+        here = ("intermediate_kd", "random_boundaries_no_curriculum", "tokens_only")
+        c.task_methods.lift = (*AT_ONCE, *here, *(n for n in every if n.startswith("both_")))  # what it adds to both
     else:
         _add_larger_student(c)
         if "cached" not in words:  # the cache is the bundled teacher's, on word problems
             _add_cups(c, whole)
             _add_lift(c, whole)
-            c.task_methods.lift = (*PARTS, "rtd_random_boundaries", "kd_plateau", "rtd_plateau")  # all combinations
-        every["kd_plateau"] = (*KD, f"total_updates={2 * LIFT}")
-        every["rtd_plateau"] = (f"total_updates={2 * LIFT}",)
-        all_but = tuple(name for name in every if not name.endswith("_plateau"))
-        c.task_methods.few_problems = all_but  # those have the budget of the lift
+            c.task_methods.lift = (*PARTS, "intermediate_kd", "random_boundaries_no_curriculum")  # and controls
+        every["kd_plateau"] = (*KD, f"total_updates={PLATEAU}")
+        every["rtd_plateau"] = (f"total_updates={PLATEAU}",)
     # Not the default: of what a cache cannot hold, times could not be compared with those of what it can.
     from_cache = FROM_CACHE if "cached" in words else ("kd",) if smoke else ()  # the smoke study tries both ways
     for name in from_cache:
@@ -240,8 +249,7 @@ def _add_lift(c: ConfigDict, whole: tuple[str, ...]) -> None:
     c.about.lift = (
         f"Rides in a lift: chained one-digit sums without anything to search, 6,000 problems, {LIFT} updates. Students "
         "of two layers with random weights, so that there is something to learn in every stage of the curriculum. KD "
-        "is still learning then, so how fast the methods learn counts; `kd_plateau` and `rtd_plateau` have twice the "
-        "updates."
+        "is still learning then, so how fast the methods learn counts."
     )
 
 

@@ -420,12 +420,19 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
             assert last in group, override
             group[last] = value
         recipes[job.task, job.method] = build(Recipe, base.to_dict())
-    of = "gsm8k" if config is study_8b else "lift" if arg == "conditions" else "few_problems"
+    of = "gsm8k" if config is study_8b else "few_problems"
     assert recipes[of, "kd"].loss.alignment_weight == 0.0
     if arg == "conditions":
-        assert recipes[of, "rtd_no_map"].loss.projections == "none"
-        assert recipes[of, "coherence_fourfold"].loss.coherence_weight == 2.0
-        assert not recipes[of, "coherence_lengths"].curriculum.enabled
+        alone, both = recipes[of, "coherence_fourfold"].loss, recipes["lift", "both_fourfold"].loss
+        assert (alone.alignment_weight, alone.coherence_weight) == (0.0, 2.0)
+        assert (both.alignment_weight, both.coherence_weight) == (0.3, 2.0)
+        assert recipes[of, "coherence_no_map"].loss.projections == "none"
+        assert not any(recipe.curriculum.enabled for recipe in recipes.values())
+        # What it has in common with the whole study are the same runs, so that they are not made twice.
+        whole = {job.name: job for job in build(StudyRecipe, study_tiny.get_config().to_dict()).jobs(tmp_path)}
+        shared = [job for job in recipe.jobs(tmp_path) if job.name in whole]
+        assert len(shared) == 5 * (6 + 6)
+        assert all(job == whole[job.name] for job in shared)
         return
     if arg == "grid":
         assert {(r.loss.alignment_weight, r.loss.coherence_weight) for r in recipes.values()} >= {
@@ -443,7 +450,7 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
         lift = recipes["lift", "rtd"]
         assert (lift.data.test.schema, lift.student.init) == ("lift", "random")
         assert lift.teacher.path.endswith("prepared/lift_teacher/model")
-        assert recipes["lift", "rtd_plateau"].total_updates == 3 * lift.total_updates
+        assert recipes[of, "rtd_plateau"].total_updates == 2 * recipes[of, "rtd"].total_updates
         assert {"cups_teacher", "lift_teacher"} <= set(made)
     assert recipes[of, "step_reward"].reward.model.endswith("prepared/reward/model")
     # The same data budget and the same order of the data, whatever the method.
@@ -515,6 +522,6 @@ def test_a_study_of_real_runs(tmp_path):
     assert (workdir / "study.md").read_text() == text
 
 
-def test_the_conditions_are_not_read_from_the_cache_of_other_problems():
-    with pytest.raises(ValueError, match="the cache has word problems"):
+def test_the_conditions_are_not_read_from_a_cache():
+    with pytest.raises(ValueError, match="a cache has the states of one layer"):
         study_tiny.get_config("conditions+cached")
