@@ -218,6 +218,19 @@ def test_the_report_says_how_stages_ended_and_what_was_solved_by_then():
     assert "How the stages" not in text  # all depths at once
 
 
+def test_the_report_says_what_a_changed_coherence_loss_adds():
+    right = {"kd": [1, 0], "coherence_only": [1, 1], "coherence_lengths": [1, 0], "rtd_no_curriculum": [1, 1]}
+    right |= {"alignment_only": [1, 1], "both_one_map": [1, 0]}
+    runs = [outcome(name, seed, of) for name, of in right.items() for seed in range(2)]
+    text = markdown(study_report("kd", 4, list(right), runs))
+    none, worse = "+0.0 [+0.0, +0.0] | -", "-100.0 [-100.0, -100.0] | -"
+    assert f"| nothing | +100.0 [+100.0, +100.0] | - | {none} |" in text  # coherence_only, rtd_no_curriculum
+    assert f"| lengths | {none} | - | - |" in text
+    assert f"| one_map | - | - | {worse} |" in text
+    known = [run for run in runs if not run.method.startswith("both_") and run.method != "coherence_lengths"]
+    assert "changed" not in markdown(study_report("kd", 4, list(right), known))
+
+
 def test_every_compared_line_has_a_verdict_and_shares_are_compared_as_numbers():
     kd, rtd, ablated = study_runs()
     runs = {"kd": kd, "rtd": rtd, "rtd_no_coherence": ablated}

@@ -192,6 +192,24 @@ def added_by(runs: Runs, deep: int) -> list[tuple[str, str, Difference | None]]:
     return rows
 
 
+def changed_coherence(runs: Runs, deep: int) -> list[tuple[str, Difference | None, Difference | None]]:
+    """(what was changed about the coherence loss, what it adds to KD, what it adds to the alignment), in deep chains.
+
+    By name: `coherence_x` against `kd`, `both_x` against `alignment_only`, all depths at once. First the loss as it is.
+    None where a run is missing; [] where nothing was changed.
+    """
+
+    def adds(method: str, other: str) -> Difference | None:
+        return deep_difference(runs, method, other, deep) if method in runs and other in runs else None
+
+    kinds = [name.partition("_") for name in runs if name not in COMBINATIONS.values()]
+    changed = dict.fromkeys(what for kind, _, what in kinds if kind in ("coherence", "both"))
+    if not changed:
+        return []
+    found = [(what, adds(f"coherence_{what}", "kd"), adds(f"both_{what}", "alignment_only")) for what in changed]
+    return [("nothing", adds("coherence_only", "kd"), adds("rtd_no_curriculum", "alignment_only")), *found]
+
+
 def smaller_gain(of_task: dict[str, Runs], smaller_than: dict[str, str], baseline: str, deep: int) -> list[Claim]:
     """Is RTD's gain smaller for a task's student than for the larger student of the task it is paired with?"""
     claims = []

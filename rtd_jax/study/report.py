@@ -1,7 +1,6 @@
 """The study's report: sections of tables, pictures, and the same numbers as JSON. Every line is computed."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from rtd_jax.study.claims import (
     added_by,
     auroc_within,
     buckets,
+    changed_coherence,
     cka_curve,
     claims_of,
     deep_difference,
@@ -30,7 +30,18 @@ from rtd_jax.study.claims import (
     smaller_gain,
     with_teacher,
 )
-from rtd_jax.study.statistics import Difference, Interval, Outcome, accuracy, over_seeds, share_of_gain_lost
+from rtd_jax.study.statistics import (
+    SETTLED,
+    Difference,
+    Interval,
+    Outcome,
+    accuracy,
+    accuracy_at,
+    over_seeds,
+    settled_at,
+    share_of_gain_lost,
+    solved_after_stage,
+)
 
 TITLE = "Study: what keeps multi-step reasoning alive in a small student"
 INTRO = (
@@ -44,7 +55,6 @@ INTRO = (
 )
 MEASURED = ("step_accuracy", "perplexity", "updates", "seconds")
 SHOWN = ("kd", "rtd", "kd_curriculum", "cot_ft", "step_reward", "intermediate_kd", "teacher")  # in the pictures
-SETTLED = 0.95  # of a curve's best: where it counts as having reached its plateau
 _GRID = re.compile(r"grid_a(\d+)_c(\d+)")  # weights of alignment and coherence in hundredths
 
 
@@ -114,7 +124,7 @@ def _task(report: Report, task: str, about: str, runs: Runs, baseline: str, deep
     if baseline in runs:
         differences = {n: deep_difference(runs, n, baseline, deep) for n in runs if n != baseline}
     gains, lost = gains_by_depth(runs, baseline, deep), shares(runs, baseline, deep)
-    added = added_by(runs, deep)
+    added, changed = added_by(runs, deep), changed_coherence(runs, deep)
     claims, open_questions = claims_of(runs, baseline, deep), questions(runs, deep)
     others = {
         name: {key: float(np.mean([getattr(outcome, key) for outcome in found])) for key in MEASURED}
@@ -129,6 +139,7 @@ def _task(report: Report, task: str, about: str, runs: Runs, baseline: str, deep
         *_claim_section("The article's claims", claims),
         *_claim_section("Questions the article leaves open", open_questions, "question"),
         *_components(added, deep),
+        *_changed(changed, deep),
         *_grid(table, f"{deep}+"),
         _others(others),
         *_drift(runs),
@@ -146,6 +157,10 @@ def _task(report: Report, task: str, about: str, runs: Runs, baseline: str, deep
         "questions": [dataclasses.asdict(claim) for claim in open_questions],
         "components": [
             {"component": c, "added_to": to, "difference": d and dataclasses.asdict(d)} for c, to, d in added
+        ],
+        "changed_coherence": [
+            {"changed": c, "alone": a and dataclasses.asdict(a), "beside_alignment": b and dataclasses.asdict(b)}
+            for c, a, b in changed
         ],
         "means": others,
     }
@@ -181,6 +196,18 @@ def _components(added: Sequence[tuple[str, str, Difference | None]], deep: int) 
     rows = [(component, to, points(found), p_value(found)) for component, to, found in added]
     head = ("component", "added to", "difference", "p")
     return [Section(f"What each component adds at {deep} steps and more", 3, [text], head, rows)]
+
+
+def _changed(changed: Sequence[tuple[str, Difference | None, Difference | None]], deep: int) -> list[Section]:
+    if not changed:
+        return []
+    head = ("changed", "added to `kd`", "p", "added to `alignment_only`", "p")
+    rows = [
+        (what, *(cell for d in (a, b) for cell in ((points(d), p_value(d)) if d else ("-", "-"))))
+        for what, a, b in changed
+    ]
+    text = "All depths at once, without the curriculum. The first line is the loss as the article has it."
+    return [Section(f"What the coherence loss adds at {deep} steps and more, changed", 3, [text], head, rows)]
 
 
 def _grid(table: dict[str, dict[str, Interval]], bucket: str) -> list[Section]:
@@ -251,8 +278,8 @@ def _time(runs: Runs, baseline: str) -> list[Section]:
         seen = [outcome for outcome in found if outcome.curve]
         if not seen:
             continue
-        settled = [_settled(outcome) for outcome in seen]
-        at_limit = [_at(outcome, limits[outcome.seed]) for outcome in seen if outcome.seed in limits]
+        settled = [settled_at(outcome) for outcome in seen]
+        at_limit = [accuracy_at(outcome, limits[outcome.seed]) for outcome in seen if outcome.seed in limits]
         final = over_seeds([outcome.curve[-1]["chain_accuracy"]["all"] for outcome in seen])
         rows.append(
             (
@@ -283,7 +310,7 @@ def _stages(found: Sequence[Outcome]) -> list[Section]:
     rows = []
     for number, first in enumerate(found[0].stages):
         records = [outcome.stages[number] for outcome in found]
-        seen = [share for outcome in found if (share := _solved_after(outcome, number)) is not None]
+        seen = [share for outcome in found if (share := solved_after_stage(outcome, number)) is not None]
         rows.append(
             (
                 first["depth"],
@@ -300,28 +327,6 @@ def _stages(found: Sequence[Outcome]) -> list[Section]:
     )
     head = ("steps", "threshold", "loss at the end", "ended by threshold", "updates", "chains right after it, %")
     return [Section("How the stages of `rtd` ended (means over seeds)", 3, [text], head, rows)]
-
-
-def _solved_after(outcome: Outcome, number: int) -> float | None:
-    """Mean over a stage's depths ("3", "5+", "1-2") at the first look not before its end; None without such a look."""
-    end = sum(record["updates"] for record in outcome.stages[: number + 1])
-    low, _, high = outcome.stages[number]["depth"].rstrip("+").partition("-")
-    last = math.inf if outcome.stages[number]["depth"].endswith("+") else int(high or low)
-    seen: dict[str, float] = next((look["chain_accuracy"] for look in outcome.curve if look["update"] >= end), {})
-    chosen = [x for key, x in seen.items() if key.isdigit() and int(low) <= int(key) <= last]
-    return float(np.mean(chosen)) if chosen else None
-
-
-def _settled(outcome: Outcome) -> tuple[int, float]:
-    best = max(look["chain_accuracy"]["all"] for look in outcome.curve)
-    look = next(look for look in outcome.curve if look["chain_accuracy"]["all"] >= SETTLED * best)
-    return look["update"], look["seconds"]
-
-
-def _at(outcome: Outcome, seconds: float) -> float:
-    """Accuracy at the last look not after `seconds`; 0 before the first."""
-    looks = [look["chain_accuracy"]["all"] for look in outcome.curve if look["seconds"] <= seconds]
-    return looks[-1] if looks else 0.0
 
 
 def _mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:

@@ -15,6 +15,7 @@ from rtd_jax.common.types import Array
 
 RESAMPLES = 2_000
 CONFIDENCE = 0.95
+SETTLED = 0.95  # of a curve's best: where it counts as having reached its plateau
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +165,29 @@ def over_seeds(values: Sequence[float]) -> Interval:
         return Interval(mean, -math.inf, math.inf, len(x))
     margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
     return Interval(mean, mean - margin, mean + margin, len(x))
+
+
+def solved_after_stage(outcome: Outcome, number: int) -> float | None:
+    """Mean over a stage's depths ("3", "5+", "1-2") at the first look not before its end; None without such a look."""
+    end = sum(record["updates"] for record in outcome.stages[: number + 1])
+    low, _, high = outcome.stages[number]["depth"].rstrip("+").partition("-")
+    last = math.inf if outcome.stages[number]["depth"].endswith("+") else int(high or low)
+    seen: dict[str, float] = next((look["chain_accuracy"] for look in outcome.curve if look["update"] >= end), {})
+    chosen = [x for key, x in seen.items() if key.isdigit() and int(low) <= int(key) <= last]
+    return float(np.mean(chosen)) if chosen else None
+
+
+def settled_at(outcome: Outcome) -> tuple[int, float]:
+    """(update, seconds) of the first look at which a curve has SETTLED of its best."""
+    best = max(look["chain_accuracy"]["all"] for look in outcome.curve)
+    look = next(look for look in outcome.curve if look["chain_accuracy"]["all"] >= SETTLED * best)
+    return look["update"], look["seconds"]
+
+
+def accuracy_at(outcome: Outcome, seconds: float) -> float:
+    """Accuracy at the last look not after `seconds`; 0 before the first."""
+    looks = [look["chain_accuracy"]["all"] for look in outcome.curve if look["seconds"] <= seconds]
+    return looks[-1] if looks else 0.0
 
 
 def _table(outcomes: Sequence[Outcome], chosen: Callable[[Array], Array]) -> np.ndarray:
