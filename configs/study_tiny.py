@@ -118,7 +118,9 @@ def conditions() -> dict[str, tuple[str, ...]]:
     found["tokens_only"] = (*KD, "loss.token_alignment_weight=0.3")
     found["tokens_strong"] = (*KD, "loss.token_alignment_weight=1.0")
     found |= {f"coherence_{n}": (*known["coherence_only"], *of) for n, of in CHANGED.items() if n != "one_map"}
-    found |= {f"both_{n}": (*known["rtd_no_curriculum"], *of) for n, of in CHANGED.items() if n != "sixteenfold"}
+    found |= {f"both_{n}": (*known["rtd_no_curriculum"], *of) for n, of in CHANGED.items()}
+    # What changes the alignment too is compared with the alignment changed alike.
+    found |= {f"alignment_{n}": (*known["alignment_only"], *CHANGED[n]) for n in ("no_map", "middle_layer")}
     return found
 
 
@@ -206,17 +208,12 @@ def get_config(arg: str = "") -> ConfigDict:
         every = {"kd": every["kd"]} | weight_grid(ALIGNMENT_WEIGHTS, COHERENCE_WEIGHTS)
     elif "conditions" in words:
         every = conditions()
-        _add_lift(c, whole)
-        # By itself where KD has levelled off; beside the alignment where both together help, and neither by itself.
-        c.task_methods.few_problems = tuple(n for n in every if not n.startswith("both_"))  # what it adds to KD
-        here = ("intermediate_kd", "random_boundaries_no_curriculum", "tokens_only")
-        c.task_methods.lift = (*AT_ONCE, *here, *(n for n in every if n.startswith("both_")))  # what it adds to both
     else:
         _add_larger_student(c)
         if "cached" not in words:  # the cache is the bundled teacher's, on word problems
             _add_cups(c, whole)
             _add_lift(c, whole)
-            c.task_methods.lift = (*PARTS, "intermediate_kd", "random_boundaries_no_curriculum")  # and controls
+            c.task_methods.lift = PARTS  # all combinations
         every["kd_plateau"] = (*KD, f"total_updates={PLATEAU}")
         every["rtd_plateau"] = (f"total_updates={PLATEAU}",)
     # Not the default: of what a cache cannot hold, times could not be compared with those of what it can.
@@ -264,12 +261,12 @@ def _add_larger_student(c: ConfigDict) -> None:
 def _add_cups(c: ConfigDict, whole: tuple[str, ...]) -> None:
     """Problems of another nature."""
     path = "{cups_teacher}/model"
-    budget = ("student.layers=3", "data.train.limit=3000", "total_updates=300")
+    budget = ("student.layers=3", "data.train.limit=4500", "total_updates=300")
     of_cups = tuple(f"data.{split}.schema=cups" for split in ("train", "validation", "test"))
     c.tasks.cups = (*whole, *of_cups, f"teacher.path={path}", *budget)  # that of the others is too small
     c.about.cups = (
         "A ball under swapped cups: keeping track instead of reckoning, with a teacher of its own; students of three "
-        "layers, 3,000 problems to train on, 300 updates. Two layers learned too little to be compared. Where the "
+        "layers, 4,500 problems to train on, 300 updates. Two layers learned too little to be compared. Where the "
         "ball is follows from the words of a step, so step accuracy, which is that of results, says nothing here."
     )
     parts = ("kd", "rtd", "kd_curriculum", "alignment_only", "coherence_only", "rtd_no_curriculum")

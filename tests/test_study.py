@@ -220,14 +220,15 @@ def test_the_report_says_how_stages_ended_and_what_was_solved_by_then():
 
 def test_the_report_says_what_a_changed_coherence_loss_adds():
     right = {"kd": [1, 0], "coherence_only": [1, 1], "coherence_lengths": [1, 0], "rtd_no_curriculum": [1, 1]}
-    right |= {"alignment_only": [1, 1], "both_one_map": [1, 0]}
+    right |= {"alignment_only": [1, 1], "both_one_map": [1, 0], "both_no_map": [1, 1], "alignment_no_map": [1, 0]}
     runs = [outcome(name, seed, of) for name, of in right.items() for seed in range(2)]
     text = markdown(study_report("kd", 4, list(right), runs))
     none, worse = "+0.0 [+0.0, +0.0] | -", "-100.0 [-100.0, -100.0] | -"
     assert f"| nothing | +100.0 [+100.0, +100.0] | - | {none} |" in text  # coherence_only, rtd_no_curriculum
     assert f"| lengths | {none} | - | - |" in text
     assert f"| one_map | - | - | {worse} |" in text
-    known = [run for run in runs if not run.method.startswith("both_") and run.method != "coherence_lengths"]
+    assert "| no_map | - | - | +100.0 [+100.0, +100.0] | - |" in text  # against the alignment without a map
+    known = [run for run in runs if run.method in COMBINATIONS.values()]
     assert "changed" not in markdown(study_report("kd", 4, list(right), known))
 
 
@@ -436,7 +437,7 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
     of = "gsm8k" if config is study_8b else "few_problems"
     assert recipes[of, "kd"].loss.alignment_weight == 0.0
     if arg == "conditions":
-        alone, both = recipes[of, "coherence_fourfold"].loss, recipes["lift", "both_fourfold"].loss
+        alone, both = recipes[of, "coherence_fourfold"].loss, recipes[of, "both_fourfold"].loss
         assert (alone.alignment_weight, alone.coherence_weight) == (0.0, 2.0)
         assert (both.alignment_weight, both.coherence_weight) == (0.3, 2.0)
         assert recipes[of, "coherence_no_map"].loss.projections == "none"
@@ -444,7 +445,7 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
         # What it has in common with the whole study are the same runs, so that they are not made twice.
         whole = {job.name: job for job in build(StudyRecipe, study_tiny.get_config().to_dict()).jobs(tmp_path)}
         shared = [job for job in recipe.jobs(tmp_path) if job.name in whole]
-        assert len(shared) == 5 * (6 + 6)
+        assert len(shared) == 5 * 6
         assert all(job == whole[job.name] for job in shared)
         return
     if arg == "grid":

@@ -195,8 +195,8 @@ def added_by(runs: Runs, deep: int) -> list[tuple[str, str, Difference | None]]:
 def changed_coherence(runs: Runs, deep: int) -> list[tuple[str, Difference | None, Difference | None]]:
     """(what was changed about the coherence loss, what it adds to KD, what it adds to the alignment), in deep chains.
 
-    By name: `coherence_x` against `kd`, `both_x` against `alignment_only`, all depths at once. First the loss as it is.
-    None where a run is missing; [] where nothing was changed.
+    By name: `coherence_x` against `kd`; `both_x` against `alignment_x`, or `alignment_only` where x does not change the
+    alignment. All depths at once. First the loss as it is. None where a run is missing; [] where nothing was changed.
     """
 
     def adds(method: str, other: str) -> Difference | None:
@@ -206,7 +206,10 @@ def changed_coherence(runs: Runs, deep: int) -> list[tuple[str, Difference | Non
     changed = dict.fromkeys(what for kind, _, what in kinds if kind in ("coherence", "both"))
     if not changed:
         return []
-    found = [(what, adds(f"coherence_{what}", "kd"), adds(f"both_{what}", "alignment_only")) for what in changed]
+    found = []
+    for what in changed:
+        without = f"alignment_{what}" if f"alignment_{what}" in runs else "alignment_only"
+        found.append((what, adds(f"coherence_{what}", "kd"), adds(f"both_{what}", without)))
     return [("nothing", adds("coherence_only", "kd"), adds("rtd_no_curriculum", "alignment_only")), *found]
 
 

@@ -201,12 +201,15 @@ def _components(added: Sequence[tuple[str, str, Difference | None]], deep: int) 
 def _changed(changed: Sequence[tuple[str, Difference | None, Difference | None]], deep: int) -> list[Section]:
     if not changed:
         return []
-    head = ("changed", "added to `kd`", "p", "added to `alignment_only`", "p")
+    head = ("changed", "added to `kd`", "p", "added to the alignment", "p")
     rows = [
         (what, *(cell for d in (a, b) for cell in ((points(d), p_value(d)) if d else ("-", "-"))))
         for what, a, b in changed
     ]
-    text = "All depths at once, without the curriculum. The first line is the loss as the article has it."
+    text = (
+        "All depths at once, without the curriculum. The first line is the loss as the article has it. The alignment "
+        "it is added to is changed alike where the change is one of both."
+    )
     return [Section(f"What the coherence loss adds at {deep} steps and more, changed", 3, [text], head, rows)]
 
 
