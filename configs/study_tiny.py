@@ -3,6 +3,7 @@
     python launch/study.py --config=configs/study_tiny.py              # everything, five seeds; run again to continue
     python launch/study.py --config=configs/study_tiny.py:smoke        # a few updates of some methods, in minutes
     python launch/study.py --config=configs/study_tiny.py:conditions   # layer, anchor, maps, form and size of coherence
+    python launch/study.py --config=configs/study_tiny.py:lift         # the lift on ten seeds, all depths at once
     python launch/study.py --config=configs/study_tiny.py:grid         # the two weights of RTD
     python launch/study.py --config=configs/study_tiny.py:cached       # teacher's outputs from a cache, where possible
 
@@ -125,10 +126,12 @@ def conditions() -> dict[str, tuple[str, ...]]:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    words = words_of(arg, ("smoke", "grid", "conditions", "cached"))
+    words = words_of(arg, ("smoke", "grid", "conditions", "lift", "cached"))
     smoke = "smoke" in words
-    if {"conditions", "cached"} <= words:
-        raise ValueError("conditions+cached: a cache has the states of one layer; give one of the two words")
+    if len(words & {"smoke", "grid", "conditions", "lift"}) > 1:
+        raise ValueError(f"{arg}: these are studies of their own; give one of the words")
+    if "cached" in words and words & {"conditions", "lift"}:
+        raise ValueError(f"{arg}: a cache has the bundled teacher's states of one layer; give one of the words")
 
     c = ConfigDict()
     c.base = "configs/rtd_tiny.py"  # config of every run
@@ -208,6 +211,11 @@ def get_config(arg: str = "") -> ConfigDict:
         every = {"kd": every["kd"]} | weight_grid(ALIGNMENT_WEIGHTS, COHERENCE_WEIGHTS)
     elif "conditions" in words:
         every = conditions()
+    elif "lift" in words:
+        every = {name: every[name] for name in AT_ONCE}
+        c.tasks, c.about = ConfigDict(), ConfigDict()
+        _add_lift(c, whole)
+        c.seeds = tuple(range(10))  # seeds differ widely there
     else:
         _add_larger_student(c)
         if "cached" not in words:  # the cache is the bundled teacher's, on word problems

@@ -259,7 +259,7 @@ def test_a_component_is_worth_the_mean_of_what_it_adds_to_each_combination():
         for parts, name in COMBINATIONS.items()
     }
     rows = added_by(runs, 4)
-    means = [(component, found.mean) for component, to, found in rows if to == "mean of the four"]
+    means = [(component, found.mean) for component, to, found in rows if to == "mean of the 4"]
     assert means == [("alignment", 1 / 8), ("coherence", 2 / 8), ("curriculum", 3 / 8)]
     assert len(rows) == 15
     of_coherence = {to: found.mean for component, to, found in rows if component == "coherence"}
@@ -267,9 +267,16 @@ def test_a_component_is_worth_the_mean_of_what_it_adds_to_each_combination():
     # What a component does differs with its company; seeds that one combination lacks are left out of the mean.
     runs["rtd"] = [outcome("rtd", 0, [1] * 8, depths=[4] * 8)]
     found = {to: found for component, to, found in added_by(runs, 4) if component == "coherence"}
-    assert found["mean of the four"].mean == pytest.approx((2 + 2 + 2 + 3) / 4 / 8)
-    assert found["mean of the four"].seeds == 1
-    del runs["rtd"]
+    assert found["mean of the 4"].mean == pytest.approx((2 + 2 + 2 + 3) / 4 / 8)
+    assert found["mean of the 4"].seeds == 1
+    del runs["rtd"]  # then the two without the curriculum are left
+    rows = added_by(runs, 4)
+    assert [(x, to, found.mean) for x, to, found in rows if to.startswith("mean")] == [
+        ("alignment", "mean of the 2", 1 / 8),
+        ("coherence", "mean of the 2", 2 / 8),
+    ]
+    assert len(rows) == 6
+    del runs["alignment_only"]
     assert added_by(runs, 4) == []
 
 
@@ -413,6 +420,7 @@ def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, 
         *((c, a) for c in (study_tiny, study_8b) for a in ("", "grid", "cached")),
         (study_tiny, "smoke"),
         (study_tiny, "conditions"),
+        (study_tiny, "lift"),
     ],
     ids=lambda x: x if isinstance(x, str) else x.__name__.split(".")[-1],
 )
@@ -434,7 +442,12 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
             assert last in group, override
             group[last] = value
         recipes[job.task, job.method] = build(Recipe, base.to_dict())
-    of = "gsm8k" if config is study_8b else "few_problems"
+    of = "gsm8k" if config is study_8b else "lift" if arg == "lift" else "few_problems"
+    whole = {job.name: job for job in build(StudyRecipe, config.get_config().to_dict()).jobs(tmp_path)}
+    shared = [job for job in recipe.jobs(tmp_path) if job.name in whole]
+    if arg in ("conditions", "lift"):  # what these have in common with the whole study are the same runs
+        assert len(shared) == 5 * {"conditions": 6, "lift": 4}[arg]
+        assert all(job == whole[job.name] for job in shared)
     assert recipes[of, "kd"].loss.alignment_weight == 0.0
     if arg == "conditions":
         alone, both = recipes[of, "coherence_fourfold"].loss, recipes[of, "both_fourfold"].loss
@@ -442,11 +455,9 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
         assert (both.alignment_weight, both.coherence_weight) == (0.3, 2.0)
         assert recipes[of, "coherence_no_map"].loss.projections == "none"
         assert not any(recipe.curriculum.enabled for recipe in recipes.values())
-        # What it has in common with the whole study are the same runs, so that they are not made twice.
-        whole = {job.name: job for job in build(StudyRecipe, study_tiny.get_config().to_dict()).jobs(tmp_path)}
-        shared = [job for job in recipe.jobs(tmp_path) if job.name in whole]
-        assert len(shared) == 5 * 6
-        assert all(job == whole[job.name] for job in shared)
+        return
+    if arg == "lift":
+        assert not any(recipe.curriculum.enabled for recipe in recipes.values())
         return
     if arg == "grid":
         assert {(r.loss.alignment_weight, r.loss.coherence_weight) for r in recipes.values()} >= {
@@ -536,6 +547,15 @@ def test_a_study_of_real_runs(tmp_path):
     assert (workdir / "study.md").read_text() == text
 
 
-def test_the_conditions_are_not_read_from_a_cache():
-    with pytest.raises(ValueError, match="a cache has the states of one layer"):
-        study_tiny.get_config("conditions+cached")
+@pytest.mark.parametrize(
+    ("arg", "says"),
+    [
+        ("conditions+cached", "states of one layer"),
+        ("lift+cached", "bundled teacher's states"),
+        ("grid+lift", "studies of their own"),
+        ("grit", "this config knows smoke, grid"),
+    ],
+)
+def test_words_that_do_not_go_together_are_refused(arg, says):
+    with pytest.raises(ValueError, match=says):
+        study_tiny.get_config(arg)

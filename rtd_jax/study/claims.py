@@ -175,19 +175,18 @@ def questions(runs: Runs, deep: int) -> list[Claim]:
 def added_by(runs: Runs, deep: int) -> list[tuple[str, str, Difference | None]]:
     """(component, added to what, difference in deep chain accuracy) over all combinations of the three components.
 
-    First of each component is the mean of its four differences, its main effect. [] where a combination was not run.
+    Where those with the curriculum were not run, over those of the other two. First of each component is the mean of
+    its differences, its main effect. [] where a combination was not run.
     """
-    if not all(name in runs for name in COMBINATIONS.values()):
+    whole = all(name in runs for name in COMBINATIONS.values())
+    known = {parts: name for parts, name in COMBINATIONS.items() if whole or not parts[2]}
+    if not all(name in runs for name in known.values()):
         return []
     rows = []
-    for i, component in enumerate(COMPONENTS):
-        pairs = {
-            name: COMBINATIONS[(*parts[:i], True, *parts[i + 1 :])]
-            for parts, name in COMBINATIONS.items()
-            if not parts[i]
-        }
-        whole = mean_difference([(runs[b], runs[a]) for a, b in pairs.items()], lambda x: x >= deep)
-        rows.append((component, "mean of the four", whole))
+    for i, component in enumerate(COMPONENTS if whole else COMPONENTS[:2]):
+        pairs = {name: known[(*parts[:i], True, *parts[i + 1 :])] for parts, name in known.items() if not parts[i]}
+        mean = mean_difference([(runs[b], runs[a]) for a, b in pairs.items()], lambda x: x >= deep)
+        rows.append((component, f"mean of the {len(pairs)}", mean))
         rows += [(component, f"`{a}` (gives `{b}`)", deep_difference(runs, b, a, deep)) for a, b in pairs.items()]
     return rows
 

@@ -190,8 +190,8 @@ def _components(added: Sequence[tuple[str, str, Difference | None]], deep: int) 
     if not added:
         return []
     text = (
-        "All eight combinations of alignment, coherence and curriculum were run: each component's differences to the "
-        "same method without it, and their mean, which says what the component is worth whatever stands beside it."
+        "Every combination was run: each component's differences to the same method without it, and their mean, which "
+        "says what the component is worth whatever stands beside it."
     )
     rows = [(component, to, points(found), p_value(found)) for component, to, found in added]
     head = ("component", "added to", "difference", "p")
