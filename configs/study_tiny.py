@@ -269,12 +269,12 @@ def _add_larger_student(c: ConfigDict) -> None:
 def _add_cups(c: ConfigDict, whole: tuple[str, ...]) -> None:
     """Problems of another nature."""
     path = "{cups_teacher}/model"
-    budget = ("student.layers=3", "data.train.limit=4500", "total_updates=300")
+    budget = ("student.layers=3", "data.train.limit=3000", "total_updates=300")
     of_cups = tuple(f"data.{split}.schema=cups" for split in ("train", "validation", "test"))
     c.tasks.cups = (*whole, *of_cups, f"teacher.path={path}", *budget)  # that of the others is too small
     c.about.cups = (
         "A ball under swapped cups: keeping track instead of reckoning, with a teacher of its own; students of three "
-        "layers, 4,500 problems to train on, 300 updates. Two layers learned too little to be compared. Where the "
+        "layers, 3,000 problems to train on, 300 updates. Two layers learned too little to be compared. Where the "
         "ball is follows from the words of a step, so step accuracy, which is that of results, says nothing here."
     )
     parts = ("kd", "rtd", "kd_curriculum", "alignment_only", "coherence_only", "rtd_no_curriculum")
