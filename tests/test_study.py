@@ -214,6 +214,8 @@ def test_the_report_says_how_stages_ended_and_what_was_solved_by_then():
     assert "| 5+ | 0.200 | 0.300 | 0 of 2 | 20 | 20.0 |" in text
     wide = replace(first, stages=({**stages[0], "depth": "4-5"}, stages[1]))
     assert "| 4-5 | 0.200 | 0.100 | 1 of 1 | 15 | 57.5 |" in markdown(study_report("kd", 4, ["rtd"], [wide]))
+    empty = replace(first, stages=(stages[0], stage("5+", 0.2, None, "budget", 0)))  # fewer updates than stages
+    assert "| 5+ | 0.200 | - | 0 of 1 | 0 | 90.0 |" in markdown(study_report("kd", 4, ["rtd"], [empty]))
     text = markdown(study_report("kd", 4, ["rtd"], [replace(first, stages=(stages[0],))]))
     assert "How the stages" not in text  # all depths at once
 

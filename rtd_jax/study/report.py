@@ -313,11 +313,13 @@ def _stages(found: Sequence[Outcome]) -> list[Section]:
     rows = []
     for number, first in enumerate(found[0].stages):
         records = [outcome.stages[number] for outcome in found]
+        losses = [record["coherence"] for record in records if record["coherence"] is not None]  # None: no updates left
         seen = [share for outcome in found if (share := solved_after_stage(outcome, number)) is not None]
         rows.append(
             (
                 first["depth"],
-                *(f"{np.mean([record[key] for record in records]):.3f}" for key in ("threshold", "coherence")),
+                f"{np.mean([record['threshold'] for record in records]):.3f}",
+                f"{np.mean(losses):.3f}" if losses else "-",
                 f"{sum(record['ended_by'] == 'threshold' for record in records)} of {len(records)}",
                 f"{np.mean([record['updates'] for record in records]):.0f}",
                 f"{100 * np.mean(seen):.1f}" if seen else "-",
