@@ -9,7 +9,8 @@
 
 What the runs share (chains, the reward model, other teachers, the cache) is made once,
 before them, in <workdir>/prepared. `--config.only="('kd','rtd')"` makes some of the runs. Budgets were chosen with KD
-alone on validation problems, so that it is neither solved nor hopeless: docs/study.md says what came out.
+alone on validation problems, so that it is neither solved nor hopeless: docs/study.md says what came out. The smoke study
+needs a --workdir of its own; the others share the runs that they have in common.
 """
 
 from ml_collections import ConfigDict
@@ -271,11 +272,11 @@ def _add_cups(c: ConfigDict, whole: tuple[str, ...]) -> None:
     path = "{cups_teacher}/model"
     budget = ("student.layers=3", "data.train.limit=3000", "total_updates=300")
     of_cups = tuple(f"data.{split}.schema=cups" for split in ("train", "validation", "test"))
-    c.tasks.cups = (*whole, *of_cups, f"teacher.path={path}", *budget)  # that of the others is too small
+    c.tasks.cups = (*whole, *of_cups, f"teacher.path={path}", *budget)  # more problems than the others have
     c.about.cups = (
         "A ball under swapped cups: keeping track instead of reckoning, with a teacher of its own; students of three "
         "layers, 3,000 problems to train on, 300 updates. Two layers learned too little to be compared. Where the "
         "ball is follows from the words of a step, so step accuracy, which is that of results, says nothing here."
     )
     parts = ("kd", "rtd", "kd_curriculum", "alignment_only", "coherence_only", "rtd_no_curriculum")
-    c.task_methods.cups = parts  # no rivals
+    c.task_methods.cups = parts  # without rtd_no_coherence and rtd_no_alignment

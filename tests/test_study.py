@@ -164,7 +164,10 @@ def test_the_report_says_what_was_found(tmp_path):
     methods = ["kd", "rtd", "rtd_no_coherence", "rtd_no_alignment"]
     report = study_report("kd", 4, methods, [*kd, *rtd, *ablated])
     text, numbers = markdown(report), report.numbers
-    assert "| rtd | 3 | 100.0 [100, 100] | 100.0 [100, 100] | 100.0 [100, 100] | 100.0 [100, 100] |" in text
+    assert (
+        "| rtd | 3 | 100.0 [100, 100] | 100.0 [100, 100] | 100.0 [100, 100] | 100.0 [100, 100] | 100, 100, 100 |"
+        in text
+    )
     assert "| teacher |  | 100.0 [100, 100] |" in text
     assert "| 4 | +100.0 [+100.0, +100.0] | - | not in the article |" in text
     assert "| 4+ | +100.0 [+100.0, +100.0] | +18.7 | agrees |" in text

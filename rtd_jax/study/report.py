@@ -132,7 +132,7 @@ def _task(report: Report, task: str, about: str, runs: Runs, baseline: str, deep
     }
     report.sections += [
         Section(task, 2, [about] if about else ()),
-        _accuracies(table, runs),
+        _accuracies(table, runs, deep),
         *_differences(differences, baseline, deep),
         *_claim_section(f"Gain of `rtd` over `{baseline}` by depth", gains, "steps"),
         *_claim_section("Share of the gain lost by each ablation", lost, "ablation"),
@@ -166,12 +166,14 @@ def _task(report: Report, task: str, about: str, runs: Runs, baseline: str, deep
     }
 
 
-def _accuracies(table: dict[str, dict[str, Interval]], runs: Runs) -> Section:
-    rows = [
-        (name, len(runs[name]) if name in runs else "", *(_percent(cell) for cell in row.values()))
-        for name, row in table.items()
-    ]
-    return Section("Chain accuracy by depth", 3, (), ("method", "seeds", *next(iter(table.values()))), rows)
+def _accuracies(table: dict[str, dict[str, Interval]], runs: Runs, deep: int) -> Section:
+    rows = []
+    for name, row in table.items():
+        found = sorted(runs.get(name, []), key=lambda outcome: outcome.seed)
+        by_seed = ", ".join(f"{100 * outcome.correct[outcome.depths >= deep].mean():.0f}" for outcome in found)
+        rows.append((name, len(found) or "", *(_percent(cell) for cell in row.values()), by_seed))
+    head = ("method", "seeds", *next(iter(table.values())), f"{deep}+, seed by seed")
+    return Section("Chain accuracy by depth", 3, (), head, rows)
 
 
 def _differences(differences: dict[str, Difference | None], baseline: str, deep: int) -> list[Section]:
