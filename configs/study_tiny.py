@@ -7,10 +7,10 @@
     python launch/study.py --config=configs/study_tiny.py:grid         # the two weights of RTD
     python launch/study.py --config=configs/study_tiny.py:cached       # teacher's outputs from a cache, where possible
 
-What the runs share (chains, the reward model, other teachers, the cache) is made once,
-before them, in <workdir>/prepared. `--config.only="('kd','rtd')"` makes some of the runs. Budgets were chosen with KD
-alone on validation problems, so that it is neither solved nor hopeless: docs/study.md says what came out. The smoke study
-needs a --workdir of its own; the others share the runs that they have in common.
+What the runs share (chains, the reward model, other teachers, the cache) is made once, before them, in
+<workdir>/prepared. `--config.only="('kd','rtd')"` makes some of the runs. Budgets were chosen with KD alone on
+validation problems, so that it is neither solved nor hopeless: docs/study.md says what came out. `smoke` and `cached`
+make the same runs otherwise and need workdirs of their own; the others share the runs that they have in common.
 """
 
 from ml_collections import ConfigDict
