@@ -194,9 +194,8 @@ def get_config(arg: str = "") -> ConfigDict:
     budget = () if smoke else (f"data.train.limit={FEW}", "total_updates=300")
     c.tasks.few_problems = (*whole, *budget)  # the task that has all methods
     c.about.few_problems = (
-        f"Word problems, {FEW} to train on, 300 updates. KD levels off by then with fewer and with more of them "
-        "(docs/decisions.md), so what differs is where the methods end, not how fast they come there. `kd_plateau` and "
-        f"`rtd_plateau` have {PLATEAU} updates."
+        f"Word problems, {FEW} to train on, 300 updates, the learning rate annealed over them. `kd_plateau` and "
+        f"`rtd_plateau` have {PLATEAU} updates: what is left to be learned by then."
     )
 
     every = methods()
