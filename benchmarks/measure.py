@@ -38,6 +38,14 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
+def peak_device_memory() -> float:
+    """Most bytes that this process ever held on its first JAX device; in main memory where that is the device."""
+    import jax  # workers of other systems do without it
+
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else peak_memory()
+
+
 def alternate(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[Result]]:
     """Runs the commands in turn, `rounds` times; a result got on a disturbed machine is taken again."""
     found: dict[str, list[Result]] = {name: [] for name in commands}
@@ -91,10 +99,13 @@ def spread(results: Sequence[Result], key: str) -> str:
     return f"{statistics.median(values):,.0f} ({values[0]:,.0f} to {values[-1]:,.0f})"
 
 
-def machine() -> str:
-    """One line about this machine."""
+def machine(gpu: bool = False) -> str:
+    """One line about this machine, with its GPU's name where that matters."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    if gpu:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        model += f", {subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]}"
     return f"{os.cpu_count()} cores of {model}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
 
 

@@ -1,9 +1,11 @@
 """One system's distillation step on given checkpoints and tokens; prints tokens/s and peak memory. See peers.py.
 
-python benchmarks/peer_step.py <ours_kd | ours_rtd | tunix | trl> <folder> <updates>
+python benchmarks/peer_step.py <ours_kd | ours_rtd | tunix | trl> <folder> <updates> <float32 | bfloat16>
 
 `folder` holds teacher/ and student/ (Hugging Face folders) and tokens.npy, int32 [updates, B, L]. Every system trains
-in float32 with AdamW at 1e-4; nobody recomputes activations. The first WARM_UP updates are not timed.
+with AdamW at 1e-4; nobody recomputes activations. float32 is all in float32, on the CPU. bfloat16 is the teacher in
+bfloat16 and, for ours and TRL, products in bfloat16 over float32 weights of the student; Tunix computes in the type of
+its weights, so its student has bfloat16 weights and moments. The first WARM_UP updates are not timed.
 """
 
 import statistics
@@ -14,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import peak_memory, report
+from measure import peak_device_memory, peak_memory, report
 
 WARM_UP = 3
 LEARNING_RATE = 1e-4
 STEP_TOKENS = 40  # of a reasoning step, where there are steps
 
 
-def ours(folder: Path, tokens_UBL: np.ndarray, weights: dict[str, float], boundaries: bool) -> list[float]:
+def ours(
+    folder: Path, tokens_UBL: np.ndarray, dtype: str, weights: dict[str, float], boundaries: bool
+) -> tuple[list[float], float]:
     """rtd_jax's update, with (alignment, coherence) weights as given."""
     import jax
     import optax
@@ -33,8 +37,8 @@ def ours(folder: Path, tokens_UBL: np.ndarray, weights: dict[str, float], bounda
     from rtd_jax.training.state import create_state, init_projections
     from rtd_jax.training.step import StepSettings, make_train_step
 
-    teacher, student = (LlamaModel(load_config(folder / name)) for name in ("teacher", "student"))
-    teacher_params = load_params(folder / "teacher", teacher.config)
+    teacher, student = (LlamaModel(load_config(folder / name), compute_dtype=dtype) for name in ("teacher", "student"))
+    teacher_params = load_params(folder / "teacher", teacher.config, dtype=dtype)
     key = jax.random.PRNGKey(0)
     params = {
         "student": load_params(folder / "student", student.config),
@@ -63,10 +67,10 @@ def ours(folder: Path, tokens_UBL: np.ndarray, weights: dict[str, float], bounda
         state, metrics = step(state, teacher_params, batch, LossWeights(**weights))
         assert np.isfinite(float(metrics["loss"].sum))
         seconds.append(time.perf_counter() - started)
-    return seconds
+    return seconds, peak_device_memory()
 
 
-def tunix(folder: Path, tokens_UBL: np.ndarray) -> list[float]:
+def tunix(folder: Path, tokens_UBL: np.ndarray, dtype: str) -> tuple[list[float], float]:
     """google-tunix' DistillationTrainer with its logit strategy: forward KL at T 4 and labels, alpha 0.7."""
     import jax
     import jax.numpy as jnp
@@ -91,7 +95,7 @@ def tunix(folder: Path, tokens_UBL: np.ndarray) -> list[float]:
             rope_theta=1_000_000,  # what its rotary embedding uses, whatever is said here
             norm_eps=config.rms_norm_eps,
         )
-        return create_model_from_safe_tensors(str(folder / name), sizes, dtype=jnp.float32)
+        return create_model_from_safe_tensors(str(folder / name), sizes, dtype=jnp.dtype(dtype))
 
     rows, length = tokens_UBL.shape[1:]
     vocab_size = AutoConfig.from_pretrained(folder / "teacher").vocab_size
@@ -123,10 +127,10 @@ def tunix(folder: Path, tokens_UBL: np.ndarray) -> list[float]:
     pulled.append(time.perf_counter())
     # It works ahead, so a batch is pulled before the one before it is done: the mean over all is exact, parts are not.
     mean = (pulled[-1] - pulled[WARM_UP]) / (len(pulled) - 1 - WARM_UP)
-    return [*np.diff(pulled)[:WARM_UP].tolist(), *[mean] * (len(tokens_UBL) - WARM_UP)]
+    return [*np.diff(pulled)[:WARM_UP].tolist(), *[mean] * (len(tokens_UBL) - WARM_UP)], peak_device_memory()
 
 
-def trl(folder: Path, tokens_UBL: np.ndarray) -> list[float]:
+def trl(folder: Path, tokens_UBL: np.ndarray, dtype: str) -> tuple[list[float], float]:
     """TRL's GKDTrainer off-policy with forward KL (lmbda 0, beta 0); pure KL at T 1, no labels."""
     import torch
     from datasets import Dataset
@@ -142,6 +146,8 @@ def trl(folder: Path, tokens_UBL: np.ndarray) -> list[float]:
             self.started = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if not settings.use_cpu:
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - self.started)
 
     def collate(items: list[dict[str, int]]) -> dict[str, torch.Tensor]:
@@ -162,20 +168,20 @@ def trl(folder: Path, tokens_UBL: np.ndarray) -> list[float]:
         learning_rate=LEARNING_RATE,
         lmbda=0.0,
         beta=0.0,
-        bf16=False,
+        bf16=dtype == "bfloat16",
         gradient_checkpointing=False,
         report_to=[],
         save_strategy="no",
         logging_strategy="no",
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        use_cpu=True,
+        use_cpu=dtype == "float32",
         dataloader_num_workers=0,
         disable_tqdm=True,
     )
     trainer = GKDTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32),
-        teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32),
+        teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=getattr(torch, dtype)),
         args=settings,
         train_dataset=Dataset.from_dict({"row": list(range(len(flat)))}),
         processing_class=AutoTokenizer.from_pretrained(folder / "teacher"),
@@ -183,23 +189,24 @@ def trl(folder: Path, tokens_UBL: np.ndarray) -> list[float]:
         callbacks=[Clock()],
     )
     trainer.train()
-    return seconds
+    return seconds, peak_memory() if settings.use_cpu else torch.cuda.max_memory_allocated()
 
 
-SYSTEMS: dict[str, Callable[[Path, np.ndarray], list[float]]] = {
-    "ours_kd": lambda folder, tokens: ours(folder, tokens, {"alignment": 0.0, "coherence": 0.0}, False),
-    "ours_rtd": lambda folder, tokens: ours(folder, tokens, {}, True),
+# What a system needs for each update, in seconds, and the most memory it held, in bytes.
+SYSTEMS: dict[str, Callable[[Path, np.ndarray, str], tuple[list[float], float]]] = {
+    "ours_kd": lambda folder, tokens, dtype: ours(folder, tokens, dtype, {"alignment": 0.0, "coherence": 0.0}, False),
+    "ours_rtd": lambda folder, tokens, dtype: ours(folder, tokens, dtype, {}, True),
     "tunix": tunix,
     "trl": trl,
 }
 
 
 def main() -> None:
-    system, folder, updates = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    system, folder, updates, dtype = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     tokens_UBL = np.load(folder / "tokens.npy")[:updates]
-    seconds = SYSTEMS[system](folder, tokens_UBL)
+    seconds, peak = SYSTEMS[system](folder, tokens_UBL, dtype)
     timed = statistics.median(seconds[WARM_UP:])
-    report(tokens_per_sec=tokens_UBL[0].size / timed, peak_gb=peak_memory() / 1e9)
+    report(tokens_per_sec=tokens_UBL[0].size / timed, peak_gb=peak / 1e9)
 
 
 if __name__ == "__main__":
