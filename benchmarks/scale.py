@@ -16,7 +16,6 @@ from measure import ROOT, machine, markdown_table, write_section
 
 GIB = 2**30
 LONG = ("--config.data.row_length=4096", "--config.micro_batches=4", "--config.evaluation.batch_size=32")
-CACHED = ("--config.teacher.cache=cache", "--config.micro_batches=4")
 INT8 = ("--config.teacher.param_dtype=int8",)
 # The folder need not be there: what a plan reads of a cache are the recipe's own settings.
 CACHED = ("--config.teacher.cache=cache", "--config.micro_batches=4")
@@ -27,7 +26,6 @@ PLANS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("rtd_8b", "a100-80gb:4", INT8),
     ("rtd_8b", "a100-80gb:2", CACHED),
     ("rtd_8b", "a100-80gb:8", ("--config.teacher.sharding=tensor",)),
-    ("rtd_8b", "a100-80gb:2", CACHED),
     ("rtd_8b", "tpu-v5p:2x2x2", ()),
     ("rtd_8b", "tpu-v6e:4x4", ()),
     ("rtd_1b", "a100-80gb:8", ()),

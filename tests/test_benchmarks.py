@@ -1,12 +1,18 @@
 """What the benchmarks stand on: workers in turn, disturbed results thrown away, tables between their marks."""
 
+import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 
+from rtd_jax.common.files import read_json, write_json
+from rtd_jax.planning.abstract import ARCHITECTURES
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import accelerator
 import decoding
 import measure
 
@@ -77,3 +83,31 @@ def test_random_prompts_are_repeatable_and_inside_the_vocabulary():
     assert prompts == decoding.make_prompts(Path("unused"), None, 5, 100)
     assert all(30 <= len(p) < 120 and min(p) >= 0 and max(p) < 100 for p in prompts)
     assert len(set(map(len, prompts))) > 1
+
+
+def test_the_gpu_benchmark_runs_the_recipes_step_online_and_from_a_cache(tmp_path, monkeypatch, capsys):
+    """On the CPU, with small models in the place of the published ones."""
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small |= {"num_hidden_layers": 2, "head_dim": 16, "vocab_size": 512}
+    name = "meta-llama/Llama-3.2-1B-Instruct"
+    write_json(tmp_path / "config.json", read_json(ARCHITECTURES)[name] | small)
+    sizes = {"teacher.path": str(tmp_path), "student.path": str(tmp_path), "batch_size": 2, "data.row_length": 128}
+    cases = {"RTD": sizes, "cached": sizes | {"teacher.cache": "cache"}}
+    monkeypatch.setattr(accelerator, "CASES", {name: ("rtd_1b", of) for name, of in cases.items()})
+    found = []
+    for name in cases:
+        accelerator.run_case(name)
+        found.append(json.loads(capsys.readouterr().out.removeprefix(measure.MARK)))
+    assert [case["tokens"] for case in found] == [256, 256]
+    assert all(math.isfinite(case["loss"]) and case["grad_norm"] > 0 and len(case["seconds"]) == 6 for case in found)
+    # A teacher of the student's sizes: its forward pass is one of the four that an update has.
+    assert found[1]["flops"] == pytest.approx(0.75 * found[0]["flops"])
+    # By hand: median 2 s, 4e14 FLOP in 2 s are 20% of 989e12 a second, 50 tokens/s against the first case's 100.
+    case = found[0] | {"seconds": [1.0, 2.0, 3.0], "tokens": 100, "flops": 0.4 * 989e12, "device": "NVIDIA H100 80GB"}
+    cells = accelerator.row("x", case, case | {"tokens": 200})
+    assert cells[:5] == ("x", "2.000 (1.000 to 3.000)", "50", "20.0", "2.000")
+
+
+def test_an_update_is_compared_with_the_cpus_own():
+    assert accelerator.update_errors() == {"loss": 0.0, "update": 0.0}  # here it is the CPU's
+    assert accelerator.relative([3.0, [4.0]], [3.0, [5.0]]) == pytest.approx(1 / 34**0.5)

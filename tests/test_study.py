@@ -469,6 +469,7 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
             (0.3, 0.5),
             (1.0, 0.1),
         }
+        assert {r.curriculum.enabled for r in recipes.values()} == {False} if config is study_tiny else {False, True}
         return
     assert not recipes[of, "cot_ft"].loss.reads_teacher
     made = [this.name for this in recipe.preparations(tmp_path)]
