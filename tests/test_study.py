@@ -18,16 +18,18 @@ from scipy import stats
 from configs import rtd_8b, rtd_tiny, study_8b, study_tiny
 from rtd_jax.reporting.sections import write_sections
 from rtd_jax.settings import build
-from rtd_jax.study.claims import COMBINATIONS, added_by, gains_by_depth, shares, smaller_gain
+from rtd_jax.study.claims import COMBINATIONS, added_by, gains_by_depth, p_and_seeds, shares, smaller_gain
 from rtd_jax.study.report import markdown, study_report
 from rtd_jax.study.runner import Job, Preparation, prepare_once, run_jobs
 from rtd_jax.study.statistics import (
+    Difference,
     Interval,
     Outcome,
     accuracy,
     difference,
     over_seeds,
     read_outcome,
+    seeds_to_find,
     share_interval,
     share_of_gain_lost,
     verdict,
@@ -78,6 +80,19 @@ def test_a_difference_is_paired_by_seed_and_tested_over_seeds():
     assert found.low < found.mean < found.high
     assert found.seeds == 5
     assert difference(method, [outcome("kd", 9, [0] * 50)], everything) is None
+
+
+@pytest.mark.parametrize(("effect", "seeds"), [(0.2, 199), (0.5, 34), (0.8, 15), (-1.0, 10), (1e-6, 1000), (200.0, 2)])
+def test_seeds_that_would_tell_are_those_of_the_power_tables(effect, seeds):
+    """Two-sided one-sample t-test at 5% and 80% power, as in Cohen's tables; spread 1, mean `effect`."""
+    assert seeds_to_find(np.array([effect - 0.5**0.5, effect + 0.5**0.5])) == seeds
+
+
+def test_a_difference_that_was_found_says_nothing_of_more_seeds():
+    assert p_and_seeds(Difference(0.1, -0.1, 0.3, 5, 0.2, 21)) == ("0.200", "21")
+    assert p_and_seeds(Difference(0.1, -0.1, 0.3, 5, 0.9, 1000)) == ("0.900", "1,000 or more")
+    assert p_and_seeds(Difference(0.3, 0.1, 0.5, 5, 0.01, 4)) == ("0.010", "")
+    assert p_and_seeds(Difference(0.3, 0.1, 0.5, 1, None, None)) == ("-", "")
 
 
 def test_runs_on_different_problems_are_not_compared():

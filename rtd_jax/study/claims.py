@@ -15,6 +15,8 @@ import numpy as np
 
 from rtd_jax.common.types import Array
 from rtd_jax.study.statistics import (
+    CONFIDENCE,
+    MOST_SEEDS,
     Difference,
     Interval,
     Outcome,
@@ -328,6 +330,13 @@ def p_value(value: Difference | None) -> str:
     if value is None or value.p_value is None:
         return "-"
     return f"{value.p_value:.3f}" if value.p_value >= 0.001 else "< 0.001"
+
+
+def p_and_seeds(value: Difference | None) -> tuple[str, str]:
+    """The p-value, and where that is not below 0.05 how many seeds would tell a difference of the size seen."""
+    if value is None or value.p_value is None or value.seeds_needed is None or value.p_value < 1 - CONFIDENCE:
+        return p_value(value), ""
+    return p_value(value), f"{value.seeds_needed:,}" if value.seeds_needed < MOST_SEEDS else f"{MOST_SEEDS:,} or more"
 
 
 def _share(value: Interval) -> str:

@@ -23,6 +23,7 @@ from rtd_jax.study.claims import (
     claims_of,
     deep_difference,
     gains_by_depth,
+    p_and_seeds,
     p_value,
     points,
     questions,
@@ -49,10 +50,12 @@ INTRO = (
     "right, by free-running greedy decoding on test problems. Intervals are 95%: of accuracies and their differences "
     "by Student's t, with the variance over seeds and that over problems added; of other measures over seeds. "
     "Differences are paired by seed and problem; p-values are of a two-sided t-test over seeds, the problems being "
-    "given, not corrected for the number of comparisons.",
+    "given, not corrected for the number of comparisons. Beside those above 0.05 stands with how many seeds such a "
+    "test finds a difference of the size and spread seen here four times in five.",
     "Models and problems are not the article's, so a claim is compared by its sign or order, and only shares and "
     "ratios as numbers: it agrees or disagrees when the interval lies wholly on one side, and is undecided otherwise.",
 )
+TESTED = ("p", "seeds for a power of 80%")
 MEASURED = ("step_accuracy", "perplexity", "updates", "seconds")
 SHOWN = ("kd", "rtd", "kd_curriculum", "cot_ft", "step_reward", "intermediate_kd", "teacher")  # in the pictures
 _GRID = re.compile(r"grid_a(\d+)_c(\d+)")  # weights of alignment and coherence in hundredths
@@ -126,10 +129,7 @@ def _task(report: Report, task: str, about: str, runs: Runs, baseline: str, deep
     gains, lost = gains_by_depth(runs, baseline, deep), shares(runs, baseline, deep)
     added, changed = added_by(runs, deep), changed_coherence(runs, deep)
     claims, open_questions = claims_of(runs, baseline, deep), questions(runs, deep)
-    others = {
-        name: {key: float(np.mean([getattr(outcome, key) for outcome in found])) for key in MEASURED}
-        for name, found in runs.items()
-    }
+    others = {n: {key: float(np.mean([getattr(o, key) for o in f])) for key in MEASURED} for n, f in runs.items()}
     report.sections += [
         Section(task, 2, [about] if about else ()),
         _accuracies(table, runs, deep),
@@ -179,8 +179,8 @@ def _accuracies(table: dict[str, dict[str, Interval]], runs: Runs, deep: int) ->
 def _differences(differences: dict[str, Difference | None], baseline: str, deep: int) -> list[Section]:
     if not differences:
         return []
-    rows = [(name, points(found), p_value(found)) for name, found in differences.items()]
-    return [Section(f"Against `{baseline}` at {deep} steps and more", 3, (), ("method", "difference", "p"), rows)]
+    rows = [(name, points(found), *p_and_seeds(found)) for name, found in differences.items()]
+    return [Section(f"Against `{baseline}` at {deep} steps and more", 3, (), ("method", "difference", *TESTED), rows)]
 
 
 def _claim_section(title: str, claims: Sequence[Claim], what: str = "claim") -> list[Section]:
@@ -195,8 +195,8 @@ def _components(added: Sequence[tuple[str, str, Difference | None]], deep: int) 
         "Every combination was run: each component's differences to the same method without it, and their mean, which "
         "says what the component is worth whatever stands beside it."
     )
-    rows = [(component, to, points(found), p_value(found)) for component, to, found in added]
-    head = ("component", "added to", "difference", "p")
+    rows = [(component, to, points(found), *p_and_seeds(found)) for component, to, found in added]
+    head = ("component", "added to", "difference", *TESTED)
     return [Section(f"What each component adds at {deep} steps and more", 3, [text], head, rows)]
 
 

@@ -15,6 +15,8 @@ from rtd_jax.common.types import Array
 
 RESAMPLES = 2_000
 CONFIDENCE = 0.95
+POWER = 0.8
+MOST_SEEDS = 1_000  # beyond, a difference of this size is not to be found by adding seeds
 SETTLED = 0.95  # of a curve's best: where it counts as having reached its plateau
 
 
@@ -54,6 +56,7 @@ class Difference(Interval):
     """A paired difference of two methods; `p_value` of a two-sided t-test over seeds, None where that is undefined."""
 
     p_value: float | None
+    seeds_needed: int | None  # see `seeds_to_find`; None where there is no p-value
 
 
 def read_outcome(task: str, method: str, seed: int, workdir: Path) -> Outcome:
@@ -121,10 +124,23 @@ def mean_difference(
 
     table_SP = np.mean([table(method) - table(baseline) for method, baseline in pairs], axis=0)
     per_seed = table_SP.mean(axis=1)
-    p_value = None
+    p_value = needed = None
     if len(per_seed) > 1 and np.ptp(per_seed) > 0:
-        p_value = float(stats.ttest_1samp(per_seed, 0.0).pvalue)
-    return Difference(*_interval(table_SP), len(seeds), p_value)
+        p_value, needed = float(stats.ttest_1samp(per_seed, 0.0).pvalue), seeds_to_find(per_seed)
+    return Difference(*_interval(table_SP), len(seeds), p_value, needed)
+
+
+def seeds_to_find(per_seed: Array) -> int:
+    """Seeds with which a two-sided t-test finds a difference of the mean and spread seen here with probability POWER.
+
+    The power is that of Student's noncentral t. At most MOST_SEEDS.
+    """
+    effect = abs(np.mean(per_seed)) / np.std(per_seed, ddof=1)
+    for seeds in range(2, MOST_SEEDS):
+        critical = stats.t.ppf((1 + CONFIDENCE) / 2, seeds - 1)
+        if not stats.nct.sf(critical, seeds - 1, effect * math.sqrt(seeds)) < POWER:  # NaN for enormous effects
+            return seeds
+    return MOST_SEEDS
 
 
 def share_of_gain_lost(full: Interval, ablated: Interval, baseline: Interval) -> float | None:
