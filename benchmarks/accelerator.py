@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measure import MARK, ROOT, markdown_table, peak_device_memory, report, write_section
+from measure import MARK, ROOT, markdown_table, peak_device_memory, random_batch, report, write_section
 
 from rtd_jax.common.files import read_json, write_json
 from rtd_jax.common.sharding import MeshSettings, make_mesh
@@ -78,21 +78,6 @@ def recipe_of(config: str, overrides: dict[str, Any], folder: Path) -> Recipe:
     return build(Recipe, settings.to_dict())
 
 
-def random_batch(rows: int, length: int, vocab_size: int, boundaries: bool) -> Batch:
-    """One chain a row, of steps of STEP_TOKENS; without boundaries one slot that is not used."""
-    places = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    ends = np.arange(STEP_TOKENS - 1, length, STEP_TOKENS, dtype=np.int32)
-    ends_BCK = np.broadcast_to(ends if boundaries else ends[:1], (rows, 1, len(ends) if boundaries else 1))
-    return Batch(
-        np.random.default_rng(0).integers(0, vocab_size, (rows, length)).astype(np.int32),
-        places,
-        np.ones_like(places),
-        (places > 0).astype(np.float32),
-        ends_BCK,
-        np.full(ends_BCK.shape, boundaries),
-    )
-
-
 def filled(shapes: Any, key: jax.Array) -> Any:
     """Arrays of these shapes: norms' scales 1, matrices random and small, int8 ones random over their range."""
 
@@ -126,9 +111,8 @@ def arguments_of(recipe: Recipe, abstract: Abstract) -> tuple[TrainState, Any, B
     """What the step takes, with numbers in it, and where the plan has it."""
     key = jax.random.PRNGKey(0)
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
-    batch = random_batch(
-        recipe.batch_size, recipe.data.row_length, abstract.vocab_size, bool(recipe.loss.coherence_weight)
-    )
+    sizes = recipe.batch_size, recipe.data.row_length, abstract.vocab_size
+    batch = random_batch(*sizes, STEP_TOKENS, boundaries=bool(recipe.loss.coherence_weight))
     state = jax.jit(lambda params: create_state(params, optimizer, jax.random.PRNGKey(0)))(
         filled(abstract.state.params, key)
     )
@@ -217,7 +201,7 @@ def update_errors() -> dict[str, float]:
     config = LlamaConfig(512, 128, 384, layers=4, heads=8, kv_heads=4, head_dim=16)
     teacher, student = LlamaModel(config), LlamaModel(dataclasses.replace(config, layers=2, width=64))
     optimizer = optax.sgd(1.0)  # the update is the gradient
-    batch = random_batch(4, 256, 512, boundaries=True)
+    batch = random_batch(4, 256, 512, STEP_TOKENS)
     step = make_train_step(student, teacher, optimizer, StepSettings(), 512)
     with jax.default_device(jax.devices("cpu")[0]):
         key = jax.random.PRNGKey(0)

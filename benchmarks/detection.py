@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measure import ROOT, machine, markdown_table, write_section
-from rtd_overhead import LENGTH, ROWS, VOCAB, models, random_batch
+from measure import ROOT, machine, markdown_table, random_batch, write_section
+from rtd_overhead import LENGTH, ROWS, SIZES, VOCAB, models
 
 from rtd_jax.common.sharding import MeshSettings, make_mesh
 from rtd_jax.data.formats import TextFormat
@@ -62,7 +62,7 @@ def published_flops(name: str) -> tuple[float, float, float]:
 def batch_times(rounds: int) -> dict[str, list[float]]:
     """Seconds for the same rows: an RTD update, finding steps from their tokens, and from states that are at hand."""
     teacher, student = models()
-    batch, key = random_batch(), jax.random.PRNGKey(0)
+    batch, key = random_batch(*SIZES), jax.random.PRNGKey(0)
     params, optimizer, classifier = teacher.init(key), optax.adamw(1e-4), classifier_of(teacher)
     step = make_train_step(student, teacher, optimizer, StepSettings(), VOCAB)
     start = {"student": student.init(key), **init_projections(key, student.config.width, teacher.config.width)}

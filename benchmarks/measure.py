@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # configs/ is beside the package, not in it
 MARK = "RESULT "  # before the JSON that a worker prints
@@ -107,6 +109,23 @@ def machine(gpu: bool = False) -> str:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         model += f", {subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]}"
     return f"{os.cpu_count()} cores of {model}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
+
+
+def random_batch(rows: int, length: int, vocab_size: int, step_tokens: int, boundaries: bool = True) -> Any:
+    """A `Batch` of one chain a row, of steps of `step_tokens`; without boundaries one slot that is not used."""
+    from rtd_jax.common.types import Batch  # workers of other systems do without it
+
+    positions_BL = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    ends = np.arange(step_tokens - 1, length, step_tokens, dtype=np.int32)[: None if boundaries else 1]
+    ends_BCK = np.broadcast_to(ends, (rows, 1, len(ends)))
+    return Batch(
+        np.random.default_rng(0).integers(0, vocab_size, (rows, length)).astype(np.int32),
+        positions_BL,
+        np.ones_like(positions_BL),
+        (positions_BL > 0).astype(np.float32),
+        ends_BCK,
+        np.full(ends_BCK.shape, boundaries),
+    )
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import peak_device_memory, peak_memory, report
+from measure import peak_device_memory, peak_memory, random_batch, report
 
 WARM_UP = 3
 LEARNING_RATE = 1e-4
@@ -31,7 +31,6 @@ def ours(
     import optax
 
     from rtd_jax.common.sharding import MeshSettings, make_mesh
-    from rtd_jax.common.types import Batch
     from rtd_jax.losses import LossWeights
     from rtd_jax.models import LlamaModel, load_config, load_params
     from rtd_jax.training.state import create_state, init_projections
@@ -49,21 +48,11 @@ def ours(
     step = make_train_step(
         student, teacher, optimizer, StepSettings(), teacher.config.vocab_size, make_mesh(MeshSettings())
     )
-    _, rows, length = tokens_UBL.shape
-    ends = np.arange(STEP_TOKENS - 1, length, STEP_TOKENS)
-    places_BCK = np.broadcast_to(ends.astype(np.int32), (rows, 1, len(ends)))
-    ones_BL = np.ones((rows, length))
+    batch = random_batch(*tokens_UBL.shape[1:], teacher.config.vocab_size, STEP_TOKENS, boundaries)
     seconds = []
     for tokens_BL in tokens_UBL:
         started = time.perf_counter()
-        batch = Batch(
-            tokens_BL,
-            np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)),
-            ones_BL.astype(np.int32),
-            (ones_BL * (np.arange(length) > 0)).astype(np.float32),
-            places_BCK,
-            np.full(places_BCK.shape, boundaries),
-        )
+        batch = batch._replace(tokens_BL=tokens_BL)
         state, metrics = step(state, teacher_params, batch, LossWeights(**weights))
         assert np.isfinite(float(metrics["loss"].sum))
         seconds.append(time.perf_counter() - started)

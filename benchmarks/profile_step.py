@@ -20,8 +20,8 @@ from typing import Any
 import jax
 import optax
 from jax.extend import core
-from measure import ROOT, machine, markdown_table, write_section
-from rtd_overhead import LENGTH, ROWS, VOCAB, models, random_batch
+from measure import ROOT, machine, markdown_table, random_batch, write_section
+from rtd_overhead import LENGTH, ROWS, SIZES, VOCAB, models
 
 from rtd_jax.losses import LossWeights
 from rtd_jax.training.state import create_state, init_projections
@@ -119,7 +119,7 @@ def profile(keep: Path | None) -> tuple[Counter[str], Counter[str]]:
         "student": student.init(key),
         **init_projections(key, student.config.width, teacher.config.width),
     }
-    state, teacher_params, batch = create_state(params, optimizer, key), teacher.init(key), random_batch()
+    state, teacher_params, batch = create_state(params, optimizer, key), teacher.init(key), random_batch(*SIZES)
     traced = step.trace(state, teacher_params, batch, LossWeights())
     flops: Counter[str] = Counter()
     for scopes, amount in matmuls(traced.jaxpr.jaxpr):

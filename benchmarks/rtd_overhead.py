@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from measure import ROOT, machine, markdown_table, write_section
+from measure import ROOT, machine, markdown_table, random_batch, write_section
 
 from rtd_jax.common.boundaries import shifted_labels
 from rtd_jax.common.reductions import Mean
@@ -28,7 +27,7 @@ from rtd_jax.training.recipe import Recipe
 from rtd_jax.training.state import create_state, init_projections
 from rtd_jax.training.step import StepSettings, apply_update, make_train_step
 
-ROWS, LENGTH, STEP_TOKENS, VOCAB = 8, 256, 40, 8192
+SIZES = ROWS, LENGTH, VOCAB, STEP_TOKENS = 8, 256, 8192, 40
 
 
 def published_flops(name: str) -> tuple[float, float]:
@@ -57,25 +56,10 @@ def models() -> tuple[LlamaModel, LlamaModel]:
     )
 
 
-def random_batch() -> Batch:
-    """One chain a row, of steps of STEP_TOKENS."""
-    tokens_BL = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32)
-    ends = np.arange(STEP_TOKENS - 1, LENGTH, STEP_TOKENS, dtype=np.int32)
-    places_BCK = np.broadcast_to(ends, (ROWS, 1, len(ends)))
-    return Batch(
-        tokens_BL,
-        np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens_BL.shape),
-        np.ones_like(tokens_BL),
-        np.broadcast_to(np.arange(LENGTH) > 0, tokens_BL.shape).astype(np.float32),
-        places_BCK,
-        np.ones(places_BCK.shape, bool),
-    )
-
-
 def step_times(rounds: int) -> dict[str, list[float]]:
     """Seconds per update of plain KD (written without any boundary) and of RTD, in turn."""
     teacher, student = models()
-    batch = random_batch()
+    batch = random_batch(*SIZES)
     key = jax.random.PRNGKey(0)
     teacher_params, optimizer = teacher.init(key), optax.adamw(1e-4)
 

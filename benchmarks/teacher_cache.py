@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measure import ROOT, machine, markdown_table, write_section
+from measure import ROOT, machine, markdown_table, random_batch, write_section
 
 from rtd_jax.common.boundaries import shifted_labels
 from rtd_jax.common.types import Batch, TeacherOutputs, TopK
@@ -38,29 +38,17 @@ from rtd_jax.training.state import create_state, init_projections
 from rtd_jax.training.step import StepSettings, make_train_step
 
 KEPT = (64,)  # k of the caches that are compared with whole distributions
-ROWS, LENGTH, STEP_TOKENS, VOCAB, K = 4, 256, 40, 8192, 64
+SIZES = ROWS, LENGTH, VOCAB, STEP_TOKENS = 4, 256, 8192, 40
+K = 64
 # 70B : 8B is 8.8 : 1 in weights and 6.9 : 1 in FLOPs of a forward pass with the head; here it is printed.
 TEACHER = LlamaConfig(VOCAB, 1024, 3584, layers=8, heads=16, kv_heads=4, head_dim=64)
 STUDENT = LlamaConfig(VOCAB, 512, 1792, layers=4, heads=8, kv_heads=2, head_dim=64)
 
 
-def random_batch() -> Batch:
-    tokens_BL = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32)
-    ends = np.arange(STEP_TOKENS - 1, LENGTH, STEP_TOKENS, dtype=np.int32)
-    places_BCK = np.broadcast_to(ends, (ROWS, 1, len(ends)))
-    return Batch(
-        tokens_BL,
-        np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens_BL.shape),
-        np.ones_like(tokens_BL),
-        np.broadcast_to(np.arange(LENGTH) > 0, tokens_BL.shape).astype(np.float32),
-        places_BCK,
-        np.ones(places_BCK.shape, bool),
-    )
-
-
 def updates(rounds: int) -> str:
     """Table of the three updates: seconds in turn, and what the compiled program holds."""
-    teacher, student, optimizer, batch = LlamaModel(TEACHER), LlamaModel(STUDENT), optax.adamw(1e-4), random_batch()
+    teacher, student, optimizer = LlamaModel(TEACHER), LlamaModel(STUDENT), optax.adamw(1e-4)
+    batch = random_batch(*SIZES)
     key = jax.random.PRNGKey(0)
     params = jax.jit(teacher.init)(key)
     given = jax.tree.map(jnp.asarray, batch)
