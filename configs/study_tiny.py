@@ -193,7 +193,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.task_methods = ConfigDict()  # of a task that does not have all
     budget = () if smoke else (f"data.train.limit={FEW}", "total_updates=300")
     c.tasks.few_problems = (*whole, *budget)  # the task that has all methods
-    c.about.few_problems = f"Word problems, {FEW} to train on, 300 updates, the learning rate annealed over them."
+    about = f"Word problems, {FEW} to train on, 300 updates, the learning rate annealed over them."
+    c.about.few_problems = about  # for the report
 
     every = methods()
     every["cot_ft"] += ("data.train.schema=stepwise", "data.train.location={traces}")
