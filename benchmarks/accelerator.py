@@ -8,9 +8,7 @@ Sizes are the published models' own; weights and tokens are random, so nothing i
 import argparse
 import dataclasses
 import importlib
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measure import MARK, ROOT, markdown_table, peak_device_memory, random_batch, report, write_section
+from measure import ROOT, markdown_table, peak_device_memory, random_batch, report, run_worker, write_section
 
 from rtd_jax.common.files import read_json, write_json
 from rtd_jax.common.sharding import MeshSettings, make_mesh
@@ -32,13 +30,14 @@ from rtd_jax.models import LlamaConfig, LlamaModel
 from rtd_jax.planning.abstract import ARCHITECTURES, Abstract, abstract_step
 from rtd_jax.planning.plan import GIB, ideal_flops
 from rtd_jax.planning.program import memory
+from rtd_jax.planning.targets import A100, H100
 from rtd_jax.settings import build
 from rtd_jax.training.optimizer import make_optimizer
 from rtd_jax.training.recipe import Recipe
 from rtd_jax.training.state import TrainState, create_state, init_projections
 from rtd_jax.training.step import StepSettings, make_train_step
 
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bfloat16 FLOP/s by the data sheets, dense
+PEAKS = {"A100": A100.flops, "H100": H100.flops, "H200": H100.flops}  # an H200 has more memory, and the same rate
 STEP_TOKENS = 60  # of a reasoning step
 WARM_UP, UPDATES = 1, 6
 
@@ -71,10 +70,11 @@ def recipe_of(config: str, overrides: dict[str, Any], folder: Path) -> Recipe:
     for key, value in overrides.items():
         if str(value).startswith("cut:"):
             _, name, layers = value.split(":")
-            value = folder / name / layers
-            value.mkdir(parents=True)
-            write_json(value / "config.json", read_json(ARCHITECTURES)[name] | {"num_hidden_layers": int(layers)})
-        settings.update_from_flattened_dict({key: str(value) if isinstance(value, Path) else value})
+            value = str(folder / name / layers)
+            Path(value).mkdir(parents=True)
+            config_json = read_json(ARCHITECTURES)[name] | {"num_hidden_layers": int(layers)}
+            write_json(Path(value) / "config.json", config_json)
+        settings.update_from_flattened_dict({key: value})
     return build(Recipe, settings.to_dict())
 
 
@@ -236,22 +236,8 @@ def run_agreement() -> None:
     report(attention=attention_errors(), update=update_errors(), matmul=matmul_rate(), jax=jax.__version__)
 
 
-def worked(name: str) -> dict[str, Any]:
-    """What a worker reported.
-
-    Raises:
-      RuntimeError: it failed; has the end of what it printed.
-    """
-    command = [sys.executable, __file__, f"--work={name}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if not lines:
-        raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
-    return json.loads(lines[-1][len(MARK) :])
-
-
 COLUMNS = (
-    *("", "s an update (range)", "tokens/s", "% of the data sheet's rate", "time / RTD's"),
+    *("", "s an update (range)", "tokens/s", "% of the data sheet's rate", "time a token / the first line's"),
     *("GiB planned", "GiB at most", "s to compile", "first loss", "first gradient norm"),
 )
 
@@ -294,22 +280,27 @@ def main() -> None:
     if arguments.work:
         run_agreement() if arguments.work == "agreement" else run_case(arguments.work)
         return
-    found: dict[str, dict[str, Any]] = {}
-    agreement, rows = worked("agreement"), []
+
+    def worked(name: str) -> dict[str, Any]:
+        return run_worker(name, [sys.executable, __file__, f"--work={name}"]).values
+
+    agreement = worked("agreement")
     print(agreement, flush=True)
+    first: dict[str, Any] = {}
+    rows: list[tuple[str, ...]] = []
     for name in (name for name in CASES if arguments.only in name):
         try:
-            found[name] = worked(name)
+            found = worked(name)
         except RuntimeError as error:
-            if not found:  # the others would fail too
+            if not first:  # the others would fail too
                 raise
             print(error, flush=True)
             rows.append((name, "failed", *[""] * (len(COLUMNS) - 2)))
-            continue
-        cells = row(name, found[name], next(iter(found.values())))
-        print(*cells, sep=" | ", flush=True)
-        rows.append(cells)
-        text = f"{markdown_table(COLUMNS, rows)}\n\n{agreement_text(agreement, found[name]['device'])}"
+        else:
+            first = first or found
+            rows.append(row(name, found, first))
+        print(*rows[-1], sep=" | ", flush=True)
+        text = f"{markdown_table(COLUMNS, rows)}\n\n{agreement_text(agreement, first['device'])}"
         if not arguments.only:  # after each, for the time on such a machine may end
             write_section(ROOT / "docs" / "benchmarks.md", "gpu", text)
 

@@ -61,14 +61,19 @@ def alternate(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, l
 
 def _undisturbed(name: str, command: Sequence[str]) -> Result:
     for _ in range(ATTEMPTS):
-        result = _run(name, command)
+        result = run_worker(name, command)
         if result.other_load <= DISTURBED:
             return result
         print(f"{name}: others used {result.other_load:.2f} cores; thrown away", flush=True)
     raise RuntimeError(f"the machine was busy in {ATTEMPTS} attempts at {name}; stop what else runs and try again")
 
 
-def _run(name: str, command: Sequence[str]) -> Result:
+def run_worker(name: str, command: Sequence[str]) -> Result:
+    """What one worker reported.
+
+    Raises:
+      RuntimeError: it failed; has the end of what it printed.
+    """
     busy, own, started = busy_seconds(), _children_seconds(), time.monotonic()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     elapsed = time.monotonic() - started

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rtd_jax.common.files import read_json, write_json
+from rtd_jax.losses import LossWeights
 from rtd_jax.planning.abstract import ARCHITECTURES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -30,7 +31,7 @@ def test_commands_run_in_turn_and_medians_are_over_rounds(monkeypatch, capsys):
 
 def test_a_disturbed_result_is_taken_again_and_at_last_given_up(monkeypatch):
     loads = iter([9.0, 0.0, *[9.0] * measure.ATTEMPTS])
-    monkeypatch.setattr(measure, "_run", lambda name, command: measure.Result({"speed": 1.0}, next(loads)))
+    monkeypatch.setattr(measure, "run_worker", lambda name, command: measure.Result({"speed": 1.0}, next(loads)))
     assert measure.alternate({"a": []}, rounds=1)["a"][0].other_load == 0.0
     with pytest.raises(RuntimeError, match="the machine was busy in 4 attempts at a"):
         measure.alternate({"a": []}, rounds=1)
@@ -108,6 +109,39 @@ def test_the_gpu_benchmark_runs_the_recipes_step_online_and_from_a_cache(tmp_pat
     assert cells[:5] == ("x", "2.000 (1.000 to 3.000)", "50", "20.0", "2.000")
 
 
-def test_an_update_is_compared_with_the_cpus_own():
-    assert accelerator.update_errors() == {"loss": 0.0, "update": 0.0}  # here it is the CPU's
+def test_an_update_that_differs_from_the_cpus_is_seen(monkeypatch):
+    assert accelerator.update_errors() == {"loss": 0.0, "update": 0.0}  # both are the CPU's here
+    given = iter((LossWeights(), LossWeights(alignment=0.31)))
+    monkeypatch.setattr(accelerator, "LossWeights", lambda: next(given))
+    errors = accelerator.update_errors()
+    assert errors["loss"] > 1e-4
+    assert errors["update"] > 1e-4
     assert accelerator.relative([3.0, [4.0]], [3.0, [5.0]]) == pytest.approx(1 / 34**0.5)
+
+
+def test_a_case_that_fails_on_the_gpu_is_a_line_and_the_first_one_an_error(monkeypatch):
+    case = {"seconds": [2.0], "tokens": 100, "flops": 1e14, "compiled_in": 9.0, "planned": 3.0, "peak": 4.0}
+    case |= {"device": "NVIDIA H200", "loss": 1.5, "grad_norm": 0.5}
+    errors = {f"{kernel}_{of}": 1e-3 for kernel in ("xla", "cudnn") for of in ("value", "gradient")}
+    known = {"a": case, "agreement": {"attention": errors, "update": {"loss": 0.0, "update": 0.0}, "matmul": 7e14}}
+    known["agreement"]["jax"] = "0.11"
+    written = []
+
+    def run_worker(name, command):
+        if name not in known:
+            raise RuntimeError(f"{name} failed: out of memory")
+        return measure.Result(known[name], 0.0)
+
+    monkeypatch.setattr(accelerator, "run_worker", run_worker)
+    monkeypatch.setattr(accelerator, "write_section", lambda document, name, text: written.append(text))
+    monkeypatch.setattr(sys, "argv", ["accelerator.py"])
+    monkeypatch.setattr(accelerator, "CASES", dict.fromkeys(("a", "b")))
+    accelerator.main()
+    assert len(written) == 2
+    assert (
+        "| a | 2.000 (2.000 to 2.000) | 50 | 5.1 | 1.000 | 3.0 | 4.0 | 9.0 | 1.5 | 0.5 |\n| b | failed |" in written[1]
+    )
+    assert "On NVIDIA H200, JAX 0.11" in written[1]
+    monkeypatch.setattr(accelerator, "CASES", dict.fromkeys(("b", "a")))
+    with pytest.raises(RuntimeError, match="b failed: out of memory"):
+        accelerator.main()

@@ -44,8 +44,8 @@ class Target:
     devices: list[jax.Device]
 
 
-_A100 = Chip(memory=80 * 2**30 * 0.97, flops=312e12, bandwidth=2.039e12, link=300e9, dollars=3.40)
-_H100 = Chip(memory=80 * 2**30 * 0.97, flops=989e12, bandwidth=3.35e12, link=450e9, dollars=6.90)
+A100 = Chip(memory=80 * 2**30 * 0.97, flops=312e12, bandwidth=2.039e12, link=300e9, dollars=3.40)
+H100 = Chip(memory=80 * 2**30 * 0.97, flops=989e12, bandwidth=3.35e12, link=450e9, dollars=6.90)
 _V5P = Chip(memory=95 * 2**30, flops=459e12, bandwidth=2.765e12, link=600e9, dollars=4.20)
 _V6E = Chip(memory=32 * 2**30, flops=918e12, bandwidth=1.64e12, link=448e9, dollars=2.70)
 # A laptop, for tests and for looking at programs: the numbers only order of magnitude.
@@ -127,8 +127,8 @@ def _cpus(size: str) -> list[jax.Device]:
 
 
 _KINDS: dict[str, tuple[Chip, str, Callable[[str], list[jax.Device]]]] = {
-    "a100-80gb": (_A100, "8", _gpus(_A100_CONFIG)),
-    "h100-80gb": (_H100, "8", _gpus(_H100_CONFIG)),
+    "a100-80gb": (A100, "8", _gpus(_A100_CONFIG)),
+    "h100-80gb": (H100, "8", _gpus(_H100_CONFIG)),
     "tpu-v5p": (_V5P, "2x2x2", _tpus("v5p")),
     "tpu-v6e": (_V6E, "4x4", _tpus("v6e")),
     "cpu": (_CPU, "8", _cpus),
