@@ -22,20 +22,20 @@ import numpy as np
 import optax
 from measure import ROOT, markdown_table, peak_device_memory, random_batch, report, run_worker, write_section
 
-from rtd_jax.common.files import read_json, write_json
-from rtd_jax.common.sharding import MeshSettings, make_mesh
-from rtd_jax.common.types import Batch, TeacherOutputs, TopK
+from rtd_jax.apps.plan.abstract import ARCHITECTURES, Abstract, abstract_step
+from rtd_jax.apps.plan.plan import GIB, ideal_flops
+from rtd_jax.apps.plan.program import memory
+from rtd_jax.apps.plan.targets import A100, H100
+from rtd_jax.base.files import read_json, write_json
+from rtd_jax.base.settings import build
+from rtd_jax.base.sharding import MeshSettings, make_mesh
+from rtd_jax.base.types import Batch, TeacherOutputs, TopK
 from rtd_jax.losses import LossWeights
 from rtd_jax.models import LlamaConfig, LlamaModel
-from rtd_jax.planning.abstract import ARCHITECTURES, Abstract, abstract_step
-from rtd_jax.planning.plan import GIB, ideal_flops
-from rtd_jax.planning.program import memory
-from rtd_jax.planning.targets import A100, H100
-from rtd_jax.settings import build
-from rtd_jax.training.optimizer import make_optimizer
-from rtd_jax.training.recipe import Recipe
-from rtd_jax.training.state import TrainState, create_state, init_projections
-from rtd_jax.training.step import StepSettings, make_train_step
+from rtd_jax.train.optimizer import make_optimizer
+from rtd_jax.train.recipe import Recipe
+from rtd_jax.train.state import TrainState, create_state, init_projections
+from rtd_jax.train.update import StepSettings, make_train_step
 
 PEAKS = {"A100": A100.flops, "H100": H100.flops, "H200": H100.flops}  # an H200 has more memory, and the same rate
 STEP_TOKENS = 60  # of a reasoning step

@@ -27,13 +27,13 @@ import tensorstore as ts
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from measure import ROOT, machine, markdown_table, write_section
 
-from rtd_jax.common.types import TopK
+from rtd_jax.base.types import TopK
+from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.sources import SourceSettings, load_traces
-from rtd_jax.data.tokens import EncodedChain, encode_traces
 from rtd_jax.models import LlamaConfig, LlamaModel
-from rtd_jax.models.checkpoint import load_config, load_params
+from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.teacher.cache import (
     CacheSettings,
     CacheWriter,
@@ -44,7 +44,7 @@ from rtd_jax.teacher.cache import (
     predicting_positions,
 )
 from rtd_jax.teacher.predictions import top_k_predictions
-from rtd_jax.training.prepare import load_tokenizer
+from rtd_jax.train.experiment import load_tokenizer
 
 VOCAB, WIDTH, K, ROWS = 128_256, 8192, 64, 4
 RECORDS = 1000  # in the comparison of formats

@@ -10,11 +10,11 @@ import time
 import numpy as np
 from measure import ROOT, machine, markdown_table, write_section
 
-from rtd_jax.common.sharding import MeshSettings, make_mesh, put_batch
+from rtd_jax.base.sharding import MeshSettings, make_mesh, put_batch
+from rtd_jax.data.encoding import encode_traces
+from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.loader import make_loader
-from rtd_jax.data.synthetic import generate
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
-from rtd_jax.data.tokens import encode_traces
 
 ROWS, LENGTH, BATCHES = 64, 1024, 40
 # Tokens/s of rtd_8b on 8 x A100 if its arithmetic never waited (docs/scale.md: 5.23 s an update), padding included.

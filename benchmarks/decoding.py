@@ -28,7 +28,7 @@ Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 def ours(model: Path) -> Generate:
     """rtd_jax, float32."""
-    from rtd_jax.generation.decode import generate
+    from rtd_jax.eval.decoding import generate
     from rtd_jax.models import LlamaModel, load_config, load_params
 
     config = load_config(model)

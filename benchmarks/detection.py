@@ -16,20 +16,20 @@ import optax
 from measure import ROOT, machine, markdown_table, random_batch, write_section
 from rtd_overhead import LENGTH, ROWS, SIZES, VOCAB, models
 
-from rtd_jax.common.sharding import MeshSettings, make_mesh
+from rtd_jax.apps.plan.abstract import abstract_step
+from rtd_jax.apps.plan.program import matmul_flops
+from rtd_jax.base.settings import build
+from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.losses import LossWeights
-from rtd_jax.models.functional import LlamaModel
-from rtd_jax.planning.abstract import abstract_step
-from rtd_jax.planning.program import matmul_flops
-from rtd_jax.segmentation.classifier import BoundaryClassifier, find_boundaries
-from rtd_jax.segmentation.head import HeadSettings, Scale, boundary_logits, init_head
-from rtd_jax.settings import build
-from rtd_jax.training.detection import detect_batch
-from rtd_jax.training.recipe import Recipe
-from rtd_jax.training.state import create_state, init_projections
-from rtd_jax.training.step import StepSettings, make_train_step
-from rtd_jax.training.token_states import unit_states
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.steps.classifier import BoundaryClassifier, find_boundaries
+from rtd_jax.steps.detector import detect_batch
+from rtd_jax.steps.head import HeadSettings, Scale, boundary_logits, init_head
+from rtd_jax.steps.token_states import unit_states
+from rtd_jax.train.recipe import Recipe
+from rtd_jax.train.state import create_state, init_projections
+from rtd_jax.train.update import StepSettings, make_train_step
 
 HEAD = HeadSettings()
 LAYERS = 4  # whose states the head reads

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from measure import ROOT, machine, markdown_table, write_section
 
-from rtd_jax.common.types import Array
+from rtd_jax.apps.plan.program import matmul_flops, memory
+from rtd_jax.apps.plan.targets import find_target, prepare_backends
+from rtd_jax.base.types import Array
 from rtd_jax.losses import kd, kd_token_losses
-from rtd_jax.planning.program import matmul_flops, memory
-from rtd_jax.planning.targets import find_target, prepare_backends
 
 TARGET = "a100-80gb:1"
 ROWS, LENGTH, WIDTH, VOCAB = 8, 1024, 4096, 128_256

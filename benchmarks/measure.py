@@ -118,7 +118,7 @@ def machine(gpu: bool = False) -> str:
 
 def random_batch(rows: int, length: int, vocab_size: int, step_tokens: int, boundaries: bool = True) -> Any:
     """A `Batch` of one chain a row, of steps of `step_tokens`; without boundaries one slot that is not used."""
-    from rtd_jax.common.types import Batch  # workers of other systems do without it
+    from rtd_jax.base.types import Batch  # workers of other systems do without it
 
     positions_BL = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
     ends = np.arange(step_tokens - 1, length, step_tokens, dtype=np.int32)[: None if boundaries else 1]

@@ -30,11 +30,11 @@ def ours(
     import jax
     import optax
 
-    from rtd_jax.common.sharding import MeshSettings, make_mesh
+    from rtd_jax.base.sharding import MeshSettings, make_mesh
     from rtd_jax.losses import LossWeights
     from rtd_jax.models import LlamaModel, load_config, load_params
-    from rtd_jax.training.state import create_state, init_projections
-    from rtd_jax.training.step import StepSettings, make_train_step
+    from rtd_jax.train.state import create_state, init_projections
+    from rtd_jax.train.update import StepSettings, make_train_step
 
     teacher, student = (LlamaModel(load_config(folder / name), compute_dtype=dtype) for name in ("teacher", "student"))
     teacher_params = load_params(folder / "teacher", teacher.config, dtype=dtype)

@@ -24,8 +24,8 @@ from measure import ROOT, machine, markdown_table, random_batch, write_section
 from rtd_overhead import LENGTH, ROWS, SIZES, VOCAB, models
 
 from rtd_jax.losses import LossWeights
-from rtd_jax.training.state import create_state, init_projections
-from rtd_jax.training.step import StepSettings, make_train_step
+from rtd_jax.train.state import create_state, init_projections
+from rtd_jax.train.update import StepSettings, make_train_step
 
 UPDATES = 20
 CONTROL = {"while", "conditional", "call"}  # their bodies are in the trace on their own

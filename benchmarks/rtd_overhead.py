@@ -14,18 +14,18 @@ import jax.numpy as jnp
 import optax
 from measure import ROOT, machine, markdown_table, random_batch, write_section
 
-from rtd_jax.common.boundaries import shifted_labels
-from rtd_jax.common.reductions import Mean
-from rtd_jax.common.sharding import MeshSettings, make_mesh
-from rtd_jax.common.types import Batch
+from rtd_jax.apps.plan.abstract import abstract_step
+from rtd_jax.apps.plan.program import matmul_flops
+from rtd_jax.base.boundaries import shifted_labels
+from rtd_jax.base.means import Mean
+from rtd_jax.base.settings import build
+from rtd_jax.base.sharding import MeshSettings, make_mesh
+from rtd_jax.base.types import Batch
 from rtd_jax.losses import LossWeights, kd
 from rtd_jax.models import LlamaConfig, LlamaModel
-from rtd_jax.planning.abstract import abstract_step
-from rtd_jax.planning.program import matmul_flops
-from rtd_jax.settings import build
-from rtd_jax.training.recipe import Recipe
-from rtd_jax.training.state import create_state, init_projections
-from rtd_jax.training.step import StepSettings, apply_update, make_train_step
+from rtd_jax.train.recipe import Recipe
+from rtd_jax.train.state import create_state, init_projections
+from rtd_jax.train.update import StepSettings, apply_update, make_train_step
 
 SIZES = ROWS, LENGTH, VOCAB, STEP_TOKENS = 8, 256, 8192, 40
 

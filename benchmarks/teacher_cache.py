@@ -20,22 +20,22 @@ import numpy as np
 import optax
 from measure import ROOT, machine, markdown_table, random_batch, write_section
 
-from rtd_jax.common.boundaries import shifted_labels
-from rtd_jax.common.types import Batch, TeacherOutputs, TopK
+from rtd_jax.apps.cache import cache_teacher
+from rtd_jax.apps.plan.program import matmul_flops, memory
+from rtd_jax.base.boundaries import shifted_labels
+from rtd_jax.base.settings import build
+from rtd_jax.base.types import Batch, TeacherOutputs, TopK
+from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.loader import make_loader
-from rtd_jax.data.tokens import EncodedChain
 from rtd_jax.losses import LossWeights, kd_sums, top_k_kd_sums
 from rtd_jax.models import LlamaConfig, LlamaModel
-from rtd_jax.planning.program import matmul_flops, memory
-from rtd_jax.settings import build
 from rtd_jax.teacher.cache import TeacherCache, chain_key
 from rtd_jax.teacher.online import teacher_outputs
 from rtd_jax.teacher.predictions import top_k_predictions
-from rtd_jax.training.caching import cache_teacher
-from rtd_jax.training.prepare import Experiment, cache_identity, prepare
-from rtd_jax.training.recipe import Recipe
-from rtd_jax.training.state import create_state, init_projections
-from rtd_jax.training.step import StepSettings, make_train_step
+from rtd_jax.train.experiment import Experiment, cache_identity, prepare
+from rtd_jax.train.recipe import Recipe
+from rtd_jax.train.state import create_state, init_projections
+from rtd_jax.train.update import StepSettings, make_train_step
 
 KEPT = (64,)  # k of the caches that are compared with whole distributions
 SIZES = ROWS, LENGTH, VOCAB, STEP_TOKENS = 4, 256, 8192, 40

@@ -5,7 +5,7 @@ python launch/boundaries.py --config=configs/boundaries_smollm2.py --config.trai
 
 import entry
 
-from rtd_jax.assessment.boundaries import BoundaryRecipe, boundaries
+from rtd_jax.apps.boundaries import BoundaryRecipe, boundaries
 
 if __name__ == "__main__":
     entry.run(BoundaryRecipe, boundaries)

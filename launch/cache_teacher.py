@@ -6,8 +6,8 @@ python launch/train.py --config=configs/rtd_tiny.py --config.teacher.cache=runs/
 
 import entry
 
-from rtd_jax.training.caching import cache_teacher
-from rtd_jax.training.recipe import Recipe
+from rtd_jax.apps.cache import cache_teacher
+from rtd_jax.train.recipe import Recipe
 
 if __name__ == "__main__":
     entry.run(Recipe, cache_teacher)

@@ -6,7 +6,7 @@ python launch/diagnose.py --teacher=MODEL --student=MODEL --student_dtype=int8 -
 
 import flag_entry
 
-from rtd_jax.assessment.diagnose import DiagnoseSettings, diagnose
+from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings, diagnose
 
 if __name__ == "__main__":
     flag_entry.run(DiagnoseSettings, diagnose)

@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenisation is done
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rtd_jax.settings import build
+from rtd_jax.base.settings import build
 
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes; JAX finds the cluster (SLURM, TPU pods, Open MPI, Kubernetes)."

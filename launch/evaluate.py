@@ -7,7 +7,7 @@ python launch/evaluate.py --generations=runs/evaluation/generations.jsonl --out=
 
 import flag_entry
 
-from rtd_jax.assessment.evaluate import EvaluateSettings, evaluate
+from rtd_jax.apps.evaluate import EvaluateSettings, evaluate
 
 if __name__ == "__main__":
     flag_entry.run(EvaluateSettings, evaluate)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import entry  # puts the package on the path
 from absl import app, flags, logging
 
-from rtd_jax.settings import build
+from rtd_jax.base.settings import build
 
 T = TypeVar("T")
 

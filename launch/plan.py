@@ -10,10 +10,10 @@ from pathlib import Path
 import entry
 from absl import flags
 
-from rtd_jax.common.files import write_json
-from rtd_jax.planning.plan import plan, print_plan, to_json
-from rtd_jax.planning.targets import find_target, prepare_backends
-from rtd_jax.training.recipe import Recipe
+from rtd_jax.apps.plan.plan import plan, print_plan, to_json
+from rtd_jax.apps.plan.targets import find_target, prepare_backends
+from rtd_jax.base.files import write_json
+from rtd_jax.train.recipe import Recipe
 
 TARGET = flags.DEFINE_string("target", "a100-80gb:8", "Hardware and how much of it.")
 DOLLARS = flags.DEFINE_float("dollars_per_device_hour", None, "Price of a device and hour; default: assumed.")

@@ -2,7 +2,7 @@
 
 import entry
 
-from rtd_jax.training.pretrain import PretrainRecipe, pretrain
+from rtd_jax.apps.pretrain import PretrainRecipe, pretrain
 
 if __name__ == "__main__":
     entry.run(PretrainRecipe, pretrain)

@@ -2,7 +2,7 @@
 
 import entry
 
-from rtd_jax.training.reward_model import RewardModelRecipe, train_reward_model
+from rtd_jax.apps.reward_model import RewardModelRecipe, train_reward_model
 
 if __name__ == "__main__":
     entry.run(RewardModelRecipe, train_reward_model)

@@ -5,7 +5,7 @@ python launch/segment.py --teacher=MODEL --classifier=runs/boundaries_smollm2/cl
 
 import flag_entry
 
-from rtd_jax.assessment.segment import SegmentSettings, segment
+from rtd_jax.apps.segment import SegmentSettings, segment
 
 if __name__ == "__main__":
     flag_entry.run(SegmentSettings, segment)

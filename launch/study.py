@@ -2,7 +2,7 @@
 
 import entry
 
-from rtd_jax.study.study import StudyRecipe, study
+from rtd_jax.apps.study.study import StudyRecipe, study
 
 if __name__ == "__main__":
     entry.run(StudyRecipe, study)

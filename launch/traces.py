@@ -6,7 +6,7 @@ python launch/traces.py --config=configs/traces_llama3_70b.py --config.openai.ba
 
 import entry
 
-from rtd_jax.tracing.traces import TracesRecipe, write_traces
+from rtd_jax.apps.traces.traces import TracesRecipe, write_traces
 
 if __name__ == "__main__":
     entry.run(TracesRecipe, write_traces)

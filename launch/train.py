@@ -2,8 +2,8 @@
 
 import entry
 
-from rtd_jax.training.recipe import Recipe
-from rtd_jax.training.run import train
+from rtd_jax.apps.distill.run import train
+from rtd_jax.train.recipe import Recipe
 
 if __name__ == "__main__":
     entry.run(Recipe, train)

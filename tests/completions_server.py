@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from rtd_jax.data.traces import Trace
+from rtd_jax.data.trace import Trace
 
 
 def answer(traces: Sequence[Trace], body: dict) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rtd_jax.data.synthetic import generate
+from rtd_jax.data.generators.word_problems import generate
 
 # Llama-3's published pattern: punctuation takes the line ends that follow it.
 PATTERN = (

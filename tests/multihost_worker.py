@@ -15,9 +15,9 @@ if __name__ == "__main__":
     from dataclasses import replace
 
     import numpy as np
-    from test_training_step import PACKED, STEP, UNPACKED, after_updates
+    from test_train_update import PACKED, STEP, UNPACKED, after_updates
 
-    from rtd_jax.common.sharding import MeshSettings
+    from rtd_jax.base.sharding import MeshSettings
 
     CASES = {
         "data": ((4, 1, 1), 1, PACKED),

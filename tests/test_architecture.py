@@ -1,27 +1,22 @@
-"""The floors of the house: imports only go down, files stay readable."""
+"""The floors of the house: imports only go down, and an app stands on the core alone."""
 
 import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "rtd_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-SIBLINGS = {"losses", "models", "data", "segmentation", "evaluation", "generation", "teacher"}
-# What a room may use beside itself and common. Siblings meet in training; these few lie on top of one another.
-MAY_USE = {
-    "common": set(),
-    "losses": set(),
-    "models": set(),
-    "data": {"segmentation"},
-    "segmentation": {"data"},  # a segmenter reads a Trace, and encoding asks a segmenter; modules make no cycle
-    "generation": {"models"},
-    "evaluation": {"generation", "models"},
-    "teacher": {"models"},
-    "reporting": set(),  # plain numbers in, a page out; training ends with it, and so do the jobs of assessment
-    "training": SIBLINGS | {"reporting"},
-    "assessment": SIBLINGS | {"training", "reporting", "settings"},  # reads the recipes and checkpoints of runs
-    "tracing": SIBLINGS | {"training"},  # asks a teacher, judges its chains, writes data
-    "study": {"reporting"},  # its runs are processes of launch/train.py
-    "planning": {"models", "generation", "training"},  # compiles what training runs
+# From the ground up. A room may import from itself and from the rooms before it.
+ROOMS = ("base", "data", "models", "losses", "methods", "teacher", "steps", "eval", "train", "apps")
+# What the rebuilding has still to undo.
+TO_DO = {
+    ("rtd_jax.data.encoding", "rtd_jax.steps.annotated"),
+    ("rtd_jax.data.encoding", "rtd_jax.steps"),
+    ("rtd_jax.train.loop", "rtd_jax.apps.distill.report"),
+    ("rtd_jax.train.rollouts", "rtd_jax.apps.reward_model"),
+    ("rtd_jax.apps.diagnose.diagnose", "rtd_jax.apps.evaluate"),
+    ("rtd_jax.apps.diagnose.diagnose", "rtd_jax.apps.distill.report"),
+    ("rtd_jax.apps.pretrain", "rtd_jax.apps.distill.report"),
+    ("rtd_jax.apps.plan.program", "rtd_jax.apps.cache"),
 }
 
 
@@ -30,34 +25,37 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+NAMES = {module_name(path) for path in FILES}
+
+
 def imports(path: Path) -> set[str]:
     """Modules of this project that a file imports."""
-    names = {module_name(file) for file in FILES}
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
-            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & names
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & NAMES
             found |= submodules or {node.module}
     return {name for name in found if name.split(".")[0] in ("rtd_jax", "configs", "launch")}
 
 
-def room(name: str) -> str:
-    parts = name.split(".")
-    return parts[1] if len(parts) > 1 else ""
+def may_import(importer: str, imported: str) -> bool:
+    """Whether the rules of the house allow it."""
+    here, there = importer.split("."), imported.split(".")
+    if there[0] != "rtd_jax" or len(here) < 2 or len(there) < 2:
+        return False
+    if there[1] == "apps" and here[1] == "apps" and len(here) > 2 and len(there) > 2:
+        return there[2] in (here[2], "report")
+    return ROOMS.index(there[1]) <= ROOMS.index(here[1])
 
 
 def test_imports_only_go_down():
-    for path in FILES:
-        here = room(module_name(path))
-        if here in ("", "settings"):
-            assert not imports(path), f"{path} imports {imports(path)}"
-            continue
-        for name in imports(path):
-            assert name.split(".")[0] == "rtd_jax", f"{path} imports {name}"
-            assert room(name) in {here, "common"} | MAY_USE[here], f"{path} imports {name}"
+    pairs = {(module_name(path), name) for path in FILES for name in imports(path)}
+    wrong = {pair for pair in pairs if not may_import(*pair)}
+    assert not wrong - TO_DO, sorted(wrong - TO_DO)
+    assert wrong >= TO_DO, f"undone already: {sorted(TO_DO - wrong)}"
 
 
 def test_no_module_imports_itself_by_a_detour():
@@ -73,12 +71,3 @@ def test_no_module_imports_itself_by_a_detour():
     done: set[str] = set()
     for name in graph:
         visit(name, ())
-
-
-def test_files_are_few_and_short():
-    files = [path for path in FILES if path.name != "__init__.py"]
-    assert len(files) <= 104
-    for path in files:
-        assert len(path.read_text().splitlines()) <= 400, path
-    for path in (PACKAGE.parent / "launch").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 100, path

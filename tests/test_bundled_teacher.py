@@ -7,14 +7,14 @@ import jax
 import pytest
 
 import rtd_jax
-from rtd_jax.common.sharding import MeshSettings, make_mesh
-from rtd_jax.data.synthetic import generate
+from rtd_jax.apps.distill.report import evaluate_traces
+from rtd_jax.base.sharding import MeshSettings, make_mesh
+from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
-from rtd_jax.models.checkpoint import load_config, load_params
-from rtd_jax.models.functional import LlamaModel
-from rtd_jax.training.prepare import load_tokenizer
-from rtd_jax.training.report import evaluate_traces
+from rtd_jax.models.from_hf import load_config, load_params
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.train.experiment import load_tokenizer
 
 BUNDLED = Path(rtd_jax.__file__).parent / "bundled"
 TEACHER = BUNDLED / "tiny_teacher"

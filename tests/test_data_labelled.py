@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.labelled import (
     LabelledSettings,
     corrupt,
@@ -14,8 +15,7 @@ from rtd_jax.data.labelled import (
     from_stepwise,
     load_labelled,
 )
-from rtd_jax.data.synthetic import generate
-from rtd_jax.data.traces import Trace
+from rtd_jax.data.trace import Trace
 
 CHAINS = load_labelled(LabelledSettings("synthetic", limit=1_200, corruption=0.3))
 REFERENCE = {trace.prompt: trace for trace in generate(1_200)}

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from rtd_jax.common.types import Batch
+from rtd_jax.base.types import Batch
+from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import TextFormat
+from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.loader import make_loader
 from rtd_jax.data.packing import fixed_batches, to_batch
-from rtd_jax.data.synthetic import generate
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
-from rtd_jax.data.tokens import EncodedChain, encode_traces
 
 FORMAT = TextFormat(prompt_template="Question: {prompt}\nAnswer:\n", completion_prefix="")
 ROWS, LENGTH, CHAINS, BOUNDARIES = 4, 200, 3, 5

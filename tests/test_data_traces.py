@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rtd_jax.data.traces import (
+from rtd_jax.data.trace import (
     Trace,
     boxed,
     choices_from_arc,

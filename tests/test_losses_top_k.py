@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rtd_jax.common.sharding import ROW_AXES, MeshSettings, make_mesh
-from rtd_jax.common.types import TopK
+from rtd_jax.base.sharding import ROW_AXES, MeshSettings, make_mesh
+from rtd_jax.base.types import TopK
 from rtd_jax.losses import kd_sums, top_k_kd_sums
 from rtd_jax.teacher.predictions import top_k_predictions
 

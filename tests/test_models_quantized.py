@@ -7,8 +7,8 @@ import pytest
 from models_tiny import VARIANTS, hf_model, random_tokens
 from qwix import QArray
 
-from rtd_jax.common.sharding import MeshSettings, make_mesh, param_shardings
-from rtd_jax.generation import generate
+from rtd_jax.base.sharding import MeshSettings, make_mesh, param_shardings
+from rtd_jax.eval.decoding import generate
 from rtd_jax.models import LlamaModel, load_config, load_params, logical_axes
 from rtd_jax.models.quantized import as_float, quantize_params, quantize_weight
 from rtd_jax.models.weights import TABLE

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_training_run import ROOT, command, config, environment, run  # noqa: F401  (config is a fixture)
-from test_training_step import after_updates
+from test_train_run import ROOT, command, config, environment, run  # noqa: F401  (config is a fixture)
+from test_train_update import after_updates
 
-from rtd_jax.common.sharding import MeshSettings
+from rtd_jax.base.sharding import MeshSettings
 
 pytestmark = pytest.mark.slow
 

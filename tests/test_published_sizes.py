@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rtd_jax.common.sharding import MeshSettings, make_mesh
-from rtd_jax.common.types import Batch
+from rtd_jax.base.settings import build
+from rtd_jax.base.sharding import MeshSettings, make_mesh
+from rtd_jax.base.types import Batch
 from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.functional import LlamaModel
-from rtd_jax.settings import build
-from rtd_jax.training.optimizer import make_optimizer
-from rtd_jax.training.recipe import Recipe
-from rtd_jax.training.state import create_state, init_projections, state_shardings
-from rtd_jax.training.step import make_train_step
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.train.optimizer import make_optimizer
+from rtd_jax.train.recipe import Recipe
+from rtd_jax.train.state import create_state, init_projections, state_shardings
+from rtd_jax.train.update import make_train_step
 
 LLAMA3 = {
     "model_type": "llama",

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from rtd_jax.assessment.boundaries import BoundaryRecipe
-from rtd_jax.settings import build
-from rtd_jax.study.study import StudyRecipe
-from rtd_jax.tracing.traces import TracesRecipe
-from rtd_jax.training.pretrain import PretrainRecipe
-from rtd_jax.training.recipe import Recipe
-from rtd_jax.training.reward_model import RewardModelRecipe
+from rtd_jax.apps.boundaries import BoundaryRecipe
+from rtd_jax.apps.pretrain import PretrainRecipe
+from rtd_jax.apps.reward_model import RewardModelRecipe
+from rtd_jax.apps.study.study import StudyRecipe
+from rtd_jax.apps.traces.traces import TracesRecipe
+from rtd_jax.base.settings import build
+from rtd_jax.train.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

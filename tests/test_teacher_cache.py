@@ -12,14 +12,16 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import recipe, source, write_teacher
 
-import rtd_jax.training.caching
-import rtd_jax.training.prepare
-from rtd_jax.common.sharding import MeshSettings
-from rtd_jax.common.types import TopK
+import rtd_jax.apps.cache
+import rtd_jax.train.experiment
+from rtd_jax.apps.cache import cache_teacher
+from rtd_jax.apps.distill.run import train
+from rtd_jax.base.sharding import MeshSettings
+from rtd_jax.base.types import TopK
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
-from rtd_jax.models.checkpoint import load_config, load_params
-from rtd_jax.models.functional import LlamaModel
+from rtd_jax.models.from_hf import load_config, load_params
+from rtd_jax.models.model import LlamaModel
 from rtd_jax.teacher.cache import (
     CacheSettings,
     CacheWriter,
@@ -30,10 +32,8 @@ from rtd_jax.teacher.cache import (
     encode_record,
 )
 from rtd_jax.teacher.online import teacher_outputs
-from rtd_jax.training.caching import cache_teacher
-from rtd_jax.training.optimizer import OptimizerSettings
-from rtd_jax.training.prepare import cache_identity, load_splits, load_tokenizer, prepare, weights_fingerprint
-from rtd_jax.training.run import train
+from rtd_jax.train.experiment import cache_identity, load_splits, load_tokenizer, prepare, weights_fingerprint
+from rtd_jax.train.optimizer import OptimizerSettings
 
 VOCAB = len(tiny_tokenizer())
 EXACT = CacheSettings(VOCAB, "float32", "float32")
@@ -112,7 +112,7 @@ def test_a_run_from_a_cache_of_every_token_is_the_online_run(teacher, exact, tmp
     def refuse(*args, **kwargs):
         raise AssertionError("the teacher's weights were loaded")
 
-    monkeypatch.setattr(rtd_jax.training.prepare, "load_params", refuse)  # the tiny student is random
+    monkeypatch.setattr(rtd_jax.train.experiment, "load_params", refuse)  # the tiny student is random
     train(cached(teacher, exact, optimizer=optimizer), tmp_path / "cached")
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("online", "cached")]
     assert set(reports[0]["perplexity"]) == {"student", "teacher"}

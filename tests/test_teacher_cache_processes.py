@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from test_multihost import free_port, together
-from test_training_run import ROOT, command, config, environment, metrics, run  # noqa: F401  (config is a fixture)
+from test_train_run import ROOT, command, config, environment, metrics, run  # noqa: F401  (config is a fixture)
 
-from rtd_jax.common.files import read_json
+from rtd_jax.base.files import read_json
 from rtd_jax.teacher.cache import Identity, TeacherCache
 
 pytestmark = pytest.mark.slow

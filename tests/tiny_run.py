@@ -4,15 +4,15 @@ from pathlib import Path
 
 import jax
 
-from rtd_jax.common.sharding import MeshSettings
+from rtd_jax.apps.pretrain import SizeSettings, model_config
+from rtd_jax.base.sharding import MeshSettings
 from rtd_jax.data.sources import SourceSettings
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
-from rtd_jax.models.export import save_pretrained
-from rtd_jax.models.functional import LlamaModel
-from rtd_jax.training.curriculum import CurriculumSettings
-from rtd_jax.training.optimizer import OptimizerSettings
-from rtd_jax.training.pretrain import SizeSettings, model_config
-from rtd_jax.training.recipe import (
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.to_hf import save_pretrained
+from rtd_jax.train.curriculum import CurriculumSettings
+from rtd_jax.train.optimizer import OptimizerSettings
+from rtd_jax.train.recipe import (
     DataSettings,
     EvaluationSettings,
     LossSettings,

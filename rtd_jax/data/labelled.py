@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rtd_jax.data import synthetic
+from rtd_jax.data.generators import word_problems as synthetic
 from rtd_jax.data.sources import SourceSettings, read_rows
-from rtd_jax.data.traces import Trace
+from rtd_jax.data.trace import Trace
 
 Label = bool | None  # None: nobody has judged the step
 

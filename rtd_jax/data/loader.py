@@ -10,9 +10,9 @@ from typing import Any
 
 import grain
 
-from rtd_jax.common.types import Batch
+from rtd_jax.base.types import Batch
+from rtd_jax.data.encoding import EncodedChain, chains_fingerprint
 from rtd_jax.data.packing import check_fit, host_rows, pack, to_batch, token_features
-from rtd_jax.data.tokens import EncodedChain, chains_fingerprint
 
 Pool = tuple[Sequence[EncodedChain], float]  # chains and the weight they are drawn with
 
@@ -68,7 +68,7 @@ def make_loader(
 
     Each pool is reshuffled at each of its epochs. Pools without chains are left out and their weight falls to the
     others. `rows` counts the rows of all hosts, `share` (index, count) says which of them are given out (see
-    `rtd_jax.common.sharding.host_share`). Raises ValueError where no pool has chains, a weight is not
+    `rtd_jax.base.sharding.host_share`). Raises ValueError where no pool has chains, a weight is not
     positive, or the chains do not fit (see `check_fit`).
     """
     for index, (chains, weight) in enumerate(pools):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rtd_jax.common.files import read_json, write_json
+from rtd_jax.base.files import read_json, write_json
 
 NAME = "traces_manifest.json"
 KIND, FORMAT = "rtd_jax traces", 1

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from rtd_jax.common.types import Batch
-from rtd_jax.data.tokens import EncodedChain
+from rtd_jax.base.types import Batch
+from rtd_jax.data.encoding import EncodedChain
 
 Features = dict[str, np.ndarray]
 

@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rtd_jax.data import synthetic, synthetic_cups, synthetic_lift
+from rtd_jax.data.generators import cups as synthetic_cups
+from rtd_jax.data.generators import lift as synthetic_lift
+from rtd_jax.data.generators import word_problems as synthetic
 from rtd_jax.data.manifest import check_shards
-from rtd_jax.data.traces import PARSERS, Problem, Trace, arc_problem
+from rtd_jax.data.trace import PARSERS, Problem, Trace, arc_problem
 
 GENERATED = ("synthetic", "cups", "lift", "synthetic+cups")  # schemas without files; the last takes from both in turn
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}

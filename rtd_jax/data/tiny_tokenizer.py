@@ -6,7 +6,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from rtd_jax.data.formats import TextFormat
-from rtd_jax.data.synthetic import closed_words
+from rtd_jax.data.generators.word_problems import closed_words
 
 UNKNOWN, BOS, EOS, PAD = "<unk>", "<bos>", "<eos>", "<pad>"
 # The text form that fits this tokenizer: ": " is one token, so prompt and completion part at a line break.

@@ -5,7 +5,7 @@
 >>> loss = coherence(student_states, teacher_states, mask, projection=g)
 """
 
-from rtd_jax.losses.distillation import KDSums, cross_entropy_sums, kd, kd_sums, kd_token_losses, top_k_kd_sums
+from rtd_jax.losses.kd import KDSums, cross_entropy_sums, kd, kd_sums, kd_token_losses, top_k_kd_sums
 from rtd_jax.losses.objective import Denominators, LossWeights, Projections, denominators, rtd
 from rtd_jax.losses.trajectory import (
     alignment,

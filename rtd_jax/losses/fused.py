@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rtd_jax.common.sharding import ROW_AXES, constrain, row_ways
-from rtd_jax.common.types import Array
+from rtd_jax.base.sharding import ROW_AXES, constrain, row_ways
+from rtd_jax.base.types import Array
 
 # (logits, constants, chunk of arrays) -> (sum of losses, other sums, gradient of the first with respect to the logits)
 LogitLosses = Callable[[Array, tuple, tuple], tuple[Array, Any, Array]]

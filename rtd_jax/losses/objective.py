@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rtd_jax.common.boundaries import shifted_labels, step_boundaries, transition_boundaries
-from rtd_jax.common.reductions import Mean, mean_per_chain, safe_divide
-from rtd_jax.common.types import Array, Batch, TeacherOutputs
-from rtd_jax.losses.distillation import kd_sums, top_k_kd_sums
+from rtd_jax.base.boundaries import shifted_labels, step_boundaries, transition_boundaries
+from rtd_jax.base.means import Mean, mean_per_chain, safe_divide
+from rtd_jax.base.types import Array, Batch, TeacherOutputs
+from rtd_jax.losses.kd import kd_sums, top_k_kd_sums
 from rtd_jax.losses.trajectory import (
     Projection,
     TransitionForm,

@@ -26,8 +26,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rtd_jax.common.reductions import mean_per_chain, safe_divide
-from rtd_jax.common.types import Array
+from rtd_jax.base.means import mean_per_chain, safe_divide
+from rtd_jax.base.types import Array
 
 TransitionForm = Literal["direction", "difference"]
 Projection = Array | Callable[[Array], Array] | None  # a [S, D] matrix, a function [..., S] -> [..., D], or identity

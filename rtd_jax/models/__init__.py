@@ -1,10 +1,10 @@
 """Llama in JAX: description, pure functions, and Hugging Face checkpoints in and out."""
 
-from rtd_jax.models.checkpoint import load_config, load_params, resolve
 from rtd_jax.models.config import LlamaConfig, RopeConfig
-from rtd_jax.models.export import save_pretrained
-from rtd_jax.models.functional import LlamaModel
-from rtd_jax.models.llama import KVCache
+from rtd_jax.models.decoder import KVCache
+from rtd_jax.models.from_hf import load_config, load_params, resolve
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.models.weights import evenly_spaced_layers, logical_axes
 
 __all__ = [

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import qwix
 from qwix import QArray
 
-from rtd_jax.common.types import Params
+from rtd_jax.base.types import Params
 from rtd_jax.models.weights import TABLE, Weight, nested
 
 INT8 = "int8"

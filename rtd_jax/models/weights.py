@@ -1,7 +1,7 @@
 """The one table of Llama weights: where each lies in our params, in a Hugging Face checkpoint, and what its axes mean.
 
 Read one way it loads, read the other way it saves; its axes also give shapes and, through the mesh rules of
-`rtd_jax.common.sharding`, shardings. A Hugging Face axis that is a product of two of ours is written `heads*head_dim`.
+`rtd_jax.base.sharding`, shardings. A Hugging Face axis that is a product of two of ours is written `heads*head_dim`.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from rtd_jax.common.types import Params
+from rtd_jax.base.types import Params
 from rtd_jax.models.config import LlamaConfig
 
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)

@@ -28,8 +28,8 @@ import pyarrow as pa
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from safetensors.numpy import load, save
 
-from rtd_jax.common.files import read_json, replacing, write_json
-from rtd_jax.common.types import Array, Batch, TeacherOutputs, TopK
+from rtd_jax.base.files import read_json, replacing, write_json
+from rtd_jax.base.types import Array, Batch, TeacherOutputs, TopK
 
 FORMAT = 2
 _SQRT_STEP = np.float32(np.sqrt(32.0) / 255)  # nats^(1/2) between codes of a log-probability; below -32 nats it is -32

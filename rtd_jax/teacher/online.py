@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import jax
 
-from rtd_jax.common.boundaries import gather_boundaries
-from rtd_jax.common.types import Array, Batch, Params, TeacherOutputs
-from rtd_jax.models.functional import LlamaModel
+from rtd_jax.base.boundaries import gather_boundaries
+from rtd_jax.base.types import Array, Batch, Params, TeacherOutputs
+from rtd_jax.models.model import LlamaModel
 
 
 def states_at_boundaries(

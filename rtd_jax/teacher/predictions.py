@@ -4,7 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rtd_jax.common.types import Array, TopK
+from rtd_jax.base.types import Array, TopK
 
 
 def top_k_predictions(

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from rtd_jax.common.boundaries import gather_boundaries, step_tokens
-from rtd_jax.common.files import read_json, replacing, write_json
-from rtd_jax.common.types import Array, Batch, Params
+from rtd_jax.base.boundaries import gather_boundaries, step_tokens
+from rtd_jax.base.files import read_json, replacing, write_json
+from rtd_jax.base.types import Array, Batch, Params
 
 FORMAT = 2
 

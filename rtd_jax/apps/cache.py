@@ -1,0 +1,152 @@
+"""Runs the teacher once over a recipe's chains and keeps what training reads of it (rtd_jax/teacher/cache.py)."""
+
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from rtd_jax.base.boundaries import gather_boundaries
+from rtd_jax.base.files import check_writable
+from rtd_jax.base.sharding import check_rows, host_share, make_mesh, put_batch, row_sharding, row_ways
+from rtd_jax.base.types import Array, Batch, Params, TopK
+from rtd_jax.data.encoding import EncodedChain
+from rtd_jax.data.packing import fixed_batches
+from rtd_jax.models.from_hf import load_config, resolve
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.teacher.cache import CacheWriter, Identity, chain_key, encode_record, predicting_positions
+from rtd_jax.teacher.predictions import top_k_predictions
+from rtd_jax.train.curriculum import stages
+from rtd_jax.train.experiment import (
+    LoadedTeacher,
+    cache_identity,
+    load_tokenizer,
+    make_detector,
+    weights_fingerprint,
+)
+from rtd_jax.train.recipe import Recipe
+from rtd_jax.train.splits import load_splits, prefixed_chains, row_length_of
+
+
+def cache_teacher(recipe: Recipe, _: Path) -> Path:
+    """Writes the teacher's outputs on every training and validation chain, and on those of the calibration.
+
+    What the folder has already is kept, so that a run that was killed goes on, and other data are added. Of several
+    processes each writes shards of the rows that it feeds, into the folder that all of them see or into one of its own.
+
+    Raises:
+      ValueError: no folder is given, it holds a cache of something else, or processes do not find the same in it.
+    """
+    if not recipe.teacher.cache:
+        raise ValueError("teacher.cache is empty; say where to write with --config.teacher.cache=<folder>")
+    folder = Path(recipe.teacher.cache).expanduser()
+    check_writable(folder)
+    mesh = make_mesh(recipe.mesh)
+    check_rows(recipe.batch_size, mesh)
+    directory = resolve(recipe.teacher.path)
+    config, tokenizer = load_config(directory), load_tokenizer(directory)
+    fingerprint = weights_fingerprint(directory)
+    writer = CacheWriter(folder, identity := cache_identity(recipe, config, fingerprint, tokenizer))
+    teacher = LoadedTeacher(recipe.teacher, config, directory, mesh, functools.partial(print, flush=True))
+    detector = make_detector(recipe, teacher, fingerprint, tokenizer)
+    train, validation = load_splits(recipe.data, tokenizer, detector)
+    calibration: list[EncodedChain] = []
+    for stage in stages(recipe.curriculum):
+        chosen = validation.of_stage(stage)[: recipe.curriculum.validation_chains]
+        traces = [validation.traces[i] for i in chosen]
+        calibration += prefixed_chains(recipe, tokenizer, train.traces, traces)
+    wanted = _missing((*train.encoded, *validation.encoded), writer), _missing(calibration, writer)
+    total = sum(map(len, wanted))
+    _same_everywhere(folder, wanted)
+    speaks = jax.process_index() == 0
+    if speaks:
+        print(f"{len(writer.keys)} chains are in {folder}, {total} are to be added", flush=True)
+    if not total:
+        return folder
+    run = functools.partial(_forward, teacher.model, identity, recipe.loss.chunk_length)
+    forward = jax.jit(run, out_shardings=row_sharding(mesh))
+    share, writes, done = host_share(mesh), _writes(mesh), len(writer.keys)
+    shapes = (recipe.data.row_length, recipe.data.chains_per_row), (row_length_of(calibration or wanted[0]), 1)
+    for chains, (row_length, chains_per_row) in zip(wanted, shapes, strict=True):
+        slots = max((len(chain.boundaries) for chain in chains), default=0)
+        for start in range(0, len(chains), recipe.cache.chains_per_shard):
+            shard = chains[start : start + recipe.cache.chains_per_shard]
+            batches = fixed_batches(shard, recipe.batch_size, row_length, chains_per_row, slots, share=share)
+            outputs = ((batch, forward(teacher.params, put_batch(batch, mesh))) for batch in batches)
+            records = list(_records(outputs, identity))
+            if writes and records:
+                writer.write(records)
+            done += len(shard)
+            if speaks:
+                print(f"{done} chains are in {folder}", flush=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the cache is written")  # whoever returns may start to read
+    return folder
+
+
+def _same_everywhere(folder: Path, wanted: tuple[list[EncodedChain], ...]) -> None:
+    """Raises ValueError when processes do not lack the same chains; nobody writes before all have looked."""
+    if jax.process_count() == 1:
+        return
+    keys = "".join(_key(chain) for chains in wanted for chain in chains)
+    mine = np.frombuffer(hashlib.sha256(keys.encode()).digest(), np.uint8)
+    if np.any(multihost_utils.process_allgather(mine) != mine):
+        raise ValueError(
+            f"the {jax.process_count()} processes do not find the same chains in {folder}; give a folder that all "
+            "hosts see, or put the shards of all hosts together before going on"
+        )
+
+
+def _writes(mesh: Mesh) -> bool:
+    """Whether this process writes the rows that it feeds: of several that feed the same, the first does."""
+    first, count = host_share(mesh)
+    of_part = mesh.devices.reshape(row_ways(mesh), -1)[first * (row_ways(mesh) // count)]
+    return jax.process_index() == min(device.process_index for device in of_part)
+
+
+def _missing(chains: Iterable[EncodedChain], writer: CacheWriter) -> list[EncodedChain]:
+    """Those that are not there, each once."""
+    keyed = {_key(chain): chain for chain in chains}
+    return [chain for key, chain in keyed.items() if key not in writer.keys]
+
+
+def _key(chain: EncodedChain) -> str:
+    return chain_key(chain.tokens, chain.boundaries, chain.loss_weights)
+
+
+def _forward(
+    model: LlamaModel, identity: Identity, chunk_length: int, params: Params, batch: Batch
+) -> tuple[TopK, Array]:
+    """Predictions at every token, and the layers' states at every boundary, [B, N, C, K, D]."""
+    hidden_BLD, layers_BLD = model.hidden(
+        params, batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL, layers=identity.layers
+    )
+    sizes: dict[str, Any] = {"k": identity.top_k, "vocab_size": identity.vocab_size, "chunk_length": chunk_length}
+    top_k = top_k_predictions(hidden_BLD, model.head(params), temperature=identity.temperature, **sizes)
+    return top_k, jnp.stack([gather_boundaries(x_BLD, batch.boundary_positions_BCK) for x_BLD in layers_BLD], axis=1)
+
+
+def _records(batches: Iterable[tuple[Batch, tuple[TopK, Array]]], identity: Identity) -> Iterator[tuple[str, bytes]]:
+    """(key, record) of every chain of the batches, which hold this process's rows."""
+    for batch, outputs in batches:
+        of_rows, states_BNCKD = jax.tree.map(_own_rows, outputs)
+        for row, slot in zip(*np.nonzero(np.any(batch.boundary_mask_BCK, axis=-1)), strict=True):
+            columns = np.flatnonzero(batch.chain_ids_BL[row] == slot + 1)
+            mask, weights = batch.boundary_mask_BCK[row, slot], batch.loss_weights_BL[row, columns]
+            boundaries = batch.boundary_positions_BCK[row, slot][mask] - columns[0]
+            predicting = columns[predicting_positions(weights)]
+            top = TopK(*(array[row, predicting] for array in of_rows))
+            record = encode_record(top, states_BNCKD[row, :, slot][:, mask], identity)
+            yield chain_key(batch.tokens_BL[row, columns], boundaries, weights), record
+
+
+def _own_rows(x: jax.Array) -> np.ndarray:
+    """The rows that this process's devices hold, in order."""
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])

@@ -1,0 +1,1 @@
+"""Do student and teacher follow the same trajectory? What `launch/diagnose.py` runs."""

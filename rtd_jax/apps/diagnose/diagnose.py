@@ -1,0 +1,377 @@
+"""Does a student part ways with its teacher along its chains of reasoning, and is that why it fails?
+
+Both models read the same chains; their states at step boundaries are compared step by step, and what is found is set
+against where the student goes wrong. Models may differ in width, depth and tokenizer, and may be the same.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rtd_jax.apps.diagnose.findings import ARTICLE, measure, shown, verdict
+from rtd_jax.apps.distill.report import evaluate_traces
+from rtd_jax.apps.report.page import write_report
+from rtd_jax.base.console import print_table
+from rtd_jax.base.files import check_writable, write_json, write_jsonl
+from rtd_jax.data.encoding import EncodedChain, encode_traces
+from rtd_jax.data.formats import TextFormat
+from rtd_jax.data.sources import SourceSettings, load_traces
+from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
+from rtd_jax.data.trace import Trace
+from rtd_jax.eval.chains import results_right
+from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted
+from rtd_jax.eval.evaluate import Record
+from rtd_jax.models.from_hf import resolve
+from rtd_jax.steps.classifier import load_classifier
+from rtd_jax.steps.detector import Detector
+from rtd_jax.steps.select import classifier_folder
+from rtd_jax.teacher.cache import TeacherCache
+from rtd_jax.train.subjects import (
+    Dtype,
+    LoadedModel,
+    boundary_states,
+    cached_key,
+    cached_states,
+    load_model,
+    open_cache,
+    stage_checkpoint,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagnoseSettings:
+    """What is compared, and on which chains."""
+
+    teacher: str  # Hugging Face folder, hub name, stage checkpoint, or a run's folder
+    student: str  # of the kinds of --teacher; may be the teacher itself
+    cache: str = ""  # teacher cache to read the teacher's states from; its weights are then not loaded
+    data: str = "synthetic"  # folder or file or hub name of chains; "synthetic" generates problems
+    schema: Literal["gsm8k", "math", "strategyqa", "arc", "stepwise", "prose", "synthetic"] = "gsm8k"  # of the rows
+    split: str = "test"  # of `data`
+    subset: str = ""  # the hub's configuration name
+    limit: int = 200  # chains; 0 takes all
+    keep_marks: bool = False  # the <<48/2=24>> of gsm8k (synthetic problems always have them)
+    segmentation: str = "annotated"  # where steps end; or "classifier:<folder>", of this teacher
+    out: str = "runs/diagnosis"  # folder for the report
+    teacher_dtype: Dtype = "float32"  # of the teacher's weights in memory; int8 is weight-only
+    student_dtype: Dtype = "float32"  # of the student's weights in memory
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of products and hidden states
+    teacher_layer: int = -1  # 0 embeddings, i output of layer i, -1 final normed state
+    student_layer: int = -1  # as --teacher_layer
+    maps: Literal["auto", "saved", "fitted", "identity"] = "auto"  # f and g; auto: saved where they fit, else fitted
+    chat: bool = False  # the tokenizer's chat template
+    prompt_template: str = ""  # holds {prompt}; "" is the run's own, or the format's default
+    max_new_tokens: int = 256  # most tokens decoded for a problem
+    row_length: int = 1024  # tokens; longer chains are left out and counted
+    batch_size: int = 32  # problems decoded at one time
+    decode_teacher: bool = False  # also let the teacher solve the problems: do both fail the same ones?
+    resamples: int = 200  # for intervals
+    seed: int = 0  # of intervals and of the halves that maps are fitted on
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "row_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.cache and self.decode_teacher:
+            raise ValueError(
+                "decode_teacher needs the teacher's weights, which are not loaded with a cache; leave out --cache or "
+                "--decode_teacher"
+            )
+        if self.cache and self.teacher_dtype != "float32":
+            raise ValueError(
+                f"teacher_dtype {self.teacher_dtype!r} is of weights that are not loaded with a cache; leave it out"
+            )
+        if self.segmentation != "annotated" and classifier_folder(self.segmentation) is None:
+            raise ValueError(
+                f"segmentation is {self.segmentation!r}; a diagnosis compares states where steps end: use 'annotated' "
+                "or 'classifier:<folder>'"
+            )
+        if self.schema == "prose" and self.segmentation == "annotated":
+            raise ValueError("texts of schema 'prose' have no marked steps; give --segmentation=classifier:<folder>")
+        if self.resamples < 20:
+            raise ValueError(f"resamples is {self.resamples}; an interval needs at least 20, 200 are usual")
+
+
+def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) -> Path:
+    """Runs a diagnosis; writes report.json, report.html, PNGs and generations.jsonl. Returns the path of report.json.
+
+    Raises:
+      ValueError: models, data or settings that cannot be used, with the way out.
+    """
+    out = Path(settings.out).expanduser()
+    check_writable(out)
+    for path in (settings.teacher, settings.student):
+        if stage_checkpoint(path) is None:
+            resolve(path)  # a misspelt name is said before minutes are spent on the other model
+    teacher, cache = None, None
+    if settings.cache:
+        teacher = load_model(settings.teacher, compute_dtype=settings.compute_dtype, weights=False)
+        cache = open_cache(settings.cache, teacher, settings.teacher_layer)
+    note(f"loading {'' if teacher else f'{settings.teacher} and '}{settings.student}")
+    teacher = teacher or load_model(settings.teacher, settings.teacher_dtype, settings.compute_dtype)
+    student = load_model(settings.student, settings.student_dtype, settings.compute_dtype)
+    text = text_format(settings, student, teacher)
+    traces = _cut(settings, teacher, _traces(settings), note)
+    traces, encoded = _encode(traces, (student, teacher), text, settings.row_length, note)
+    if cache is not None:
+        traces, encoded = _in_cache(cache, settings.cache, traces, encoded, note)
+
+    models = {"student": student} | ({"teacher": teacher} if settings.decode_teacher else {})
+    evaluations: dict[str, Any] = {}
+    records: dict[str, list[Record]] = {}
+    for role, loaded in models.items():
+        evaluation, records[role] = evaluate_traces(
+            loaded.model,
+            loaded.params,
+            loaded.tokenizer,
+            traces,
+            text,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            rows=8,
+            row_length=512,
+            mesh=loaded.mesh,
+            note=note,
+            name=role,
+        )
+        evaluations[loaded.name if role == "student" else f"{loaded.name}, teacher"] = evaluation.to_dict()
+
+    note(f"reading the reference chains with {'both models' if cache is None else 'the student'}")
+    failed = np.array([not record["correct"] for record in records["student"]])
+    options = {"resamples": settings.resamples, "seed": settings.seed}
+    forced = [record["teacher_forced"] for record in records["student"]]
+    reference = _states(settings, student, teacher, encoded, cache)
+    maps, kind = _maps(settings, student, teacher, reference)
+    note(f"projections: {kind}")
+    texts = {"reference": measure(reference, maps, forced, failed, **options)}
+    own = [] if cache else readable(_own_chains(records["student"]), (student, teacher), text, note)
+    if cache is not None:
+        note("the student's own chains are not compared: no cache has the teacher's states on them")
+    if len(own) >= 2:
+        note("reading the student's own chains with both models")
+        indices, own_traces, labels = zip(*own, strict=True)
+        kept, own_encoded = _encode(own_traces, (student, teacher), text, 2 * settings.row_length, note)
+        chosen = [own_traces.index(trace) for trace in kept]
+        states = _states(settings, student, teacher, own_encoded)
+        own_maps, _ = _maps(settings, student, teacher, states)
+        own_failed = failed[[indices[i] for i in chosen]]
+        texts["own"] = measure(states, own_maps, [labels[i] for i in chosen], own_failed, **options)
+
+    both_fail = None
+    if "teacher" in records:
+        teacher_failed = np.array([not record["correct"] for record in records["teacher"]])
+        both_fail = int(np.sum(failed & teacher_failed))
+    report = {
+        "kind": "diagnosis",
+        "title": f"{student.name} against {teacher.name}",
+        "settings": dataclasses.asdict(settings) | {"text": dataclasses.asdict(text)},
+        "teacher": _described(teacher, settings.teacher_layer) | _source(cache),
+        "student": _described(student, settings.student_layer),
+        "maps": kind,
+        "models": evaluations,
+        "texts": texts,
+        "verdict": verdict(texts, failed, both_fail),
+        "article": ARTICLE,
+    }
+    write_jsonl(
+        out / "generations.jsonl", [{"model": models[role].name, **r} for role, found in records.items() for r in found]
+    )
+    examples = [{"model": student.name, **record} for record in records["student"]]
+    write_json(out / "report.json", report)
+    write_report(out, report, examples)
+    print_diagnosis(report, out)
+    return out / "report.json"
+
+
+def text_format(settings: Any, *models: LoadedModel) -> TextFormat:
+    """The form of text: as asked for, else as a run among the models was trained on, else the default."""
+    if settings.chat:
+        return TextFormat("chat", settings.prompt_template)
+    if settings.prompt_template:
+        return TextFormat("plain", settings.prompt_template, "" if settings.prompt_template.endswith("\n") else " ")
+    return next((model.text for model in models if model.text is not None), TextFormat())
+
+
+def print_diagnosis(report: dict[str, Any], out: Path) -> None:
+    """The tables and the verdict that a person reads."""
+    for name, text in report["texts"].items():
+        rows = [
+            (s["step"] or "prompt", s["chains"], *(shown(s[k]) for k in ("cka", "cka_debiased", "cka_same_chains")),
+             *(shown(s[k]) for k in ("boundary_cosine", "transition_cosine")))
+            for s in text["steps"]
+        ]  # fmt: skip
+        same = text["same_chains"]
+        columns = ("step", "chains", "CKA", "debiased", f"of {same['chains']} chains", "cos f", "cos g")
+        print_table(
+            f"Both models read the {'reference' if name == 'reference' else 'student own'} chains", columns, rows
+        )
+        for key, found in text["relation"].items():
+            print(f"{key}: " + ", ".join(f"{k} {shown(v) if isinstance(v, dict) else v}" for k, v in found.items()))
+    print(f"verdict: {report['verdict']['sentence']}")
+    for line in report["verdict"]["evidence"]:
+        print(f"  - {line}")
+    print(f"report: {out / 'report.html'}   {out / 'report.json'}")
+
+
+def _traces(settings: DiagnoseSettings) -> list[Trace]:
+    synthetic = settings.data == "synthetic"
+    return load_traces(
+        SourceSettings(
+            schema="synthetic" if synthetic else settings.schema,
+            location="" if synthetic else settings.data,
+            split=settings.split,
+            subset=settings.subset,
+            limit=settings.limit or (600 if synthetic else 0),
+            keep_marks=settings.keep_marks or synthetic,
+        )
+    )
+
+
+def _cut(
+    settings: DiagnoseSettings, teacher: LoadedModel, traces: list[Trace], note: Callable[[str], None]
+) -> list[Trace]:
+    """The reference chains with the steps that a classifier finds, where one is named. The student's own are lines."""
+    folder = classifier_folder(settings.segmentation)
+    if folder is None:
+        return traces
+    classifier = load_classifier(folder)
+    classifier.check_teacher(teacher.fingerprint(), tokenizer_fingerprint(teacher.tokenizer), settings.teacher)
+    note(f"cutting {len(traces)} chains with {folder}")
+    detector = Detector(classifier, teacher.tokenizer, teacher.mesh, lambda: (teacher.model, teacher.params), note=note)
+    return detector.cut(traces)
+
+
+def _encode(
+    traces: Sequence[Trace],
+    models: Sequence[LoadedModel],
+    text: TextFormat,
+    row_length: int,
+    note: Callable[[str], None],
+) -> tuple[list[Trace], list[list[EncodedChain]]]:
+    """Traces that fit a row for every model, and their tokens by each model's own tokenizer."""
+    encoded, dropped = [], set()
+    for loaded in models:
+        chains, report = encode_traces(loaded.tokenizer, traces, text, row_length=row_length, max_dropped_fraction=1.0)
+        places = (i for i in range(len(traces)) if i not in set(report.dropped))
+        encoded.append(dict(zip(places, chains, strict=True)))
+        dropped |= set(report.dropped)
+    if dropped:
+        note(f"{len(dropped)} of {len(traces)} chains are longer than {row_length} tokens and are left out")
+    kept = [i for i in range(len(traces)) if i not in dropped]
+    if len(kept) < 2:
+        raise ValueError(f"{len(kept)} of {len(traces)} chains fit into {row_length} tokens; raise --row_length")
+    return [traces[i] for i in kept], [[chains[i] for i in kept] for chains in encoded]
+
+
+def readable(
+    own: Sequence[tuple[int, Trace, list[bool | None]]],
+    models: Sequence[LoadedModel],
+    text: TextFormat,
+    note: Callable[[str], None],
+) -> list[tuple[int, Trace, list[bool | None]]]:
+    """Those that every model's tokenizer can read: a poor student writes what another's vocabulary does not have."""
+    kept, reason = [], ""
+    for item in own:
+        try:
+            for loaded in models:
+                encode_traces(loaded.tokenizer, [item[1]], text, row_length=2**31 - 1)
+            kept.append(item)
+        except ValueError as error:
+            reason = reason or str(error)
+    if reason:
+        note(f"{len(own) - len(kept)} of the student's {len(own)} own chains are left out; the first: {reason}")
+    return kept
+
+
+def _in_cache(
+    cache: TeacherCache,
+    folder: str,
+    traces: Sequence[Trace],
+    encoded: Sequence[list[EncodedChain]],
+    note: Callable[[str], None],
+) -> tuple[list[Trace], list[list[EncodedChain]]]:
+    """The chains whose records a cache holds; the others are counted and left out."""
+    kept = [i for i, chain in enumerate(encoded[1]) if cached_key(chain) in cache]
+    if len(kept) < 2:
+        raise ValueError(
+            f"{len(kept)} of {len(traces)} chains are in the teacher cache {folder}: another split or data set (a "
+            "cache has its recipe's training and validation chains, so --split=train), another form of text "
+            "(--prompt_template, --chat, --keep_marks), or chains that were longer than the recipe's rows"
+        )
+    if len(kept) < len(traces):
+        note(f"{len(traces) - len(kept)} of {len(traces)} chains are not in the teacher cache and are left out")
+    return [traces[i] for i in kept], [[chains[i] for i in kept] for chains in encoded]
+
+
+def _own_chains(records: Sequence[Record]) -> list[tuple[int, Trace, list[bool | None]]]:
+    """(problem, what the student wrote as a chain, whether each step is right), where it wrote any step."""
+    found = []
+    for i, record in enumerate(records):
+        steps = [" ".join(step.split()) for step in record["completions"]]
+        if steps:
+            labels: list[bool | None] = [None] * len(steps)
+            if record["steps_right"]:
+                labels = results_right(steps, record["reference"])[0]
+            found.append((i, Trace(record["prompt"], tuple(steps), "", record["final"], f"generation {i + 1}"), labels))
+    return found
+
+
+def _states(
+    settings: DiagnoseSettings,
+    student: LoadedModel,
+    teacher: LoadedModel,
+    encoded: Sequence[Sequence[EncodedChain]],
+    cache: TeacherCache | None = None,
+) -> BoundaryStates:
+    of_student, mask_CK = boundary_states(student, encoded[0], settings.student_layer)
+    if cache is None:
+        of_teacher, _ = boundary_states(teacher, encoded[1], settings.teacher_layer)
+    else:
+        of_teacher, _ = cached_states(cache, encoded[1])
+    return BoundaryStates(of_student, of_teacher, mask_CK)
+
+
+def _maps(
+    settings: DiagnoseSettings, student: LoadedModel, teacher: LoadedModel, states: BoundaryStates
+) -> tuple[tuple[Sequence[Map], Sequence[Map]], str]:
+    """(f, g) for each chain, and where they come from."""
+    count = len(states.mask_CK)
+    layers = (
+        student.model.layer_index(settings.student_layer),
+        teacher.model.layer_index(settings.teacher_layer),
+    )
+    unfit = ""
+    if student.f is None or student.g is None:
+        unfit = "the student is not a stage checkpoint, so it has no projections of its own"
+    elif student.layers != layers:
+        unfit = f"they join the layers {student.layers} of student and teacher, not {layers}"
+    elif student.teacher_fingerprint != teacher.fingerprint():
+        unfit = "they lead to another teacher"
+    if settings.maps == "saved" and unfit:
+        raise ValueError(f"the saved projections cannot be used: {unfit}; use --maps=fitted")
+    if settings.maps in ("auto", "saved") and not unfit:
+        return ([student.f] * count, [student.g] * count), "the run's own f and g"
+    if settings.maps == "identity":
+        return ([None] * count, [None] * count), "identity"
+    fitted = tuple(cross_fitted(states, transitions=transitions, seed=settings.seed) for transitions in (False, True))
+    return (fitted[0], fitted[1]), "linear maps fitted on one half of the chains and used on the other"
+
+
+def _described(loaded: LoadedModel, layer: int) -> dict[str, Any]:
+    config = loaded.model.config
+    return {
+        "name": loaded.name,
+        "layers": config.layers,
+        "width": config.width,
+        "layer_read": loaded.model.layer_index(layer),
+    }
+
+
+def _source(cache: TeacherCache | None) -> dict[str, str]:
+    """Where the teacher's states came from, where it was not run."""
+    if cache is None:
+        return {}
+    return {"cache": f"{cache.identity.teacher_dtypes}, states stored as {cache.identity.states}"}

@@ -1,0 +1,1 @@
+"""Distilling a student: what `launch/train.py` runs."""

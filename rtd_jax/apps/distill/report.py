@@ -1,0 +1,192 @@
+"""The end of a run: evaluation of a model in the recipe's text form, and the tables a person reads."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from rtd_jax.apps.report.page import write_report
+from rtd_jax.base.console import print_table
+from rtd_jax.base.sharding import host_share, put_batch, row_sharding, row_ways, to_host
+from rtd_jax.base.types import Params
+from rtd_jax.data.formats import TextFormat, render, stop_token_ids
+from rtd_jax.data.packing import fixed_batches
+from rtd_jax.data.trace import Trace
+from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure
+from rtd_jax.eval.evaluate import EvaluationReport, Record, evaluate_model
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.train.experiment import Experiment
+from rtd_jax.train.state import projections
+from rtd_jax.train.update import make_boundary_reader
+
+
+def evaluate_traces(
+    model: LlamaModel,
+    params: Params,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Trace],
+    text: TextFormat,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    rows: int,
+    row_length: int,
+    mesh: Mesh,
+    note: Callable[[str], None],
+    name: str,
+) -> tuple[EvaluationReport, list[Record]]:
+    """Free-running and teacher-forced evaluation; `note` gets a progress line for each batch of problems."""
+    ways = row_ways(mesh)
+
+    def progress(done: int, total: int) -> None:
+        note(f"{name}: {done} of {total} problems decoded")
+
+    return evaluate_model(
+        model,
+        params,
+        tokenizer,
+        problems,
+        render=lambda trace: render(tokenizer, trace.prompt, trace.completion, text),
+        stop_ids=stop_token_ids(tokenizer, text),
+        max_new_tokens=max_new_tokens,
+        text_format=text.kind,
+        batch_size=-(-batch_size // ways) * ways,
+        scoring_batch_size=-(-rows // ways) * ways,
+        batch_sharding=row_sharding(mesh),
+        row_length=row_length,
+        progress=progress,
+    )
+
+
+def evaluate_in(
+    experiment: Experiment,
+    model: LlamaModel,
+    params: Params,
+    problems: Sequence[Trace],
+    note: Callable[[str], None] = lambda _: None,
+    name: str = "",
+) -> tuple[EvaluationReport, list[Record]]:
+    """`evaluate_traces` with a run's settings."""
+    recipe = experiment.recipe
+    return evaluate_traces(
+        model,
+        params,
+        experiment.tokenizer,
+        problems,
+        recipe.data.text,
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+        batch_size=recipe.evaluation.batch_size,
+        rows=recipe.rows_at_once,
+        row_length=recipe.data.row_length,
+        mesh=experiment.mesh,
+        note=note,
+        name=name,
+    )
+
+
+def drift_section(experiment: Experiment, params: Params, resamples: int = 200) -> dict[str, Any]:
+    """Does the student leave the teacher's trajectory? On validation chains, whose states a cache has too.
+
+    What `evaluation.drift.measure` says: CKA and cosines by step, and whether the cosine of a transition tells right
+    steps and chains from wrong ones. What is right is the student's own: steps under teacher forcing, chains by
+    free-running decoding. f and g are the run's own where its loss trained them; else linear maps fitted on one half of
+    the chains and used on the other.
+    """
+    recipe, split = experiment.recipe, experiment.validation
+    problems = first_of_each_depth(split.traces, recipe.evaluation.drift_problems)
+    place = {id(trace): i for i, trace in enumerate(split.traces)}
+    chains = [split.encoded[place[id(trace)]] for trace in problems]
+    _, records = evaluate_in(experiment, experiment.student, params["student"], problems)
+    settings = recipe.step(experiment.student.config.layers, experiment.teacher_config.layers)
+    read = make_boundary_reader(experiment.student, experiment.teacher, settings)
+    share, shape = host_share(experiment.mesh), (recipe.rows_at_once, recipe.data.row_length, 1)
+    parts = []
+    for batch in fixed_batches(chains, *shape, experiment.max_boundaries, share=share):
+        source = experiment.source(batch, states_only=True)
+        placed = put_batch(batch, experiment.mesh)
+        both = to_host((*read(params, source, placed), placed.boundary_mask_BCK))
+        parts.append([x[:, 0] for x in both])
+    of_student, of_teacher, mask = (np.concatenate(x)[: len(chains)] for x in zip(*parts, strict=True))
+    states = BoundaryStates(of_student, of_teacher, mask.astype(bool))
+    loss = recipe.loss
+    trained = {"f": bool(loss.alignment_weight or loss.token_alignment_weight), "g": bool(loss.coherence_weight)}
+    own = projections(params)._asdict()
+    maps: dict[str, Sequence[Map]] = {
+        name: [None if own[name] is None else np.asarray(to_host(own[name]))] * len(chains)
+        if is_own
+        else cross_fitted(states, transitions=name == "g", seed=0)
+        for name, is_own in trained.items()
+    }
+    found = measure(
+        states,
+        (maps["f"], maps["g"]),
+        [record["teacher_forced"] for record in records],
+        np.array([not record["correct"] for record in records]),
+        resamples=resamples,
+        seed=0,
+    )
+    return found | {"maps": {name: "the run's own" if is_own else "fitted" for name, is_own in trained.items()}}
+
+
+def first_of_each_depth(traces: Sequence[Trace], count: int) -> list[Trace]:
+    """The first `count` problems of each depth, shallow first."""
+    chosen: dict[int, list[Trace]] = {}
+    for trace in traces:
+        group = chosen.setdefault(trace.depth, [])
+        if len(group) < count:
+            group.append(trace)
+    return [trace for depth in sorted(chosen) for trace in chosen[depth]]
+
+
+def print_report(report: dict[str, Any], workdir: Path) -> None:
+    """Prints what report.json says, and the next useful commands."""
+    names = [name for name in ("student", "teacher") if name in report]
+    depths = list(report["student"]["chain_accuracy"])
+    rows = []
+    for depth in depths:
+        row = [depth]
+        for metric in ("chain_accuracy", "step_accuracy"):
+            for name in names:
+                estimate = report[name][metric].get(depth)
+                row.append("-" if estimate is None else percent(estimate))
+        rows.append(row)
+    columns = ["depth", *(f"{name} {metric}" for metric in ("chain %", "step %") for name in names)]
+    print_table("Accuracy by reasoning depth (± one standard error)", columns, rows)
+    stages = [
+        (
+            s["depth"],
+            s["updates"],
+            f"{s['threshold']:.4f}",
+            "-" if s["coherence"] is None else f"{s['coherence']:.4f}",
+            s["ended_by"],
+        )
+        for s in report["stages"]
+    ]
+    print_table("Curriculum", ["stage", "updates", "threshold", "coherence", "ended by"], stages)
+    perplexities = ", ".join(f"{name} {report[name]['perplexity']:.3f}" for name in names)
+    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report["seconds"].items())
+    print(f"perplexity: {perplexities}.  {report['wall_seconds']:.0f} s in all: {spent}.")
+    print(f"report: {workdir / 'report.html'}, {workdir / 'report.json'}   student: {workdir / 'student'}")
+    print(f"next: look at the curves with `tensorboard --logdir {workdir / 'tensorboard'}`, or load the student with")
+    print(f"      transformers.AutoModelForCausalLM.from_pretrained({str(workdir / 'student')!r})")
+
+
+def write_page(report: dict[str, Any], workdir: Path) -> None:
+    """report.html of a run: what report.json, metrics.jsonl and generations.jsonl in `workdir` say."""
+    lines = (workdir / "generations.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    models = {name: report[name] for name in ("student", "teacher") if name in report}
+    shown = {"title": f"Run {workdir.name}", "models": models, "stages": report["stages"]}
+    if "drift" in report:
+        shown["texts"] = {"reference": report["drift"]}
+    examples = [record for record in records if record["model"] == "student"]
+    write_report(workdir, shown, examples, workdir / "metrics.jsonl")
+
+
+def percent(estimate: Mapping[str, Any]) -> str:
+    error = estimate["stderr"]
+    return f"{100 * estimate['mean']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")

@@ -1,0 +1,294 @@
+"""Any Llama on GSM8K, MATH, StrategyQA, ARC or generated problems, by depth; or text that something else wrote."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rtd_jax.apps.report.page import gap_lines, percent, plus_minus, write_report
+from rtd_jax.base.console import print_table
+from rtd_jax.base.files import check_writable, write_json, write_jsonl
+from rtd_jax.base.sharding import row_sharding, row_ways
+from rtd_jax.data.formats import render, stop_token_ids
+from rtd_jax.data.trace import ChoiceQuestion, Trace
+from rtd_jax.eval.choices import choice_log_likelihoods, score_choices
+from rtd_jax.eval.decoding import Sampling
+from rtd_jax.eval.evaluate import Record, evaluate_model, full_report, score_texts
+from rtd_jax.eval.tasks import EXAMPLES_SEED, TASKS, Problems, load_problems, question_of
+from rtd_jax.train.subjects import Dtype, LoadedModel, load_model
+
+OPEN_FROM = 5  # depths 1, 2, 3, 4, 5+
+SCORING_ROWS = 8  # of 512 tokens, read together on each device
+NOTE_SECONDS = 10.0  # between two progress lines of one kind
+# What a record keeps beside what its text says, so that a file of them gives the whole report again.
+KEPT = ("teacher_forced", "reference_nats", "reference_tokens", "max_new_tokens", "text_format", "decoding")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSettings:
+    """What is evaluated on what."""
+
+    model: tuple[
+        str, ...
+    ] = ()  # Hugging Face folders, hub names, stage checkpoints or runs' folders, with commas between
+    tasks: tuple[str, ...] = ("gsm8k",)  # of gsm8k, math, strategyqa, arc_challenge, synthetic
+    data_root: str = ""  # folder with gsm8k/test.jsonl and so on; "" is the hub
+    generations: str = ""  # JSONL of texts to score in place of a model's
+    out: str = "runs/evaluation"  # folder for the report
+    limit: int = 0  # problems of each task, from the beginning; 0 takes all
+    few_shot: int = -1  # solved examples before each problem; -1 takes the task's usual number
+    few_shot_seed: int = EXAMPLES_SEED  # of the drawing of solved examples; lm-evaluation-harness has 1234
+    levels: tuple[int, ...] = (3, 4, 5)  # of MATH, 1 to 5
+    revision: str = ""  # commit, tag or branch of the data on the hub; "" takes the pinned ones
+    chat: bool = False  # the tokenizer's chat template
+    temperature: float = 0.0  # of decoding; 0 is greedy
+    top_p: float = 1.0  # draw from the most probable tokens that together reach this
+    samples: int = 1  # texts for each problem
+    seed: int = 0  # of sampled decoding
+    max_new_tokens: int = 256  # most tokens decoded for a problem
+    batch_size: int = 32  # problems decoded at one time
+    dtype: Dtype = "float32"  # of weights in memory; int8 is weight-only
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of products and hidden states
+
+    def __post_init__(self) -> None:
+        unknown = [task for task in self.tasks if task not in TASKS]
+        if unknown or not self.tasks:
+            raise ValueError(f"tasks are {self.tasks}; use some of {', '.join(TASKS)}")
+        if bool(self.model) == bool(self.generations):
+            raise ValueError("give either models (--model) or texts to score (--generations)")
+        if len(set(self.model)) < len(self.model):
+            raise ValueError(f"models are {self.model}; give each of them once")
+        if self.samples > 1 and self.temperature <= 0:
+            raise ValueError(f"samples is {self.samples} but decoding is greedy, so all are alike; set a temperature")
+
+
+def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) -> Path:
+    """Writes report.json, report.html, PNGs and generations.jsonl into `out`. Returns the path of report.json.
+
+    Raises:
+      ValueError: a model, data or texts that cannot be used, with the place and the way out.
+    """
+    out = Path(settings.out).expanduser()
+    check_writable(out)
+    sections, records, protocol = _rescored(settings) if settings.generations else _measured(settings, note)
+    names = {name for models in sections.values() for name in models}
+    report = {
+        "kind": "evaluation",
+        "title": f"Evaluation of {', '.join(sorted(names))}",
+        "settings": dataclasses.asdict(settings),
+        "protocol": protocol,
+        "sections": sections,
+    }
+    write_jsonl(out / "generations.jsonl", records)
+    write_json(out / "report.json", report)
+    write_report(out, report, records)
+    for task, models in sections.items():
+        _print(task, models)
+    print(f"report: {out / 'report.html'}   {out / 'report.json'}")
+    return out / "report.json"
+
+
+Found = tuple[dict[str, Any], list[Record], dict[str, Any]]  # sections, records, protocol
+
+
+def _measured(settings: EvaluateSettings, note: Callable[[str], None]) -> Found:
+    """One model after the other, so that memory holds one at a time."""
+    sections: dict[str, Any] = {task: {} for task in settings.tasks}
+    records: list[Record] = []
+    protocol: dict[str, Any] = {}
+    for path in settings.model:
+        note(f"loading {path}")
+        loaded = load_model(path, settings.dtype, settings.compute_dtype)
+        for task in settings.tasks:
+            problems = load_problems(
+                task,
+                data_root=settings.data_root,
+                limit=settings.limit,
+                few_shot=settings.few_shot,
+                chat=settings.chat,
+                levels=settings.levels if task == "math" else (),
+                seed=settings.few_shot_seed,
+                revision=settings.revision,
+                trained_on=loaded.text,
+            )
+            name = path if loaded.name in sections[task] else loaded.name
+            protocol[task] = problems.protocol
+            run = _choose if TASKS[task].is_choice else _solve
+            report, found = run(settings, task, problems, loaded, note)
+            sections[task][name] = report
+            records += [{"model": name, "task": task, **record} for record in found]
+    return sections, records, protocol
+
+
+def _solve(
+    settings: EvaluateSettings, task: str, problems: Problems, loaded: LoadedModel, note: Callable[[str], None]
+) -> tuple[dict[str, Any], list[Record]]:
+    """Problems that are solved in steps: decoded freely, and their reference chains read."""
+    traces = [item for item in problems.items if isinstance(item, Trace)]
+    rendered = {
+        trace.source: render(loaded.tokenizer, trace.prompt, trace.completion, text, turns)
+        for trace, text, turns in zip(traces, problems.texts, problems.turns, strict=True)
+    }
+    ways = row_ways(loaded.mesh)
+    report, records = evaluate_model(
+        loaded.model,
+        loaded.params,
+        loaded.tokenizer,
+        traces,
+        render=lambda trace: rendered[trace.source],
+        stop_ids=stop_token_ids(loaded.tokenizer, problems.texts[0]),
+        max_new_tokens=settings.max_new_tokens,
+        text_format=problems.text_format,
+        stop_texts=TASKS[task].stops,
+        sampling=Sampling(settings.temperature, settings.top_p, settings.seed) if settings.temperature > 0 else None,
+        samples=settings.samples,
+        open_from=OPEN_FROM,
+        batch_size=-(-settings.batch_size // ways) * ways,
+        scoring_batch_size=SCORING_ROWS * ways,
+        batch_sharding=row_sharding(loaded.mesh),
+        progress=_progress(note, f"{loaded.name}, {task}: %d of %d texts decoded"),
+        scoring_progress=_progress(note, f"{loaded.name}, {task}: %d of %d reference chains read"),
+    )
+    return report.to_dict(), records
+
+
+def _choose(
+    settings: EvaluateSettings, task: str, problems: Problems, loaded: LoadedModel, note: Callable[[str], None]
+) -> tuple[dict[str, Any], list[Record]]:
+    """Questions with choices: the log-likelihood of each choice's text."""
+    questions = [item for item in problems.items if isinstance(item, ChoiceQuestion)]
+    pairs = []
+    for question, text, turns in zip(questions, problems.texts, problems.turns, strict=True):
+        prompt = render(loaded.tokenizer, question_of(question), "", text, turns).prompt
+        between = " " if text.kind == "plain" else ""  # a chat's turn begins without a space
+        pairs.append((prompt, [between + choice for choice in question.choices]))
+    found = choice_log_likelihoods(
+        loaded.model,
+        loaded.params,
+        loaded.tokenizer,
+        pairs,
+        batch_size=SCORING_ROWS * row_ways(loaded.mesh),
+        batch_sharding=row_sharding(loaded.mesh),
+        progress=_progress(note, f"{loaded.name}, {task}: %d of %d choices read"),
+    )
+    report, records = score_choices(questions, found, problems.text_format)
+    return report.to_dict(), records
+
+
+def _progress(note: Callable[[str], None], line: str) -> Callable[[int, int], None]:
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > NOTE_SECONDS:
+            last = time.monotonic()
+            note(line % (done, total))
+
+    return progress
+
+
+def _rescored(settings: EvaluateSettings) -> Found:
+    """Scores of a JSONL file: texts (prompt, reference, answer, text), or choices (prompt, choices, answer,
+
+    log_likelihoods); and model, task. Of records that this program wrote, the whole report.
+    """
+    path = Path(settings.generations).expanduser()
+    groups: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        place = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{place}: damaged JSON ({error}); expected one JSON object a line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: {line[:60]!r} is no JSON object; expected one JSON object a line")
+        groups.setdefault((row.get("task", ""), row.get("model", path.stem)), []).append((row, place))
+    if not groups:
+        raise ValueError(f"{path}: the file is empty; expected one JSON object a line")
+    sections: dict[str, Any] = {}
+    records: list[Record] = []
+    for (task, model), rows in groups.items():
+        report, found = (_rescored_choices if "choices" in rows[0][0] else _rescored_texts)(rows)
+        sections.setdefault(task, {})[model] = report
+        records += [{"model": model, "task": task, **record} for record in found]
+    return sections, records, {}
+
+
+def _rescored_texts(rows: Sequence[tuple[dict[str, Any], str]]) -> tuple[dict[str, Any], list[Record]]:
+    problems: dict[Any, tuple[Trace, list[str], list[dict[str, Any]]]] = {}
+    for row, place in rows:
+        trace, text = _row(row, place)
+        _, texts, kept = problems.setdefault(row.get("problem", trace.prompt), (trace, [], []))
+        texts.append(text)
+        kept.append({key: row[key] for key in KEPT if key in row} | {"finished": bool(row.get("finished", True))})
+    traces, texts_of, kept_of = zip(*problems.values(), strict=True)
+    finished = [[x.pop("finished") for x in kept] for kept in kept_of]
+    scores, records = score_texts(traces, texts_of, finished, open_from=OPEN_FROM)
+    for record in records:
+        record |= kept_of[record["problem"]][record["sample"]]
+    if all(key in record for record in records for key in KEPT):
+        return full_report(scores, records, OPEN_FROM).to_dict(), records
+    return dataclasses.asdict(scores), records
+
+
+def _rescored_choices(rows: Sequence[tuple[dict[str, Any], str]]) -> tuple[dict[str, Any], list[Record]]:
+    questions = []
+    for row, place in rows:
+        if not all(key in row for key in ("prompt", "choices", "answer", "log_likelihoods")):
+            raise ValueError(f"{place}: a row of choices has prompt, choices, answer (an index) and log_likelihoods")
+        questions.append(ChoiceQuestion(row["prompt"], tuple(row["choices"]), row["answer"], place))
+    report, records = score_choices(
+        questions, [row["log_likelihoods"] for row, _ in rows], rows[0][0].get("text_format", "")
+    )
+    return report.to_dict(), records
+
+
+def _row(row: Any, place: str) -> tuple[Trace, str]:
+    missing = [key for key in ("prompt", "reference", "answer") if not isinstance(row, dict) or key not in row]
+    if missing or not ("text" in row or "completions" in row):
+        raise ValueError(
+            f"{place}: {(missing or ['text'])[0]!r} is missing; a row has prompt, reference (a list of steps), answer, "
+            "and text (or completions, a list of steps, and final)"
+        )
+    answer = str(row["answer"])
+    # MATH's reference states its answer in a box and has no line for it; that decides how its answers are read.
+    in_box = any("\\boxed" in step or "\\fbox" in step for step in row["reference"])
+    final = f"#### {answer}" if answer and not in_box else ""
+    text = row["text"] if "text" in row else "\n".join([*row["completions"], row.get("final", "")])
+    subject, level = row.get("subject", ""), row.get("level", 0)
+    return Trace(row["prompt"], tuple(row["reference"]), answer, final, place, subject, level), text
+
+
+def _print(task: str, models: dict[str, Any]) -> None:
+    keys: Sequence[str] = ("chain_accuracy", "answer_strict", "answer_flexible", "step_accuracy", "step_accuracy_free")
+    for name, found in models.items():
+        if "accuracy_norm" in found:
+            shares = (f"acc {percent(found['accuracy'])}", f"acc_norm {percent(found['accuracy_norm'])}")
+            print(f"{task}: {name}: {', '.join(shares)} % of {found['questions']} questions (± one standard error)")
+            continue
+        rows = [
+            (depth, entry["n"], *(percent(found.get(key, {}).get(depth)) for key in keys))
+            for depth, entry in found["chain_accuracy"].items()
+        ]
+        columns = ("depth", "texts", "chain %", "answer strict", "answer flexible", "step forced", "step free")
+        print_table(f"{task or 'texts'}: {name} (± one standard error)", columns, rows)
+        for key in ("exact_match_strict", "exact_match_flexible", "math_verify"):
+            if found.get(key):
+                print(f"{key}: {percent(found[key]['all'])}")
+        if found.get("perplexity_by_depth"):
+            print(f"perplexity of the reference texts: {plus_minus(found['perplexity_by_depth']['all'])}")
+        for kind, groups in found.get("groups", {}).items():
+            measured = list(next(iter(groups.values())))
+            of_groups = [
+                (group, entry["chain_accuracy"]["n"], *(percent(entry.get(key)) for key in measured))
+                for group, entry in groups.items()
+            ]
+            print_table(f"{task}: {name}, by {kind}", (kind, "texts", *measured), of_groups)
+    for line in gap_lines(models, task):
+        print(line)

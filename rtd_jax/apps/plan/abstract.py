@@ -1,0 +1,133 @@
+"""A recipe's train state, teacher and batch as shapes with shardings: everything but the numbers."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from rtd_jax.base.files import read_json
+from rtd_jax.base.sharding import check_rows, row_sharding
+from rtd_jax.base.types import Batch, Params, TeacherOutputs, TopK
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.from_hf import load_config
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.train.experiment import student_config, student_model, teacher_model, teacher_shardings
+from rtd_jax.train.optimizer import make_optimizer
+from rtd_jax.train.recipe import Recipe
+from rtd_jax.train.state import TrainState, create_state, init_projections, state_shardings
+from rtd_jax.train.update import TeacherSource, make_train_step
+
+ARCHITECTURES = Path(__file__).resolve().parents[2] / "bundled" / "architectures.json"
+MAX_BOUNDARIES = 17  # slots of a chain where the data are not there to be counted: 16 steps and the prompt's end
+
+
+class Abstract(NamedTuple):
+    """A training step and its arguments, none of them allocated."""
+
+    teacher: LlamaModel | None  # None where its outputs are read from a cache
+    teacher_config: LlamaConfig
+    student: LlamaModel
+    vocab_size: int
+    state: TrainState
+    source: TeacherSource
+    batch: Batch
+    step: Any  # a TrainStep, as jit made it
+
+
+def architecture(path: str) -> LlamaConfig:
+    """Sizes of a checkpoint: from its folder if it is here, else by its hub name from the table that is bundled.
+
+    Raises:
+      ValueError: neither; names the models of the table.
+    """
+    if (Path(path).expanduser() / "config.json").is_file():
+        return load_config(Path(path).expanduser())
+    table = read_json(ARCHITECTURES)
+    if path not in table:
+        raise ValueError(
+            f"the sizes of {path!r} are not known here; give a folder with its config.json, or one of "
+            f"{', '.join(table)}"
+        )
+    return LlamaConfig.from_hf(table[path], path)
+
+
+def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:
+    """The step that `launch/train.py` would run on this mesh, with its arguments as shapes.
+
+    With `teacher.cache` it is the step that takes the teacher's outputs; the folder need not be there.
+
+    Raises:
+      ValueError: sizes that are not known, or rows that the mesh does not divide.
+    """
+    if recipe.loss.reward_weight:
+        raise ValueError(
+            "plans do not cover loss.reward_weight: drawing and scoring the student's own chains is not in them; plan "
+            "the KD part with loss.reward_weight=0"
+        )
+    check_rows(recipe.batch_size, mesh, recipe.micro_batches)
+    of_teacher = architecture(recipe.teacher.path)
+    pretrained = architecture(recipe.student.path) if recipe.student.init == "pretrained" else None
+    of_student = pretrained or student_config(recipe.student, of_teacher)
+    teacher = None if recipe.teacher.cache else teacher_model(recipe.teacher, of_teacher, mesh)
+    student = student_model(recipe.student, of_student, mesh)
+    optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
+    settings = recipe.step(of_student.layers, of_teacher.layers)
+    vocab_size = min(of_teacher.vocab_size, of_student.vocab_size)
+    return Abstract(
+        teacher,
+        of_teacher,
+        student,
+        vocab_size,
+        _state(recipe, student, of_teacher, optimizer, mesh, len(settings.intermediate)),
+        _source(recipe, teacher, of_teacher, mesh),
+        _batch(recipe, mesh),
+        make_train_step(student, teacher, optimizer, settings, vocab_size, mesh),
+    )
+
+
+def _source(recipe: Recipe, teacher: LlamaModel | None, config: LlamaConfig, mesh: Mesh) -> TeacherSource:
+    if teacher is not None:
+        shardings = teacher_shardings(recipe.teacher, teacher, mesh)
+        return _placed(teacher.abstract_params(recipe.teacher.param_dtype), shardings)
+    rows, length, chains = recipe.batch_size, recipe.data.row_length, recipe.data.chains_per_row
+    top_k = TopK(
+        jax.ShapeDtypeStruct((rows, length, recipe.cache.top_k), jnp.int32),  # type: ignore[arg-type]  # only shapes
+        jax.ShapeDtypeStruct((rows, length, recipe.cache.top_k), jnp.float32),  # type: ignore[arg-type]
+        *[jax.ShapeDtypeStruct((rows, length), jnp.float32)] * 2,  # type: ignore[arg-type]
+    )
+    states = jax.ShapeDtypeStruct((rows, chains, MAX_BOUNDARIES, config.width), jnp.dtype(recipe.teacher.compute_dtype))
+    outputs = TeacherOutputs(None, states, top_k=top_k)  # type: ignore[arg-type]
+    return _placed(outputs, jax.tree.map(lambda _: row_sharding(mesh), outputs))
+
+
+def _state(
+    recipe: Recipe,
+    student: LlamaModel,
+    of_teacher: LlamaConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    pairs: int,
+) -> TrainState:
+    def assemble(params: Params) -> TrainState:
+        key = jax.random.PRNGKey(recipe.seed)
+        maps = init_projections(key, student.config.width, of_teacher.width, pairs, recipe.loss.projections)
+        return create_state({"student": params, **maps}, optimizer, key)
+
+    state = jax.eval_shape(assemble, student.abstract_params())
+    return _placed(state, state_shardings(state, optimizer, mesh, recipe.optimizer.offload))
+
+
+def _batch(recipe: Recipe, mesh: Mesh) -> Batch:
+    rows, length, chains = recipe.batch_size, recipe.data.row_length, recipe.data.chains_per_row
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    boundaries = [jax.ShapeDtypeStruct((rows, chains, MAX_BOUNDARIES), dtype) for dtype in (jnp.int32, jnp.bool_)]
+    weights = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+    batch: Any = Batch._make([tokens, tokens, tokens, weights, *boundaries])
+    return _placed(batch, jax.tree.map(lambda _: row_sharding(mesh), batch))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

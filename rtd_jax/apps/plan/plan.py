@@ -1,0 +1,335 @@
+"""Does a recipe fit on the hardware, what does an update cost, and what binds?"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rtd_jax.apps.plan.abstract import Abstract, abstract_step
+from rtd_jax.apps.plan.program import Hlo, Memory, matmul_flops, memory
+from rtd_jax.apps.plan.targets import Target
+from rtd_jax.base.console import print_table
+from rtd_jax.base.sharding import make_mesh, row_sharding
+from rtd_jax.eval.decoding import PROMPT_BUCKET, greedy
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.train.recipe import Recipe
+from rtd_jax.train.update import make_coherence_eval
+
+GIB = 2**30
+# Share of a step's time that is left when the binding resource is never idle; what large runs report at best.
+ACHIEVABLE = 0.55
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One compiled program on one device of the target, and its costs per call."""
+
+    program: str
+    compile_seconds: float
+    memory: Memory
+    resident: float  # bytes per device of what the run holds besides the program's arguments
+    flops: float  # matrix products, per device
+    bytes_moved: float  # per device
+    collective_bytes: dict[str, float]  # by kind, results on one device
+    wire_bytes: float  # what a device has to send or receive for them
+
+    def seconds(self, target: Target) -> dict[str, float]:
+        """Time that each resource alone would need, at its data-sheet rate."""
+        chip = target.chip
+        return {
+            "arithmetic": self.flops / chip.flops,
+            "memory": self.bytes_moved / chip.bandwidth,
+            "links": self.wire_bytes / chip.link,
+        }
+
+    @property
+    def peak(self) -> float:
+        """Most bytes in use on a device while the program runs."""
+        return self.memory.peak + self.resident
+
+    def fits(self, target: Target) -> bool:
+        return self.peak <= target.chip.memory
+
+
+@dataclass(frozen=True)
+class Plans:
+    """All programs of a recipe on a target, and what an update would cost if nothing were wasted."""
+
+    programs: dict[str, Plan]
+    updates: dict[str, Plan]  # "online" and "cached": the update with either teacher, the recipe's own among them
+    ideal_flops: float  # of an update, over all devices
+    flops_without_remat: float  # of the same update if nothing were recomputed, over all devices
+    host_bytes: float  # per device, of what the recipe keeps in host memory; see `_host_bytes`
+
+
+def plan(recipe: Recipe, target: Target, note: Callable[[str], None]) -> Plans:
+    """Compiles the recipe's update, validation and decoding for the target, and the update with the teacher's outputs
+    from the other source, online or cached.
+
+    Raises:
+      ValueError: the recipe's mesh or batch does not suit the number of devices, or sizes are not known.
+    """
+    mesh = make_mesh(recipe.mesh, target.devices)
+    abstract = abstract_step(recipe, mesh)
+    settings = recipe.step(abstract.student.config.layers, abstract.teacher_config.layers)
+    # Validation takes a micro-batch's rows at once.
+    few = abstract_step(dataclasses.replace(recipe, batch_size=recipe.rows_at_once, micro_batches=1), mesh)
+    decoder = "student" if abstract.teacher is None else "teacher"
+    programs: dict[str, tuple[Any, tuple, dict]] = {
+        "update": _update(recipe, abstract),
+        "validation": (
+            make_coherence_eval(abstract.student, abstract.teacher, settings),
+            (abstract.state.params, few.source if abstract.teacher is None else abstract.source, few.batch),
+            {},
+        ),
+        f"decoding ({decoder})": _decoding(recipe, abstract),
+    }
+    plans = {}
+    for name, program in programs.items():
+        note(f"compiling {name} for {len(target.devices)} x {target.devices[0].device_kind}")
+        plans[name] = _compile(name, *program, _resident(abstract, program[1]), len(target.devices))
+    own, other = ("online", "cached") if abstract.teacher is not None else ("cached", "online")
+    updates = {own: plans["update"]}
+    if not any(settings.token_layers()):  # methods that no cache serves
+        note(f"compiling update with the teacher {other}")
+        cache = "" if other == "online" else "planned"
+        elsewhere = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, cache=cache))
+        of_other = abstract_step(elsewhere, mesh)
+        updates[other] = _compile("update", *_update(elsewhere, of_other), 0.0, len(target.devices))
+    no_remat = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, remat="none"))
+    function, arguments, _ = _update(no_remat, abstract_step(no_remat, mesh))
+    without_remat = matmul_flops(function.trace(*arguments).jaxpr.jaxpr)
+    teacher_config = None if abstract.teacher is None else abstract.teacher_config
+    ideal = ideal_flops(recipe, teacher_config, abstract.student.config)
+    return Plans(plans, updates, ideal, without_remat, _host_bytes(recipe, abstract))
+
+
+def _update(recipe: Recipe, abstract: Abstract) -> tuple[Any, tuple, dict]:
+    return abstract.step, (abstract.state, abstract.source, abstract.batch, recipe.loss.weights()), {}
+
+
+def ideal_flops(recipe: Recipe, teacher: LlamaConfig | None, student: LlamaConfig) -> float:
+    """Multiply-adds (times two) of an update that wastes nothing, over all devices.
+
+    Teacher: forward only, 2 per weight and token; none where it is cached. Student: forward and backward, 6. Attention
+    as Chowdhery et al. 2022 (PaLM, appendix B) count it: 4 layers heads head_dim length per token and forward pass,
+    causality not discounted.
+    """
+    length = recipe.data.row_length
+    tokens = recipe.batch_size * length
+    of_teacher = 0.0 if teacher is None else _forward_flops(teacher, length)
+    return tokens * (of_teacher + 3 * _forward_flops(student, length))
+
+
+def _forward_flops(config: LlamaConfig, length: int) -> float:
+    attention = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
+    weights = config.layers * (attention + 3 * config.width * config.mlp_width) + config.width * config.vocab_size
+    return 2.0 * weights + 4.0 * config.layers * config.heads * config.head_dim * length
+
+
+def _decoding(recipe: Recipe, abstract: Abstract) -> tuple[Any, tuple, dict]:
+    mesh = jax.tree.leaves(abstract.batch)[0].sharding.mesh
+    batch, new_tokens = recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens
+    prompt = -(-max(1, recipe.data.row_length - new_tokens) // PROMPT_BUCKET) * PROMPT_BUCKET
+    rows = row_sharding(mesh)
+    cached = abstract.teacher is None
+    arguments = (
+        abstract.student if cached else abstract.teacher,
+        abstract.state.params["student"] if cached else abstract.source,
+        jax.ShapeDtypeStruct((batch, prompt), jnp.int32, sharding=rows),
+        jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows),
+        jax.ShapeDtypeStruct((batch,), jnp.bool_, sharding=rows),
+    )
+    options = {"max_new_tokens": new_tokens, "eos_ids": (0,), "vocab_size": abstract.vocab_size, "pad_id": 0}
+    return greedy, arguments, options
+
+
+def _host_bytes(recipe: Recipe, abstract: Abstract) -> float:
+    """Bytes per device that lie in host memory when the recipe runs, where the plans count them as on the device.
+
+    GPUs that can only be compiled for have no host memory; TPUs that are not here do.
+    """
+    moments = abstract.state.opt_state if recipe.optimizer.offload else ()
+    layers = abstract.source["layers"] if recipe.teacher.offload and isinstance(abstract.source, dict) else ()
+    leaves = [leaf for leaf in jax.tree.leaves((moments, layers)) if leaf.ndim]
+    return sum(_bytes_on_device(leaf) for leaf in leaves if leaf.sharding.memory_kind != "pinned_host")
+
+
+def _bytes_on_device(leaf: jax.ShapeDtypeStruct) -> float:
+    assert leaf.sharding is not None
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _resident(abstract: Abstract, arguments: tuple) -> float:
+    """Bytes per device of weights and optimizer state that stay in memory and are not among the arguments."""
+    given = {id(leaf) for leaf in jax.tree.leaves(arguments)}
+    teacher = () if abstract.teacher is None else abstract.source  # outputs from a cache go with their batch
+    held = jax.tree.leaves((abstract.state, teacher))
+    on_device = [leaf for leaf in held if leaf.sharding.memory_kind != "pinned_host"]
+    return sum(_bytes_on_device(leaf) for leaf in on_device if id(leaf) not in given)
+
+
+def _compile(name: str, function: Any, arguments: tuple, options: dict, resident: float, devices: int) -> Plan:
+    traced = function.trace(*arguments, **options)
+    started = time.monotonic()
+    compiled = traced.lower().compile()
+    seconds = time.monotonic() - started
+    hlo = Hlo(compiled.as_text())
+    by_kind: dict[str, float] = {}
+    wire = 0.0
+    for collective in hlo.collectives():
+        by_kind[collective.kind] = by_kind.get(collective.kind, 0.0) + collective.bytes * collective.times
+        wire += _wire_bytes(collective.kind, collective.bytes, devices) * collective.times
+    return Plan(
+        name,
+        seconds,
+        memory(compiled),
+        resident,
+        matmul_flops(traced.jaxpr.jaxpr) / devices,
+        hlo.bytes_moved(),
+        by_kind,
+        wire,
+    )
+
+
+def _wire_bytes(kind: str, result: float, devices: int) -> float:
+    """What one device sends for a collective with such a result, by the usual ring algorithms."""
+    others = devices - 1
+    match kind:
+        case "all-reduce":
+            return 2 * result * others / devices
+        case "reduce-scatter":
+            return result * others
+        case "collective-permute":
+            return result
+    return result * others / devices
+
+
+def print_plan(recipe: Recipe, target: Target, found: Plans) -> None:
+    """The tables a person reads, and the verdict."""
+    plans, ideal = found.programs, found.ideal_flops
+    chip, devices = target.chip, len(target.devices)
+    rows = [
+        (
+            name,
+            *(f"{x / GIB:.1f}" for x in (p.memory.arguments, p.resident, p.memory.temporaries, p.peak)),
+            f"{chip.memory / GIB:.1f}",
+            "fits" if p.fits(target) else "DOES NOT FIT",
+            f"{p.compile_seconds:.0f}",
+        )
+        for name, p in plans.items()
+    ]
+    columns = ["program", "arguments", "also resident", "temporaries", "peak", "capacity", "", "compiled in s"]
+    print_table(f"Memory per device, GiB ({devices} x {target.devices[0].device_kind})", columns, rows)
+    update = plans["update"]
+    seconds = update.seconds(target)
+    binding = max(seconds, key=lambda name: seconds[name])
+    print_table(
+        "One update, per device",
+        ["resource", "amount", "seconds at the data sheet's rate"],
+        [
+            ("arithmetic", f"{update.flops / 1e12:.1f} TFLOP", f"{seconds['arithmetic']:.3f}"),
+            ("memory", f"{update.bytes_moved / 1e9:.1f} GB", f"{seconds['memory']:.3f}"),
+            ("links", f"{update.wire_bytes / 1e9:.1f} GB", f"{seconds['links']:.3f}"),
+        ],
+    )
+    kinds = [(kind, f"{amount / 1e9:.2f}") for kind, amount in sorted(update.collective_bytes.items())]
+    print_table("Collectives of one update, results per device", ["kind", "GB"], kinds or [("none", "0")])
+    print(
+        f"FLOPs of the update over those of an ideal one: {update.flops * devices / ideal:.3f}; without what remat "
+        f"recomputes: {found.flops_without_remat / ideal:.3f}"
+    )
+    step = seconds[binding] / ACHIEVABLE
+    hours = step * recipe.total_updates / 3600
+    tokens = recipe.batch_size * recipe.data.row_length
+    print(
+        f"bound by {binding}: at best {seconds[binding]:.2f} s an update; at {100 * ACHIEVABLE:.0f}% of that rate "
+        f"{step:.2f} s, {tokens / step:,.0f} tokens/s, {hours:,.0f} h for {recipe.total_updates:,} updates"
+        + (
+            f", about ${hours * devices * chip.dollars:,.0f} at ${chip.dollars:.2f} a device-hour"
+            if chip.dollars
+            else ""
+        )
+    )
+    if len(found.updates) > 1:
+        _print_sources(target, found.updates)
+    if found.host_bytes:
+        print(
+            f"kept in host memory: {found.host_bytes / GIB:.1f} GiB per device. The compiler for GPUs that are not "
+            "here knows no host memory, so all of it is counted above; the true peak lies up to that much lower"
+        )
+    print(verdict(recipe, target, plans))
+
+
+def _print_sources(target: Target, updates: dict[str, Plan]) -> None:
+    """The update with the teacher online and cached, side by side."""
+    online, cached = updates["online"], updates["cached"]
+    seconds = {name: max(update.seconds(target).values()) for name, update in updates.items()}
+
+    def line(name: str, unit: float, of: Callable[[Plan], float]) -> tuple[str, ...]:
+        return name, f"{of(online) / unit:.2f}", f"{of(cached) / unit:.2f}", f"{of(cached) / of(online):.2f}"
+
+    print_table(
+        "One update, per device: teacher online, and read from a cache",
+        ["", "online", "cached", "cached / online"],
+        [
+            line("peak memory, GiB", GIB, lambda p: p.peak),
+            line("arguments, GiB", GIB, lambda p: p.memory.arguments),
+            line("arithmetic, TFLOP", 1e12, lambda p: p.flops),
+            line("memory traffic, GB", 1e9, lambda p: p.bytes_moved),
+            (
+                "seconds at the data sheet's rate",
+                *(f"{seconds[name]:.3f}" for name in ("online", "cached")),
+                f"{seconds['cached'] / seconds['online']:.2f}",
+            ),
+        ],
+    )
+
+
+def verdict(recipe: Recipe, target: Target, plans: dict[str, Plan]) -> str:
+    """Fits or not; and if not, the first thing to change."""
+    too_large = [name for name, p in plans.items() if not p.fits(target)]
+    if not too_large:
+        spare = min(target.chip.memory - p.peak for p in plans.values())
+        return f"FITS on {target.name}, with {spare / GIB:.1f} GiB to spare on every device"
+    worst = plans[too_large[0]]
+    over = (worst.peak - target.chip.memory) / GIB
+    return (
+        f"DOES NOT FIT on {target.name}: {worst.program} is {over:.1f} GiB over. Next: {_knob(recipe, target, worst)}"
+    )
+
+
+def _knob(recipe: Recipe, target: Target, worst: Plan) -> str:
+    room = target.chip.memory - worst.memory.arguments
+    if room < 0.25 * target.chip.memory and recipe.teacher.param_dtype != "int8" and not recipe.teacher.cache:
+        return "--config.teacher.param_dtype=int8, which halves the teacher"
+    if room < 0.05 * target.chip.memory:
+        need = worst.memory.arguments * len(target.devices) / (0.8 * target.chip.memory)
+        return f"weights and optimizer alone fill the devices; about {need:.0f} devices hold them"
+    if worst.program.startswith("decoding"):
+        return f"--config.evaluation.batch_size={max(1, recipe.evaluation.batch_size // 2)}"
+    if recipe.student.remat != "full":
+        return "--config.student.remat=full"
+    micro_batches = 2 * recipe.micro_batches
+    if recipe.batch_size % micro_batches == 0:
+        return f"--config.micro_batches={micro_batches}, the update stays the same"
+    return f"--config.data.row_length={recipe.data.row_length // 2}"
+
+
+def to_json(target: Target, found: Plans) -> dict[str, Any]:
+    """The same numbers for programs."""
+    plans = found.programs
+    return {
+        "target": target.name,
+        "chip": dataclasses.asdict(target.chip),
+        "ideal_flops": found.ideal_flops,
+        "flops_without_remat": found.flops_without_remat,
+        "host_bytes": found.host_bytes,
+        "programs": {name: dataclasses.asdict(p) | {"seconds": p.seconds(target)} for name, p in plans.items()},
+        "updates": {name: dataclasses.asdict(p) | {"seconds": p.seconds(target)} for name, p in found.updates.items()},
+    }

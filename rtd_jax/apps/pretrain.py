@@ -1,0 +1,264 @@
+"""Trains a tiny Llama from scratch on the generator's problems: how the bundled teacher was made."""
+
+import dataclasses
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from rtd_jax.apps.distill.report import evaluate_traces, first_of_each_depth, percent
+from rtd_jax.base.console import Display, print_table
+from rtd_jax.base.files import check_writable, write_json
+from rtd_jax.base.sharding import MeshSettings, check_rows, host_share, make_mesh, put_batch, row_sharding
+from rtd_jax.data.encoding import EncodedChain, encode_traces
+from rtd_jax.data.formats import TextFormat, solved_examples
+from rtd_jax.data.loader import BatchLoader, make_loader
+from rtd_jax.data.sources import SourceSettings, closed_words, load_traces
+from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
+from rtd_jax.data.trace import Trace
+from rtd_jax.models.config import LlamaConfig, RopeConfig
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.to_hf import save_pretrained
+from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_meta, restore_state
+from rtd_jax.train.metrics import MetricsLog, Window, check_finite
+from rtd_jax.train.optimizer import OptimizerSettings, make_optimizer
+from rtd_jax.train.state import TrainState, create_state, state_shardings
+from rtd_jax.train.update import make_pretrain_step
+
+
+@dataclass(frozen=True)
+class SizeSettings:
+    """Shape of the network."""
+
+    layers: int
+    width: int
+    mlp_width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    max_positions: int = 1024  # tokens
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a pretraining: short problems first, because copying from the prompt is learned fastest there."""
+
+    updates: int  # optimizer updates
+    max_depth: int  # reasoning steps of the deepest problem
+    batch_size: int  # rows per update
+    row_length: int  # tokens
+    chains_per_row: int  # at most
+
+    def __post_init__(self) -> None:
+        if min(self.updates, self.max_depth, self.batch_size, self.row_length, self.chains_per_row) < 1:
+            raise ValueError(f"every number of a phase must be at least 1, this one is {self}")
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """A pretraining run: phases one after the other under one learning-rate schedule."""
+
+    model: SizeSettings
+    train: SourceSettings
+    test: SourceSettings
+    phases: tuple[Phase, ...]
+    optimizer: OptimizerSettings
+    text: TextFormat = TextFormat()
+    shot_fraction: float = (
+        0.1  # of chains that come behind a solved example, so that the model can read few-shot prompts
+    )
+    mesh: MeshSettings = MeshSettings()
+    problems_per_depth: int = 200  # of the final evaluation
+    max_new_tokens: int = 128
+    log_every: int = 20  # updates
+    checkpoint_every: int = 250  # updates
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if "prose" in (self.train.schema, self.test.schema):
+            raise ValueError(
+                "a pretraining takes problems by their depth, and texts of schema 'prose' have no marked steps to "
+                "count; cut them with launch/segment.py first and use schema 'stepwise'"
+            )
+
+    @property
+    def total_updates(self) -> int:
+        return sum(phase.updates for phase in self.phases)
+
+
+def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
+    """Runs or resumes a pretraining. Returns the Hugging Face folder it writes, <workdir>/model.
+
+    Raises:
+      ValueError: bad settings, data, checkpoints or disk; the message has the place and the way out.
+    """
+    started = time.monotonic()
+    check_writable(workdir)
+    settings = dataclasses.asdict(recipe)
+    checkpoints = Checkpoints(workdir, keep=2)
+    latest = checkpoints.latest()
+    if latest is not None:
+        check_same_settings(latest, settings)
+    mesh = make_mesh(recipe.mesh)
+    for phase in recipe.phases:
+        check_rows(phase.batch_size, mesh)
+    tokenizer = tiny_tokenizer(closed_words(recipe.train.schema))
+    model = LlamaModel(model_config(recipe.model, tokenizer), activation_sharding=row_sharding(mesh))
+    optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
+    state, iterator = _starting_point(recipe, model, optimizer, mesh, latest)
+    step = make_pretrain_step(model, optimizer, len(tokenizer))
+    update = int(state.step)
+    log, window = MetricsLog(workdir, update), Window()
+    traces = load_traces(recipe.train)
+    with Display(recipe.total_updates, update, silent=jax.process_index() != 0) as display:
+        parameters = sum(x.size for x in jax.tree.leaves(state.params))
+        display.note(
+            f"pretraining {parameters:,} parameters on {len(traces)} problems in {workdir}, from update {update}"
+        )
+        end = 0
+        for number, phase in enumerate(recipe.phases, start=1):
+            end += phase.updates
+            if update >= end:
+                continue
+            loader = _loader(recipe, phase, number, traces, tokenizer, host_share(mesh))
+            if iterator is not None:
+                loader.set_state(iterator)
+                iterator = None
+            while update < end:
+                batch = next(loader)
+                window.add_tokens(int(np.count_nonzero(batch.chain_ids_BL)) * host_share(mesh)[1])
+                state, metrics = step(state, put_batch(batch, mesh))
+                update += 1
+                check_finite(window.add(metrics), update, f"phase {number}")
+                save = update % recipe.checkpoint_every == 0
+                if save or update == end or update % recipe.log_every == 0:
+                    means, speed = window.flush()
+                    log.write(update, {**means, "perf/tokens_per_sec": speed}, phase=number)
+                    shown = {"loss": f"{means['loss']:.4f}", "tokens/s": f"{speed:,.0f}"}
+                    display.update(update, f"phase {number}", shown)
+                if save or update == end:
+                    position = None if update == end else loader.get_state()
+                    checkpoints.save_rolling(state, {"iterator": json.dumps(position), "settings": settings})
+        log.close()
+        save_pretrained(workdir / "model", model.config, state.params["student"], tokenizer=tokenizer)
+        problems = first_of_each_depth(load_traces(recipe.test), recipe.problems_per_depth)
+        result, _ = evaluate_traces(
+            model,
+            state.params["student"],
+            tokenizer,
+            problems,
+            recipe.text,
+            max_new_tokens=recipe.max_new_tokens,
+            batch_size=128,
+            rows=recipe.phases[-1].batch_size,
+            row_length=recipe.phases[-1].row_length,
+            mesh=mesh,
+            note=display.note,
+            name="model",
+        )
+    report: dict[str, Any] = {
+        "model": result.to_dict(),
+        "updates": update,
+        "wall_seconds": round(time.monotonic() - started, 1),
+        "settings": settings,
+    }
+    write_json(workdir / "report.json", report)
+    rows = [
+        (depth, percent(chain), percent(result.step_accuracy[depth])) for depth, chain in result.chain_accuracy.items()
+    ]
+    print_table("Accuracy by reasoning depth (± one standard error)", ["depth", "chain %", "step %"], rows)
+    print(
+        f"next: distill it with `python launch/train.py --config=configs/rtd_tiny.py "
+        f"--config.teacher.path={workdir / 'model'}`"
+    )
+    return workdir / "model"
+
+
+def model_config(sizes: SizeSettings, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+    """A Llama of these sizes over this tokenizer, embeddings tied."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        width=sizes.width,
+        mlp_width=sizes.mlp_width,
+        layers=sizes.layers,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        norm_eps=1e-5,
+        rope=RopeConfig(theta=sizes.rope_theta),
+        tied_embeddings=True,
+        max_positions=sizes.max_positions,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def _starting_point(
+    recipe: PretrainRecipe,
+    model: LlamaModel,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    latest: Path | None,
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """A fresh state, or the newest checkpoint's with its data position (None at the start of a phase)."""
+    params_key, run_key = jax.random.split(jax.random.PRNGKey(recipe.seed))
+    abstract = jax.eval_shape(lambda p: create_state({"student": p}, optimizer, run_key), model.abstract_params())
+    shardings = state_shardings(abstract, optimizer, mesh)
+    if latest is None:
+        create = jax.jit(
+            lambda key: create_state({"student": model.init(key)}, optimizer, run_key), out_shardings=shardings
+        )
+        return create(params_key), None
+    layout = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    return restore_state(latest, layout), json.loads(read_meta(latest)["iterator"])
+
+
+def _loader(
+    recipe: PretrainRecipe,
+    phase: Phase,
+    number: int,
+    traces: Sequence[Trace],
+    tokenizer: PreTrainedTokenizerBase,
+    share: tuple[int, int],
+) -> BatchLoader:
+    chosen = [trace for trace in traces if trace.depth <= phase.max_depth]
+    if not chosen:
+        raise ValueError(f"phase {number} has no problem of depth {phase.max_depth} or less; raise its max_depth")
+    chains = encode_chains(chosen, recipe, phase, tokenizer)
+    return make_loader(
+        [(chains, 1.0)],
+        rows=phase.batch_size,
+        row_length=phase.row_length,
+        chains_per_row=phase.chains_per_row,
+        max_boundaries=1 + phase.max_depth,
+        seed=recipe.seed * 1000 + number,
+        share=share,
+    )
+
+
+def encode_chains(
+    traces: Sequence[Trace], recipe: PretrainRecipe, phase: Phase, tokenizer: PreTrainedTokenizerBase
+) -> list[EncodedChain]:
+    """The phase's chains; `shot_fraction` of them stand behind a solved example, where the row has room for both."""
+    chains, _ = encode_traces(tokenizer, traces, recipe.text, row_length=phase.row_length)
+    rng = random.Random(recipe.seed)
+    shallow = [trace for trace in traces if trace.depth <= 2]
+    for index in rng.sample(range(len(traces)), int(recipe.shot_fraction * len(traces))):
+        shot = rng.choice(shallow)
+        text = replace(recipe.text, context=solved_examples(recipe.text, [(shot.prompt, shot.completion)]))
+        prefixed, _ = encode_traces(
+            tokenizer, [traces[index]], text, row_length=phase.row_length, max_dropped_fraction=1.0
+        )
+        if prefixed:
+            chains[index] = prefixed[0]
+    return chains

@@ -1,0 +1,94 @@
+"""Texts in, steps out: a boundary classifier and its teacher on any JSONL."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+from rtd_jax.base.files import check_writable, write_jsonl
+from rtd_jax.base.sharding import MeshSettings, make_mesh
+from rtd_jax.data.sources import SourceSettings, read_rows
+from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
+from rtd_jax.data.trace import split_answer
+from rtd_jax.models.from_hf import load_config, resolve
+from rtd_jax.steps.classifier import load_classifier
+from rtd_jax.steps.detector import Detector
+from rtd_jax.train.experiment import LoadedTeacher, load_tokenizer, weights_fingerprint
+from rtd_jax.train.recipe import Dtype, TeacherSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentSettings:
+    """What is cut, and by what."""
+
+    teacher: str  # Hugging Face folder or hub name; the one that the classifier was fitted to
+    classifier: str  # folder that launch/boundaries.py wrote
+    data: str  # .jsonl, .json or .parquet file, or hub name
+    out: str = "runs/segments/steps.jsonl"  # stepwise JSONL
+    split: str = "train"  # of a hub's data set
+    text_field: str = "text"  # what is cut
+    prompt_field: str = "prompt"  # what it answers; "" where rows have none
+    param_dtype: Dtype = "float32"  # of the teacher's weights in memory
+    compute_dtype: Dtype = "float32"
+    batch_size: int = 16  # rows that the teacher reads at one time
+    keep: str = "runs/steps"  # folder of what was found already: a run that was killed goes on; "" keeps nothing
+
+
+def segment(settings: SegmentSettings) -> Path:
+    """Cuts every text into steps; writes one row each with `prompt`, `completions` and what else the row had.
+
+    A last line `#### 72` is the answer's, and becomes `answer` where the row has none.
+
+    Raises:
+      ValueError: files, fields, teacher or classifier that cannot be used, with the way out.
+    """
+    out = Path(settings.out).expanduser()
+    check_writable(out.parent)
+    classifier = load_classifier(Path(settings.classifier))
+    directory = resolve(settings.teacher)
+    tokenizer = load_tokenizer(directory)
+    classifier.check_teacher(weights_fingerprint(directory), tokenizer_fingerprint(tokenizer), settings.teacher)
+    rows = list(read_rows(SourceSettings("prose", settings.data, settings.split)))
+    if not rows:
+        raise ValueError(f"{settings.data} has no rows")
+    texts, answers = [], []
+    for place, row in rows:
+        text, stated = split_answer(_field(row, settings.text_field, place, "text_field"))
+        prompt = _field(row, settings.prompt_field, place, "prompt_field") if settings.prompt_field else ""
+        if not text:
+            raise ValueError(f"{place}: field {settings.text_field!r} has no reasoning in it; leave the row out")
+        texts.append((prompt.strip(), text, place))
+        answers.append(stated)
+    note = functools.partial(print, flush=True)
+    described = TeacherSettings(str(directory), settings.param_dtype, settings.compute_dtype)
+    teacher = LoadedTeacher(described, load_config(directory), directory, make_mesh(MeshSettings()), note)
+    detector = Detector(
+        classifier,
+        tokenizer,
+        teacher.mesh,
+        lambda: (teacher.model, teacher.params),
+        described=f"{settings.param_dtype} weights, {settings.compute_dtype} arithmetic",
+        folder=Path(settings.keep).expanduser() if settings.keep else None,
+        batch_size=settings.batch_size,
+        note=note,
+    )
+    found = detector.find(texts)
+    used = {settings.text_field, settings.prompt_field}
+    written = []
+    for (_, row), (prompt, text, _), answer, spans in zip(rows, texts, answers, found, strict=True):
+        new: dict[str, Any] = {key: value for key, value in row.items() if key not in used}
+        new |= {"prompt": prompt, "completions": [text[start:end] for start, end in spans]}
+        written.append(new | ({"answer": answer} if answer and "answer" not in new else {}))
+    write_jsonl(out, written)
+    note(f"{len(written)} texts, {sum(map(len, found))} steps: {out}")
+    return out
+
+
+def _field(row: Any, name: str, place: str, setting: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{place}: field {name!r} is {value!r}; expected text. The row has {', '.join(sorted(row))}; "
+            f"name the field with --{setting}"
+        )
+    return value

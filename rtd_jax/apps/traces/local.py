@@ -1,0 +1,83 @@
+"""Chains from a teacher in this process, by cached decoding over its devices."""
+
+from collections.abc import Sequence, Set
+from typing import Any
+
+import jax
+
+from rtd_jax.apps.traces.requests import JaxSettings, Record, Reply, Request, SamplingSettings, before_stop
+from rtd_jax.base.sharding import make_mesh, row_sharding, row_ways
+from rtd_jax.data.formats import TextFormat, render, stop_token_ids
+from rtd_jax.eval.decoding import Sampling, generate
+from rtd_jax.models.from_hf import load_config, resolve
+from rtd_jax.train.experiment import load_teacher, load_tokenizer, teacher_model, weights_fingerprint
+from rtd_jax.train.recipe import TeacherSettings
+
+
+class JaxBackend:
+    """Batches of neighbours in length. A batch is always made of the same requests, so that what a kill interrupted
+    is written again with the same bits.
+
+    Raises:
+      ValueError: there is no such model, or several processes were started.
+    """
+
+    def __init__(self, settings: JaxSettings, text: TextFormat, sampling: SamplingSettings) -> None:
+        if not settings.path:
+            raise ValueError("jax.path is empty; give the teacher's Hugging Face folder or hub name")
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"{jax.process_count()} processes were started, but one writes traces; use one host's devices, or a "
+                "server with --config.backend=openai"
+            )
+        self._settings, self._text, self._sampling = settings, text, sampling
+        self._directory = resolve(settings.path)
+
+    def identity(self) -> dict[str, Any]:
+        dtypes = f"{self._settings.param_dtype} weights, {self._settings.compute_dtype} arithmetic"
+        return {"backend": "jax", "model": weights_fingerprint(self._directory), "dtypes": dtypes}
+
+    def complete(self, requests: Sequence[Request], missing: Set[str], record: Record) -> None:
+        settings, sampling = self._settings, self._sampling
+        mesh = make_mesh(settings.mesh)
+        config, tokenizer = load_config(self._directory), load_tokenizer(self._directory)
+        of_teacher = TeacherSettings(
+            settings.path, settings.param_dtype, settings.compute_dtype, sharding=settings.sharding
+        )
+        model = teacher_model(of_teacher, config, mesh)
+        params = load_teacher(of_teacher, model, self._directory, mesh)
+        texts = [render(tokenizer, request.problem.prompt, "x", self._text).prompt for request in requests]
+        prompts = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        batch_size = -(-settings.batch_size // row_ways(mesh)) * row_ways(mesh)
+
+        def decoded(ids: list[int]) -> str:
+            return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+        def stopped(ids: list[int]) -> bool:
+            return before_stop(decoded(ids), sampling.stop)[1]
+
+        by_length = sorted(range(len(requests)), key=lambda i: (len(prompts[i]), requests[i].id))
+        for start in range(0, len(by_length), batch_size):
+            rows = by_length[start : start + batch_size]
+            if not any(requests[i].id in missing for i in rows):
+                continue
+            written = generate(
+                model,
+                params,
+                [prompts[i] for i in rows],
+                max_new_tokens=sampling.max_tokens,
+                eos_ids=stop_token_ids(tokenizer, self._text),
+                vocab_size=len(tokenizer),
+                batch_size=batch_size,
+                pad_id=tokenizer.pad_token_id or 0,
+                sampling=Sampling(sampling.temperature, sampling.top_p) if sampling.temperature else None,
+                streams=[requests[i].seed for i in rows],
+                stopped=stopped if sampling.stop else None,
+                batch_sharding=row_sharding(mesh),
+            )
+            replies = []
+            for ids in written:
+                text, at_stop = before_stop(decoded(ids), sampling.stop)
+                replies.append(Reply(text, "stop" if at_stop or len(ids) < sampling.max_tokens else "length"))
+            pairs = zip((requests[i] for i in rows), replies, strict=True)
+            record([(request, reply) for request, reply in pairs if request.id in missing])

@@ -1,0 +1,107 @@
+"""Replies on disk, one line each as they come: what is in the log is never asked again, and never changes.
+
+<folder>/requests.json     what is asked of whom; a folder holds the replies to one such question
+<folder>/responses.jsonl   {"id", "sample", "text", "finish", "crc32"}, appended and synced to the disk
+"""
+
+import fcntl
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rtd_jax.apps.traces.requests import Reply, Request
+from rtd_jax.base.files import read_json, write_json
+
+FORMAT = 1
+
+
+class ResponseLog:
+    """The replies of a folder, open for more; use it as a context manager.
+
+    A last line that a kill tore is dropped. One process writes at a time: a lock, which the system takes back from a
+    process that was killed, says who.
+
+    Raises:
+      ValueError: the folder holds replies to other requests (naming what differs) or something else, a line is
+        damaged (naming it), or another process is writing.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.path = folder / "responses.jsonl"
+        self._check_identity(folder, identity)
+        self._file = self.path.open("ab+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise ValueError(f"{self.path} is being written by another process; wait for it, or stop it") from error
+        try:
+            self.replies = self._read()
+        except ValueError:
+            self._file.close()
+            raise
+
+    def _check_identity(self, folder: Path, identity: dict[str, Any]) -> None:
+        path, now = folder / "requests.json", {"format": FORMAT, **identity}
+        if not path.exists():
+            if self.path.exists():
+                raise ValueError(f"{self.path} has no {path.name} beside it, which says what was asked; restore it")
+            write_json(path, now)
+            return
+        before = read_json(path)
+        if not isinstance(before, dict) or before.get("format") != FORMAT:
+            raise ValueError(f"{path} is not of format {FORMAT}, which this version writes; use another --workdir")
+        changed = [key for key in sorted(now.keys() | before.keys()) if before.get(key) != now.get(key)]
+        if changed:
+            name = changed[0]
+            more = f" (and {', '.join(changed[1:])})" if len(changed) > 1 else ""
+            raise ValueError(
+                f"{folder} holds replies of another {name}: {before.get(name)!r}, this run has {now.get(name)!r}{more}"
+                "; use the settings it was begun with, or another --workdir"
+            )
+
+    def _read(self) -> dict[str, Reply]:
+        self._file.seek(0)
+        content = self._file.read()
+        whole, newline, torn = content.rpartition(b"\n")
+        if torn:
+            self._file.truncate(len(whole) + len(newline))
+        replies: dict[str, Reply] = {}
+        for number, line in enumerate(whole.split(b"\n") if newline else [], start=1):
+            try:
+                row = json.loads(line)
+                if row.pop("crc32") != _checksum(row):
+                    raise ValueError("its checksum differs")
+                replies.setdefault(row["id"], Reply(row["text"], row["finish"]))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{self.path}:{number} is damaged ({type(error).__name__}: {error}); delete this line and run the "
+                    "command again, which asks for it anew"
+                ) from error
+        return replies
+
+    def add(self, replies: Sequence[tuple[Request, Reply]]) -> None:
+        """Appends replies; they are on the disk when this returns."""
+        for request, reply in replies:
+            row = {"id": request.id, "sample": request.sample, "text": reply.text, "finish": reply.finish}
+            line = json.dumps({**row, "crc32": _checksum(row)}) + "\n"
+            self._file.write(line.encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.replies.update((request.id, reply) for request, reply in replies)
+
+    def __enter__(self) -> "ResponseLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _checksum(row: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(row, sort_keys=True).encode())

@@ -1,0 +1,134 @@
+"""What is asked of a teacher: one request a problem and sample, named by everything that decides its reply."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+from rtd_jax.base.sharding import MeshSettings
+from rtd_jax.data.sources import Problem
+
+Finish = Literal["stop", "length", "refused"]  # ended by itself or at a stop text; cut at max_tokens; never answered
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How chains are drawn."""
+
+    samples: int = 4  # chains of each problem
+    temperature: float = 0.7  # 0 is greedy
+    top_p: float = 0.95  # smallest set of ids that reaches this probability; 1 keeps all
+    max_tokens: int = 512  # of a chain; what reaches it is unfinished
+    stop: tuple[str, ...] = ()  # texts that end a chain, themselves not part of it
+    seed: int = 0  # each request has its own, made from this and its id
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.max_tokens < 1:
+            raise ValueError(f"samples is {self.samples} and max_tokens {self.max_tokens}; both must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more, usually 0.7")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1], and 1 keeps everything")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples is {self.samples} but temperature 0 writes the same chain each time; raise it")
+        if "" in self.stop:
+            raise ValueError("stop has an empty text, which would end every chain at once; leave it out")
+
+
+@dataclass(frozen=True)
+class JaxSettings:
+    """A teacher in this process, spread over its devices. Read with backend "jax"."""
+
+    path: str = ""  # Hugging Face folder or hub name
+    param_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"  # int8: one scale per output channel
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    sharding: Literal["fsdp", "tensor"] = "tensor"  # what travels: "fsdp" weights, "tensor" activations
+    batch_size: int = 64  # chains written at one time; what a kill can cost at most
+    mesh: MeshSettings = MeshSettings()
+
+
+@dataclass(frozen=True)
+class OpenAISettings:
+    """A server of OpenAI's completions API: vLLM, SGLang, `transformers serve`. Read with backend "openai"."""
+
+    base_url: str = "http://localhost:8000/v1"
+    model: str = ""  # as the server names it
+    api_key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key; unset where none is needed
+    concurrency: int = 32  # requests under way; what a kill can cost at most
+    requests_per_minute: int = 0  # started at most; 0 is no limit
+    timeout: float = 600.0  # seconds for one reply
+    retries: int = 8  # of a request, 0.5 to 8 s apart or as the server says, when it fails in a way that may pass
+    extra_body: str = ""  # further fields of a request as a JSON object, such as '{"top_k": 50}'
+    skip_refused: bool = False  # count a request that the server refuses (400, 413, 422) instead of stopping
+
+    def __post_init__(self) -> None:
+        if self.concurrency < 1 or self.retries < 0 or self.requests_per_minute < 0 or self.timeout <= 0:
+            raise ValueError(
+                f"concurrency is {self.concurrency}, retries {self.retries}, requests_per_minute "
+                f"{self.requests_per_minute}, timeout {self.timeout}; expected at least 1, 0, 0 and more than 0 s"
+            )
+        self.extra()
+
+    def extra(self) -> dict[str, Any]:
+        """`extra_body` read; raises ValueError where it is not a JSON object."""
+        try:
+            fields = json.loads(self.extra_body or "{}")
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            raise ValueError(f"extra_body is {self.extra_body!r}; expected a JSON object, such as '{{\"top_k\": 50}}'")
+        return fields
+
+
+class Request(NamedTuple):
+    """One chain that is wanted."""
+
+    id: str  # 32 hex digits
+    problem: Problem
+    sample: int
+    seed: int  # 31 bits, of this request alone
+
+
+class Reply(NamedTuple):
+    """What the teacher wrote, cut before the first stop text."""
+
+    text: str
+    finish: Finish
+
+
+Record = Callable[[Sequence[tuple[Request, Reply]]], None]
+
+
+class Backend(Protocol):
+    """Something that writes chains."""
+
+    def identity(self) -> dict[str, Any]:
+        """What it is that writes: JSON, equal where replies are interchangeable."""
+        ...
+
+    def complete(self, requests: Sequence[Request], missing: Set[str], record: Record) -> None:
+        """Gives `record` every request whose id is in `missing` once, in any order, as soon as its reply is there.
+
+        Raises:
+          ValueError: the teacher cannot be had, or refuses; what was recorded before stays.
+        """
+        ...
+
+
+def make_requests(problems: Sequence[Problem], samples: int, seed: int, identity: dict[str, Any]) -> list[Request]:
+    """All requests, the samples of a problem together. More samples or problems leave the others' ids as they are."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    requests = []
+    for problem in problems:
+        for sample in range(samples):
+            named = hashlib.sha256(json.dumps([digest, problem.prompt, sample]).encode()).digest()
+            own = hashlib.sha256(named + str(seed).encode()).digest()
+            requests.append(Request(named.hex()[:32], problem, sample, int.from_bytes(own[:4]) >> 1))
+    return requests
+
+
+def before_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """`text` up to the first of the stop texts, and whether there is one."""
+    places = [text.index(word) for word in stop if word in text]
+    return (text[: min(places)], True) if places else (text, False)

@@ -1,0 +1,165 @@
+"""Which chains are kept: those that end by themselves in the right answer, once each, no depth too often. Pure."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rtd_jax.apps.traces.requests import Reply, Request
+from rtd_jax.data.trace import Problem, sentences
+from rtd_jax.eval.answers import answer_matches, boxed, flexible_answer, parse_number, strict_answer
+from rtd_jax.eval.chains import split_solution
+from rtd_jax.eval.estimates import depth_key
+
+OPEN_FROM = 5  # depths are counted as 1, 2, 3, 4, 5+, the stages of the curriculum
+OUTCOMES = ("kept", "wrong", "duplicate", "unfinished", "unparsable", "surplus", "refused")
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """What is kept of the replies. Another selection is made from the same log without asking again."""
+
+    reading: Literal["strict", "flexible"] = "strict"  # strict: the answer stands behind ####; MATH wants flexible
+    steps: Literal["lines", "sentences"] = "lines"  # what a step is; sentences are cut as those of MATH
+    per_problem: int = 0  # chains of one problem at most; 0 keeps all
+    max_depth_share: float = 1.0  # of all kept chains, that one depth (1, 2, 3, 4, 5+) may have
+    tokenizer: str = ""  # Hugging Face folder: a chain that has tokens unknown to it is unparsable; "" asks none
+
+    def __post_init__(self) -> None:
+        if self.per_problem < 0 or not 0 < self.max_depth_share <= 1:
+            raise ValueError(
+                f"per_problem is {self.per_problem} and max_depth_share {self.max_depth_share}; expected 0 (all) or "
+                "more, and a share in (0, 1]"
+            )
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The kept rows of the `stepwise` schema in the order of the requests, and what became of every request.
+
+    `counts[depth][outcome]` goes by the depth of the problem's own reference chain ("0": it has none), with "all";
+    `kept_by_depth` by the depth of the chain that was kept.
+    """
+
+    rows: list[dict[str, Any]]
+    counts: dict[str, dict[str, int]]
+    kept_by_depth: dict[str, int]
+
+
+def select(
+    requests: Sequence[Request],
+    replies: Mapping[str, Reply],
+    settings: SelectionSettings,
+    known: Callable[[str], bool] = lambda text: True,
+) -> Selected:
+    """Sorts every reply into one of `OUTCOMES`; `known` says of a chain's text whether a tokenizer can write it.
+
+    wrong: it states another answer; unfinished: cut at max_tokens; unparsable: it has no step, or states no answer, or
+    is not `known`;
+    duplicate: right, but the same text as an earlier one of its problem, up to white space and case; surplus: right,
+    but beyond `per_problem` or `max_depth_share`; refused: the server did not take the request.
+
+    Raises:
+      ValueError: `max_depth_share` cannot hold with the depths there are.
+    """
+    outcomes: list[str] = []
+    steps_of: list[list[str]] = []
+    seen: set[tuple[str, str]] = set()
+    kept_of_problem: Counter[str] = Counter()
+    ranks: list[int] = []  # the how-manieth kept chain of its problem
+    for request in requests:
+        outcome, steps = judge(request.problem, replies[request.id], settings)
+        if outcome == "kept" and not known("\n".join(steps)):
+            outcome = "unparsable"
+        if outcome == "kept":
+            text = re.sub(r"\s+", " ", " ".join(steps)).lower()
+            if (request.problem.prompt, text) in seen:
+                outcome = "duplicate"
+            elif 0 < settings.per_problem <= kept_of_problem[request.problem.prompt]:
+                outcome = "surplus"
+            seen.add((request.problem.prompt, text))
+        ranks.append(kept_of_problem[request.problem.prompt])
+        kept_of_problem[request.problem.prompt] += outcome == "kept"
+        outcomes.append(outcome)
+        steps_of.append(steps)
+
+    by_depth: dict[str, list[int]] = {}
+    for i, (outcome, steps) in enumerate(zip(outcomes, steps_of, strict=True)):
+        if outcome == "kept":
+            by_depth.setdefault(depth_key(len(steps), OPEN_FROM), []).append(i)
+    cap = depth_cap([len(places) for places in by_depth.values()], settings.max_depth_share)
+    for places in by_depth.values():
+        # First chains of many problems before second ones of few; among equals by id, which is as good as chance.
+        places.sort(key=lambda i: (ranks[i], hashlib.sha256(requests[i].id.encode()).digest()))
+        for i in places[cap:]:
+            outcomes[i] = "surplus"
+
+    counts: dict[str, dict[str, int]] = {}
+    rows = []
+    for request, outcome, steps in zip(requests, outcomes, steps_of, strict=True):
+        for key in (depth_key(request.problem.depth, OPEN_FROM), "all"):
+            counts.setdefault(key, dict.fromkeys(OUTCOMES, 0))[outcome] += 1
+        if outcome == "kept":
+            rows.append(_row(request, steps))
+    kept_by_depth = {key: min(len(places), cap) for key, places in sorted(by_depth.items())}
+    return Selected(rows, dict(sorted(counts.items())), kept_by_depth)
+
+
+def judge(problem: Problem, reply: Reply, settings: SelectionSettings) -> tuple[str, list[str]]:
+    """(outcome, steps) of one reply by itself: kept, wrong, unfinished, unparsable or refused."""
+    if reply.finish == "refused":
+        return "refused", []
+    lines, answer_line = split_solution(reply.text)
+    steps = lines if settings.steps == "lines" else sentences("\n".join(lines))
+    steps = [" ".join(step.split()) for step in steps]
+    if reply.finish == "length":
+        return "unfinished", steps
+    # What a model writes behind its answer line is not part of the chain.
+    text = "\n".join([*lines, answer_line]) if answer_line else reply.text
+    if not steps or not states_answer(problem, text, settings.reading):
+        return "unparsable", steps
+    match = answer_matches(problem, text)
+    right = match.strict if settings.reading == "strict" else match.strict or match.flexible
+    return "kept" if right else "wrong", steps
+
+
+def states_answer(problem: Problem, text: str, reading: str) -> bool:
+    """Whether there is an answer to be right or wrong, of the kind that the problem asks for."""
+    numeric = parse_number(problem.answer) is not None
+    if numeric and strict_answer(text) is not None:
+        return True
+    if not numeric and (re.search(r"####[ \t]*\S", text) or boxed(text) is not None):
+        return True
+    return reading == "flexible" and (flexible_answer(text) is not None if numeric else bool(text.strip()))
+
+
+def depth_cap(counts: Sequence[int], share: float) -> int:
+    """The largest c such that, of chains cut to c a depth, no depth has more than `share`.
+
+    Raises:
+      ValueError: not even equal numbers would do.
+    """
+    counts = [count for count in counts if count]
+    if not counts or share >= 1:
+        return max(counts, default=0)
+    if share * len(counts) < 1:
+        raise ValueError(
+            f"selection.max_depth_share is {share}, but the right chains have {len(counts)} depths, so one has at "
+            f"least {1 / len(counts):.2f} of them; raise it, or ask for more depths"
+        )
+    return next(c for c in range(max(counts), 0, -1) if c <= share * sum(min(count, c) for count in counts) + 1e-9)
+
+
+def _row(request: Request, steps: list[str]) -> dict[str, Any]:
+    problem = request.problem
+    return {
+        "prompt": problem.prompt,
+        "completions": steps,
+        "answer": problem.answer,
+        "depth": len(steps),
+        "source": problem.source,
+        "request": request.id,
+        "sample": request.sample,
+    }

@@ -1,0 +1,209 @@
+"""From prompts to a teacher's own chains of thought: asked for, judged, and written as shards that `datasets` reads."""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rtd_jax.apps.traces.log import ResponseLog
+from rtd_jax.apps.traces.requests import (
+    Backend,
+    JaxSettings,
+    OpenAISettings,
+    Reply,
+    Request,
+    SamplingSettings,
+    make_requests,
+)
+from rtd_jax.apps.traces.select import OUTCOMES, Selected, SelectionSettings, select
+from rtd_jax.base.console import print_table
+from rtd_jax.base.files import check_writable, replacing, write_jsonl
+from rtd_jax.data.formats import TextFormat, solved_examples
+from rtd_jax.data.manifest import begin_manifest, finish_manifest
+from rtd_jax.data.sources import SourceSettings, load_problems, load_traces
+from rtd_jax.data.trace import Problem
+
+PROGRESS_INTERVAL = 5.0  # seconds between two lines
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """The shards: `<split>-00000-of-00003.jsonl`, rows of the `stepwise` schema."""
+
+    format: Literal["jsonl", "parquet"] = "jsonl"
+    split: str = "train"
+    rows_per_shard: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.rows_per_shard < 1 or not self.split:
+            raise ValueError(f"rows_per_shard is {self.rows_per_shard} and split {self.split!r}; expected 1 and a name")
+
+
+@dataclass(frozen=True)
+class TracesRecipe:
+    """Which problems are put to which teacher, how, and what is kept of its chains."""
+
+    problems: SourceSettings
+    backend: Literal["jax", "openai"]
+    examples: SourceSettings | None = None  # solved examples put before every problem, in the form of the text
+    text: TextFormat = TextFormat("chat")  # of the prompt; "chat" leaves the template to the server or tokenizer
+    sampling: SamplingSettings = SamplingSettings()
+    jax: JaxSettings = JaxSettings()
+    openai: OpenAISettings = OpenAISettings()
+    selection: SelectionSettings = SelectionSettings()
+    output: OutputSettings = OutputSettings()
+
+
+def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:
+    """Asks for what the log in `workdir` has not, then writes shards and manifest from the log. Returns the manifest.
+
+    The shards are a function of the log, the recipe and the problems alone: a run that was killed, anywhere and however
+    often, ends with the bytes of one that was not, provided that the teacher's replies are the same.
+
+    Raises:
+      ValueError: problems, teacher, server, settings or files that cannot be used; the message has the way out. What
+        was answered before is in the log.
+    """
+    check_writable(workdir)
+    problems = load_problems(recipe.problems)
+    examples = load_traces(recipe.examples) if recipe.examples else []
+    asked = {problem.prompt for problem in problems}
+    shared = next((trace for trace in examples if trace.prompt in asked), None)
+    if shared is not None:
+        raise ValueError(f"{shared.source} is a solved example and a problem too; take examples from another split")
+    context = solved_examples(recipe.text, [(trace.prompt, trace.completion) for trace in examples])
+    text = dataclasses.replace(recipe.text, context=recipe.text.context + context)
+    backend = _backend(recipe, text)
+    sampling = dataclasses.asdict(recipe.sampling)
+    samples = sampling.pop("samples")  # more of them are added to those that are there
+    sampling["stop"] = list(sampling["stop"])
+    asks = {"kind": text.kind, "prompt": text.fill("{prompt}")}
+    identity = {**backend.identity(), "sampling": sampling, "text": asks}
+    requests = make_requests(problems, samples, recipe.sampling.seed, identity)
+    with ResponseLog(workdir, identity) as log:
+        missing = {request.id for request in requests if request.id not in log.replies}
+        print(f"{len(problems)} problems, {len(requests)} chains: {len(missing)} to be asked for", flush=True)
+        if missing:
+            progress = _Progress(len(missing))
+
+            def record(replies: Sequence[tuple[Request, Reply]]) -> None:
+                log.add(replies)
+                progress.add(len(replies))
+
+            backend.complete(requests, missing, record)
+        replies = {request.id: log.replies[request.id] for request in requests}
+        selected = select(requests, replies, recipe.selection, _known(recipe.selection.tokenizer))
+        manifest = _write_shards(recipe, workdir, selected, _about(recipe, identity, problems, replies, selected))
+    _print(selected, manifest)
+    if samples > 1 and _all_alike(requests, replies):
+        print(
+            f"warning: the {samples} chains of every problem are alike, so the teacher seems to have decoded greedily. "
+            "`transformers serve` does unless the model's generation_config.json has do_sample true",
+            flush=True,
+        )
+    return manifest
+
+
+def _all_alike(requests: Sequence[Request], replies: Mapping[str, Reply]) -> bool:
+    texts: dict[str, set[str]] = {}
+    for request in requests:
+        texts.setdefault(request.problem.prompt, set()).add(replies[request.id].text)
+    return all(len(of_problem) == 1 for of_problem in texts.values())
+
+
+def _known(path: str) -> Callable[[str], bool]:
+    """Whether a text has only tokens that the tokenizer at `path` knows."""
+    if not path:
+        return lambda text: True
+    from rtd_jax.models.from_hf import resolve
+    from rtd_jax.train.experiment import load_tokenizer
+
+    tokenizer = load_tokenizer(resolve(path))
+    return lambda text: tokenizer.unk_token_id not in tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _backend(recipe: TracesRecipe, text: TextFormat) -> Backend:
+    # Each is slow to import, and asking a server needs none of the models.
+    if recipe.backend == "jax":
+        from rtd_jax.apps.traces.local import JaxBackend
+
+        return JaxBackend(recipe.jax, text, recipe.sampling)
+    from rtd_jax.apps.traces.server import OpenAIBackend
+
+    return OpenAIBackend(recipe.openai, text, recipe.sampling)
+
+
+def _about(
+    recipe: TracesRecipe,
+    identity: dict[str, Any],
+    problems: Sequence[Problem],
+    replies: Mapping[str, Reply],
+    selected: Selected,
+) -> dict[str, Any]:
+    """What the manifest says of the shards, beside their hashes."""
+    digest = hashlib.sha256()
+    for request_id, reply in sorted(replies.items()):
+        digest.update(json.dumps([request_id, *reply]).encode())
+    return {
+        "teacher": identity,
+        "samples": recipe.sampling.samples,
+        "problems": {"source": dataclasses.asdict(recipe.problems), "number": len(problems)},
+        "selection": dataclasses.asdict(recipe.selection),
+        "replies_sha256": digest.hexdigest(),
+        "counts": selected.counts,
+        "kept_by_depth": selected.kept_by_depth,
+    }
+
+
+def _write_shards(recipe: TracesRecipe, workdir: Path, selected: Selected, about: dict[str, Any]) -> Path:
+    output, rows = recipe.output, selected.rows
+    if not rows:
+        raise ValueError(
+            f"no chain is right and whole ({selected.counts['all']}), so there is nothing to write: look into "
+            f"{workdir / 'responses.jsonl'}; then change text, sampling or selection"
+        )
+    total = -(-len(rows) // output.rows_per_shard)
+    paths = [workdir / f"{output.split}-{index:05d}-of-{total:05d}.{output.format}" for index in range(total)]
+    begin_manifest(workdir, [path.name for path in paths])
+    shards = []
+    for index, path in enumerate(paths):
+        part = rows[index * output.rows_per_shard : (index + 1) * output.rows_per_shard]
+        if output.format == "jsonl":
+            write_jsonl(path, part)
+        else:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            with replacing(path) as temporary:
+                pq.write_table(pa.Table.from_pylist(part), temporary)
+        shards.append((path, len(part)))
+    return finish_manifest(workdir, shards, about)
+
+
+class _Progress:
+    """A line now and then: how many, how fast, how long still."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._started = self._last = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._last >= PROGRESS_INTERVAL or self._done == self._total:
+            self._last = now
+            rate = self._done / max(now - self._started, 1e-9)
+            left = (self._total - self._done) / rate
+            print(f"{self._done} of {self._total} chains, {rate:.1f}/s, {left:.0f} s left", flush=True)
+
+
+def _print(selected: Selected, manifest: Path) -> None:
+    rows = [(depth, *(found[outcome] for outcome in OUTCOMES)) for depth, found in selected.counts.items()]
+    print_table("Chains by the depth of the problem's own solution", ("depth", *OUTCOMES), rows)
+    kept = ", ".join(f"{depth}: {count}" for depth, count in selected.kept_by_depth.items())
+    print(f"kept by their own number of steps: {kept}")
+    print(f"manifest: {manifest}", flush=True)

@@ -1,0 +1,52 @@
+"""States at step boundaries, and which boundaries take part in which loss."""
+
+import chex
+import jax.numpy as jnp
+
+from rtd_jax.base.types import Array, Batch
+
+
+def gather_boundaries(hidden_BLD: Array, boundary_positions_BCK: Array) -> Array:
+    """Hidden states at the boundary positions: [B, L, D], int [B, C, K] -> [B, C, K, D].
+
+    Masked slots hold the state at position 0; the losses ignore them.
+    """
+    chex.assert_rank([hidden_BLD, boundary_positions_BCK], 3)
+    rows, chains, boundaries = boundary_positions_BCK.shape
+    flat_BX = boundary_positions_BCK.reshape(rows, chains * boundaries)
+    states_BXD = jnp.take_along_axis(hidden_BLD, flat_BX[:, :, None], axis=1)
+    return states_BXD.reshape(rows, chains, boundaries, hidden_BLD.shape[-1])
+
+
+def step_boundaries(boundary_mask_BCK: Array) -> Array:
+    """The k step conclusions alone, without the prompt's end (slot 0): bool [B, C, K]."""
+    return boundary_mask_BCK & (jnp.arange(boundary_mask_BCK.shape[-1]) > 0)
+
+
+def transition_boundaries(boundary_mask_BCK: Array, anchor_prompt: bool) -> Array:
+    """The boundaries between which transitions are taken: bool [B, C, K].
+
+    With `anchor_prompt` the prompt's end is h_0 and a one-step problem has one transition; without, transitions run
+    between step conclusions only, the article's formula to the letter.
+    """
+    return boundary_mask_BCK if anchor_prompt else step_boundaries(boundary_mask_BCK)
+
+
+def step_tokens(batch: Batch) -> Array:
+    """Which tokens belong to which step, bool [B, C, K - 1, L]: those behind boundary i - 1 up to boundary i."""
+    place_L = jnp.arange(batch.tokens_BL.shape[1])
+    ends, begins = batch.boundary_positions_BCK[..., 1:, None], batch.boundary_positions_BCK[..., :-1, None]
+    return (place_L > begins) & (place_L <= ends) & batch.boundary_mask_BCK[..., 1:, None]
+
+
+def shifted_labels(batch: Batch) -> tuple[Array, Array]:
+    """Labels and loss weights at the position that *makes* each prediction: token l + 1 seen from position l.
+
+    The last position of a row predicts nothing. Weights already vanish on the first token of every chain, so no label
+    crosses from one packed chain into the next.
+    """
+
+    def shift(x_BL: Array) -> Array:
+        return jnp.pad(x_BL[:, 1:], ((0, 0), (0, 1)))
+
+    return shift(batch.tokens_BL), shift(batch.loss_weights_BL)

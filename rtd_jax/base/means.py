@@ -1,0 +1,53 @@
+"""Masked reductions, and means kept as (sum, count) until the last moment.
+
+A mean of micro-batch means is not the mean of the batch. Every metric therefore travels as a `Mean`, is added across
+micro-batches, devices and updates, and is divided only when a person reads it.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax.numpy as jnp
+
+from rtd_jax.base.types import Array
+
+
+class Mean(NamedTuple):
+    """A mean in the making: `sum / count`. Both float32 scalars; addition is exact bookkeeping, not averaging."""
+
+    sum: Array
+    count: Array  # type: ignore[assignment]  # hides tuple.count, which nobody calls on a mean
+
+    def merge(self, other: "Mean") -> "Mean":
+        return Mean(self.sum + other.sum, self.count + other.count)
+
+    def value(self) -> Array:
+        """`sum / count`, and 0 where nothing was counted."""
+        return safe_divide(self.sum, self.count)
+
+
+def safe_divide(numerator: Array, denominator: Array) -> Array:
+    """`numerator / denominator`, and exactly 0 with zero gradient where the denominator is 0."""
+    is_zero = denominator == 0
+    return jnp.where(is_zero, 0.0, numerator / jnp.where(is_zero, 1.0, denominator))
+
+
+def masked_sum(values: Array, mask: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+    """Sum of `values` where `mask`; what is masked contributes nothing even when it is NaN (NaN * 0 is NaN)."""
+    chex.assert_equal_shape([values, mask])
+    return jnp.sum(jnp.where(mask, values, 0.0), axis=axis)
+
+
+def mean_per_chain(values_K: Array, mask_K: Array) -> tuple[Array, Array]:
+    """Mean over the last axis of what the mask keeps, and whether anything was kept.
+
+    Args:
+      values_K: float [..., K].
+      mask_K: bool [..., K].
+
+    Returns:
+      float32 [...] means (0 for chains with nothing kept), and bool [...] saying which chains count.
+    """
+    count = jnp.sum(mask_K, axis=-1)
+    total = masked_sum(values_K.astype(jnp.float32), mask_K, axis=-1)
+    return safe_divide(total, count.astype(jnp.float32)), count > 0

@@ -1,0 +1,281 @@
+"""Greedy or sampled decoding in batches, with a key/value cache.
+
+One program per (batch, prompt bucket, max_new_tokens): the right-padded prompts are read at once, then a while-loop
+adds one token a row until every row has ended. Rows that ended early emit the pad id and cost nothing but their seat,
+so prompts are sorted by length and padded to few buckets: neighbours end at similar times and little is compiled.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rtd_jax.base.sharding import put_same, to_host
+from rtd_jax.base.types import Array, Params
+
+PROMPT_BUCKET = 64  # tokens; prompt lengths are rounded up to a multiple of this, one compiled program each
+STOP_INTERVAL = 16  # tokens between two looks at what has been written, where a text can end a generation
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Draws from softmax(logits / temperature), cut to the most probable ids that together reach `top_p`.
+
+    A draw depends on (seed, place of the prompt in the list or its stream, token), not on the batch it was made in.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be positive (for 0 use greedy decoding)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1], and 1 keeps everything")
+
+    def __str__(self) -> str:
+        return f"temperature {self.temperature:g}, top-p {self.top_p:g}, seed {self.seed}"
+
+
+class Decoding(NamedTuple):
+    """Where a batch stands: `step` new tokens a row."""
+
+    step: Array  # int32
+    cache: Any
+    last_B: Array  # int32, the newest token
+    alive_B: Array  # bool
+    new_BN: Array  # int32
+    counts_B: Array  # int32, new tokens before the end
+
+
+class CachedModel(Protocol):
+    """What decoding needs of a model: a hashable description with pure functions of params."""
+
+    def __hash__(self) -> int: ...
+
+    def prefill(self, params: Params, tokens_BL: Array, lengths_B: Array, cache_length: int) -> tuple[Array, Any]: ...
+
+    def decode(self, params: Params, cache: Any, tokens_B: Array, positions_B: Array) -> tuple[Array, Any]: ...
+
+    def head(self, params: Params) -> Array: ...
+
+
+def generate(
+    model: CachedModel,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    vocab_size: int,
+    batch_size: int = 128,
+    pad_id: int = 0,
+    sampling: Sampling | None = None,
+    streams: Sequence[int] | None = None,
+    stopped: Callable[[list[int]], bool] | None = None,
+    batch_sharding: jax.sharding.NamedSharding | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """A continuation of each prompt, in the order of the prompts: the most probable token each time, or drawn.
+
+    Args:
+      model: see `CachedModel`; static under jit.
+      params: the model's parameters, on whatever devices and shardings they live; neither changed nor donated.
+      prompts: token ids, each at least one.
+      max_new_tokens: most tokens added to a prompt, the ending id included.
+      eos_ids: ids that end a row.
+      vocab_size: ids from here on are padding of the vocabulary and are never chosen.
+      batch_size: rows decoded together.
+      pad_id: fills prompts on the right, and rows that have ended.
+      sampling: None takes the most probable token. For several samples of a prompt, give it several times.
+      streams: for each prompt the number of its stream of draws, in [0, 2^31); None takes its place in the list. Given,
+        a draw does not depend on what else is in the list.
+      stopped: called every `STOP_INTERVAL` tokens with a row's new ids; True ends the row. Such a row may have ids
+        beyond what made it stop: cut its text.
+      batch_sharding: where to put [batch] and [batch, length] arrays; None leaves it to the compiler.
+      progress: called with (prompts done, prompts in all) after each batch.
+
+    Returns:
+      For each prompt the new ids without the ending id; so `max_new_tokens` of them exactly when no end came in time.
+
+    Raises:
+      ValueError: an empty prompt, an id outside the vocabulary, or a limit below one.
+    """
+    _check(prompts, max_new_tokens, batch_size, vocab_size)
+    of_prompt = np.arange(len(prompts)) if streams is None else np.asarray(streams)
+    eos = tuple(sorted({int(i) for i in eos_ids}))
+    if batch_sharding is None:
+        batch_size = min(batch_size, max(1, len(prompts)))
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    results: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(prompts), batch_size):
+        rows = by_length[start : start + batch_size]
+        bucket = -(-max(len(prompts[i]) for i in rows) // PROMPT_BUCKET) * PROMPT_BUCKET
+        tokens_BP = np.full((batch_size, bucket), pad_id, np.int32)
+        lengths_B = np.ones(batch_size, np.int32)  # rows that only fill the batch read one pad and are never active
+        for row, i in enumerate(rows):
+            tokens_BP[row, : len(prompts[i])] = prompts[i]
+            lengths_B[row] = len(prompts[i])
+        active_B = np.arange(batch_size) < len(rows)
+        placed, lengths, active = put_same((tokens_BP, lengths_B, active_B), batch_sharding)
+        options: dict[str, Any] = {"eos_ids": eos, "vocab_size": vocab_size, "pad_id": pad_id}
+        if sampling is None and stopped is None:
+            outputs = greedy(model, params, placed, lengths, active, max_new_tokens=max_new_tokens, **options)
+        else:
+            options |= {"sampling": sampling}
+            prompt_B = np.zeros(batch_size, np.int32)
+            prompt_B[: len(rows)] = of_prompt[rows]
+            (prompt_B,) = put_same((prompt_B,), batch_sharding)
+            state = _start(model, params, placed, lengths, active, prompt_B, max_new_tokens=max_new_tokens, **options)
+            interval = max_new_tokens if stopped is None else STOP_INTERVAL
+            while int(state.step) < max_new_tokens and np.any(alive_B := np.array(to_host(state.alive_B))):
+                if stopped is not None:
+                    new_BN = to_host(state.new_BN)
+                    alive_B &= [
+                        not (on and stopped(new_BN[b, : int(state.step)].tolist())) for b, on in enumerate(alive_B)
+                    ]
+                    state = state._replace(alive_B=put_same((alive_B,), batch_sharding)[0])
+                until = jnp.int32(min(int(state.step) + interval, max_new_tokens))
+                state = _advance(model, params, lengths, prompt_B, state, until, **options)
+            outputs = state.new_BN, state.counts_B
+        new_BN, counts_B = to_host(outputs)
+        for row, i in enumerate(rows):
+            results[i] = new_BN[row, : counts_B[row]].tolist()
+        if progress is not None:
+            progress(start + len(rows), len(prompts))
+    return results
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "eos_ids", "vocab_size", "pad_id"))
+def greedy(
+    model: CachedModel,
+    params: Params,
+    tokens_BP: Array,
+    lengths_B: Array,
+    active_B: Array,
+    *,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    vocab_size: int,
+    pad_id: int,
+) -> tuple[Array, Array]:
+    """Greedy continuation of right-padded prompts, stopping when every active row has ended.
+
+    Args:
+      tokens_BP: int32 [B, P] prompts, padded on the right.
+      lengths_B: int32 [B] tokens of each prompt, in [1, P].
+      active_B: bool [B]; False for rows that only fill the batch.
+
+    Returns:
+      int32 [B, N] new ids, `pad_id` from the ending id on (that place included), and int32 [B] how many ids came
+      before the end.
+    """
+    options: dict[str, Any] = {"eos_ids": eos_ids, "vocab_size": vocab_size, "pad_id": pad_id, "sampling": None}
+    prompt_B = jnp.arange(tokens_BP.shape[0])
+    state = _first(model, params, tokens_BP, lengths_B, active_B, prompt_B, max_new_tokens=max_new_tokens, **options)
+    state = _loop(model, params, lengths_B, prompt_B, state, max_new_tokens, **options)
+    return state.new_BN, state.counts_B
+
+
+def _first(
+    model: CachedModel,
+    params: Params,
+    tokens_BP: Array,
+    lengths_B: Array,
+    active_B: Array,
+    prompt_B: Array,
+    *,
+    max_new_tokens: int,
+    pad_id: int,
+    **options: Any,
+) -> Decoding:
+    """Reads the prompts and adds the first token."""
+    chex.assert_rank([tokens_BP, lengths_B, active_B, prompt_B], [2, 1, 1, 1])
+    chex.assert_equal_shape_prefix([tokens_BP, lengths_B, active_B, prompt_B], 1)
+    chex.assert_type([tokens_BP, lengths_B, active_B, prompt_B], [jnp.int32, jnp.int32, bool, int])
+    batch, prompt_length = tokens_BP.shape
+    hidden_BD, cache = model.prefill(params, tokens_BP, lengths_B, prompt_length + max_new_tokens)
+    empty_BN = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
+    state = Decoding(jnp.int32(0), cache, lengths_B, active_B, empty_BN, jnp.zeros(batch, jnp.int32))
+    return _record(model, params, hidden_BD, prompt_B, state, pad_id=pad_id, **options)
+
+
+def _loop(
+    model: CachedModel, params: Params, lengths_B: Array, prompt_B: Array, state: Decoding, until: Any, **options: Any
+) -> Decoding:
+    """Adds tokens until there are `until` of them, or every row has ended."""
+
+    def keep_going(state: Decoding) -> Array:
+        return (state.step < until) & jnp.any(state.alive_B)
+
+    def add_token(state: Decoding) -> Decoding:
+        hidden_BD, cache = model.decode(params, state.cache, state.last_B, lengths_B + state.step - 1)
+        return _record(model, params, hidden_BD, prompt_B, state._replace(cache=cache), **options)
+
+    return jax.lax.while_loop(keep_going, add_token, state)
+
+
+def _record(
+    model: CachedModel,
+    params: Params,
+    hidden_BD: Array,
+    prompt_B: Array,
+    state: Decoding,
+    *,
+    eos_ids: tuple[int, ...],
+    vocab_size: int,
+    pad_id: int,
+    sampling: Sampling | None,
+) -> Decoding:
+    """Chooses the next token of each row and writes it down."""
+    head_DV = model.head(params).astype(hidden_BD.dtype)
+    logits_BV = jnp.einsum("bd,dv->bv", hidden_BD, head_DV, preferred_element_type=jnp.float32)
+    logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1])[None, :] < vocab_size, logits_BV, -jnp.inf)
+    if sampling is None:
+        chosen_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    else:
+        base = jax.random.key(sampling.seed)
+        keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(base, row), state.step))(prompt_B)
+        kept_BV = nucleus(logits_BV / sampling.temperature, sampling.top_p)
+        chosen_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
+    alive_B = state.alive_B & ~jnp.any(chosen_B[:, None] == jnp.asarray(eos_ids, jnp.int32)[None, :], axis=-1)
+    chosen_B = jnp.where(alive_B, chosen_B, pad_id)
+    new_BN = jax.lax.dynamic_update_slice(state.new_BN, chosen_B[:, None], (0, state.step))
+    return Decoding(state.step + 1, state.cache, chosen_B, alive_B, new_BN, state.counts_B + alive_B)
+
+
+def nucleus(logits_BV: Array, top_p: float) -> Array:
+    """Logits of the fewest ids whose probabilities reach `top_p`, -inf elsewhere (arXiv:1904.09751)."""
+    if top_p >= 1.0:
+        return logits_BV
+    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+    probabilities_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    # An id is kept while those before it have not reached top_p; the first always is.
+    kept_B = jnp.sum(jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV < top_p, axis=-1)
+    lowest_B1 = jnp.take_along_axis(sorted_BV, kept_B[:, None] - 1, axis=-1)
+    return jnp.where(logits_BV >= lowest_B1, logits_BV, -jnp.inf)
+
+
+_STATIC = ("model", "max_new_tokens", "eos_ids", "vocab_size", "pad_id", "sampling")
+_start = jax.jit(_first, static_argnames=_STATIC)
+_advance = jax.jit(_loop, static_argnames=_STATIC, donate_argnums=4)
+
+
+def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, vocab_size: int) -> None:
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}; both must be at least 1")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} has no tokens; give it at least one, such as the tokenizer's bos id")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            worst = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise ValueError(
+                f"prompt {i} has token id {worst}, outside the vocabulary of {vocab_size}; "
+                "encode it with the tokenizer that came with this model"
+            )

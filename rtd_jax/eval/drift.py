@@ -1,0 +1,383 @@
+"""Coherence drift: do student and teacher part ways along a chain of steps, and does that go with failure?
+
+Everything here is float64 NumPy on states at step boundaries, [C, K, D]: C chains, slot 0 the end of the prompt, slot
+i >= 1 the end of step i. Transition i (index i - 1 below) leads into step i: delta_i = h_i - h_{i-1}.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+from sklearn.linear_model import RidgeCV
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from rtd_jax.eval.cka import CKA, linear_cka, resampled_cka
+from rtd_jax.eval.estimates import estimate
+
+NORMAL_95 = 1.959964
+# Ridge strengths tried, as multiples of the mean square of a coordinate times the number of rows.
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+Map = np.ndarray | None  # [S, D], or the identity
+
+
+class BoundaryStates(NamedTuple):
+    """States of two models that read the same chains."""
+
+    student_CKS: np.ndarray
+    teacher_CKD: np.ndarray
+    mask_CK: np.ndarray  # bool; the slots that exist, from the left
+
+
+class Interval(NamedTuple):
+    """An estimate with a 95% interval; NaN where there is too little to say."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON, None in place of NaN."""
+        return {name: None if isinstance(x, float) and not np.isfinite(x) else x for name, x in self._asdict().items()}
+
+
+def cka_by_step(
+    states: BoundaryStates, *, resamples: int, seed: int, chains: np.ndarray | None = None, min_chains: int = 8
+) -> dict[int, tuple[Interval, Interval]]:
+    """{slot: (biased, debiased) CKA over the chains that have it}, for slots that `min_chains` chains have.
+
+    Intervals are normal, from the standard deviation over random halves of the chains (see `cka.resampled_cka`).
+
+    Args:
+      chains: bool [C], the chains to take; all by default. The deeper a slot, the fewer and the more particular the
+        chains that have it: pass the deep ones alone to follow the same chains through all slots.
+    """
+    chosen = np.ones(len(states.mask_CK), bool) if chains is None else chains
+    found: dict[int, tuple[Interval, Interval]] = {}
+    for slot in range(states.mask_CK.shape[1]):
+        keep = states.mask_CK[:, slot] & chosen
+        if keep.sum() < min_chains:
+            continue
+        pair = states.student_CKS[keep, slot], states.teacher_CKD[keep, slot]
+        value, samples = linear_cka(*pair), resampled_cka(*pair, resamples, np.random.default_rng((seed, slot)))
+        found[slot] = tuple(  # type: ignore[assignment]
+            _normal(getattr(value, kind), [getattr(s, kind) for s in samples], int(keep.sum())) for kind in CKA._fields
+        )
+    return found
+
+
+def boundary_cosines(states: BoundaryStates, maps: Sequence[Map]) -> np.ndarray:
+    """cos(f(h_S_i), h_T_i) at every slot; NaN where masked or a state is zero. float64 [C, K].
+
+    Args:
+      maps: f for each chain, as `cross_fitted` gives it; one for all chains is `[f] * C`.
+    """
+    return _cosines(states.student_CKS, states.teacher_CKD, states.mask_CK, maps)
+
+
+def transition_cosines(states: BoundaryStates, maps: Sequence[Map]) -> np.ndarray:
+    """cos(g(delta_S_i), delta_T_i) for every transition; NaN where masked or a transition is zero. float64 [C, K-1]."""
+    deltas, mask = _transitions(states)
+    return _cosines(*deltas, mask, maps)
+
+
+def cross_fitted(states: BoundaryStates, *, transitions: bool, seed: int) -> list[Map]:
+    """For each chain a linear map student -> teacher that has not seen it: fitted on one half, used on the other.
+
+    Ridge regression, its strength by leave-one-out error (scikit-learn's RidgeCV). Where the widths agree it shrinks to
+    the identity, else to zero: with fewer boundaries than dimensions plain least squares could not even map a model to
+    itself.
+
+    Args:
+      transitions: fit on transitions (for g) or on states (for f).
+
+    Raises:
+      ValueError: fewer than two chains.
+    """
+    count = len(states.mask_CK)
+    if count < 2:
+        raise ValueError(f"a map fitted on one half and measured on the other needs two chains, got {count}")
+    arrays, mask = _transitions(states) if transitions else ((states.student_CKS, states.teacher_CKD), states.mask_CK)
+    half = np.random.default_rng(seed).permutation(count) < count // 2
+    fitted = {side: _fit(*(array[half == side][mask[half == side]] for array in arrays)) for side in (False, True)}
+    return [fitted[not side] for side in half.tolist()]
+
+
+def mean_by_step(values_CK: np.ndarray) -> dict[int, Interval]:
+    """{column: mean over the chains that have a value there}; NaN is no value."""
+    found = {}
+    for column in range(values_CK.shape[1]):
+        values = values_CK[np.isfinite(values_CK[:, column]), column]
+        if len(values):
+            found[column] = _from_estimate(values)
+    return found
+
+
+def decline(values_CK: np.ndarray) -> Interval:
+    """Mean change of a value per step, over chains with at least two values: the slope of each chain's own line.
+
+    Negative: student and teacher part ways along the chain. Chains of different depth are not compared with each other.
+    """
+    slopes = []
+    for row in values_CK:
+        columns = np.flatnonzero(np.isfinite(row))
+        if len(columns) > 1:
+            slopes.append(float(np.polyfit(columns, row[columns], 1)[0]))
+    return _from_estimate(np.asarray(slopes)) if slopes else Interval(np.nan, np.nan, np.nan, 0)
+
+
+def drift_starts(values_CK: np.ndarray) -> int | None:
+    """The first column whose drop against column 0, chain by chain, is beyond its 95% interval, there and ever after.
+
+    None where there is no such column.
+    """
+    below = []
+    for column in range(1, values_CK.shape[1]):
+        drops = values_CK[:, column] - values_CK[:, 0]
+        drops = drops[np.isfinite(drops)]
+        if len(drops) < 8:
+            break
+        below.append(_from_estimate(drops).high < 0)
+    for column in range(len(below)):
+        if all(below[column:]):
+            return column + 1
+    return None
+
+
+def auroc(
+    scores: np.ndarray,
+    correct: np.ndarray,
+    chains: np.ndarray,
+    strata: np.ndarray | None = None,
+    *,
+    resamples: int,
+    seed: int,
+) -> Interval:
+    """Area under the ROC curve: how often something right scores higher than something wrong. 0.5 is chance.
+
+    The interval is the percentile bootstrap over whole chains: steps of one chain are not independent.
+
+    Args:
+      scores: float [M], higher for what should be right.
+      correct: bool [M].
+      chains: [M], which chain each belongs to.
+      strata: [M]; compares only within a stratum, each weighted by its pairs. Deep chains fail more often and drift
+        further for other reasons too: without strata by depth, depth itself would be found to predict failure.
+    """
+    groups = np.zeros(len(scores), int) if strata is None else np.unique(strata, return_inverse=True)[1]
+
+    def statistic(rows: np.ndarray) -> float:
+        total = pairs = 0.0
+        for group in np.unique(groups[rows]):
+            inside = rows[groups[rows] == group]
+            right = int(correct[inside].sum())
+            weight = right * (len(inside) - right)
+            if weight:
+                total += weight * float(roc_auc_score(correct[inside], scores[inside]))
+                pairs += weight
+        return total / pairs if pairs else np.nan
+
+    return _bootstrap(statistic, chains, resamples, seed)
+
+
+def roc_points(scores: np.ndarray, correct: np.ndarray) -> list[tuple[float, float]]:
+    """(false positive rate, true positive rate) along the ROC curve; [] where all are right or all wrong."""
+    if not 0 < int(np.sum(correct)) < len(correct):
+        return []
+    false_positive, true_positive, _ = roc_curve(correct, scores)
+    return [(float(x), float(y)) for x, y in zip(false_positive, true_positive, strict=True)]
+
+
+def rank_correlation(
+    drift: np.ndarray, failed: np.ndarray, depths: np.ndarray | None = None, *, resamples: int, seed: int
+) -> Interval:
+    """Spearman's correlation of drift with failure, over chains; with `depths`, of the ranks within each depth.
+
+    The interval is the percentile bootstrap over chains.
+    """
+
+    def statistic(rows: np.ndarray) -> float:
+        x, y = drift[rows], failed[rows].astype(float)
+        if depths is not None:
+            x, y = (_ranks_within(z, depths[rows]) for z in (x, y))
+        if len(rows) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+            return np.nan
+        return float(stats.pearsonr(x, y)[0] if depths is not None else stats.spearmanr(x, y)[0])
+
+    return _bootstrap(statistic, np.arange(len(drift)), resamples, seed)
+
+
+def measure(
+    states: BoundaryStates,
+    maps: tuple[Sequence[Map], Sequence[Map]],
+    steps_right: Sequence[Sequence[bool | None]],
+    failed: np.ndarray,
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Drift by step, and its relation to failure, as plain numbers.
+
+    Args:
+      states: of both models at slots 0 (the prompt's end) to K.
+      maps: (f, g) for each chain.
+      steps_right: for each chain, whether each of its steps is right; None where that cannot be said.
+      failed: bool [C], whether the student's free-running chain is wrong.
+    """
+    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    depths = states.mask_CK.sum(1) - 1
+    boundary_CK, transition_CK = boundary_cosines(states, maps[0]), transition_cosines(states, maps[1])
+    everyone = cka_by_step(states, **options)
+    deepest = max((slot for slot in everyone if slot <= 4), default=0)
+    same = cka_by_step(states, **options, chains=depths >= deepest)
+    boundary, transition = mean_by_step(boundary_CK), mean_by_step(transition_CK)
+    steps = [
+        {
+            "step": slot,
+            "chains": int(states.mask_CK[:, slot].sum()),
+            "cka": _dict(everyone.get(slot, (None, None))[0]),
+            "cka_debiased": _dict(everyone.get(slot, (None, None))[1]),
+            "cka_same_chains": _dict(same.get(slot, (None, None))[1]) if slot <= deepest else None,
+            "boundary_cosine": _dict(boundary.get(slot)),
+            "transition_cosine": _dict(transition.get(slot - 1)),
+        }
+        for slot in range(states.mask_CK.shape[1])
+    ]
+    # One row for each transition whose own step (offset 0) or next step (offset 1) has a known outcome.
+    relation: dict[str, Any] = {}
+    roc: dict[str, Any] = {}
+    for name, offset in (("next_step", 1), ("same_step", 0)):
+        rows = [
+            (transition_CK[chain, i], right[i + offset], chain, depths[chain], i)
+            for chain, right in enumerate(steps_right)
+            for i in range(min(len(right) - offset, transition_CK.shape[1]))
+            if right[i + offset] is not None and np.isfinite(transition_CK[chain, i])
+        ]
+        scores, correct, chains, of_depth, index = (
+            (np.array(x) for x in zip(*rows, strict=True)) if rows else [np.array([])] * 5
+        )
+        correct = correct.astype(bool)
+        # The same place in chains of the same depth: neither depth nor place may stand in for the cosine.
+        strata = of_depth * 1000 + index
+        relation[name] = {
+            "auroc": auroc(scores, correct, chains, **options).to_dict(),
+            "auroc_within": auroc(scores, correct, chains, strata, **options).to_dict(),
+            "wrong": int(np.sum(~correct)),
+        }
+        roc[name] = roc_points(scores, correct)
+    means = np.array([np.nanmean(row) if np.isfinite(row).any() else np.nan for row in transition_CK])
+    known = np.isfinite(means)
+    scores, right, of_depth, chains = means[known], ~failed[known], depths[known], np.arange(int(known.sum()))
+    relation["chain"] = {
+        "auroc": auroc(scores, right, chains, **options).to_dict(),
+        "auroc_within": auroc(scores, right, chains, of_depth, **options).to_dict(),
+        "wrong": int(np.sum(~right)),
+    }
+    roc["chain"] = roc_points(scores, right)
+    relation["correlation"] = {
+        "spearman": rank_correlation(1 - scores, ~right, **options).to_dict(),
+        "within_depth": rank_correlation(1 - scores, ~right, of_depth, **options).to_dict(),
+    }
+    return {
+        "chains": len(depths),
+        "steps": steps,
+        "same_chains": {"steps": deepest, "chains": int(np.sum(depths >= deepest))},
+        "decline": {
+            "boundary_cosine": decline(boundary_CK[:, 1:]).to_dict(),
+            "transition_cosine": decline(transition_CK).to_dict(),
+        },
+        "drift_starts": {
+            # Columns are counted from the first step's; None where nothing falls for good.
+            "boundary_cosine": _step(drift_starts(boundary_CK[:, 1:])),
+            "transition_cosine": _step(drift_starts(transition_CK)),
+        },
+        "relation": relation,
+        "roc": roc,
+    }
+
+
+def _ranks_within(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Ranks within each group, in (-1/2, 1/2): what is left is not explained by the group."""
+    ranks = np.zeros(len(values))
+    for group in np.unique(groups):
+        inside = groups == group
+        ranks[inside] = (stats.rankdata(values[inside]) - 0.5) / inside.sum() - 0.5
+    return ranks
+
+
+def _fit(student_RS: np.ndarray, teacher_RD: np.ndarray) -> np.ndarray:
+    x, y = np.asarray(student_RS, np.float64), np.asarray(teacher_RD, np.float64)
+    prior = np.eye(x.shape[1]) if x.shape[1] == y.shape[1] else np.zeros((x.shape[1], y.shape[1]))
+    if len(x) < 2:
+        return prior
+    strengths = np.asarray(RIDGES) * max(float(np.mean(x**2)) * len(x), 1e-30)
+    ridge = RidgeCV(alphas=strengths, fit_intercept=False).fit(x, y - x @ prior)
+    return prior + np.reshape(ridge.coef_, (y.shape[1], x.shape[1])).T
+
+
+def _transitions(states: BoundaryStates) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    def between(states_CKD: np.ndarray) -> np.ndarray:
+        states_CKD = np.asarray(states_CKD, np.float64)
+        return states_CKD[:, 1:] - states_CKD[:, :-1]
+
+    mask_CK = states.mask_CK[:, 1:] & states.mask_CK[:, :-1]
+    return (between(states.student_CKS), between(states.teacher_CKD)), mask_CK
+
+
+def _cosines(student_CKS: np.ndarray, teacher_CKD: np.ndarray, mask_CK: np.ndarray, maps: Sequence[Map]) -> np.ndarray:
+    if len(maps) != len(mask_CK):
+        raise ValueError(f"{len(maps)} maps for {len(mask_CK)} chains; give one for each chain")
+    found = np.full(mask_CK.shape, np.nan)
+    for chain, mapping in enumerate(maps):
+        keep = mask_CK[chain]
+        x, y = np.asarray(student_CKS[chain, keep], np.float64), np.asarray(teacher_CKD[chain, keep], np.float64)
+        if mapping is None and x.shape[-1] != y.shape[-1]:
+            raise ValueError(
+                f"student width {x.shape[-1]}, teacher width {y.shape[-1]}: cosines need a map between them"
+            )
+        x = x if mapping is None else x @ np.asarray(mapping, np.float64)
+        norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
+        dots = np.sum(x * y, axis=-1)
+        found[chain, keep] = np.divide(dots, norms, out=np.full(len(x), np.nan), where=norms > 0)
+    return found
+
+
+def _normal(value: float, samples: Sequence[float], n: int) -> Interval:
+    finite = np.asarray([s for s in samples if np.isfinite(s)])
+    if not np.isfinite(value) or len(finite) < 2:
+        return Interval(value, np.nan, np.nan, n)
+    margin = NORMAL_95 * float(finite.std(ddof=1))
+    return Interval(value, value - margin, min(value + margin, 1.0), n)
+
+
+def _from_estimate(values: np.ndarray) -> Interval:
+    found = estimate(values)
+    margin = np.nan if found["stderr"] is None else NORMAL_95 * found["stderr"]
+    return Interval(found["mean"], found["mean"] - margin, found["mean"] + margin, found["n"])
+
+
+def _bootstrap(statistic: Callable[[np.ndarray], float], chains: np.ndarray, resamples: int, seed: int) -> Interval:
+    """Percentile bootstrap over chains; a statistic takes row indices, repeated where a chain is drawn twice."""
+    rows = np.arange(len(chains))
+    value = statistic(rows) if len(rows) else np.nan
+    if not np.isfinite(value):
+        return Interval(np.nan, np.nan, np.nan, len(rows))
+    rng = np.random.default_rng(seed)
+    members = [rows[chains == chain] for chain in np.unique(chains)]
+    samples = []
+    for _ in range(resamples):
+        drawn = rng.integers(0, len(members), len(members))
+        samples.append(statistic(np.concatenate([members[i] for i in drawn])))
+    finite = [s for s in samples if np.isfinite(s)]
+    low, high = np.percentile(finite, [2.5, 97.5]) if len(finite) > 1 else (np.nan, np.nan)
+    return Interval(value, float(low), float(high), len(rows))
+
+
+def _dict(found: Interval | None) -> dict[str, Any] | None:
+    return None if found is None else found.to_dict()
+
+
+def _step(column: int | None) -> int | None:
+    return None if column is None else column + 1

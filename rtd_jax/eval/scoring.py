@@ -1,0 +1,187 @@
+"""Teacher-forced scores of given text: for each token, its log-probability and whether it would have been chosen.
+
+One jitted pass serves perplexity and step accuracy. The head is applied to a slice of the row at a time, so [B, L, V]
+logits never exist and a 128k vocabulary fits.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rtd_jax.base.sharding import put_same, to_host
+from rtd_jax.base.types import Array, Params
+
+ROW_MULTIPLE = 64  # tokens; row lengths are rounded up to it, so few programs are compiled
+
+
+class PackedModel(Protocol):
+    """What scoring needs of a model: a hashable description with pure functions of params."""
+
+    def __hash__(self) -> int: ...
+
+    def hidden(self, params: Params, tokens_BL: Array, positions_BL: Array, chain_ids_BL: Array) -> Array: ...
+
+    def head(self, params: Params) -> Array: ...
+
+
+class TokenScores(NamedTuple):
+    """Index l scores token l as predicted from the tokens before it in its chain.
+
+    The first token of a chain has no prediction, and padding has none: log-probability 0 and chosen False there.
+    """
+
+    log_probs: Array  # float32, nats
+    chosen: Array  # bool, the token is the argmax
+
+
+@functools.partial(jax.jit, static_argnames=("model", "vocab_size", "chunk_tokens"))
+def token_scores(
+    model: PackedModel,
+    params: Params,
+    tokens_BL: Array,
+    positions_BL: Array,
+    chain_ids_BL: Array,
+    *,
+    vocab_size: int,
+    chunk_tokens: int = 512,
+) -> TokenScores:
+    """Scores packed rows; both fields [B, L].
+
+    Args:
+      tokens_BL, positions_BL, chain_ids_BL: int32 [B, L] as in `rtd_jax.base.types.Batch`.
+      vocab_size: ids from here on are padding of the vocabulary and get no probability.
+      chunk_tokens: tokens whose float32 logits exist at one time, rounded to whole columns of B.
+    """
+    chex.assert_rank([tokens_BL, positions_BL, chain_ids_BL], 2)
+    chex.assert_equal_shape([tokens_BL, positions_BL, chain_ids_BL])
+    chex.assert_type([tokens_BL, positions_BL, chain_ids_BL], int)
+    rows, length = tokens_BL.shape
+    hidden_BLD = model.hidden(params, tokens_BL, positions_BL, chain_ids_BL)
+    head_DV = model.head(params).astype(hidden_BLD.dtype)
+    real_11V = jnp.arange(head_DV.shape[1])[None, None, :] < vocab_size
+    labels_BL = jnp.roll(tokens_BL, -1, axis=1)
+
+    def score(chunk: tuple[Array, Array]) -> TokenScores:
+        hidden_BcD, labels_Bc = chunk
+        logits_BcV = jnp.einsum("bcd,dv->bcv", hidden_BcD, head_DV, preferred_element_type=jnp.float32)
+        logits_BcV = jnp.where(real_11V, logits_BcV, -jnp.inf)
+        label_Bc = jnp.take_along_axis(logits_BcV, labels_Bc[..., None], axis=-1)[..., 0]
+        log_probs_Bc = label_Bc - jax.nn.logsumexp(logits_BcV, axis=-1)
+        return TokenScores(log_probs_Bc, jnp.argmax(logits_BcV, axis=-1) == labels_Bc)
+
+    # Cut along the row, not along rows x row: a batch sharded over devices stays where it is.
+    columns = min(length, max(1, chunk_tokens // rows))
+    padding = -length % columns
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, -1, columns, *x.shape[2:]), 1, 0)
+
+    chunks = jax.lax.map(score, (cut(hidden_BLD), cut(labels_BL)))
+    made_BL = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :length], chunks)
+    # From the place that makes a prediction to the token that it predicts.
+    same_chain_BL = (chain_ids_BL == jnp.roll(chain_ids_BL, 1, axis=1)) & (chain_ids_BL > 0)
+    predicted_BL = same_chain_BL & (jnp.arange(length)[None, :] > 0)
+    return jax.tree.map(lambda x: jnp.where(predicted_BL, jnp.roll(x, 1, axis=1), jnp.zeros((), x.dtype)), made_BL)
+
+
+def score_chains(
+    model: PackedModel,
+    params: Params,
+    chains: Sequence[Sequence[int]],
+    *,
+    vocab_size: int,
+    row_length: int = 512,
+    batch_size: int = 8,
+    chunk_tokens: int = 512,
+    batch_sharding: jax.sharding.NamedSharding | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[TokenScores]:
+    """Scores every token of every chain; NumPy arrays as long as the chain, in the order given.
+
+    Short chains share rows of `row_length` tokens. A longer one has a row of its own, beside others of about its
+    length: batches are as long as their longest row, and hold about as many tokens, whatever that length is.
+
+    Args:
+      chains: token ids, each at least one.
+      row_length: tokens of a packed row.
+      batch_size: rows of that length scored together; fewer where rows are longer.
+      batch_sharding: where to put [batch] and [batch, length] arrays; None leaves it to the compiler. Batches are a
+        multiple of the devices that it spreads rows over.
+      progress: called with (chains scored, chains in all) after each batch.
+
+    Raises:
+      ValueError: an empty chain, or an id outside the vocabulary.
+    """
+    for i, chain in enumerate(chains):
+        if not len(chain):
+            raise ValueError(f"chain {i} has no tokens; leave it out")
+        if min(chain) < 0 or max(chain) >= vocab_size:
+            raise ValueError(
+                f"chain {i} has token ids from {min(chain)} to {max(chain)}, but the vocabulary has {vocab_size}; "
+                "encode it with the tokenizer that came with this model"
+            )
+    lengths = [len(chain) for chain in chains]
+    row_length = -(-row_length // ROW_MULTIPLE) * ROW_MULTIPLE
+    devices = 1 if batch_sharding is None else batch_sharding.num_devices
+    ways = 1 if batch_sharding is None else devices // batch_sharding.shard_shape((devices, 1))[0]
+    scores: list[TokenScores] = [TokenScores(np.empty(0), np.empty(0))] * len(chains)
+    done = 0
+    for batch, size, length in _batches(lengths, row_length, batch_size, ways):
+        tokens_BL, positions_BL, chain_ids_BL = np.zeros((3, size, length), np.int32)
+        for row, members in enumerate(batch):
+            for number, (i, start) in enumerate(members, start=1):
+                place = slice(start, start + lengths[i])
+                tokens_BL[row, place] = chains[i]
+                positions_BL[row, place] = np.arange(lengths[i])
+                chain_ids_BL[row, place] = number
+        placed = put_same((tokens_BL, positions_BL, chain_ids_BL), batch_sharding)
+        result = token_scores(model, params, *placed, vocab_size=vocab_size, chunk_tokens=chunk_tokens)
+        log_probs_BL, chosen_BL = to_host((result.log_probs, result.chosen))
+        for row, members in enumerate(batch):
+            for i, start in members:
+                place = slice(start, start + lengths[i])
+                scores[i] = TokenScores(log_probs_BL[row, place], chosen_BL[row, place])
+        done += sum(len(members) for members in batch)
+        if progress is not None:
+            progress(done, len(chains))
+    return scores
+
+
+Row = list[tuple[int, int]]  # (chain, where in the row it starts)
+
+
+def _pack(lengths: Sequence[int], row_length: int) -> tuple[list[Row], list[int]]:
+    """Rows and how much of each is used: longest chain first, each into the first row with room."""
+    rows: list[Row] = []
+    used: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, taken in enumerate(used) if taken + lengths[i] <= row_length), len(rows))
+        if row == len(rows):
+            rows.append([])
+            used.append(0)
+        rows[row].append((i, used[row]))
+        used[row] += lengths[i]
+    return rows, used
+
+
+def _batches(
+    lengths: Sequence[int], row_length: int, batch_size: int, ways: int
+) -> Iterator[tuple[list[Row], int, int]]:
+    """(rows, size, length) of each batch, long rows first; a few sizes and lengths only, one compiled program each."""
+    rows, used = _pack(lengths, row_length)
+    start = 0
+    while start < len(rows):
+        # Rows with room for several chains are all full enough; giving them one length saves programs.
+        length = -(-max(used[start], min(row_length, max(used))) // ROW_MULTIPLE) * ROW_MULTIPLE
+        most = max(1, batch_size * row_length // length // ways) * ways
+        left = len(rows) - start
+        size = min(most, ways * 2 ** math.ceil(math.log2(max(1, left / ways))))
+        yield rows[start : start + size], size, length
+        start += size

@@ -1,0 +1,241 @@
+"""The benchmarks: where their problems are, how they are asked, and which solved examples stand before each.
+
+Prompts, stop texts and the drawing of examples are lm-evaluation-harness' (0.4.13; `gsm8k`, `minerva_math`,
+`arc_challenge`): the prompt of a GSM8K or ARC problem is the harness' own, letter by letter. It has no StrategyQA,
+which is asked like GSM8K. MATH's examples come from its training split, because the harness' four are MATH's text,
+which is not ours to hand on.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rtd_jax.data.formats import TextFormat
+from rtd_jax.data.sources import SourceSettings, load_rows, load_traces
+from rtd_jax.data.trace import PARSERS, ChoiceQuestion, Trace, choices_from_arc
+
+SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+SYNTHETIC_PROBLEMS = 600  # where no limit is given; also as many to draw examples from
+EXAMPLES_SEED = 1234  # the harness' default
+
+Item = Trace | ChoiceQuestion
+Turns = Sequence[tuple[str, str]]  # (question as asked, answer)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark as it is asked by default, and as the hub has it."""
+
+    schema: str
+    shots: int
+    location: str = ""  # hub name
+    subsets: tuple[str, ...] = ("",)  # hub configurations that are read one after the other
+    split: str = "test"
+    examples: str = "train"  # split of the solved examples
+    revision: str = ""  # hub commit; "" is the newest
+    prompt: str = "Question: {prompt}\nAnswer:"
+    stops: tuple[str, ...] = ()
+
+    @property
+    def is_choice(self) -> bool:
+        return self.schema == "arc"
+
+
+TASKS = {
+    "gsm8k": Task(
+        "gsm8k",
+        5,
+        "openai/gsm8k",
+        ("main",),
+        revision="e53f048856ff4f594e959d75785d2c2d37b678ee",
+        stops=("Question:", "</s>", "<|im_end|>"),
+    ),
+    "math": Task(
+        "math",
+        4,
+        "EleutherAI/hendrycks_math",
+        SUBJECTS,
+        revision="21a5633873b6a120296cce3e2df9d5550074f4a3",
+        prompt="Problem:\n{prompt}\n\nSolution:",
+        stops=("Problem:",),
+    ),
+    # One split only: examples are drawn from it too, never the problem itself.
+    "strategyqa": Task("strategyqa", 5, "tasksource/strategy-qa", split="train", stops=("Question:",)),
+    "arc_challenge": Task(
+        "arc", 0, "allenai/ai2_arc", ("ARC-Challenge",), revision="210d026faf9955653af8916fad021475a3f00453"
+    ),
+    "synthetic": Task("synthetic", 0),
+}
+
+
+@dataclass(frozen=True)
+class Problems:
+    """What is asked, in which form, with which solved examples before each problem, and how it all came about.
+
+    Of a chat the examples are `turns`; of plain text they are in the problem's `TextFormat`.
+    """
+
+    items: Sequence[Item]
+    texts: Sequence[TextFormat]
+    turns: Sequence[Turns]
+    shots: int
+    protocol: Mapping[str, Any]
+
+    @property
+    def text_format(self) -> str:
+        return f"{self.texts[0].kind}, {self.shots}-shot"
+
+
+def load_problems(
+    name: str,
+    *,
+    data_root: str = "",
+    limit: int = 0,
+    few_shot: int = -1,
+    chat: bool = False,
+    levels: Sequence[int] = (),
+    seed: int = EXAMPLES_SEED,
+    revision: str = "",
+    trained_on: TextFormat | None = None,
+) -> Problems:
+    """The problems of a task.
+
+    Args:
+      name: one of `TASKS`.
+      data_root: folder with `<name>/<split>.jsonl` and so on; "" is the hub.
+      limit: problems, from the beginning (of MATH in seven files: of each subject in turn); 0 takes all.
+      few_shot: solved examples before each problem; -1 takes the task's usual number.
+      chat: ask through the tokenizer's chat template; each example is a turn of its own.
+      levels: of MATH; () takes all.
+      seed: of the drawing of examples.
+      revision: hub commit, tag or branch; "" takes the one in `TASKS`.
+      trained_on: text form of synthetic problems, where a run was trained on one.
+
+    Raises:
+      ValueError: data that cannot be read, or too few rows to draw the examples from.
+    """
+    task = TASKS[name]
+    shots = task.shots if few_shot < 0 else few_shot
+    text = TextFormat("chat" if chat else "plain", task.prompt)
+    if name == "synthetic" and trained_on is not None:
+        text = trained_on
+    sources = _sources(name, data_root, revision or task.revision)
+    parse = choices_from_arc if task.is_choice else PARSERS.get(task.schema)
+    if name == "synthetic":
+        items: list[Item] = [*load_traces(SourceSettings("synthetic", split="test", limit=limit or SYNTHETIC_PROBLEMS))]
+    elif task.is_choice:
+        rows = load_rows(dataclasses.replace(sources[0], split=task.split, limit=limit))
+        items = [choices_from_arc(row, place) for place, row in rows]
+    else:
+        read = [
+            load_traces(dataclasses.replace(source, split=task.split, limit=limit, levels=tuple(levels)))
+            for source in sources
+        ]
+        # A limit cuts the subjects alike, not the last ones away.
+        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*read)) if limit else itertools.chain(*read)
+        items = [item for item in in_turn if item is not None][: limit or None]
+    turns: list[Turns] = [()] * len(items)
+    pool = 0
+    if shots:
+        turns, pool = _examples(task, sources, items, text, shots, seed, parse)
+    drawn = f"drawn for each problem from {task.examples} ({pool} rows) by random.Random({seed}).sample, in order"
+    asked = "".join(repr(dataclasses.replace(item, source="")) for item in items)
+    protocol = {
+        "data": [f"{source.location}{':' * bool(source.subset)}{source.subset}" for source in sources],
+        "revision": sources[0].revision or None,
+        "split": task.split,
+        "problems": len(items),
+        "fingerprint": hashlib.sha256(asked.encode()).hexdigest()[:16],
+        "levels": list(levels),
+        "prompt": text.template,
+        "chat_template": text.kind == "chat",
+        "few_shot": shots,
+        "examples": drawn if shots else None,
+        "stop_texts": list(task.stops),
+    }
+    if text.kind == "chat":
+        return Problems(items, [text] * len(items), turns, shots, protocol)
+    contexts = ["".join(f"{asked}{text.completion_prefix}{answer}\n\n" for asked, answer in of) for of in turns]
+    texts = [dataclasses.replace(text, context=text.context + context) for context in contexts]
+    return Problems(items, texts, [()] * len(items), shots, protocol)
+
+
+def question_of(item: Item) -> str:
+    """The question as it fills the prompt template."""
+    return item.question if isinstance(item, ChoiceQuestion) else item.prompt
+
+
+def _sources(name: str, data_root: str, revision: str) -> list[SourceSettings]:
+    """Where the rows of a task lie: one entry for each subset that has files of its own."""
+    task = TASKS[name]
+    if name == "synthetic":
+        return [SourceSettings("synthetic", limit=1)]
+    if not data_root:
+        return [SourceSettings(task.schema, task.location, subset=x, revision=revision) for x in task.subsets]
+    folder = Path(data_root).expanduser() / name
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder}: no such folder; --data_root needs {name}/{task.split}.jsonl in it (or .parquet), with the "
+            f"fields of {task.location} on the hub"
+        )
+    whole = len(task.subsets) > 1 and not (folder / task.subsets[0]).is_dir()
+    return [SourceSettings(task.schema, str(folder), subset=x) for x in ([""] if whole else task.subsets)]
+
+
+def _examples(
+    task: Task,
+    sources: Sequence[SourceSettings],
+    items: Sequence[Item],
+    text: TextFormat,
+    shots: int,
+    seed: int,
+    parse: Callable[..., Item] | None,
+) -> tuple[list[Turns], int]:
+    """The solved examples of each problem, and of how many rows they were drawn.
+
+    As the harness' ContextSampler: one generator goes through the problems in order. Where examples come from the split
+    of the problems, one more is drawn and the problem itself taken out.
+    """
+    if parse is None:
+        pool: list[Any] = list(load_traces(SourceSettings("synthetic", split="train", limit=SYNTHETIC_PROBLEMS)))
+    else:
+        pool = [row for source in sources for row in load_rows(dataclasses.replace(source, split=task.examples))]
+    same = task.split == task.examples
+    if len(pool) < shots + same:
+        raise ValueError(
+            f"{len(pool)} rows of {task.examples} are too few to draw {shots} solved examples; lower few_shot"
+        )
+    made: dict[int, tuple[Item, tuple[str, str]]] = {}
+
+    def example(i: int) -> tuple[Item, tuple[str, str]]:
+        if i not in made:
+            place, row = (pool[i].source, {}) if parse is None else pool[i]
+            item = pool[i] if parse is None else parse(row, place)
+            # GSM8K's as published: four rows of its training split have white space that a Trace does not keep.
+            answer = row["answer"] if task.schema == "gsm8k" else _completion(item)
+            made[i] = item, (text.template.replace("{prompt}", question_of(item)), answer)
+        return made[i]
+
+    draw = random.Random(seed)
+    found: list[Turns] = []
+    for item in items:
+        examples = [example(i) for i in draw.sample(range(len(pool)), shots + same)]
+        found.append([solved for other, solved in examples if other != item][:shots])
+    return found, len(pool)
+
+
+def _completion(item: Item) -> str:
+    return item.choices[item.answer] if isinstance(item, ChoiceQuestion) else item.completion

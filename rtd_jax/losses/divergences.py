@@ -1,0 +1,153 @@
+"""Distillation losses of each token, given its logits, together with their gradients in closed form.
+
+The divergence is formed from differences of logits, sum_v p_T (z_T - z_S) / T + log Z_S - log Z_T, in float32: as a
+difference of cross-entropy and entropy it would cancel to a few digits when teacher and student nearly agree.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rtd_jax.base.sharding import ROW_AXES, mesh_spec
+from rtd_jax.base.types import Array, TopK
+
+_TINY = 1e-37  # keeps logarithms and quotients of a mass that underflowed finite
+
+
+class Terms(NamedTuple):
+    """The losses of each token, float32 [...], and the gradients of the first two by the student's logits, [..., V]."""
+
+    soft: Array
+    hard: Array
+    kl_T1: Array
+    correct: Array
+    d_soft: Array
+    d_hard: Array
+
+
+def token_terms(
+    student_logits: Array, teacher_logits: Array, labels: Array, temperature: Array | float, vocab_size: int
+) -> Terms:
+    """The terms of `kd_token_losses`. Gradients are of `vocab_size` where the two models' V differ in padding.
+
+    d soft / d z_S = T (softmax(z_S / T) - softmax(z_T / T)) and d hard / d z_S = softmax(z_S) - onehot(label). Each
+    exponential serves both its loss and its gradient: at a large vocabulary they are what the time goes into.
+    """
+    chex.assert_equal_shape_prefix([student_logits, teacher_logits], jnp.ndim(student_logits) - 1)
+    chex.assert_shape(labels, student_logits.shape[:-1])
+    # Padded rows are masked, not sliced: slicing a vocabulary-sharded axis would move data between devices.
+    student, teacher = (mask_padding(z.astype(jnp.float32), vocab_size) for z in (student_logits, teacher_logits))
+    if student.shape[-1] != teacher.shape[-1]:
+        student, teacher = student[..., :vocab_size], teacher[..., :vocab_size]
+    student, teacher = _below_largest(student), _below_largest(jax.lax.stop_gradient(teacher))
+    soft_student, soft_teacher = jnp.exp(student / temperature), jnp.exp(teacher / temperature)
+    hard_student, hard_teacher = jnp.exp(student), jnp.exp(teacher)
+    ahead = teacher - student
+    sums = [_total(x) for x in (soft_student, soft_teacher, hard_student, hard_teacher)]
+    logs = [jnp.log(x) for x in sums]
+    soft = temperature**2 * (_total(soft_teacher * ahead) / (temperature * sums[1]) + logs[0] - logs[1])
+    kl_T1 = _total(hard_teacher * ahead) / sums[3] + logs[2] - logs[3]
+    d_soft = temperature * (soft_student / sums[0] - soft_teacher / sums[1])
+    hard, correct, d_hard = _label_terms(student, hard_student, sums[2], labels)
+    return Terms(soft[..., 0], hard, kl_T1[..., 0], correct, d_soft, d_hard)
+
+
+def top_k_terms(
+    student_logits: Array, top: TopK, labels: Array, temperature: Array | float, vocab_size: int, mesh: Mesh | None
+) -> Terms:
+    """The same terms from the teacher's k most probable tokens and a bucket for all others.
+
+    With teacher p over k + 1 buckets and student q, the divergence is sum_m p_m (log p_m - log q_m), the student's mass
+    in the bucket being the sum over its tokens, formed as a sum and not as 1 - the rest, which would cancel. Its
+    gradient is T (q_v - p_v) at the k tokens and T (q_v - p_bucket q_v / q_bucket) at the others: the bucket's mass is
+    taught, how the student shares it out is not. By the log-sum inequality it is at most the divergence over all
+    tokens; with k = V it is that divergence.
+    """
+    student = _below_largest(mask_padding(student_logits.astype(jnp.float32), vocab_size))
+    soft_student, hard_student = jnp.exp(student / temperature), jnp.exp(student)
+    soft_sum, hard_sum = _total(soft_student), _total(hard_student)
+    soft_top, hard_top = _bucket_log_probs(top, top.soft_tail_BL, temperature), _bucket_log_probs(top, top.tail_BL, 1.0)
+    at_top, teacher = _exchange_at(student, top.ids_BLM, jnp.exp(soft_top), mesh)
+    is_other = teacher < 0.0
+
+    def divergence(log_p: Array, log_q: Array, tail: Array, others: Array, whole: Array) -> Array:
+        log_ratio = jnp.log(jnp.maximum(tail, _TINY)) - jnp.log(jnp.maximum(others, _TINY)) + jnp.log(whole)
+        return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) + (tail * log_ratio)[..., 0]
+
+    soft_tail, hard_tail = top.soft_tail_BL[..., None], top.tail_BL[..., None]
+    soft_others, hard_others = (_total(jnp.where(is_other, x, 0.0)) for x in (soft_student, hard_student))
+    soft = divergence(soft_top, at_top / temperature - jnp.log(soft_sum), soft_tail, soft_others, soft_sum)
+    kl_T1 = divergence(hard_top, at_top - jnp.log(hard_sum), hard_tail, hard_others, hard_sum)
+    shared_out = soft_student * (soft_tail / jnp.maximum(soft_others, _TINY))
+    d_soft = temperature * (soft_student / soft_sum - jnp.where(is_other, shared_out, teacher))
+    hard, correct, d_hard = _label_terms(student, hard_student, hard_sum, labels)
+    return Terms(temperature**2 * soft, hard, kl_T1, correct, d_soft, d_hard)
+
+
+def _bucket_log_probs(top: TopK, tail_BL: Array, temperature: Array | float) -> Array:
+    """Log-probabilities of the k tokens at a temperature, given the mass that it leaves to the others."""
+    log_probs = jax.nn.log_softmax(top.log_probs_BLM.astype(jnp.float32) / temperature)
+    return log_probs + jnp.log1p(-tail_BL)[..., None]
+
+
+def _exchange_at(student_BLV: Array, ids_BLM: Array, probs_BLM: Array, mesh: Mesh | None) -> tuple[Array, Array]:
+    """The student's logits at the ids, [B, L, M], and the teacher's probabilities there, spread over V, -1 elsewhere.
+
+    Where the vocabulary is sharded every device reads and writes its own part, and the k logits, not all of them, are
+    summed over devices.
+    """
+
+    def local(student: Array, ids: Array, probs: Array, first: Array | int = 0) -> tuple[Array, Array]:
+        ids = ids - first
+        here = (ids >= 0) & (ids < student.shape[-1])
+        found = jnp.take_along_axis(student, jnp.where(here, ids, 0), axis=-1)
+        rows, columns = (jnp.arange(n) for n in ids.shape[:2])
+        places = (rows[:, None, None], columns[None, :, None], jnp.where(here, ids, student.shape[-1]))
+        spread = jnp.full(student.shape, -1.0).at[places].set(probs, mode="drop")
+        return jnp.where(here, found, 0.0), spread
+
+    if mesh is None:
+        return local(student_BLV, ids_BLM, probs_BLM)
+
+    def on_device(student: Array, ids: Array, probs: Array) -> tuple[Array, Array]:
+        if student.shape[-1] == student_BLV.shape[-1]:
+            return local(student, ids, probs)
+        found, spread = local(student, ids, probs, jax.lax.axis_index("tensor") * student.shape[-1])
+        return jax.lax.psum(found, "tensor"), spread
+
+    vocabulary = mesh_spec(student_BLV.shape, (ROW_AXES, None, "tensor"), mesh)
+    rows = mesh_spec(ids_BLM.shape, (ROW_AXES, None, None), mesh)
+    exchange = jax.shard_map(on_device, mesh=mesh, in_specs=(vocabulary, rows, rows), out_specs=(rows, vocabulary))
+    return exchange(student_BLV, ids_BLM, probs_BLM)
+
+
+def _label_terms(student: Array, exps: Array, total: Array, labels: Array) -> tuple[Array, Array, Array]:
+    """Cross-entropy with the labels, whether the label's logit is the largest, and the first one's gradient.
+
+    Args:
+      student: float32 [..., V], logits less their largest; `exps` their exponentials, `total` the sum of those.
+    """
+    # As a comparison: indexing into a sharded vocabulary would gather it.
+    is_label = jnp.arange(student.shape[-1]) == labels[..., None]
+    at_label = _total(jnp.where(is_label, student, 0.0))
+    correct = (at_label >= 0.0).astype(jnp.float32)
+    return (jnp.log(total) - at_label)[..., 0], correct[..., 0], exps / total - is_label
+
+
+def _total(x: Array) -> Array:
+    return jnp.sum(x, axis=-1, keepdims=True)
+
+
+def _below_largest(logits: Array) -> Array:
+    """Logits less the largest of each token, so that no exponential overflows; no softmax depends on it."""
+    return logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+
+
+def mask_padding(logits: Array, vocab_size: int) -> Array:
+    if logits.shape[-1] == vocab_size:
+        return logits
+    # A large finite number instead of -inf: p * (log p - log q) at p = 0 would be 0 * (-inf + inf).
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -1e30)

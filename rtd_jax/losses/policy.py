@@ -1,0 +1,173 @@
+"""Learning from rewards of steps: group-normalised advantages, and the clipped policy term.
+
+Of each prompt N chains are drawn. Step i of chain n gets a reward r_ni by itself, and its advantage is how far that
+lies from the rewards of all steps that were drawn for the prompt:
+
+    A_ni = (r_ni - mean) / max(std, floor),    mean and std over all steps of the prompt's N chains
+
+Source: process supervision in GRPO (Shao et al. 2024, arXiv:2402.03300, section 4.1.3). There a token's advantage is
+the sum over its own and all later steps; here it is its own step's alone, because the baseline is to score each step in
+isolation, without any credit for what follows. The policy term is PPO's (Schulman et al. 2017, arXiv:1707.06347,
+equation 7), over tokens t, with rho_t the ratio of the probabilities now and when the chain was drawn:
+
+    L_policy = -mean_t min(rho_t A_t, clip(rho_t, 1 - c, 1 + c) A_t)
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rtd_jax.base.boundaries import step_tokens
+from rtd_jax.base.means import masked_sum, safe_divide
+from rtd_jax.base.types import Array, Batch
+from rtd_jax.losses.divergences import mask_padding
+from rtd_jax.losses.fused import chunk_logits, fused_sums
+
+
+class Rollouts(NamedTuple):
+    """Chains that the student drew, one a row, and what the policy term needs of each of their tokens.
+
+    `batch.loss_weights_BL` is 1 on the tokens of finished steps. The other two belong to the same tokens.
+    """
+
+    batch: Batch
+    old_log_probs_BL: Array  # float32, when the chain was drawn
+    advantages_BL: Array  # float32, of the token's step
+
+
+STD_FLOOR = 0.01  # of a probability: differences below it are the reward model's noise, and are not blown up to 1
+
+
+class PolicySums(NamedTuple):
+    """Sums over tokens, float32 scalars; divide each by `weight`. Only `loss` has a gradient."""
+
+    loss: Array  # -min(rho A, clip(rho) A)
+    clipped: Array  # tokens at which the clip stops the gradient
+    kl: Array  # rho - 1 - log rho: estimates KL(policy when drawn || policy now), never negative
+    weight: Array  # sum of loss weights
+
+
+def step_advantages(rewards_GNK: Array, mask_GNK: Array, std_floor: float = STD_FLOOR) -> Array:
+    """Group-normalised advantage of each step, float32 [G, N, K]; 0 where masked.
+
+    Args:
+      rewards_GNK: rewards of the K steps of N chains of each of G prompts; what is masked may be anything.
+      mask_GNK: bool, the steps that exist.
+      std_floor: smallest divisor, in units of the reward.
+    """
+    chex.assert_rank([rewards_GNK, mask_GNK], 3)
+    chex.assert_equal_shape([rewards_GNK, mask_GNK])
+    rewards_GNK = jnp.where(mask_GNK, jnp.asarray(rewards_GNK, jnp.float32), 0.0)
+    count_G = jnp.sum(mask_GNK, axis=(1, 2)).astype(jnp.float32)
+    mean_G = safe_divide(jnp.sum(rewards_GNK, axis=(1, 2)), count_G)
+    centred_GNK = jnp.where(mask_GNK, rewards_GNK - mean_G[:, None, None], 0.0)
+    std_G = jnp.sqrt(safe_divide(masked_sum(jnp.square(centred_GNK), mask_GNK, axis=(1, 2)), count_G))
+    return centred_GNK / jnp.maximum(std_G, std_floor)[:, None, None]
+
+
+def of_tokens(values_BCK: Array, batch: Batch) -> Array:
+    """For each token the value of the step that it belongs to, float32 [B, L]; 0 outside steps.
+
+    Step i holds the tokens behind boundary i - 1 up to boundary i; slot 0, the prompt's end, has no tokens of its own.
+    """
+    chex.assert_equal_shape([values_BCK, batch.boundary_positions_BCK])
+    return jnp.sum(jnp.where(step_tokens(batch), values_BCK[..., 1:, None], 0.0), axis=(1, 2))
+
+
+def policy_token_losses(
+    log_probs: Array, old_log_probs: Array, advantages: Array, clip: Array | float
+) -> tuple[Array, Array]:
+    """(-min(rho A, clip(rho) A), its derivative by log_probs) of each token; rho = exp(log_probs - old_log_probs)."""
+    ratio = jnp.exp(log_probs - old_log_probs)
+    free, held = ratio * advantages, jnp.clip(ratio, 1.0 - clip, 1.0 + clip) * advantages
+    return -jnp.minimum(free, held), jnp.where(free <= held, -free, 0.0)
+
+
+@jax.named_scope("policy")
+def policy_sums(
+    hidden_BLS: Array,
+    head_SV: Array,
+    labels_BL: Array,
+    weights_BL: Array,
+    old_log_probs_BL: Array,
+    advantages_BL: Array,
+    *,
+    temperature: Array | float,
+    clip: Array | float,
+    vocab_size: int,
+    chunk_length: int = 32,
+    mesh: Mesh | None = None,
+) -> PolicySums:
+    """Sums of the policy term over tokens, the LM head fused in as in `kd_sums`.
+
+    Args:
+      hidden_BLS: states that the student's head reads; head_SV: the head.
+      labels_BL: int32, the drawn token predicted *at* each position (already shifted, as the next three).
+      weights_BL: float32; tokens of weight 0 contribute nothing, whatever they hold.
+      old_log_probs_BL: log-probabilities when the chain was drawn, at the same temperature.
+      advantages_BL: of the step that the predicted token belongs to.
+      temperature: at which the chains were drawn: the policy is softmax(logits / temperature).
+      clip: c, by which a ratio may leave 1 before its gradient stops.
+      vocab_size, chunk_length, mesh: see `kd_sums`.
+    """
+    chex.assert_equal_shape([labels_BL, weights_BL, old_log_probs_BL, advantages_BL])
+    chex.assert_equal_shape_prefix([hidden_BLS, labels_BL], 2)
+
+    def losses(logits: Array, constants: tuple, chunk: tuple) -> tuple[Array, tuple[Array, ...], Array]:
+        temperature, clip = constants
+        weights, labels, *others = chunk
+        counts = weights > 0
+        old, advantages = (jnp.where(counts, x, 0.0) for x in others)
+        log_probs = jax.nn.log_softmax(mask_padding(logits, vocab_size) / temperature)
+        is_label = jnp.arange(logits.shape[-1]) == jnp.where(counts, labels, 0)[..., None]
+        of_label = jnp.sum(jnp.where(is_label, log_probs, 0.0), axis=-1)
+        of_label = jnp.where(counts, of_label, 0.0)
+        loss, slope = policy_token_losses(of_label, old, advantages, clip)
+        clipped = (slope == 0.0) & (advantages != 0.0)
+        log_ratio = of_label - old
+        kl = jnp.exp(log_ratio) - 1.0 - log_ratio
+        sums = tuple(jnp.sum(jnp.where(counts, weights * x, 0.0)) for x in (clipped, kl, 1.0))
+        d_logits = (weights * slope / temperature)[..., None] * (is_label - jnp.exp(log_probs))
+        return jnp.sum(jnp.where(counts, weights * loss, 0.0)), sums, d_logits
+
+    traced = (jnp.asarray(temperature, jnp.float32), jnp.asarray(clip, jnp.float32))
+    arrays = (weights_BL, labels_BL, old_log_probs_BL, advantages_BL)
+    loss, others = fused_sums(losses, chunk_length, mesh, hidden_BLS, head_SV, traced, arrays)
+    return PolicySums(loss, *jax.lax.stop_gradient(others))
+
+
+def token_log_probs(
+    hidden_BLS: Array,
+    head_SV: Array,
+    labels_BL: Array,
+    weights_BL: Array,
+    *,
+    temperature: Array | float,
+    vocab_size: int,
+    chunk_length: int = 32,
+) -> Array:
+    """log softmax(logits / temperature) of each label, float32 [B, L], a chunk of positions at a time; 0 at weight 0.
+
+    Arguments as in `policy_sums`; not differentiated.
+    """
+    rows, length = labels_BL.shape
+    chunk_length = min(chunk_length, length)
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, -length % chunk_length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, -1, chunk_length, *x.shape[2:]), 1, 0)
+
+    head_SV = head_SV.astype(hidden_BLS.dtype)
+
+    def of_chunk(chunk: tuple[Array, Array, Array]) -> Array:
+        hidden, labels, weights = chunk
+        logits = mask_padding(chunk_logits(hidden, head_SV, weights, None), vocab_size)
+        log_probs = jax.nn.log_softmax(logits / temperature)
+        found = jnp.take_along_axis(log_probs, jnp.where(weights > 0, labels, 0)[..., None], axis=-1)[..., 0]
+        return jnp.where(weights > 0, found, 0.0)
+
+    found = jax.lax.map(of_chunk, (split(hidden_BLS), split(labels_BL), split(weights_BL)))
+    return jnp.moveaxis(found, 0, 1).reshape(rows, -1)[:, :length]

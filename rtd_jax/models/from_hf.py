@@ -1,0 +1,259 @@
+"""Llama params from Hugging Face directories (config.json, safetensors), tensor by tensor; torch is never imported."""
+
+import contextlib
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from qwix import QArray
+from safetensors import SafetensorError, safe_open
+
+from rtd_jax.base.types import Params
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.quantized import INT8, quantize_weight
+from rtd_jax.models.to_hf import INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE
+from rtd_jax.models.weights import Weight, leaf, nested, table
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def resolve(name_or_dir: str | Path) -> Path:
+    """A local directory as it is; otherwise the hub's snapshot of that model name, downloaded or from the cache.
+
+    Only config, safetensors and tokenizer files are fetched. Raises ValueError when neither can be had.
+    """
+    path = Path(name_or_dir).expanduser()
+    if path.is_dir():
+        return path
+    name = str(name_or_dir)
+    if not _HUB_NAME.fullmatch(name) or name.startswith("."):
+        raise ValueError(f"{name}: no such directory; give a folder with config.json and safetensors, or a hub name")
+    # Here, because importing it takes longer than everything else in this file, and most models are local.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=["config.json", "*.safetensors", INDEX_FILE, *TOKENIZER_FILES])
+        )
+    except Exception as error:  # the hub's client raises its own, the HTTP library's and the system's errors
+        raise ValueError(
+            f"{name}: neither a local directory nor a model the hub would give ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}). Without a network, "
+            f"download it elsewhere (`hf download {name} --local-dir DIR`) and give that directory instead; "
+            "for a gated model, log in first (`hf auth login`)"
+        ) from error
+
+
+def load_config(directory: str | Path) -> LlamaConfig:
+    """The config of a Hugging Face directory. Raises ValueError when it is absent, unreadable or not a plain Llama."""
+    path = Path(directory) / "config.json"
+    return LlamaConfig.from_hf(_read_json(path, "give the directory of a Hugging Face checkpoint"), str(path))
+
+
+def load_params(
+    directory: str | Path,
+    config: LlamaConfig,
+    *,
+    dtype: str = "float32",
+    shardings: dict[str, Any] | None = None,
+    layers: Sequence[int] | None = None,
+) -> Params:
+    """The weights of a Hugging Face directory in the layout and dtype of `LlamaModel`'s params.
+
+    `config` is the directory's own. `dtype` "int8" gives matrices as `QArray`s (see `quantized`). `shardings` is a tree
+    of `jax.sharding.Sharding` like the params; without it, everything goes to the default device. `layers` takes these
+    layers only, for a shallower model: pair the result with `dataclasses.replace(config, layers=len(layers))`.
+    Tensors are read one at a time, each process only the slices that its devices hold, and written into the stacked
+    arrays in place, so the host never holds more than two tensors besides the params themselves.
+    Raises ValueError naming missing, left-over, wrongly shaped or non-float tensors and absent or damaged files.
+    """
+    directory = Path(directory)
+    files = _tensor_files(directory)
+    rows = table(config)
+    _check_names(directory, files, {name for weight in rows for name in weight.names(config)}, config)
+    sharding_of = (lambda path: None) if shardings is None else functools.partial(leaf, shardings)
+    with contextlib.ExitStack() as stack:
+        handles = {path: stack.enter_context(_open(path)) for path in sorted(set(files.values()))}
+        readers: dict[str, Any] = {}
+        for weight in rows:
+            for name in weight.names(config):
+                readers[name] = _slice(handles[files[name]], name, files[name])
+                _check_tensor(files[name], name, readers[name], weight.hf_shape(config))
+        chosen = range(config.layers) if layers is None else layers
+        return nested(
+            {
+                weight.path: _load(weight, config, dtype, sharding_of(weight.path), readers.__getitem__, chosen)
+                for weight in rows
+            }
+        )
+
+
+def _load(
+    weight: Weight,
+    config: LlamaConfig,
+    dtype: str,
+    sharding: Any,
+    reader: Callable[[str], Any],
+    layers: Sequence[int],
+) -> Any:
+    of_values = sharding.qvalue if isinstance(sharding, QArray) else sharding
+    raw_sharding = _hf_sharding(weight, of_values)
+
+    def convert(raw: jax.Array) -> Any:
+        array = weight.from_hf(raw, config)
+        return quantize_weight(array, weight) if dtype == INT8 and weight.inputs else array.astype(kept)
+
+    kept = "bfloat16" if dtype == INT8 else dtype  # norms are not quantised
+
+    def read(name: str) -> jax.Array:
+        if raw_sharding is None:
+            return jnp.asarray(reader(name)[:])
+        return _read_sharded(reader(name), weight.hf_shape(config), raw_sharding)
+
+    if not weight.stacked:
+        return jax.jit(convert, out_shardings=sharding)(read(weight.name))
+
+    # Donation makes this an in-place write on the device: layers are stacked without a second copy anywhere.
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=sharding)
+    def put(stacked, raw, layer):
+        return jax.tree.map(
+            lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, layer, axis=0), stacked, convert(raw)
+        )
+
+    def empty():
+        one = jax.eval_shape(convert, jax.ShapeDtypeStruct(weight.hf_shape(config), "float32"))
+        return jax.tree.map(lambda x: jnp.zeros((len(layers), *x.shape), x.dtype), one)
+
+    stacked = jax.jit(empty, out_shardings=sharding)()
+    names = weight.names(config)
+    for position, layer in enumerate(layers):
+        raw = read(names[layer])
+        # Dispatch is asynchronous: without waiting, reading would run ahead and pile up a second copy of the stack.
+        stacked = put(jax.block_until_ready(stacked), raw, position)
+    return stacked
+
+
+def _hf_sharding(weight: Weight, sharding: Sharding | None) -> Sharding | None:
+    """The sharding of one checkpoint tensor that lets each device read about what it will keep."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = (*sharding.spec, *[None] * (len(weight.axes) - len(sharding.spec)))
+    mesh_axes = dict(zip(weight.axes, spec, strict=True))
+    # A product axis can be cut along its first factor only; a cut along another is made on the device, after reading.
+    parts = [
+        mesh_axes[group[0]] if all(mesh_axes[axis] is None for axis in group[1:]) else None for group in weight.there
+    ]
+    return NamedSharding(sharding.mesh, PartitionSpec(*parts))
+
+
+def _read_sharded(tensor: Any, shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
+    read: dict[tuple, np.ndarray] = {}  # replicas of a part are read once
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        key = tuple(s.indices(size) for s, size in zip(index, shape, strict=True))
+        if key not in read:
+            read[key] = tensor[tuple(slice(*bounds) for bounds in key)]
+        return read[key]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """Which file holds each tensor, from the index of a sharded checkpoint or the header of the single file."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory; give the directory of a Hugging Face checkpoint")
+    index, single = directory / INDEX_FILE, directory / WEIGHTS_FILE
+    if index.is_file():
+        weight_map = _read_json(index, "download it again").get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: no 'weight_map' in it; download the checkpoint again")
+        absent = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
+        if absent:
+            raise ValueError(
+                f"{directory}: {INDEX_FILE} names {_few(absent)}, which is not there; download the missing files"
+            )
+        return {name: directory / file for name, file in weight_map.items()}
+    if single.is_file():
+        with _open(single) as handle:
+            return dict.fromkeys(handle.keys(), single)
+    raise ValueError(
+        f"{directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there; "
+        "save the model with transformers' save_pretrained, which writes safetensors"
+    )
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: not a whole safetensors file of {path.stat().st_size} bytes ({error}); download it again "
+            "(after a git clone, `git lfs pull`)"
+        ) from error
+
+
+def _slice(handle: Any, name: str, path: Path) -> Any:
+    try:
+        return handle.get_slice(name)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: {INDEX_FILE} says that {name} is here, but it is not; download both files again"
+        ) from error
+
+
+def _check_names(directory: Path, found: Iterable[str], expected: set[str], config: LlamaConfig) -> None:
+    missing = sorted(expected.difference(found))
+    left_over = sorted(name for name in set(found) - expected if not _ignorable(name, config))
+    hint = "config.json and the weights must be of the same model"
+    if "lm_head.weight" in missing:
+        hint += "; without lm_head.weight, config.json should say tie_word_embeddings: true"
+    if missing:
+        raise ValueError(f"{directory}: missing tensors: {_few(missing)}; left over: {_few(left_over)}; {hint}")
+    if left_over:
+        raise ValueError(
+            f"{directory}: left-over tensors that no weight of this Llama reads: {_few(left_over)}; {hint}"
+        )
+
+
+def _ignorable(name: str, config: LlamaConfig) -> bool:
+    """What old or tied checkpoints carry besides weights: rotary tables, and a head that repeats the embedding."""
+    return name.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and name == "lm_head.weight")
+
+
+def _check_tensor(path: Path, name: str, tensor: Any, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.get_shape()) != expected:
+        raise ValueError(
+            f"{path}: {name} has shape {tuple(tensor.get_shape())}, but config.json makes it {expected}; "
+            "config.json and the weights must be of the same model"
+        )
+    if tensor.get_dtype() not in _FLOATS:
+        raise ValueError(
+            f"{path}: {name} has dtype {tensor.get_dtype()}, expected one of {', '.join(_FLOATS)}; "
+            "use the original, unquantised weights"
+        )
+
+
+def _read_json(path: Path, way_out: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file; {way_out}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error}); {way_out}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}; {way_out}")
+    return content
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:5]) or "none"
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

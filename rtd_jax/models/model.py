@@ -1,0 +1,188 @@
+"""The public face of a Llama: pure functions of a nested dict of arrays, held by one hashable description."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from qwix import QArray
+
+from rtd_jax.base.types import Array, Params
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.decoder import AttentionKernel, KVCache, Llama, Runtime
+from rtd_jax.models.quantized import INT8, as_float, quantize_params
+
+
+@dataclass(frozen=True)
+class LlamaModel:
+    """A Llama without its weights. Hashable: pass it to jit as a static argument, and the params as a traced one.
+
+    `compute_dtype`: dtype of matrix products and of the hidden states ("float32" or "bfloat16"); params keep their own.
+    `remat`: what backward recomputes, "none", "full" (keeps only layer inputs) or "dots" (keeps projections too).
+    `activation_sharding`: sharding constraint put on [B, L, D] states between layers, e.g. rows over ('data', 'fsdp').
+    `attention`: implementation given to `jax.nn.dot_product_attention`: "xla", "cudnn", or "auto" (cuDNN's kernel where
+    it runs; see `attention_kernel`).
+    `streamed`: the layers' weights lie in host memory; each layer is copied to the device when it runs.
+    """
+
+    config: LlamaConfig
+    compute_dtype: str = "float32"
+    remat: str = "none"
+    activation_sharding: NamedSharding | None = None
+    attention: AttentionKernel = "auto"
+    streamed: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self._runtime  # refuse bad values here, not at the first trace
+
+    def init(self, key: jax.Array, dtype: str = "float32") -> Params:
+        """Random params: normal with `config.init_std`, norms at one."""
+        return _random_params(self, dtype, key)
+
+    def abstract_params(self, dtype: str = "float32") -> Params:
+        """Shapes and dtypes of the params, as jax.ShapeDtypeStruct leaves; allocates nothing.
+
+        "int8" stands for matrices as `QArray`s, and norms in bfloat16.
+        """
+        if dtype == INT8:
+            return jax.eval_shape(quantize_params, self.abstract_params("bfloat16"))
+        return nnx.to_pure_dict(_abstract(self.config, self._runtime, dtype)[1])
+
+    def hidden(
+        self,
+        params: Params,
+        tokens_BL: Array,
+        positions_BL: Array,
+        chain_ids_BL: Array,
+        *,
+        layers: Sequence[int] = (),
+    ):
+        """States that the head reads (after the last RMSNorm), [B, L, D] in `compute_dtype`.
+
+        A token attends to itself and earlier tokens of the same chain id; positions give the rotary angles.
+        With `layers`, returns (states, tuple of the hidden states asked for), numbered as transformers numbers
+        `output_hidden_states`: 0 the embeddings, i the output of layer i, N the final normed states; negative from the
+        end.
+        Raises ValueError for a layer that does not exist.
+        """
+        chex.assert_rank([tokens_BL, positions_BL, chain_ids_BL], 2)
+        chex.assert_equal_shape([tokens_BL, positions_BL, chain_ids_BL])
+        chex.assert_type([tokens_BL, positions_BL, chain_ids_BL], int)
+        count = self.config.layers
+        wanted = [self.layer_index(layer) for layer in layers]
+        inner = tuple(sorted({layer for layer in wanted if layer < count}))
+        final_BLD, kept = self._module(params)(
+            jnp.asarray(tokens_BL), jnp.asarray(positions_BL), chain_mask(chain_ids_BL), inner
+        )
+        if not layers:
+            return final_BLD
+        return final_BLD, tuple(final_BLD if layer == count else kept[inner.index(layer)] for layer in wanted)
+
+    def layer_index(self, layer: int) -> int:
+        """`layer` counted from 0 (embeddings) to N (final normed states); raises ValueError where there is none."""
+        count = self.config.layers
+        if not -count - 1 <= layer <= count:
+            raise ValueError(
+                f"hidden layer {layer} does not exist: a model of {count} layers has 0 (embeddings) to {count} "
+                f"(final), or -{count + 1} to -1 from the end"
+            )
+        return layer if layer >= 0 else count + 1 + layer
+
+    def head(self, params: Params) -> jax.Array:
+        """The matrix from hidden states to logits, [D, V], in the dtype of the params (of int8: `compute_dtype`)."""
+        head = params["embedding"] if self.config.tied_embeddings else params["head"]
+        if isinstance(head, QArray):
+            head = as_float(head, self.compute_dtype)
+        return head.T if self.config.tied_embeddings else head
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """hidden @ head, float32 [..., V]. For evaluation of a few states; training joins the head inside its loss."""
+        head_DV = self.head(params).astype(hidden.dtype)
+        return jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch: int, length: int, dtype: str | None = None) -> KVCache:
+        """An empty cache of `length` tokens for `batch` rows, [N, B, G, L, E] twice; `compute_dtype` by default."""
+        config = self.config
+        shape = (config.layers, batch, config.kv_heads, length, config.head_dim)
+        zeros = functools.partial(jnp.zeros, shape, dtype or self.compute_dtype)
+        return KVCache(zeros(), zeros())
+
+    def prefill(
+        self, params: Params, tokens_BL: Array, lengths_B: Array, cache_length: int | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """Reads right-padded prompts: (final normed state at each row's last prompt token [B, D], cache).
+
+        `lengths_B` counts the prompt's tokens, at least 1. What is cached of the padding is overwritten by `decode`
+        before any query can see it. Raises ValueError when the prompts do not fit `cache_length` (tokens).
+        """
+        chex.assert_rank([tokens_BL, lengths_B], [2, 1])
+        chex.assert_equal_shape_prefix([tokens_BL, lengths_B], 1)
+        length = tokens_BL.shape[1]
+        cache_length = length if cache_length is None else cache_length
+        if cache_length < length:
+            raise ValueError(
+                f"cache_length {cache_length} is shorter than the prompts' {length} tokens; make it larger"
+            )
+        positions_BL = jnp.broadcast_to(jnp.arange(length), tokens_BL.shape)
+        hidden_BD, cache = self._module(params).prefill(
+            jnp.asarray(tokens_BL), positions_BL, jnp.asarray(lengths_B) - 1
+        )
+        padding = [(0, 0), (0, 0), (0, 0), (0, cache_length - length), (0, 0)]
+        return hidden_BD, jax.tree.map(lambda x: jnp.pad(x, padding), cache)
+
+    def decode(self, params: Params, cache: KVCache, tokens_B: Array, positions_B: Array) -> tuple[jax.Array, KVCache]:
+        """One token more per row, at `positions_B` (0-based): (final normed state [B, D], cache).
+
+        A position beyond the cache is dropped by the scatter, so size the cache for prompt + new tokens.
+        """
+        chex.assert_rank([tokens_B, positions_B], 1)
+        chex.assert_equal_shape([tokens_B, positions_B])
+        return self._module(params).decode(cache, jnp.asarray(tokens_B), jnp.asarray(positions_B))
+
+    @property
+    def _runtime(self) -> Runtime:
+        return Runtime(self.compute_dtype, self.remat, self.attention, self.activation_sharding, self.streamed)
+
+    def _module(self, params: Params) -> Llama:
+        return nnx.merge(_abstract(self.config, self._runtime, "float32")[0], params)
+
+
+def chain_mask(chain_ids_BL: Array) -> jax.Array:
+    """True where a query may look: same chain, not later. Padding sees padding: no softmax is empty. [B, 1, L, L]."""
+    ids_BL = jnp.asarray(chain_ids_BL)
+    length = ids_BL.shape[1]
+    same_BLL = ids_BL[:, :, None] == ids_BL[:, None, :]
+    return (same_BLL & jnp.tri(length, dtype=bool)[None])[:, None]
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(config: LlamaConfig, runtime: Runtime, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
+    build = functools.partial(Llama, config, runtime, jnp.dtype(dtype))
+    return nnx.split(nnx.eval_shape(build))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _random_params(model: LlamaModel, dtype: str, key: jax.Array) -> Params:
+    layers_key, rest_key = jax.random.split(key)
+    rest = model.abstract_params(dtype)
+    layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rest.pop("layers"))
+    draw = functools.partial(_random_arrays, model.config.init_std)
+    layers = jax.lax.map(lambda key: draw(layer, key), jax.random.split(layers_key, model.config.layers))
+    return {**draw(rest, rest_key), "layers": layers}
+
+
+def _random_arrays(std: float, abstract: Params, key: jax.Array) -> Params:
+    """Normal matrices, norms at one. Cut from one draw: a generator per matrix takes XLA ten seconds to compile."""
+    shapes, treedef = jax.tree.flatten(abstract)
+    ends = np.cumsum([0 if x.ndim == 1 else x.size for x in shapes])
+    flat = std * jax.random.normal(key, (int(ends[-1]),))
+    arrays = [
+        jnp.ones(x.shape, x.dtype) if x.ndim == 1 else flat[end - x.size : end].reshape(x.shape).astype(x.dtype)
+        for x, end in zip(shapes, ends, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, arrays)

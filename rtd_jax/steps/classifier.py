@@ -1,0 +1,236 @@
+"""A fitted boundary classifier: the network, what it was fitted to, and its folder on disk.
+
+A folder holds `classifier.json` (everything but numbers in bulk) and `head.safetensors`. A classifier belongs to one
+teacher: it is refused with another, because it reads that teacher's states.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from rtd_jax.base.files import read_json, replacing, write_json
+from rtd_jax.base.types import Array, Params
+from rtd_jax.data.formats import TextFormat
+from rtd_jax.steps.decoder import decode
+from rtd_jax.steps.head import HeadSettings, Scale, boundary_logits, init_head
+
+FORMAT = 1
+JSON, WEIGHTS = "classifier.json", "head.safetensors"
+ROW_LENGTH = 512  # tokens of a packed row
+ROWS = 8  # at one time
+
+Places = list[tuple[int, int]]  # (row, first token) of each text
+
+
+@dataclass(frozen=True, eq=False)
+class BoundaryClassifier:
+    """Whether a step ends at a token, from one teacher's states.
+
+    Probability = sigmoid(slope * logit + intercept): the slope and intercept undo the weight that boundaries had in the
+    loss (Platt scaling on the validation chains), so that a probability of 0.9 is right nine times in ten.
+    """
+
+    teacher: str  # fingerprint of its weights
+    teacher_name: str
+    tokenizer: str  # fingerprint
+    layers: tuple[int, ...]  # of the teacher; 0 embeddings, i output of layer i, N final normed state
+    text: TextFormat  # how prompt and text are put together for the teacher to read
+    head: HeadSettings
+    params: Params
+    scale: Scale
+    slope: float = 1.0
+    intercept: float = 0.0
+    threshold: float = 0.5  # probability from which on a step may end
+    min_tokens: int = 1  # of a step
+    fitted: dict[str, Any] = dataclasses.field(default_factory=dict)  # data, settings and scores, for people to read
+
+    def check_teacher(self, fingerprint: str, tokenizer: str, name: str) -> None:
+        """Raises ValueError where the teacher or its tokenizer is not the one that the classifier was fitted to."""
+        for kind, own, other in (("teacher", self.teacher, fingerprint), ("tokenizer", self.tokenizer, tokenizer)):
+            if own != other:
+                raise ValueError(
+                    f"the boundary classifier was fitted to the states of {self.teacher_name} ({kind} fingerprint "
+                    f"{own[:12]}), but {name} has {other[:12]}; use that teacher, or fit a classifier to this one "
+                    "with launch/boundaries.py"
+                )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that decides where it cuts."""
+        digest = hashlib.sha256(repr(sorted(self._decisive().items())).encode())
+        for name, array in sorted(_arrays(self).items()):
+            digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def _decisive(self) -> dict[str, Any]:
+        kept = ("teacher", "tokenizer", "layers", "text", "head", "slope", "intercept", "threshold", "min_tokens")
+        return {key: _plain(getattr(self, key)) for key in kept}
+
+
+def boundary_probabilities(classifier: BoundaryClassifier, states_BLND: Array, chain_ids_BL: Array) -> jax.Array:
+    """Calibrated probability that a step ends at each token of packed rows. float32 [B, L] in [0, 1]."""
+    shift = (classifier.slope, classifier.intercept)
+    return _probabilities(classifier.head, classifier.params, classifier.scale, states_BLND, chain_ids_BL, *shift)
+
+
+def find_boundaries(
+    classifier: BoundaryClassifier, states_BLND: Array, candidates_BL: Array, chain_ids_BL: Array
+) -> jax.Array:
+    """The tokens at which steps end: bool [B, L]."""
+    probabilities_BL = boundary_probabilities(classifier, states_BLND, chain_ids_BL)
+    return decode(probabilities_BL, candidates_BL, chain_ids_BL, classifier.threshold, min_tokens=classifier.min_tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _probabilities(
+    head: HeadSettings,
+    params: Params,
+    scale: Scale,
+    states_BLND: Array,
+    chain_ids_BL: Array,
+    slope: float,
+    intercept: float,
+) -> jax.Array:
+    return jax.nn.sigmoid(slope * boundary_logits(head, params, scale, states_BLND, chain_ids_BL) + intercept)
+
+
+def pack(lengths: Sequence[int], row_length: int = ROW_LENGTH) -> tuple[Places, int, int]:
+    """Where texts of these many tokens lie in rows, one behind the other, how many rows, and the tokens of a row.
+
+    Rows are as long as asked for, or as the longest text.
+    """
+    row_length = max(row_length, *lengths) if lengths else row_length
+    places: Places = []
+    row, used = 0, 0
+    for length in lengths:
+        if used + length > row_length:
+            row, used = row + 1, 0
+        places.append((row, used))
+        used += length
+    return places, row + 1, row_length
+
+
+def in_rows(texts: Sequence[np.ndarray], row_length: int = ROW_LENGTH, rows: int = 1) -> np.ndarray:
+    """Arrays [T, ...] of texts laid into rows as `pack` says, zeros elsewhere: [B, L, ...], B a multiple of `rows`."""
+    places, count, length = pack([len(text) for text in texts], row_length)
+    found = np.zeros((-(-count // rows) * rows, length, *texts[0].shape[1:]), texts[0].dtype)
+    for text, (row, start) in zip(texts, places, strict=True):
+        found[row, start : start + len(text)] = text
+    return found
+
+
+def row_ids(lengths: Sequence[int], row_length: int = ROW_LENGTH, rows: int = 1) -> np.ndarray:
+    """Chain ids that go with `in_rows`: 1, 2, .. in the order of the texts, 0 where there is none. int32 [B, L]."""
+    return in_rows([np.full(length, i + 1, np.int32) for i, length in enumerate(lengths)], row_length, rows)
+
+
+def out_of_rows(array_BL: np.ndarray, lengths: Sequence[int], row_length: int = ROW_LENGTH) -> list[np.ndarray]:
+    """The texts of `in_rows` again: [T, ...] each."""
+    places, _, _ = pack(lengths, row_length)
+    return [array_BL[row, start : start + length] for (row, start), length in zip(places, lengths, strict=True)]
+
+
+def text_probabilities(classifier: BoundaryClassifier, states: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Probabilities at every token of texts whose states are at hand. [T, N, D] -> float32 [T] each."""
+    lengths = [len(x) for x in states]
+    ids_BL = row_ids(lengths, rows=ROWS)
+    states_BLND = in_rows(states, rows=ROWS)
+    blocks = [
+        np.asarray(boundary_probabilities(classifier, states_BLND[i : i + ROWS], ids_BL[i : i + ROWS]))
+        for i in range(0, len(ids_BL), ROWS)
+    ]
+    return out_of_rows(np.concatenate(blocks), lengths)
+
+
+def text_boundaries(
+    probabilities: Sequence[np.ndarray], candidates: Sequence[np.ndarray], threshold: float, min_tokens: int
+) -> list[np.ndarray]:
+    """Decoded boundaries of texts whose probabilities are at hand. float32 [T], bool [T] -> bool [T] each."""
+    lengths = [len(x) for x in probabilities]
+    arrays = in_rows(probabilities), in_rows(candidates), row_ids(lengths)
+    return out_of_rows(np.asarray(decode(*arrays, threshold, min_tokens=min_tokens)), lengths)
+
+
+def save_classifier(folder: Path, classifier: BoundaryClassifier) -> Path:
+    """Writes the folder; the JSON comes last and names the weights by their digest, so half a folder is refused."""
+    arrays = _arrays(classifier)
+    with replacing(folder / WEIGHTS) as temporary:
+        save_file(arrays, temporary)
+    described = {
+        "format": FORMAT,
+        **classifier._decisive(),
+        "teacher_name": classifier.teacher_name,
+        "weights_sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        "fitted": classifier.fitted,
+    }
+    write_json(folder / JSON, described)
+    return folder
+
+
+def load_classifier(folder: Path) -> BoundaryClassifier:
+    """Reads a folder of `save_classifier`.
+
+    Raises:
+      ValueError: it is missing, damaged, of another version, or its two files do not belong together.
+    """
+    folder = folder.expanduser()
+    if not (folder / JSON).is_file():
+        raise ValueError(
+            f"{folder} has no {JSON}; give a folder that launch/boundaries.py wrote, e.g. "
+            "rtd_jax/bundled/tiny_boundaries"
+        )
+    values = read_json(folder / JSON)
+    if values.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / JSON} has format {values.get('format')!r}, this version reads {FORMAT}; fit it again"
+        )
+    try:
+        if hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() != values["weights_sha256"]:
+            raise ValueError(f"{folder / WEIGHTS} is not the file that {JSON} was written with; fit it again")
+        arrays = load_file(folder / WEIGHTS)
+        head = HeadSettings(**(values["head"] | {"dilations": tuple(values["head"]["dilations"])}))
+        scale = Scale(arrays.pop("scale.mean"), arrays.pop("scale.deviation"))
+        flat = {tuple(_key(part) for part in name.split(".")): array for name, array in arrays.items()}
+        classifier = BoundaryClassifier(
+            text=TextFormat(**values["text"]),
+            layers=tuple(values["layers"]),
+            head=head,
+            params=jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), unflatten_dict(flat)),
+            scale=Scale(*(np.asarray(x, np.float32) for x in (scale.mean_ND, scale.deviation_ND))),
+            **{key: values[key] for key in ("teacher", "teacher_name", "tokenizer", "slope", "intercept")},
+            **{key: values[key] for key in ("threshold", "min_tokens", "fitted")},
+        )
+        expected = jax.eval_shape(functools.partial(init_head, head, *np.shape(scale.mean_ND)))
+        shapes, found = jax.tree.map(lambda x: x.shape, expected), jax.tree.map(lambda x: x.shape, classifier.params)
+        if shapes != found or len(scale.mean_ND) != len(classifier.layers):
+            raise ValueError(f"{folder / WEIGHTS} does not hold a head of the shape in {JSON}; fit it again")
+    except (KeyError, TypeError, SafetensorError, OSError) as error:
+        raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}); fit the classifier again") from error
+    return classifier
+
+
+def _arrays(classifier: BoundaryClassifier) -> dict[str, np.ndarray]:
+    """Names with dots; the matrices of the input layer in float16, like the states that they read."""
+    flat = {".".join(map(str, path)): np.asarray(x) for path, x in flatten_dict(classifier.params).items()}
+    flat |= {name: flat[name].astype(np.float16) for name in ("of_state.kernel", "of_difference.kernel")}
+    scale = classifier.scale
+    return {**flat, "scale.mean": np.asarray(scale.mean_ND), "scale.deviation": np.asarray(scale.deviation_ND)}
+
+
+def _key(part: str) -> str | int:
+    return int(part) if part.isdigit() else part
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

@@ -1,0 +1,167 @@
+"""Cuts chains into steps with a boundary classifier: the teacher reads them, the head says where steps end.
+
+Text in, spans out, in one compiled program a batch; hidden states never leave the device. What was found is kept on
+disk, because a data set is cut once and read by every run.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from rtd_jax.base.files import read_json, write_json
+from rtd_jax.base.sharding import put_same, row_sharding, row_ways, to_host
+from rtd_jax.base.types import Array, Params
+from rtd_jax.data.trace import Trace
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.steps.annotated import Span, check_spans
+from rtd_jax.steps.classifier import BoundaryClassifier, find_boundaries
+from rtd_jax.steps.decoder import spans_of
+from rtd_jax.steps.prose import Reading, read, unmarked
+from rtd_jax.steps.token_states import LENGTH_BUCKET, unit_states
+
+SHARD = 256  # chains whose steps lie in one file; what a kill can cost at most
+
+
+@dataclass(frozen=True, eq=False)
+class Detector:
+    """A classifier and how to get the teacher whose states it reads. The teacher is asked for when it is needed first.
+
+    Attributes:
+      teacher: () -> (model, params); called only where steps are not kept already.
+      described: what else decides what the teacher computes: the dtypes of its weights and arithmetic.
+      folder: where found steps are kept; None keeps none.
+    """
+
+    classifier: BoundaryClassifier
+    tokenizer: PreTrainedTokenizerBase
+    mesh: Mesh
+    teacher: Callable[[], tuple[LlamaModel, Params]]
+    described: str = ""
+    folder: Path | None = None
+    batch_size: int = 16  # rows at one time, rounded up to the devices
+    note: Callable[[str], None] = print
+
+    def cut(self, traces: Sequence[Trace]) -> list[Trace]:
+        """The same chains with the steps that the classifier finds; their text stays as it is, line ends included.
+
+        Raises:
+          ValueError: a chain has no text, or what is kept on disk is damaged.
+        """
+        spans = self.find([(trace.prompt, trace.body, trace.source) for trace in traces])
+        return [
+            replace(trace, steps=tuple(trace.body[a:b] for a, b in of_trace), text=trace.body)
+            for trace, of_trace in zip(traces, spans, strict=True)
+        ]
+
+    def find(self, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:
+        """As `spans`, in parts that are kept on disk, with a line of progress for each."""
+        found: list[tuple[Span, ...]] = []
+        for start in range(0, len(texts), SHARD):
+            found += self._kept(texts[start : start + SHARD])
+            if len(texts) > SHARD:
+                self.note(f"steps of {len(found)} of {len(texts)} texts are found")
+        return found
+
+    def spans(self, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:
+        """Steps of (prompt, text, source) in characters of the text. Raises ValueError for a blank text."""
+        proses = [unmarked(text) for _, text, _ in texts]
+        readings = [
+            read(self.tokenizer, prompt, prose.text, self.classifier.text, source=source)
+            for (prompt, _, source), prose in zip(texts, proses, strict=True)
+        ]
+        boundaries = detect(self.classifier, *self.teacher(), self.mesh, readings, batch_size=self.batch_size)
+        found = []
+        for (_, text, source), prose, reading, at_T in zip(texts, proses, readings, boundaries, strict=True):
+            ends = prose.origin[reading.ends_T[at_T] - 1] + 1  # behind the step's last character
+            spans = spans_of(text, np.array([_behind_word(text, end) for end in ends]))
+            check_spans(spans, text, source)
+            found.append(spans)
+        return found
+
+    def _kept(self, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:
+        if self.folder is None:
+            return self.spans(texts)
+        digest = hashlib.sha256(f"{self.classifier.fingerprint}:{self.described}".encode())
+        for prompt, text, _ in texts:
+            digest.update(f"{len(prompt)}:{len(text)}:{prompt}{text}".encode())
+        path = self.folder / f"{digest.hexdigest()[:32]}.json"
+        if path.exists():
+            kept = [tuple((int(a), int(b)) for a, b in spans) for spans in read_json(path)]
+            for spans, (_, text, source) in zip(kept, texts, strict=True):
+                check_spans(spans, text, source)
+            return kept
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"{self.folder} does not have the steps of these chains, and {jax.process_count()} processes cannot "
+                "share finding them: run launch/cache_teacher.py, or launch/segment.py, with one process first"
+            )
+        found = self.spans(texts)
+        write_json(path, found)
+        return found
+
+
+def _behind_word(text: str, end: int) -> int:
+    """A mark that was taken away from a word's end ("24<<48/2=24>>") belongs to that word."""
+    while end < len(text) and not text[end].isspace():
+        end += 1
+    return end
+
+
+def detect(
+    classifier: BoundaryClassifier,
+    model: LlamaModel,
+    params: Params,
+    mesh: Mesh,
+    readings: Sequence[Reading],
+    *,
+    batch_size: int = 16,
+) -> list[np.ndarray]:
+    """Whether a step ends at each of the texts' own tokens: bool [T] each.
+
+    Args:
+      batch_size: rows at one time, rounded up to the devices; neighbours in length go together.
+    """
+    sharding, ways = row_sharding(mesh), row_ways(mesh)
+    batch_size = -(-min(batch_size, len(readings)) // ways) * ways
+    found: list[np.ndarray] = [np.zeros(0, bool)] * len(readings)
+    by_length = sorted(range(len(readings)), key=lambda i: len(readings[i].tokens_L))
+    for start in range(0, len(readings), batch_size):
+        rows = by_length[start : start + batch_size]
+        arrays = detection_arrays([readings[i] for i in rows], batch_size)
+        found_BL = to_host(detect_batch(classifier, model, params, *put_same(arrays, sharding)))
+        for row, i in enumerate(rows):
+            found[i] = found_BL[row, readings[i].prompt_length : len(readings[i].tokens_L)]
+    return found
+
+
+def detection_arrays(readings: Sequence[Reading], batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, parts (0 padding, 1 prompt, 2 the text) and candidates of one reading a row. [B, L] each."""
+    length = -(-max(len(reading.tokens_L) for reading in readings) // LENGTH_BUCKET) * LENGTH_BUCKET
+    tokens_BL, parts_BL = np.zeros((2, batch_size, length), np.int32)
+    candidates_BL = np.zeros((batch_size, length), bool)
+    for row, reading in enumerate(readings):
+        count = len(reading.tokens_L)
+        tokens_BL[row, :count] = reading.tokens_L
+        parts_BL[row, :count] = np.where(np.arange(count) < reading.prompt_length, 1, 2)
+        candidates_BL[row, reading.prompt_length : count] = reading.candidates_T
+    return tokens_BL, parts_BL, candidates_BL
+
+
+def detect_batch(
+    classifier: BoundaryClassifier,
+    model: LlamaModel,
+    params: Params,
+    tokens_BL: Array,
+    parts_BL: Array,
+    candidates_BL: Array,
+) -> jax.Array:
+    """Where steps end, by one forward pass of the teacher and the head. bool [B, L]."""
+    states_BLND = unit_states(model, classifier.layers, params, tokens_BL, parts_BL > 0)
+    return find_boundaries(classifier, states_BLND, candidates_BL, jnp.where(parts_BL == 2, 2, 0))

@@ -1,0 +1,203 @@
+"""Fits a boundary head to texts whose steps are known: the network, its calibration, its threshold."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
+
+from rtd_jax.base.types import Array, Params
+from rtd_jax.data.formats import TextFormat
+from rtd_jax.steps.classifier import (
+    BoundaryClassifier,
+    in_rows,
+    row_ids,
+    text_boundaries,
+    text_probabilities,
+)
+from rtd_jax.steps.head import HeadSettings, Scale, boundary_logits, boundary_loss, init_head, measure_scale
+from rtd_jax.steps.scores import counts, precision_recall_f1
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How the head is fitted. The epoch with the best average precision on the validation texts is kept."""
+
+    epochs: int = 4
+    rows: int = 8  # of 512 tokens, per update
+    learning_rate: float = 1e-3  # peak; linear warm-up over a twentieth of the updates, then a cosine to 0
+    weight_decay: float = 0.01
+    positive_weight: float = 3.0  # of a boundary in the loss; other candidates have 1
+    thresholds: tuple[float, ...] = tuple(i / 20 for i in range(1, 20))  # tried on the validation texts
+    min_tokens: tuple[int, ...] = (1, 3, 5, 7)  # tried likewise
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.rows < 1 or self.positive_weight <= 0 or not self.thresholds or not self.min_tokens:
+            raise ValueError(f"epochs, rows, positive_weight, thresholds and min_tokens must be positive; got {self}")
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Texts whose steps are known. One array a text: states [T, N, D], labels and candidates bool [T]."""
+
+    states: Sequence[np.ndarray]
+    labels: Sequence[np.ndarray]
+    candidates: Sequence[np.ndarray]
+
+    @property
+    def counted(self) -> list[np.ndarray]:
+        """The candidates that have to be told apart: all but each text's last, which is a boundary by construction."""
+        kept = [x.copy() for x in self.candidates]
+        for x in kept:
+            x[np.flatnonzero(x)[-1:]] = False
+        return kept
+
+    @property
+    def right(self) -> list[np.ndarray]:
+        """Tokens at which steps end, of each text."""
+        return [np.flatnonzero(x) for x in self.labels]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a classifier belongs to."""
+
+    teacher: str
+    teacher_name: str
+    tokenizer: str
+    layers: tuple[int, ...]
+    text: TextFormat
+
+
+def fit_classifier(
+    identity: Identity,
+    head: HeadSettings,
+    settings: FitSettings,
+    train: Examples,
+    validation: Examples,
+    note: Callable[[str], None] = print,
+) -> BoundaryClassifier:
+    """Fits on `train`; epoch, calibration, threshold and minimum step length are chosen on `validation`.
+
+    Raises:
+      ValueError: there are no texts, or no boundary inside any of them.
+    """
+    for name, examples in (("training", train), ("validation", validation)):
+        if not examples.states or not any(
+            (x & y).any() for x, y in zip(examples.labels, examples.counted, strict=True)
+        ):
+            raise ValueError(
+                f"none of the {len(examples.states)} {name} texts has two steps; boundaries cannot be learned from them"
+            )
+    scale = measure_scale(list(train.states))
+    arrays = _Arrays(
+        in_rows(train.states, rows=settings.rows),
+        row_ids([len(x) for x in train.states], rows=settings.rows),
+        in_rows(train.labels, rows=settings.rows),
+        in_rows(train.counted, rows=settings.rows),
+    )
+    _, layers, width = train.states[0].shape
+    params = init_head(head, layers, width, settings.seed)
+    blank = BoundaryClassifier(
+        **{field.name: getattr(identity, field.name) for field in dataclasses.fields(identity)},
+        head=head,
+        params=params,
+        scale=scale,
+    )
+    per_epoch = len(arrays.ids_BL) // settings.rows
+    total = per_epoch * settings.epochs
+    schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, max(total // 20, 1), max(total, 2))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=settings.weight_decay)
+    )
+    update = functools.partial(_update, head, optimizer, settings.positive_weight)
+    state = optimizer.init(params)
+    rng, best, best_precision = np.random.default_rng(settings.seed), blank, -1.0
+    chosen, labels = np.concatenate(validation.counted), np.concatenate(validation.labels)
+    for epoch in range(1, settings.epochs + 1):
+        losses = []
+        order = rng.permutation(per_epoch * settings.rows).reshape(per_epoch, settings.rows)
+        for number, rows in enumerate(order):
+            key = jax.random.key((epoch * per_epoch + number) * 1000 + settings.seed)
+            params, state, loss = update(params, state, scale, key, *arrays.take(rows))
+            losses.append(loss)
+            if (done := (epoch - 1) * per_epoch + number + 1) % 100 == 0:
+                note(f"update {done} of {total}: loss {float(loss):.4f}")
+        fitted = dataclasses.replace(blank, params=jax.tree.map(jnp.copy, params))  # params are donated
+        raw = np.concatenate(text_probabilities(fitted, validation.states))
+        precision = float(average_precision_score(labels[chosen], raw[chosen]))
+        note(
+            f"epoch {epoch} of {settings.epochs}: loss {float(np.mean(jax.device_get(losses))):.4f}, average precision "
+            f"{precision:.4f} on validation"
+        )
+        if precision > best_precision:
+            best, best_precision = fitted, precision
+    return calibrated(best, settings, validation)
+
+
+def calibrated(classifier: BoundaryClassifier, settings: FitSettings, validation: Examples) -> BoundaryClassifier:
+    """With the slope, intercept, threshold and minimum step length that suit the validation texts best.
+
+    Slope and intercept by maximum likelihood (Platt scaling), then threshold and minimum length by exact F1. That is
+    flat where the head is sure: of thresholds within a thousandth of the best, the one nearest to one half is taken.
+    """
+    chosen = np.concatenate(validation.counted)
+    raw = text_probabilities(dataclasses.replace(classifier, slope=1.0, intercept=0.0), validation.states)
+    p = np.clip(np.concatenate(raw)[chosen].astype(np.float64), 1e-12, 1 - 1e-7)
+    logits = np.log(p) - np.log1p(-p)
+    fit = LogisticRegression(C=1e6).fit(logits[:, None], np.concatenate(validation.labels)[chosen])
+    slope, intercept = float(fit.coef_[0, 0]), float(fit.intercept_[0])
+    classifier = dataclasses.replace(classifier, slope=slope, intercept=intercept)
+    probabilities = text_probabilities(classifier, validation.states)
+    scored: dict[tuple[int, float], float] = {}
+    for min_tokens in settings.min_tokens:
+        for threshold in settings.thresholds:
+            found = text_boundaries(probabilities, validation.candidates, threshold, min_tokens)
+            places = [np.flatnonzero(x) for x in found]
+            scored[min_tokens, threshold] = precision_recall_f1(counts(places, validation.right))[2]
+    best = max(scored.values())
+    good = {key: f1 for key, f1 in scored.items() if f1 >= best - 1e-3}
+    min_tokens, threshold = min(good, key=lambda key: (abs(key[1] - 0.5), -good[key], key[0]))
+    return dataclasses.replace(classifier, threshold=threshold, min_tokens=min_tokens)
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    states_BLND: np.ndarray
+    ids_BL: np.ndarray
+    labels_BL: np.ndarray
+    counted_BL: np.ndarray
+
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        return self.states_BLND[rows], self.ids_BL[rows], self.labels_BL[rows], self.counted_BL[rows]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+def _update(
+    head: HeadSettings,
+    optimizer: optax.GradientTransformation,
+    positive_weight: float,
+    params: Params,
+    state: Any,
+    scale: Scale,
+    key: jax.Array,
+    states_BLND: Array,
+    ids_BL: Array,
+    labels_BL: Array,
+    counted_BL: Array,
+) -> tuple[Params, Any, jax.Array]:
+    def loss_of(params: Params) -> jax.Array:
+        logits_BL = boundary_logits(head, params, scale, states_BLND, ids_BL, key)
+        return boundary_loss(logits_BL, labels_BL, counted_BL, positive_weight)
+
+    loss, gradient = jax.value_and_grad(loss_of)(params)
+    changes, state = optimizer.update(gradient, state, params)
+    return optax.apply_updates(params, changes), state, loss

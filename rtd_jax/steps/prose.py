@@ -1,0 +1,148 @@
+"""Text without the marks that give its steps away, and where each of its characters was before.
+
+A classifier that saw line ends would learn to count them. So it never sees any: calculator marks, list numbers and
+bullets go, and every run of white space is one space, in training, in evaluation and in use.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rtd_jax.data.formats import TextFormat, render
+from rtd_jax.data.trace import Trace
+from rtd_jax.steps.annotated import Span
+
+# <<48/2=24>>; and at the beginning of a line "1. ", "2) ", "Step 3: ", "- ", "* ". White space has to follow, or
+# "3.5 miles" and "-4 degrees" would lose their beginning.
+_MARKS = re.compile(
+    r"<<[^<>\n]*>>|^[ \t]*(?:(?:step\s+)?\d{1,2}[.):](?=\s)|step\s+\d{1,2}\b(?=\s)|[-*•](?=\s))",
+    re.MULTILINE | re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Prose:
+    """`text` has no marks; its character i is character `origin[i]` (int32) of the text that it was made from."""
+
+    text: str
+    origin: np.ndarray
+
+
+def unmarked(text: str) -> Prose:
+    """Without marks, and with one space for each run of white space; none at either end."""
+    kept = np.ones(len(text), bool)
+    for match in _MARKS.finditer(text):
+        kept[match.start() : match.end()] = False
+    characters: list[str] = []
+    origin: list[int] = []
+    for index in np.flatnonzero(kept):
+        character = text[index]
+        if character.isspace():
+            if not characters or characters[-1] == " ":
+                continue
+            character = " "
+        characters.append(character)
+        origin.append(int(index))
+    if characters and characters[-1] == " ":
+        characters.pop()
+        origin.pop()
+    return Prose("".join(characters), np.asarray(origin, np.int32))
+
+
+def joined_steps(trace: Trace, *, marked: bool = False) -> tuple[str, tuple[Span, ...]]:
+    """The annotated steps as one text, without the line of the answer, and the span of each in it.
+
+    Args:
+      marked: leave every mark in, one step a line: how much easier is it with them?
+
+    Raises:
+      ValueError: nothing is left of the steps.
+    """
+    pieces = list(trace.steps) if marked else [unmarked(step).text for step in trace.steps]
+    if not any(piece.strip() for piece in pieces):
+        raise ValueError(f"{trace.source or 'trace'}: nothing is left of its steps without marks; leave it out")
+    return _joined([piece.strip() for piece in pieces], "\n" if marked else " ")
+
+
+def bare_steps(trace: Trace) -> tuple[str, tuple[Span, ...]]:
+    """As `joined_steps`, in lower case and without . ! ? , ; : at the ends of words: little is left but the words.
+
+    A control: what a classifier reads is then neither a capital nor a full stop.
+    """
+    pieces = [re.sub(r"[.!?,;:]+(?=\s|$)", "", unmarked(step).text.lower()).strip() for step in trace.steps]
+    if not any(pieces):
+        raise ValueError(f"{trace.source or 'trace'}: nothing is left of its steps without marks; leave it out")
+    return _joined(pieces, " ")
+
+
+def _joined(pieces: Sequence[str], separator: str) -> tuple[str, tuple[Span, ...]]:
+    pieces = [piece for piece in pieces if piece]
+    ends = np.cumsum([len(piece) + 1 for piece in pieces]) - 1
+    spans = tuple((int(end) - len(piece), int(end)) for piece, end in zip(pieces, ends, strict=True))
+    return separator.join(pieces), spans
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A text as the teacher reads it, behind its prompt: L tokens, the last T of them the text's own.
+
+    A boundary can be where a word ends: at a token that covers the character before white space or the end.
+    """
+
+    tokens_L: np.ndarray  # int32
+    ends_T: np.ndarray  # int32: characters of the text up to the last non-space one that the token covers
+    candidates_T: np.ndarray  # bool: a word ends here
+    labels_T: np.ndarray  # bool: a step ends here; all False where the steps are not known
+    source: str = ""
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the text."""
+        return len(self.tokens_L) - len(self.ends_T)
+
+
+def read(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    text: str,
+    text_format: TextFormat,
+    spans: tuple[Span, ...] = (),
+    source: str = "text",
+) -> Reading:
+    """Tokenises prompt and text as one, and finds the tokens at which words and, given spans, steps end.
+
+    Raises:
+      ValueError: the text is blank, or a step ends inside a token.
+    """
+    if not text.strip():
+        raise ValueError(f"{source}: the text is blank; expected a chain of thought")
+    rendered = render(tokenizer, prompt, text, text_format)
+    begin = len(rendered.prompt) + rendered.completion_offset
+    encoded = tokenizer(
+        rendered.prompt + rendered.completion, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    tokens = np.asarray(encoded["input_ids"], np.int32)
+    offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2) - begin
+    first = int(np.argmax(offsets[:, 1] > 0))
+    ends_T = np.zeros(len(tokens) - first, np.int32)
+    candidates_T, labels_T = np.zeros((2, len(ends_T)), bool)
+    closing: dict[int, int] = {}  # characters of the text up to here -> the last token that covers the last of them
+    for place, (start, end) in enumerate(offsets[first:]):
+        start = max(int(start), 0)
+        covered = text[start:end].rstrip()
+        ends_T[place] = start + len(covered) if covered.strip() else (ends_T[place - 1] if place else 0)
+        if covered.strip():
+            closing[int(ends_T[place])] = place
+    for end, place in closing.items():
+        candidates_T[place] = end == len(text) or text[end].isspace()
+    for index, (_, end) in enumerate(spans):
+        if end not in closing:
+            raise ValueError(
+                f"{source}: step {index + 1} ends at character {end} of {len(text)}, inside a token; tokens end there "
+                f"only if white space follows"
+            )
+        labels_T[closing[end]] = True
+    return Reading(tokens, ends_T, candidates_T, labels_T, source)

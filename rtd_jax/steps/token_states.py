@@ -1,0 +1,112 @@
+"""Hidden states at every token of many texts: read once, by several layers, and kept on disk.
+
+A boundary classifier is fitted on them again and again; the teacher is run once. States are divided by their root mean
+square, which is what the next layer's norm does to them up to its learned scale: layers become comparable, the massive
+activations of first tokens do no harm, and float16 holds them.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from rtd_jax.base.files import replacing
+from rtd_jax.base.sharding import put_same, row_sharding, row_ways, to_host
+from rtd_jax.base.types import Array, Params
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.steps.prose import Reading
+
+SHARD = 256  # texts of a file; what a kill can cost at most
+LENGTH_BUCKET = 32  # tokens; rows are as long as their longest text, rounded up to this
+
+
+def token_states(
+    model: LlamaModel,
+    params: Params,
+    mesh: Mesh,
+    readings: Sequence[Reading],
+    layers: Sequence[int],
+    *,
+    batch_size: int = 16,
+) -> list[np.ndarray]:
+    """States of the texts' own tokens (not of the prompts'), of unit root mean square. float16 [T, N, D] each.
+
+    Args:
+      layers: N of them, as `LlamaModel.hidden` counts.
+      batch_size: rows at one time, rounded up to the devices; neighbours in length go together.
+    """
+    sharding, ways = row_sharding(mesh), row_ways(mesh)
+    batch_size = -(-min(batch_size, len(readings)) // ways) * ways
+    found: list[np.ndarray] = [np.zeros(0)] * len(readings)
+    by_length = sorted(range(len(readings)), key=lambda i: len(readings[i].tokens_L))
+    for start in range(0, len(readings), batch_size):
+        rows = by_length[start : start + batch_size]
+        length = -(-len(readings[rows[-1]].tokens_L) // LENGTH_BUCKET) * LENGTH_BUCKET
+        tokens_BL, ids_BL = np.zeros((2, batch_size, length), np.int32)
+        for row, i in enumerate(rows):
+            tokens_BL[row, : len(readings[i].tokens_L)] = readings[i].tokens_L
+            ids_BL[row, : len(readings[i].tokens_L)] = 1
+        placed = put_same((tokens_BL, ids_BL), sharding)
+        states_BLND = to_host(unit_states(model, tuple(layers), params, *placed))
+        for row, i in enumerate(rows):
+            found[i] = states_BLND[row, readings[i].prompt_length : len(readings[i].tokens_L)].copy()
+    return found
+
+
+def kept_states(
+    folder: Path,
+    teacher: str,
+    readings: Sequence[Reading],
+    layers: Sequence[int],
+    run: Callable[[Sequence[Reading]], list[np.ndarray]],
+    note: Callable[[str], None] = print,
+) -> Iterator[list[np.ndarray]]:
+    """`run` on shards of the readings, in order; a shard that `folder` holds already is read instead.
+
+    Args:
+      folder: of one safetensors file a shard, named by what determines its content.
+      teacher: its fingerprint.
+      run: (readings) -> states, as `token_states` gives them.
+
+    Raises:
+      ValueError: a file is damaged, with its name.
+    """
+    for start in range(0, len(readings), SHARD):
+        shard = readings[start : start + SHARD]
+        digest = hashlib.sha256(f"{teacher}:{tuple(layers)}".encode())
+        for reading in shard:
+            digest.update(f"{reading.prompt_length}:{len(reading.tokens_L)}:".encode() + reading.tokens_L.tobytes())
+        path = folder / f"{digest.hexdigest()[:32]}.safetensors"
+        ends = np.cumsum([len(reading.ends_T) for reading in shard])
+        if path.exists():
+            try:
+                states_TND = load_file(path)["states"]
+            except (SafetensorError, KeyError) as error:
+                raise ValueError(f"{path} is damaged ({error}); delete it, and it is written again") from error
+        else:
+            states_TND = np.concatenate(run(shard))
+            with replacing(path) as temporary:
+                save_file({"states": states_TND}, temporary)
+            note(f"hidden states of {start + len(shard)} of {len(readings)} texts are in {folder}")
+        yield np.split(states_TND, ends[:-1])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def unit_states(model: LlamaModel, layers: tuple[int, ...], params: Params, tokens_BL: Array, there_BL: Array) -> Array:
+    """States of some layers at every token of rows that hold one text each, of unit root mean square.
+
+    float16 [B, L, N, D].
+    """
+    positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+    ids_BL = jnp.asarray(there_BL, jnp.int32)
+    _, states = model.hidden(params, tokens_BL, positions_BL, ids_BL, layers=layers)
+    states_BLND = jnp.stack(states, axis=2).astype(jnp.float32)
+    square_BLN1 = jnp.mean(jnp.square(states_BLND), axis=-1, keepdims=True)
+    return (states_BLND * jax.lax.rsqrt(square_BLN1 + 1e-6)).astype(jnp.float16)

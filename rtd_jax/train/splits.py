@@ -1,0 +1,86 @@
+"""Training and validation chains of a recipe, cut into steps and encoded."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from rtd_jax.data.encoding import EncodedChain, encode_traces
+from rtd_jax.data.formats import solved_examples
+from rtd_jax.data.sources import load_traces
+from rtd_jax.data.trace import Trace
+from rtd_jax.steps.detector import Detector
+from rtd_jax.steps.select import make_segmenter
+from rtd_jax.train.curriculum import Stage
+from rtd_jax.train.recipe import DataSettings, Recipe
+
+
+@dataclass(frozen=True)
+class Chains:
+    """One split: the traces that fit into a row, and the same encoded. Aligned by index."""
+
+    traces: tuple[Trace, ...]
+    encoded: tuple[EncodedChain, ...]
+    too_long: int
+
+    def of_stage(self, stage: Stage) -> list[int]:
+        return [i for i, trace in enumerate(self.traces) if stage.holds(trace.depth)]
+
+
+def load_splits(
+    data: DataSettings, tokenizer: PreTrainedTokenizerBase, detector: Detector | None = None
+) -> tuple[Chains, Chains]:
+    """Training and validation chains, cut by the detector if there is one, and encoded."""
+    traces = load_traces(data.train)
+    if data.validation is not None:
+        held_out = load_traces(data.validation)
+    else:
+        # By a stable hash of the prompt, so that the split survives new rows and another order.
+        chosen = [_unit_hash(trace.prompt) < data.validation_fraction for trace in traces]
+        held_out = [trace for trace, out in zip(traces, chosen, strict=True) if out]
+        traces = [trace for trace, out in zip(traces, chosen, strict=True) if not out]
+        if not held_out or not traces:
+            raise ValueError(
+                f"data.validation_fraction {data.validation_fraction} leaves {len(traces)} training and "
+                f"{len(held_out)} validation traces; both need some"
+            )
+    if detector is not None:
+        traces, held_out = detector.cut(traces), detector.cut(held_out)
+    return encode_split(traces, data, tokenizer), encode_split(held_out, data, tokenizer)
+
+
+def encode_split(traces: Sequence[Trace], data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Chains:
+    """Tokenises traces; those longer than a row are counted, and an error when they are too many."""
+    encoded, report = encode_traces(
+        tokenizer,
+        traces,
+        data.text,
+        row_length=data.row_length,
+        segmenter=make_segmenter(data.segmentation),
+        max_dropped_fraction=data.max_dropped_fraction,
+    )
+    dropped = set(report.dropped)
+    kept = tuple(trace for i, trace in enumerate(traces) if i not in dropped)
+    return Chains(kept, tuple(encoded), len(dropped))
+
+
+def prefixed_chains(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Sequence[Trace], traces: Sequence[Trace]
+) -> list[EncodedChain]:
+    """The same problems behind solved training examples, however long: the other context of the calibration."""
+    text = recipe.data.text
+    shots = train[: recipe.curriculum.calibration_shots]
+    context = solved_examples(text, [(shot.prompt, shot.completion) for shot in shots])
+    segmenter = make_segmenter(recipe.data.segmentation)
+    text = replace(text, context=text.context + context)
+    return encode_traces(tokenizer, traces, text, row_length=2**31 - 1, segmenter=segmenter)[0]
+
+
+def row_length_of(chains: Sequence[EncodedChain]) -> int:
+    """Tokens of a row that holds the longest, a multiple of 64."""
+    return -(-max(len(chain) for chain in chains) // 64) * 64
+
+
+def _unit_hash(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

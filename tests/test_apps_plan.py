@@ -1,0 +1,219 @@
+"""Plans count loops as often as they run, and collectives by what they deliver; and what the step must not move."""
+
+import dataclasses
+import importlib
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rtd_jax.apps.plan.abstract import abstract_step, architecture
+from rtd_jax.apps.plan.plan import Plan, ideal_flops, plan, print_plan, verdict
+from rtd_jax.apps.plan.program import Hlo, Memory, matmul_flops, memory, shape_bytes
+from rtd_jax.apps.plan.targets import find_target
+from rtd_jax.base.settings import build
+from rtd_jax.base.sharding import MeshSettings, make_mesh
+from rtd_jax.train.recipe import Recipe, TeacherSettings
+
+ROOT = Path(__file__).resolve().parents[1]
+# Sizes that occur nowhere else, so that an array is known by its shape.
+LAYERS, VOCAB, TEACHER_WIDTH, STUDENT_WIDTH, ROWS, LENGTH, CHUNK = 6, 1056, 96, 80, 16, 128, 16
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": TEACHER_WIDTH,
+    "intermediate_size": 192,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 12,
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Recipe:
+    folder = tmp_path_factory.mktemp("teacher")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    config = importlib.import_module("configs.rtd_tiny").get_config()
+    config.teacher.path = str(folder)
+    sizes = {"width": STUDENT_WIDTH, "mlp_width": 160, "heads": 8, "kv_heads": 4, "head_dim": 10}
+    config.student.update({"init": "random", "layers": LAYERS, "remat": "full", **sizes})
+    config.data.update({"row_length": LENGTH, "chains_per_row": 2})
+    config.loss.chunk_length = CHUNK
+    config.batch_size = ROWS
+    config.evaluation.update({"batch_size": 8, "max_new_tokens": 16})
+    return build(Recipe, config.to_dict())
+
+
+def test_scans_and_recomputation_are_counted_as_often_as_they_run():
+    def loss(w_NDD, x_BD):
+        @jax.checkpoint
+        def layer(x_BD, w_DD):
+            return jnp.sin(x_BD @ w_DD), None
+
+        return jnp.sum(jax.lax.scan(layer, x_BD, w_NDD)[0])
+
+    w, x = jax.ShapeDtypeStruct((5, 8, 8), jnp.float32), jax.ShapeDtypeStruct((3, 8), jnp.float32)
+    one = 2 * 3 * 8 * 8
+    assert matmul_flops(jax.jit(loss).trace(w, x).jaxpr.jaxpr) == 5 * one
+    # Forward, recomputed forward, and two products backward.
+    assert matmul_flops(jax.jit(jax.grad(loss, argnums=(0, 1))).trace(w, x).jaxpr.jaxpr) == 5 * 4 * one
+
+
+def test_collectives_in_a_loop_count_once_for_each_turn():
+    mesh = make_mesh(MeshSettings(data=1, fsdp=8))
+    sharded = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    w = jax.ShapeDtypeStruct((7, 64, 16), jnp.float32, sharding=sharded)
+    x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+
+    def loop(w_NDE, x_BD):
+        def body(x_BD, w_DE):
+            whole = jax.lax.with_sharding_constraint(w_DE, NamedSharding(mesh, PartitionSpec()))
+            return jnp.sin(x_BD @ whole @ whole.T), None
+
+        return jax.lax.scan(body, x_BD, w_NDE)[0]
+
+    compiled = jax.jit(loop).lower(w, x).compile()
+    gathers = [c for c in Hlo(compiled.as_text()).collectives() if c.kind == "all-gather"]
+    assert sum(c.bytes * c.times for c in gathers) == 7 * 64 * 16 * 4
+    assert memory(compiled).arguments == (7 * 8 * 16 + 64) * 4
+
+
+def test_bytes_of_shapes():
+    assert shape_bytes("(bf16[2,3]{1,0}, f32[4]{0}, pred[])") == 12 + 16 + 1
+
+
+def cached(recipe: Recipe, **changes) -> Recipe:
+    return dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, cache="not/there"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes"),
+    [
+        ((1, 8, 1), {}),
+        ((1, 2, 4), {}),
+        ((2, 2, 2), {}),
+        ((2, 2, 2), {"cached": True}),
+        ((1, 2, 4), {"cached": True, "micro_batches": 2}),
+    ],
+)
+def test_no_collective_moves_logits_or_a_stack_of_layers(recipe, sizes, changes):
+    mesh = make_mesh(MeshSettings(*sizes))
+    recipe = cached(recipe, **changes) if changes.pop("cached", False) else recipe
+    abstract = abstract_step(recipe, mesh)
+    compiled = abstract.step.lower(abstract.state, abstract.source, abstract.batch, recipe.loss.weights()).compile()
+    collectives = Hlo(compiled.as_text()).collectives()
+    assert collectives
+    tokens = {ROWS, LENGTH, CHUNK, *(ROWS // n for n in (2, 4, 8)), ROWS * CHUNK}
+    for collective in collectives:
+        for dimensions in re.findall(r"\[([\d,]+)\]", collective.shape):
+            shape = [int(size) for size in dimensions.split(",")]
+            of_vocabulary = {VOCAB, VOCAB // sizes[2]} & set(shape)
+            # Heads and embeddings are moved, [D, V]; so are sums over the vocabulary, [B, L]. Logits never are.
+            assert not of_vocabulary or not tokens & set(shape), collective
+            if LAYERS in shape:  # norms are not spread, so their gradients are summed as they lie
+                assert math.prod(shape) == LAYERS * STUDENT_WIDTH, collective
+
+
+def test_a_plan_of_the_whole_recipe(recipe, capsys):
+    target = find_target("cpu:8")
+    found = plan(recipe, target, lambda _: None)
+    assert set(found.programs) == {"update", "validation", "decoding (teacher)"}
+    assert found.flops_without_remat / found.ideal_flops == pytest.approx(1.0, abs=0.05)
+    update = found.programs["update"]
+    assert update.flops * 8 > 1.05 * found.flops_without_remat  # remat=full recomputes the student's layers
+    assert update.bytes_moved > update.memory.arguments
+    # The optimizer's two moments stay where they are while the teacher decodes.
+    assert found.programs["decoding (teacher)"].resident > 2 * found.programs["validation"].resident / 2.1
+    print_plan(recipe, target, found)
+    assert "FITS on cpu:8" in capsys.readouterr().out
+
+
+def test_a_plan_from_a_cache_holds_no_teacher_and_stands_beside_the_online_one(recipe, capsys):
+    target = find_target("cpu:8")
+    found = plan(cached(recipe), target, lambda _: None)
+    assert set(found.programs) == {"update", "validation", "decoding (student)"}
+    online, from_cache = found.updates["online"], found.updates["cached"]
+    assert from_cache is found.programs["update"]
+    # The teacher's weights are not there; the outputs of one batch are.
+    config = architecture(recipe.teacher.path)
+    weights = 4 * (LAYERS * (TEACHER_WIDTH * 12 * (16 + 8) + 3 * TEACHER_WIDTH * 192) + 2 * TEACHER_WIDTH * VOCAB) / 8
+    weights += 4 * (2 * LAYERS + 1) * TEACHER_WIDTH  # norms are not spread
+    outputs = ROWS * LENGTH * (64 * 8 + 2 * 4) / 8 + ROWS * 2 * 17 * TEACHER_WIDTH * 4 / 8
+    saved = online.memory.arguments - from_cache.memory.arguments
+    assert saved == weights - outputs
+    # Nor is its arithmetic: what is left are three passes of the student, of which remat repeats part of one.
+    assert found.flops_without_remat == pytest.approx(found.ideal_flops, rel=0.05)
+    assert (online.flops - from_cache.flops) * 8 == pytest.approx(
+        ideal_flops(recipe, config, config) - ideal_flops(recipe, None, config), rel=0.05
+    )
+    print_plan(cached(recipe), target, found)
+    shown = capsys.readouterr().out
+    assert "teacher online, and read from a cache" in shown
+    assert f"{from_cache.flops / online.flops:.2f}" in shown
+
+
+def test_ideal_flops_by_hand(recipe):
+    config = architecture(recipe.teacher.path)
+    weights = 6 * (96 * 12 * (16 + 8) + 3 * 96 * 192) + 96 * VOCAB
+    per_token = 2 * weights + 4 * 6 * 8 * 12 * LENGTH
+    assert ideal_flops(recipe, config, config) == ROWS * LENGTH * 4 * per_token
+
+
+@pytest.mark.parametrize(
+    ("program", "changes", "arguments", "says"),
+    [
+        ("update", {}, 90, "--config.teacher.param_dtype=int8, which halves the teacher"),
+        ("update", {}, 50, "--config.micro_batches=2"),
+        ("update", {"micro_batches": 16}, 50, "--config.data.row_length=64"),
+        ("decoding (teacher)", {}, 50, "--config.evaluation.batch_size=4"),
+        (
+            "update",
+            {"teacher": TeacherSettings("x", "int8")},
+            98,
+            "weights and optimizer alone fill the devices; about 10 devices hold them",
+        ),
+    ],
+)
+def test_what_does_not_fit_says_what_to_turn(recipe, program, changes, arguments, says):
+    target = find_target("cpu:8")
+    target = dataclasses.replace(target, chip=dataclasses.replace(target.chip, memory=100 * 2**30))
+    size = Memory(arguments * 2**30, 0, 0, 110 * 2**30)
+    too_large = Plan(program, 0.0, size, 0.0, 0.0, 0.0, {}, 0.0)
+    found = verdict(dataclasses.replace(recipe, **changes), target, {program: too_large})
+    assert found.startswith(f"DOES NOT FIT on cpu:8: {program} is 10.0 GiB over. Next: {says}")
+
+
+def test_sizes_are_known_by_name_or_refused_with_the_names():
+    assert architecture("meta-llama/Meta-Llama-3-70B-Instruct").layers == 80
+    with pytest.raises(ValueError, match="sizes of 'some/model' are not known here; give a folder"):
+        architecture("some/model")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("b200:8", "unknown; use one of a100-80gb:8"),
+        ("a100-80gb:2x2", "no size of the form of a100-80gb:8"),
+        ("cpu:99", "cpu:99 needs"),
+    ],
+)
+def test_targets_that_do_not_exist_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        find_target(text)
+
+
+def test_the_command(tmp_path):
+    command = [sys.executable, "launch/plan.py", "--config=configs/rtd_tiny.py", "--target=cpu:2"]
+    numbers = tmp_path / "plan.json"
+    run = subprocess.run([*command, f"--json={numbers}"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "FITS on cpu:2" in run.stdout
+    assert json.loads(numbers.read_text())["programs"]["update"]["memory"]["peak"] > 10**6

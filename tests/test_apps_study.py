@@ -1,0 +1,582 @@
+"""Statistics of the study against numbers worked by hand, its report, and a study of two tiny runs."""
+
+import ast
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from configs import rtd_8b, rtd_tiny, study_8b, study_tiny
+from rtd_jax.apps.report.sections import write_sections
+from rtd_jax.apps.study.claims import COMBINATIONS, added_by, gains_by_depth, p_and_seeds, shares, smaller_gain
+from rtd_jax.apps.study.report import markdown, study_report
+from rtd_jax.apps.study.runner import Job, Preparation, prepare_once, run_jobs
+from rtd_jax.apps.study.statistics import (
+    Difference,
+    Interval,
+    Outcome,
+    accuracy,
+    difference,
+    over_seeds,
+    read_outcome,
+    seeds_to_find,
+    share_interval,
+    share_of_gain_lost,
+    verdict,
+)
+from rtd_jax.apps.study.study import StudyRecipe
+from rtd_jax.apps.study.study import study as write_study
+from rtd_jax.base.settings import build
+from rtd_jax.train.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def outcome(method, seed, correct, depths=None):
+    depths = np.array([1, 4] * (len(correct) // 2)) if depths is None else np.array(depths)
+    return Outcome("task", method, seed, depths, np.array(correct, bool), None, 0.9, 1.1, 10, 5.0)
+
+
+def everything(depths):
+    return depths > 0
+
+
+def test_accuracy_is_the_mean_over_seeds_and_problems_of_the_depths_asked_for():
+    runs = [outcome("kd", 0, [1, 0, 1, 0]), outcome("kd", 1, [1, 1, 1, 0])]
+    assert accuracy(runs, everything).mean == 5 / 8
+    assert accuracy(runs, lambda depths: depths == 4).mean == 1 / 4
+
+
+def test_the_interval_covers_seeds_as_well_as_problems():
+    """Seeds that disagree wholly: over problems alone the interval would have no width."""
+    runs = [outcome("kd", seed, [seed % 2] * 40) for seed in range(4)]
+    interval = accuracy(runs, everything)
+    assert (interval.low, interval.high) == pytest.approx((0.0, 1.0))
+    runs = [outcome("kd", seed, [1, 0] * 200) for seed in range(4)]  # and problems alone: mean 1/2, sd 1/2 of 400
+    interval = accuracy(runs, everything)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * 0.5 / 400**0.5, rel=0.1)
+
+
+def test_a_difference_is_paired_by_seed_and_tested_over_seeds():
+    rng = np.random.default_rng(1)
+    method = [outcome("rtd", seed, rng.random(50) < 0.8) for seed in range(5)]
+    base = [outcome("kd", seed, rng.random(50) < 0.5) for seed in (4, 2, 3, 1, 0, 7)]
+    found = difference(method, base, everything)
+    by_seed = {run.seed: run.correct.mean() for run in base}
+    per_seed = [run.correct.mean() - by_seed[run.seed] for run in method]
+    assert found.mean == pytest.approx(np.mean(per_seed))
+    assert found.p_value == pytest.approx(
+        stats.ttest_rel([r.correct.mean() for r in method], [by_seed[s] for s in range(5)])[1]
+    )
+    assert found.low < found.mean < found.high
+    assert found.seeds == 5
+    assert difference(method, [outcome("kd", 9, [0] * 50)], everything) is None
+
+
+@pytest.mark.parametrize(("effect", "seeds"), [(0.2, 199), (0.5, 34), (0.8, 15), (-1.0, 10), (1e-6, 1000), (200.0, 2)])
+def test_seeds_that_would_tell_are_those_of_the_power_tables(effect, seeds):
+    """Two-sided one-sample t-test at 5% and 80% power, as in Cohen's tables; spread 1, mean `effect`."""
+    assert seeds_to_find(np.array([effect - 0.5**0.5, effect + 0.5**0.5])) == seeds
+
+
+def test_a_difference_that_was_found_says_nothing_of_more_seeds():
+    assert p_and_seeds(Difference(0.1, -0.1, 0.3, 5, 0.2, 21)) == ("0.200", "21")
+    assert p_and_seeds(Difference(0.1, -0.1, 0.3, 5, 0.9, 1000)) == ("0.900", "1,000 or more")
+    assert p_and_seeds(Difference(0.3, 0.1, 0.5, 5, 0.01, 4)) == ("0.010", "")
+    assert p_and_seeds(Difference(0.3, 0.1, 0.5, 1, None, None)) == ("-", "")
+
+
+def test_runs_on_different_problems_are_not_compared():
+    with pytest.raises(ValueError, match="kd seed 1 was tested on other problems than seed 0"):
+        accuracy([outcome("kd", 0, [1, 0]), outcome("kd", 1, [1, 0], depths=[1, 2])], everything)
+
+
+def test_share_of_gain_and_verdicts():
+    full, ablated, base = (Interval(mean, 0, 1, 5) for mean in (0.8, 0.5, 0.4))
+    assert share_of_gain_lost(full, ablated, base) == pytest.approx(0.75)
+    assert share_of_gain_lost(base, ablated, full) is None
+    better = difference(
+        [outcome("rtd", s, [1] * 20) for s in range(3)], [outcome("kd", s, [0] * 20) for s in range(3)], everything
+    )
+    assert verdict(1, better) == "agrees"
+    assert verdict(-1, better) == "disagrees"
+    one = difference([outcome("rtd", 0, [1] * 20)], [outcome("kd", 0, [0] * 20)], everything)
+    assert verdict(1, one) == "undecided"  # sure of these problems, not of another seed
+    unclear = difference([outcome("rtd", 0, [1, 0] * 4)], [outcome("kd", 0, [0, 1] * 4)], everything)
+    assert verdict(1, unclear) == verdict(-1, unclear) == verdict(1, None) == "undecided"
+
+
+def test_a_share_of_the_gain_has_an_interval_where_there_is_a_gain():
+    full = [outcome("rtd", seed, [1] * 40) for seed in range(4)]
+    ablated = [outcome("no", seed, [1, 1, 1, 0] * 10) for seed in range(4)]
+    base = [outcome("kd", seed, [1, 0] * 20) for seed in range(4)]
+    low, high = share_interval(full, ablated, base, everything)
+    assert low < 0.5 < high  # (1 - 0.75) / (1 - 0.5)
+    assert share_interval(full, full, base, everything) == (0.0, 0.0)  # problems are drawn alike for all three
+    assert share_interval(base, ablated, full, everything) is None  # no gain
+    # One seed without a gain: the few draws that have nothing but this seed are no share of anything.
+    lucky = [outcome("kd", 0, [1] * 40), *base[1:]]
+    with np.errstate(all="raise"):
+        assert share_interval(full, ablated, lucky, everything) is not None
+    assert share_interval(full, ablated, [outcome("kd", 9, [1, 0] * 20)], everything) is None  # no common seed
+
+
+def test_numbers_of_seeds_have_students_interval():
+    found = over_seeds([1.0, 2.0, 3.0])
+    assert (found.mean, found.low, found.high) == pytest.approx((2.0, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
+    assert verdict(1, over_seeds([1.0])) == "undecided"  # one seed says nothing about others
+    assert verdict(1, over_seeds([1.0, 1.1, 1.2])) == "agrees"
+
+
+def drift(ckas, area):
+    steps = [{"step": i, "cka_same_chains": x if x is None else {"value": x}} for i, x in enumerate([0.99, *ckas])]
+    return {"steps": steps, "relation": {"next_step": {"auroc_within": {"value": area}}}}
+
+
+def curve(*accuracies):
+    looks = enumerate(accuracies, start=1)
+    return tuple({"update": 10 * i, "seconds": 2.0 * i, "chain_accuracy": {"all": x}} for i, x in looks)
+
+
+def study_runs():
+    """kd, rtd and an ablation of it, three seeds each, with everything that a run can report."""
+    kd = [
+        replace(
+            outcome("kd", seed, [1, 0] * 20),
+            steps_of_depth={"1": 1.0, "4": 0.9 + seed / 100},
+            perplexity=1.01 + seed / 1000,
+            teacher_perplexity=1.0,
+            curve=curve(0.2, 0.5),
+            drift=drift((0.9, 0.6 + seed / 50, None), 0.5),
+        )
+        for seed in range(3)
+    ]
+    kd[0] = replace(kd[0], teacher_correct=np.array([1] * 40, bool))
+    rtd = [
+        replace(
+            outcome("rtd", seed, [1, 1] * 20),
+            drift=drift((0.9, 0.8), 0.7 + seed / 100),
+            seconds=8.0 + seed / 10,
+            curve=curve(0.1, 0.4, 0.9, 0.9),
+        )
+        for seed in range(3)
+    ]
+    ablated = [outcome("rtd_no_coherence", seed, [1, 1, 1, 0] * 10) for seed in range(3)]
+    return kd, rtd, ablated
+
+
+def test_the_report_says_what_was_found(tmp_path):
+    kd, rtd, ablated = study_runs()
+    methods = ["kd", "rtd", "rtd_no_coherence", "rtd_no_alignment"]
+    report = study_report("kd", 4, methods, [*kd, *rtd, *ablated])
+    text, numbers = markdown(report), report.numbers
+    assert (
+        "| rtd | 3 | 100.0 [100, 100] | 100.0 [100, 100] | 100.0 [100, 100] | 100.0 [100, 100] | 100, 100, 100 |"
+        in text
+    )
+    assert "| teacher |  | 100.0 [100, 100] |" in text
+    assert "| 4 | +100.0 [+100.0, +100.0] | - | not in the article |" in text
+    assert "| 4+ | +100.0 [+100.0, +100.0] | +18.7 | agrees |" in text
+    claim = "RTD keeps more deep chains than logit matching"
+    assert f"| {claim} | `rtd` - `kd` = +100.0 [+100.0, +100.0] | +18.7 | agrees |" in text
+    of = {claim["claim"]: claim for claim in numbers["task"]["claims"]}
+    # Steps at depth 4: 0.90, 0.91, 0.92 right, chains 0: 91 points, t(2) 4.303 x 0.01 / sqrt(3) = 2.5.
+    gap = of["`kd`: single steps are right far more often than whole deep chains"]
+    assert gap["found"] == "+91.0 [+88.5, +93.5]"
+    assert gap["verdict"] == "agrees"
+    assert of["`kd`'s perplexity is within 3% of the teacher's"]["verdict"] == "agrees"  # 1.0, 1.1, 1.2% above
+    cost = of["RTD adds to the training time of KD"]
+    assert cost["found"].startswith("+62.0%")  # 8.0, 8.1, 8.2 s against 5
+    assert cost["verdict"] == "agrees"
+    fall = next(found for name, found in of.items() if "falls from the first step" in name)
+    assert fall["found"].startswith("0.280 [")  # 0.9 - (0.60, 0.62, 0.64)
+    assert fall["verdict"] == "agrees"
+    area = next(found for name, found in of.items() if "cosine of a transition" in name)
+    assert area["found"].startswith("0.210 [")
+    # When kd had finished, at 4 s, rtd stood at its second look; its curve settled at the third.
+    assert "| rtd | 90.0 | 30 | 6 | 40.0 |" in text
+    assert "| kd | 50.0 | 20 | 4 | 50.0 |" in text
+    assert "| kd | 0.900 | 0.620 | 0.500 |" in text
+    assert numbers["task"]["share_of_gain_lost"] == {"rtd_no_coherence": pytest.approx(0.5)}
+    json.dumps(numbers, allow_nan=False)
+    page = write_sections(tmp_path, report.title, report.intro, report.sections, report.pictures).read_text()
+    assert page.count("<figure") == len(report.pictures) == 4
+    assert f"<td>{claim}</td>" in page
+    assert (tmp_path / "chains_task.png").stat().st_size > 1000
+
+
+def test_the_report_says_how_stages_ended_and_what_was_solved_by_then():
+    def stage(depth, threshold, loss, ended_by, updates):
+        return {"depth": depth, "threshold": threshold, "coherence": loss, "ended_by": ended_by, "updates": updates}
+
+    def look(update, *shares):
+        return {"update": update, "seconds": 1.0, "chain_accuracy": {"4": shares[0], "5": shares[1], "all": 0.5}}
+
+    stages = [stage("4", 0.2, 0.1, "threshold", 15), stage("5+", 0.2, 0.3, "budget", 20)]
+    others = [stage("4", 0.2, 0.3, "budget", 25), stage("5+", 0.2, 0.3, "budget", 20)]
+    looks = (look(10, 0.9, 0.9), look(20, 0.25, 0.9), look(30, 0.75, 0.9), look(35, 0.9, 0.2))
+    first = replace(outcome("rtd", 0, [1, 0]), stages=tuple(stages), curve=looks)
+    second = replace(outcome("rtd", 1, [1, 0]), stages=tuple(others), curve=looks)
+    text = markdown(study_report("kd", 4, ["rtd"], [first, second]))
+    # Stages 4 end after 15 and 25 updates, looked at after 20 and 30; the second run's last one ends after its looks.
+    assert "| 4 | 0.200 | 0.200 | 1 of 2 | 20 | 50.0 |" in text
+    assert "| 5+ | 0.200 | 0.300 | 0 of 2 | 20 | 20.0 |" in text
+    wide = replace(first, stages=({**stages[0], "depth": "4-5"}, stages[1]))
+    assert "| 4-5 | 0.200 | 0.100 | 1 of 1 | 15 | 57.5 |" in markdown(study_report("kd", 4, ["rtd"], [wide]))
+    empty = replace(first, stages=(stages[0], stage("5+", 0.2, None, "budget", 0)))  # fewer updates than stages
+    assert "| 5+ | 0.200 | - | 0 of 1 | 0 | 90.0 |" in markdown(study_report("kd", 4, ["rtd"], [empty]))
+    text = markdown(study_report("kd", 4, ["rtd"], [replace(first, stages=(stages[0],))]))
+    assert "How the stages" not in text  # all depths at once
+
+
+def test_the_report_says_what_a_changed_coherence_loss_adds():
+    right = {"kd": [1, 0], "coherence_only": [1, 1], "coherence_lengths": [1, 0], "rtd_no_curriculum": [1, 1]}
+    right |= {"alignment_only": [1, 1], "both_one_map": [1, 0], "both_no_map": [1, 1], "alignment_no_map": [1, 0]}
+    runs = [outcome(name, seed, of) for name, of in right.items() for seed in range(2)]
+    text = markdown(study_report("kd", 4, list(right), runs))
+    none, worse = "+0.0 [+0.0, +0.0] | -", "-100.0 [-100.0, -100.0] | -"
+    assert f"| nothing | +100.0 [+100.0, +100.0] | - | {none} |" in text  # coherence_only, rtd_no_curriculum
+    assert f"| lengths | {none} | - | - |" in text
+    assert f"| one_map | - | - | {worse} |" in text
+    assert "| no_map | - | - | +100.0 [+100.0, +100.0] | - |" in text  # against the alignment without a map
+    known = [run for run in runs if run.method in COMBINATIONS.values()]
+    assert "changed" not in markdown(study_report("kd", 4, list(right), known))
+
+
+def test_every_compared_line_has_a_verdict_and_shares_are_compared_as_numbers():
+    kd, rtd, ablated = study_runs()
+    runs = {"kd": kd, "rtd": rtd, "rtd_no_coherence": ablated}
+    (share,) = shares(runs, "kd", 4)
+    assert share.found.startswith("50% [")
+    assert share.article == "62% (from its points 62%)"
+    low, high = share_interval(rtd, ablated, kd, lambda depths: depths >= 4)
+    assert share.verdict == ("agrees" if low <= 0.62 <= high else "disagrees")
+    assert shares({**runs, "rtd": kd}, "kd", 4)[0].verdict == "undecided"  # no gain to share out
+    says = {claim.claim: claim.verdict for claim in gains_by_depth(runs, "kd", 4)}
+    assert says == {"1": "not in the article", "4": "not in the article", "4+": "agrees", "all": "not in the article"}
+    equal = [outcome("rtd", seed, [1, 0] * 20) for seed in range(3)]
+    (claim,) = smaller_gain({"large": runs, "small": {"kd": kd, "rtd": equal}}, {"small": "large"}, "kd", 4)
+    assert claim.verdict == "agrees"
+    assert claim.found.endswith("+100.0 [+100.0, +100.0] less")
+
+
+def test_a_component_is_worth_the_mean_of_what_it_adds_to_each_combination():
+    # Of 8 problems, alignment solves one more, coherence two, and the curriculum three.
+    def solved(parts):
+        return 1 + sum(n for n, there in zip((1, 2, 3), parts, strict=True) if there)
+
+    runs = {
+        name: [outcome(name, seed, [1] * solved(parts) + [0] * (8 - solved(parts)), depths=[4] * 8) for seed in (0, 1)]
+        for parts, name in COMBINATIONS.items()
+    }
+    rows = added_by(runs, 4)
+    means = [(component, found.mean) for component, to, found in rows if to == "mean of the 4"]
+    assert means == [("alignment", 1 / 8), ("coherence", 2 / 8), ("curriculum", 3 / 8)]
+    assert len(rows) == 15
+    of_coherence = {to: found.mean for component, to, found in rows if component == "coherence"}
+    assert of_coherence["`kd_curriculum` (gives `rtd_no_alignment`)"] == 2 / 8
+    # What a component does differs with its company; seeds that one combination lacks are left out of the mean.
+    runs["rtd"] = [outcome("rtd", 0, [1] * 8, depths=[4] * 8)]
+    found = {to: found for component, to, found in added_by(runs, 4) if component == "coherence"}
+    assert found["mean of the 4"].mean == pytest.approx((2 + 2 + 2 + 3) / 4 / 8)
+    assert found["mean of the 4"].seeds == 1
+    del runs["rtd"]  # then the two without the curriculum are left
+    rows = added_by(runs, 4)
+    assert [(x, to, found.mean) for x, to, found in rows if to.startswith("mean")] == [
+        ("alignment", "mean of the 2", 1 / 8),
+        ("coherence", "mean of the 2", 2 / 8),
+    ]
+    assert len(rows) == 6
+    del runs["alignment_only"]
+    assert added_by(runs, 4) == []
+
+
+def test_a_grid_names_its_best_weights():
+    runs = [outcome(f"grid_a{a}_c50", seed, [1, good] * 20) for a, good in ((10, 0), (30, 1)) for seed in range(3)]
+    text = markdown(study_report("kd", 4, ["grid_a10_c50", "grid_a30_c50"], runs))
+    assert "| 0.3 | 0.5 | 100.0 [100, 100] |\n| 0.1 | 0.5 | 0.0 [0, 0] |" in text
+    assert "Here 0.3 and 0.5 come out best: agrees." in text
+
+
+@pytest.fixture
+def fake_train(monkeypatch, tmp_path):
+    """A trainer that counts its calls, and fails for seed 1 as long as the file `broken` is there."""
+    script = tmp_path / "launch" / "train.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import json, os, pathlib, sys\n"
+        "flags = dict(flag.lstrip('-').split('=', 1) for flag in sys.argv[1:])\n"
+        "workdir = pathlib.Path(flags['workdir'])\n"
+        "print(len(os.sched_getaffinity(0)), flags)\n"
+        "assert os.environ['JAX_COMPILATION_CACHE_DIR'].endswith('compiled')\n"  # programs are shared between runs
+        "calls = workdir / 'calls'\n"
+        "calls.write_text(calls.read_text() + 'x' if calls.exists() else 'x')\n"
+        "if flags['config.seed'] == '1' and pathlib.Path('broken').exists(): sys.exit(2)\n"
+        "report = {'student': {'chain_accuracy': {'all': {'mean': 0.25}}}}\n"
+        "(workdir / 'report.json').write_text(json.dumps(report))\n"
+    )
+    monkeypatch.setattr("rtd_jax.apps.study.runner.TRAIN", script)
+    monkeypatch.setattr("rtd_jax.apps.study.runner.POLL_SECONDS", 0.01)
+    base = tmp_path / "base.py"
+    base.write_text("# a config\n")
+    return base
+
+
+def test_finished_runs_are_kept_and_failed_ones_named_and_repeated(fake_train, tmp_path):
+    jobs = [Job("task", "kd", seed, (f"seed={seed}",), tmp_path / "runs" / str(seed)) for seed in range(3)]
+    (tmp_path / "broken").touch()
+    lines = []
+    with pytest.raises(ValueError, match=r"1 of 3 runs failed, first task kd seed 1: its log is .*runs/1/log.txt"):
+        run_jobs(jobs, fake_train, 1, lines.append, tmp_path / "compiled")
+    assert sum("chain accuracy 25.0%" in line for line in lines) == 2
+    (tmp_path / "broken").unlink()
+    run_jobs(jobs, fake_train, 2, lines.append, tmp_path / "compiled")
+    assert [(job.workdir / "calls").read_text() for job in jobs] == ["x", "xx", "x"]
+
+
+def test_a_workdir_of_another_study_is_refused_before_anything_starts(fake_train, tmp_path):
+    job = Job("task", "kd", 0, ("seed=0",), tmp_path / "runs" / "0")
+    run_jobs([job], fake_train, 1, print, tmp_path / "compiled")
+    other = Job("task", "kd", 0, ("seed=0", "loss.alpha=0.5"), job.workdir)
+    with pytest.raises(ValueError, match=r"runs/0 was begun with other settings .* give the study another --workdir"):
+        run_jobs([other], fake_train, 1, print, tmp_path / "compiled")
+    fake_train.write_text("# another config\n")
+    with pytest.raises(ValueError, match="begun with other settings"):
+        run_jobs([job], fake_train, 1, print, tmp_path / "compiled")
+
+
+def test_a_study_that_is_asked_to_stop_takes_its_runs_along(tmp_path):
+    trainer = tmp_path / "launch" / "train.py"
+    trainer.parent.mkdir()
+    trainer.write_text(
+        "import os, pathlib, sys, time\n"
+        "flags = dict(flag.lstrip('-').split('=', 1) for flag in sys.argv[1:])\n"
+        "pathlib.Path(flags['workdir'], 'started').write_text(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    base, workdir = tmp_path / "base.py", tmp_path / "run"
+    base.write_text("# a config\n")
+    program = (
+        "from pathlib import Path\n"
+        "from rtd_jax.apps.study import runner\n"
+        f"runner.TRAIN = Path({str(trainer)!r})\n"
+        f"job = runner.Job('task', 'kd', 0, ('seed=0',), Path({str(workdir)!r}))\n"
+        f"runner.run_jobs([job], Path({str(base)!r}), 1, print, Path({str(tmp_path / 'compiled')!r}))\n"
+    )
+    study = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    started = workdir / "started"
+    deadline = time.monotonic() + 120
+    while not (started.exists() and started.read_text()):
+        assert study.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    study.send_signal(signal.SIGTERM)
+    assert study.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+
+
+def test_without_runs_there_is_nothing_to_report(fake_train, tmp_path):
+    recipe = StudyRecipe(str(fake_train), {"task": ()}, {"kd": ()}, (0,), parallel=0)
+    with pytest.raises(ValueError, match=r"only a report of finished runs, but .*empty has none; use 1 or more"):
+        write_study(recipe, tmp_path / "empty")
+    assert not (tmp_path / "empty" / "runs").exists()
+
+
+def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, monkeypatch):
+    recipe = StudyRecipe(
+        base="b",
+        tasks={"t": ("x=1",), "u": ()},
+        methods={"kd": ("cache={cache}",), "rtd": ("model={reward}/model",), "cot": ("at={traces}",)},
+        seeds=(0,),
+        prepare={
+            "traces": ("make.py", "--to={traces}"),
+            "cache": ("make.py", "--to={cache}"),
+            "reward": ("make.py", "--to={reward}", "--from={traces}"),
+        },
+        only=("kd", "rtd"),
+        task_methods={"u": ("kd",)},
+    )
+    assert [(job.task, job.method) for job in recipe.jobs(tmp_path)] == [("t", "kd"), ("t", "rtd"), ("u", "kd")]
+    assert recipe.jobs(tmp_path)[0].overrides == ("x=1", f"cache={tmp_path}/prepared/cache", "seed=0")
+    made = recipe.preparations(tmp_path)
+    assert [this.name for this in made] == ["traces", "cache", "reward"]  # reward asks for traces
+    assert made[2].command == ("make.py", f"--to={tmp_path}/prepared/reward", f"--from={tmp_path}/prepared/traces")
+    assert [this.name for this in replace(recipe, only=("kd",)).preparations(tmp_path)] == ["cache"]
+
+    (tmp_path / "make.py").write_text("import sys; open('calls', 'a').write(sys.argv[1] + '\\n')")
+    monkeypatch.setattr("rtd_jax.apps.study.runner.ROOT", tmp_path)
+    prepare_once(made[:2], lambda _: None)
+    prepare_once(made[:2], lambda _: None)
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2
+    other = Preparation("cache", ("make.py", "--to=elsewhere"), made[1].folder)
+    with pytest.raises(ValueError, match=r"prepared/cache was made by another command"):
+        prepare_once([other], print)
+    with pytest.raises(ValueError, match=r"prepare.x: there is no script launch/none.py"):
+        prepare_once([Preparation("x", ("launch/none.py",), tmp_path / "x")], print)
+    (tmp_path / "broken.py").write_text("raise SystemExit('error: no room')")
+    with pytest.raises(ValueError, match=r"preparing x failed \(error: no room\): its log is .*x.log"):
+        prepare_once([Preparation("x", ("broken.py",), tmp_path / "x")], print)
+    for changes, says in (
+        ({"only": ("kdd",)}, "only names 'kdd'"),
+        ({"task_methods": {"v": ()}}, "names the task 'v'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            replace(recipe, **changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "arg"),
+    [
+        *((c, a) for c in (study_tiny, study_8b) for a in ("", "grid", "cached")),
+        (study_tiny, "smoke"),
+        (study_tiny, "conditions"),
+        (study_tiny, "lift"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.__name__.split(".")[-1],
+)
+def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_path):
+    """Overrides as the command line applies them, and the settings that they give, for every method of every task."""
+    recipe = build(StudyRecipe, config.get_config(arg).to_dict())
+    bases = {"configs/rtd_tiny.py": rtd_tiny, "configs/rtd_8b.py": rtd_8b}
+    recipes = {}
+    for job in recipe.jobs(tmp_path):
+        base = bases[recipe.base].get_config()
+        for override in job.overrides:
+            key, value = override.split("=", 1)
+            with contextlib.suppress(ValueError, SyntaxError):  # else it is text
+                value = ast.literal_eval(value)
+            *groups, last = key.split(".")
+            group = base
+            for name in groups:
+                group = group[name]
+            assert last in group, override
+            group[last] = value
+        recipes[job.task, job.method] = build(Recipe, base.to_dict())
+    of = "gsm8k" if config is study_8b else "lift" if arg == "lift" else "few_problems"
+    whole = {job.name: job for job in build(StudyRecipe, config.get_config().to_dict()).jobs(tmp_path)}
+    shared = [job for job in recipe.jobs(tmp_path) if job.name in whole]
+    if arg in ("conditions", "lift"):  # what these have in common with the whole study are the same runs
+        assert len(shared) == 5 * {"conditions": 6, "lift": 4}[arg]
+        assert all(job == whole[job.name] for job in shared)
+    assert recipes[of, "kd"].loss.alignment_weight == 0.0
+    if arg == "conditions":
+        alone, both = recipes[of, "coherence_fourfold"].loss, recipes[of, "both_fourfold"].loss
+        assert (alone.alignment_weight, alone.coherence_weight) == (0.0, 2.0)
+        assert (both.alignment_weight, both.coherence_weight) == (0.3, 2.0)
+        assert recipes[of, "coherence_no_map"].loss.projections == "none"
+        assert not any(recipe.curriculum.enabled for recipe in recipes.values())
+        return
+    if arg == "lift":
+        assert not any(recipe.curriculum.enabled for recipe in recipes.values())
+        return
+    if arg == "grid":
+        assert {(r.loss.alignment_weight, r.loss.coherence_weight) for r in recipes.values()} >= {
+            (0.3, 0.5),
+            (1.0, 0.1),
+        }
+        assert {r.curriculum.enabled for r in recipes.values()} == {False} if config is study_tiny else {False, True}
+        return
+    assert not recipes[of, "cot_ft"].loss.reads_teacher
+    made = [this.name for this in recipe.preparations(tmp_path)]
+    if config is study_tiny and arg == "cached":  # the cache holds word problems alone
+        assert {r.data.test.schema for r in recipes.values()} == {"synthetic"}
+    elif config is study_tiny and arg != "smoke":
+        assert recipes["cups", "rtd"].teacher.path.endswith("prepared/cups_teacher/model")
+        assert {getattr(recipes["cups", "rtd"].data, x).schema for x in ("train", "validation", "test")} == {"cups"}
+        lift = recipes["lift", "rtd"]
+        assert (lift.data.test.schema, lift.student.init) == ("lift", "random")
+        assert lift.teacher.path.endswith("prepared/lift_teacher/model")
+        assert recipes[of, "rtd_plateau"].total_updates == 2 * recipes[of, "rtd"].total_updates
+        assert {"cups_teacher", "lift_teacher"} <= set(made)
+    assert recipes[of, "step_reward"].reward.model.endswith("prepared/reward/model")
+    # The same data budget and the same order of the data, whatever the method.
+    budgets = {
+        (r.total_updates, r.batch_size, r.seed)
+        for (task, name), r in recipes.items()
+        if task == of and name in study_tiny.methods()
+    }
+    assert len(budgets) == 1
+    assert ("cache" in made) == (arg in ("cached", "smoke"))
+    assert "reward" in made
+
+
+def test_a_damaged_record_is_refused_by_name(tmp_path):
+    report = {"student": {"step_accuracy": {"all": {"mean": 1.0}}, "perplexity": 1.0}, "updates": 1, "wall_seconds": 1}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    (tmp_path / "generations.jsonl").write_text('{"model": "student", "depth": 1, "correct": tr\n')
+    with pytest.raises(ValueError, match=r"generations.jsonl is not what a run writes"):
+        read_outcome("task", "kd", 0, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_study_of_real_runs(tmp_path):
+    """The smoke study, of two methods, one of them from a cache that is written first."""
+    config = tmp_path / "study_small.py"
+    config.write_text(
+        "from configs import study_tiny\n"
+        "def get_config():\n"
+        "    c = study_tiny.get_config('smoke')\n"
+        "    c.methods.matched = ('loss.intermediate_weight=1.0', 'loss.token_alignment_weight=0.3',\n"
+        "                         'data.segmentation=random', 'curriculum.enabled=False')\n"
+        "    c.only = ('kd', 'matched')\n"
+        "    return c\n"
+    )
+    workdir = tmp_path / "study"
+    command = [sys.executable, str(ROOT / "launch" / "study.py"), f"--config={config}", f"--workdir={workdir}"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
+
+    def study():
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+    run = study()
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "report over 2 of 2 runs" in run.stdout
+    text = (workdir / "study.md").read_text()
+    assert "| matched | 1 |" in text
+    assert "Accuracy against updates and time" in text
+    assert "<svg" in (workdir / "report.html").read_text()
+
+    def last(method):
+        folder = workdir / "runs" / "few_problems" / method / "seed_0"
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        log, report = (folder / "log.txt").read_text(), json.loads((folder / "report.json").read_text())
+        return [line for line in lines if "loss" in line][-1], report, log
+
+    metrics, report, _ = last("matched")
+    assert metrics["distill/intermediate"] > 0
+    assert metrics["distill/token_alignment"] > 0
+    assert report["drift"]["chains"] == 12
+    assert report["drift"]["maps"] == {"f": "the run's own", "g": "the run's own"}
+    _, report, log = last("kd")
+    assert [look["update"] for look in report["curve"]] == [2, 4]
+    assert "the teacher is read from the cache" in log
+    assert report["drift"]["maps"] == {"f": "fitted", "g": "fitted"}  # nothing trained them
+    assert "2 runs, 2 of them finished" in study().stdout
+    (workdir / "study.md").unlink()
+    command.append("--config.parallel=0")
+    assert "report over 2 of 2 runs" in study().stdout
+    assert (workdir / "study.md").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("arg", "says"),
+    [
+        ("conditions+cached", "states of one layer"),
+        ("lift+cached", "bundled teacher's states"),
+        ("grid+lift", "studies of their own"),
+        ("grit", "this config knows smoke, grid"),
+    ],
+)
+def test_words_that_do_not_go_together_are_refused(arg, says):
+    with pytest.raises(ValueError, match=says):
+        study_tiny.get_config(arg)

@@ -1,0 +1,231 @@
+"""Which chains are kept, by values worked out by hand; and the files around them, refused by name when damaged."""
+
+import dataclasses
+import json
+
+import pytest
+
+from rtd_jax.apps.traces.log import ResponseLog
+from rtd_jax.apps.traces.requests import OpenAISettings, Reply, SamplingSettings, before_stop, make_requests
+from rtd_jax.apps.traces.select import OUTCOMES, SelectionSettings, depth_cap, judge, select
+from rtd_jax.base.files import write_jsonl
+from rtd_jax.data.manifest import NAME, begin_manifest, check_shards, finish_manifest
+from rtd_jax.data.sources import SourceSettings, load_problems
+from rtd_jax.data.trace import Problem
+
+STRICT, FLEXIBLE = SelectionSettings("strict"), SelectionSettings("flexible")
+APPLES = Problem("How many apples?", "18", depth=2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "strict", "flexible"),
+    [
+        ("18", "9 + 9 = 18.\n#### 18", "kept", "kept"),
+        ("1,800", "It is 1800.\n#### 1800.00", "kept", "kept"),
+        ("18", "9 + 9 = 18.\n#### 81", "wrong", "wrong"),
+        ("18", "9 + 9 = 18.\nSo the answer is 18.", "unparsable", "kept"),
+        ("18", "9 + 9 = 18.\n#### 18\n\nQuestion: 2 + 2?\n#### 4", "kept", "kept"),
+        ("18", "#### 18", "unparsable", "unparsable"),  # an answer without a step is no chain
+        ("18", "I cannot say.", "unparsable", "unparsable"),
+        ("18", "", "unparsable", "unparsable"),
+        ("yes", "Cats purr. So it does.\n#### yes", "kept", "kept"),
+        ("yes", "Cats purr, so no.\n#### no", "wrong", "wrong"),
+        ("B", "Ice melts.\n#### B", "kept", "kept"),
+        ("B", "Ice melts.\nThe answer is (B).", "unparsable", "kept"),
+        (r"\frac{1}{2}", r"Half of one is $\boxed{\dfrac12}$.", "wrong", "kept"),  # math-verify reads it
+        (r"\frac{1}{2}", r"Half of one is $\boxed{\frac{1}{2}}$.", "kept", "kept"),
+    ],
+)
+def test_a_chain_is_judged_by_its_answer(answer, text, strict, flexible):
+    problem = dataclasses.replace(APPLES, answer=answer)
+    assert judge(problem, Reply(text, "stop"), STRICT)[0] == strict
+    assert judge(problem, Reply(text, "stop"), FLEXIBLE)[0] == flexible
+
+
+def test_a_chain_that_was_cut_or_refused_is_not_judged():
+    assert judge(APPLES, Reply("9 + 9 = 18.\n#### 18", "length"), STRICT)[0] == "unfinished"
+    assert judge(APPLES, Reply("", "refused"), STRICT) == ("refused", [])
+
+
+def test_steps_are_lines_or_sentences():
+    reply = Reply("  First, 9 + 0 = 9.\n\nThen  9 + 9 = 18. It is $x. Y$ now.\n#### 18", "stop")
+    lines = ["First, 9 + 0 = 9.", "Then 9 + 9 = 18. It is $x. Y$ now."]
+    assert judge(APPLES, reply, STRICT) == ("kept", lines)
+    cut = ["First, 9 + 0 = 9.", "Then 9 + 9 = 18.", "It is $x. Y$ now."]
+    assert judge(APPLES, reply, SelectionSettings(steps="sentences")) == ("kept", cut)
+
+
+def test_every_request_has_one_outcome():
+    problems = [APPLES, Problem("How many pears?", "3", depth=6)]
+    requests = make_requests(problems, 4, 0, {"model": "m"})
+    texts = ["9.\n18.\n#### 18", "9.\n 18.\n#### 18.0", "18.\n#### 18", "20.\n#### 20"]
+    texts += ["1.\n2.\n3.\n#### 3", "3.\n#### 3", "2+1=3.\n#### 3", "3"]
+    replies = {request.id: Reply(text, "stop") for request, text in zip(requests, texts, strict=True)}
+    found = select(requests, replies, STRICT)
+    none = dict.fromkeys(OUTCOMES, 0)
+    assert found.counts == {
+        "2": none | {"kept": 2, "duplicate": 1, "wrong": 1},
+        "5+": none | {"kept": 3, "unparsable": 1},
+        "all": none | {"kept": 5, "duplicate": 1, "wrong": 1, "unparsable": 1},
+    }
+    assert found.kept_by_depth == {"1": 3, "2": 1, "3": 1}
+    assert [row["completions"] for row in found.rows[:2]] == [["9.", "18."], ["18."]]
+    # Half of the kept at most: two chains of one step, and of the two problems one each.
+    halved = select(requests, replies, SelectionSettings(max_depth_share=0.5))
+    assert halved.kept_by_depth == {"1": 2, "2": 1, "3": 1}
+    assert halved.counts["all"]["surplus"] == 1
+    one = select(requests, replies, SelectionSettings(per_problem=1))
+    assert [row["completions"] for row in one.rows] == [["9.", "18."], ["1.", "2.", "3."]]
+    assert one.counts["all"]["surplus"] == 3
+    unknown = select(requests, replies, STRICT, lambda text: "2+1" not in text)
+    assert unknown.counts["5+"] == none | {"kept": 2, "unparsable": 2}
+    for result in (found, halved, one, unknown):
+        assert sum(result.counts["all"].values()) == len(requests)
+        assert len(result.rows) == result.counts["all"]["kept"] == sum(result.kept_by_depth.values())
+
+
+def test_the_cap_on_a_depth_is_the_largest_that_holds():
+    # 6 of 6 + 4 + 2 is half; 7 of 13 would be more.
+    assert depth_cap([10, 4, 2], 0.5) == 6
+    assert depth_cap([10, 4, 2], 1.0) == 10
+    assert depth_cap([3, 3], 0.5) == 3
+    assert depth_cap([], 0.2) == 0
+    with pytest.raises(ValueError, match=r"max_depth_share is 0.3, but the right chains have 2 depths, .* 0.50"):
+        depth_cap([3, 3], 0.3)
+
+
+def test_a_text_is_cut_before_the_first_stop_text():
+    assert before_stop("a Q: b\n\nc", ("\n\n", "Q:")) == ("a ", True)
+    assert before_stop("abc", ("Q:",)) == ("abc", False)
+
+
+def test_requests_are_named_by_what_decides_their_reply():
+    def ids(problems, samples=2, seed=0, model="m"):
+        return [request.id for request in make_requests(problems, samples, seed, {"model": model, "seed": seed})]
+
+    two = [APPLES, Problem("How many pears?", "3")]
+    assert len(set(ids(two))) == 4
+    assert ids(two[::-1]) == ids(two)[2:] + ids(two)[:2]
+    assert set(ids(two, samples=3)) > set(ids(two))
+    assert not set(ids(two)) & (set(ids(two, seed=1)) | set(ids(two, model="other")))
+    seeds = [request.seed for request in make_requests(two, 50, 0, {})]
+    assert len(set(seeds)) == 100
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SamplingSettings(samples=0), "samples is 0"),
+        (lambda: SamplingSettings(samples=2, temperature=0.0), "writes the same chain each time"),
+        (lambda: SamplingSettings(stop=("",)), "would end every chain at once"),
+        (lambda: OpenAISettings(extra_body="[1]"), "expected a JSON object"),
+        (lambda: SelectionSettings(max_depth_share=0.0), "max_depth_share 0.0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# The log of replies.
+
+IDENTITY = {"model": "m", "sampling": {"temperature": 1.0}}
+REQUESTS = make_requests([APPLES], 3, 0, IDENTITY)
+
+
+def fill(folder) -> bytes:
+    with ResponseLog(folder, IDENTITY) as log:
+        for request in REQUESTS:
+            log.add([(request, Reply(f"é line {request.sample}\n#### 18", "stop"))])
+        return log.path.read_bytes()
+
+
+def test_every_kill_leaves_a_log_that_goes_on(tmp_path):
+    whole = fill(tmp_path)
+    for length in [*range(0, len(whole), 7), len(whole) - 1]:
+        (tmp_path / "responses.jsonl").write_bytes(whole[:length])
+        with ResponseLog(tmp_path, IDENTITY) as log:
+            assert len(log.replies) == whole[:length].count(b"\n")
+            for request in REQUESTS[len(log.replies) :]:
+                log.add([(request, Reply(f"é line {request.sample}\n#### 18", "stop"))])
+        assert (tmp_path / "responses.jsonl").read_bytes() == whole
+
+
+def test_a_damaged_or_foreign_log_is_refused(tmp_path):
+    whole = fill(tmp_path)
+    path = tmp_path / "responses.jsonl"
+    for place in (10, len(whole.splitlines()[0]) + 70):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        number = 1 + whole[:place].count(b"\n")
+        with pytest.raises(ValueError, match=rf"responses.jsonl:{number} is damaged .* delete this line"):
+            ResponseLog(tmp_path, IDENTITY)
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"replies of another sampling: .*1.0.*, this run has .*0.5"):
+        ResponseLog(tmp_path, IDENTITY | {"sampling": {"temperature": 0.5}})
+    with ResponseLog(tmp_path, IDENTITY), pytest.raises(ValueError, match="is being written by another process"):
+        ResponseLog(tmp_path, IDENTITY)
+    (tmp_path / "requests.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="is not of format 1"):
+        ResponseLog(tmp_path, IDENTITY)
+    (tmp_path / "requests.json").unlink()
+    with pytest.raises(ValueError, match=r"has no requests\.json beside it"):
+        ResponseLog(tmp_path, IDENTITY)
+
+
+# The manifest of the shards.
+
+
+@pytest.fixture
+def shards(tmp_path):
+    rows = [{"prompt": f"p{i}", "completions": ["s"], "answer": "1"} for i in range(3)]
+    paths = [tmp_path / f"train-{i:05d}-of-00003.jsonl" for i in range(3)]
+    begin_manifest(tmp_path, [path.name for path in paths])
+    for path, row in zip(paths, rows, strict=True):
+        write_jsonl(path, [row])
+    finish_manifest(tmp_path, [(path, 1) for path in paths], {"about": "x"})
+    return paths
+
+
+def test_shards_that_are_not_those_listed_are_refused(shards, tmp_path):
+    source = SourceSettings("stepwise", str(tmp_path))
+    assert [problem.prompt for problem in load_problems(source)] == ["p0", "p1", "p2"]
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message):
+            load_problems(source)
+
+    content = shards[1].read_bytes()
+    shards[1].write_bytes(content.replace(b"p1", b"p7"))
+    refused("train-00001-of-00003.jsonl has SHA-256 .* was changed or damaged")
+    shards[1].unlink()
+    refused("train-00001-of-00003.jsonl is missing")
+    shards[1].write_bytes(content)
+    (tmp_path / "train-00003-of-00003.jsonl").write_bytes(content)
+    refused(f"train-00003-of-00003.jsonl is not listed in {NAME}")
+    (tmp_path / "train-00003-of-00003.jsonl").unlink()
+    manifest = json.loads((tmp_path / NAME).read_text())
+    for damaged, message in (
+        (manifest | {"kind": "other"}, f"{NAME} is no manifest of format 1"),
+        (manifest | {"format": 2}, f"{NAME} is no manifest of format 1"),
+        (manifest | {"shards": [{"name": "../x", "sha256": ""}]}, "its list of shards is damaged"),
+    ):
+        (tmp_path / NAME).write_text(json.dumps(damaged))
+        refused(message)
+    (tmp_path / NAME).write_text("{")
+    refused(f"{NAME} is not valid JSON")
+
+
+def test_shards_under_way_are_refused_and_old_ones_leave_with_their_manifest(shards, tmp_path):
+    begin_manifest(tmp_path, ["train-00000-of-00001.jsonl"])
+    assert [path.name for path in tmp_path.glob("train-*")] == []
+    (tmp_path / "train-00000-of-00001.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"are not complete; run launch/traces\.py again"):
+        check_shards(tmp_path, [tmp_path / "train-00000-of-00001.jsonl"])
+
+
+def test_arc_needs_no_reasoning_to_be_asked(shared_data):
+    problems = load_problems(SourceSettings("arc", str(shared_data / "arc_challenge"), "validation"))
+    assert len(problems) == 299
+    assert all(problem.answer in ("A", "B", "C", "D", "E") and problem.depth == 0 for problem in problems)
+    assert all("\nA. " in problem.prompt and f"\n{problem.answer}. " in problem.prompt for problem in problems)

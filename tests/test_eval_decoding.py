@@ -1,0 +1,233 @@
+"""Cached batched decoding against the plain loop that reads the whole text again for every token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rtd_jax.eval import decoding as decode
+from rtd_jax.eval.decoding import Sampling, generate, greedy, nucleus
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.model import LlamaModel
+
+VOCAB, PADDED = 29, 32
+MODEL = LlamaModel(
+    LlamaConfig(vocab_size=PADDED, width=16, mlp_width=32, layers=2, heads=4, kv_heads=2, head_dim=4, init_std=0.5)
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(MODEL.init)(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, VOCAB, size).tolist() for size in (9, 3, 14, 1, 6, 7, 2)]
+
+
+def uncached(params, prompt: list[int], count: int, eos_ids=()) -> list[int]:
+    """Argmax over the real vocabulary, one full forward pass a token."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + count:
+        row = np.zeros(
+            (1, 64), np.int32
+        )  # causal: what stands to the right does not matter, and one shape compiles once
+        row[0, : len(tokens)] = tokens
+        hidden = _hidden(params, row)[0, len(tokens) - 1]
+        logits = np.asarray(hidden, np.float64) @ np.asarray(MODEL.head(params), np.float64)
+        chosen = int(np.argmax(logits[:VOCAB]))
+        if chosen in eos_ids:
+            break
+        tokens.append(chosen)
+    return tokens[len(prompt) :]
+
+
+@jax.jit
+def _hidden(params, tokens_BL):
+    positions = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+    return MODEL.hidden(params, tokens_BL, positions, jnp.ones_like(tokens_BL))
+
+
+def options(**changes):
+    return {"max_new_tokens": 12, "eos_ids": (), "vocab_size": VOCAB, "batch_size": 3, "pad_id": 0, **changes}
+
+
+def test_cached_equals_uncached_and_order_is_restored(params, prompts):
+    # Prompts differ in length and in continuation, so a row in another's place, or a wrong position, would show.
+    expected = [uncached(params, prompt, 12) for prompt in prompts]
+    assert len({tuple(row) for row in expected}) == len(prompts)
+    assert generate(MODEL, params, prompts, **options()) == expected
+
+
+def test_rows_end_at_their_own_end(params, prompts):
+    free = [uncached(params, prompt, 12) for prompt in prompts]
+    eos_ids = (free[0][4], free[2][7])
+    expected = [uncached(params, prompt, 12, eos_ids) for prompt in prompts]
+    lengths = {len(row) for row in expected}
+    assert len(lengths) > 2  # some end early, at different places
+    assert generate(MODEL, params, prompts, **options(eos_ids=eos_ids)) == expected
+
+
+def test_a_bucket_boundary_changes_nothing(params, prompts, monkeypatch):
+    expected = generate(MODEL, params, prompts, **options())
+    monkeypatch.setattr(decode, "PROMPT_BUCKET", 7)  # prompts of 7 fill their bucket, 9 and 14 need two
+    assert generate(MODEL, params, prompts, **options()) == expected
+
+
+def test_one_new_token_and_no_prompts(params, prompts):
+    expected = [uncached(params, prompt, 1) for prompt in prompts]
+    assert generate(MODEL, params, prompts, **options(max_new_tokens=1)) == expected
+    assert generate(MODEL, params, [], **options()) == []
+
+
+def test_padded_vocabulary_is_never_chosen(params, prompts):
+    # The padded rows would win every argmax: their columns of the head are far larger than any other.
+    loud = dict(params, head=params["head"].at[:, VOCAB:].mul(1000.0))
+    hidden = _hidden(loud, np.asarray([prompts[0]], np.int32))[0, -1]
+    assert np.argmax(np.abs(np.asarray(hidden @ loud["head"]))) >= VOCAB
+    assert generate(MODEL, loud, prompts, **options()) == generate(MODEL, params, prompts, **options())
+
+
+class Countdown:
+    """A model that says: the token after t is t - 1. It counts how many tokens were asked of it."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def _count(self, _):
+        self.calls += 1
+
+    def prefill(self, params, tokens_BL, lengths_B, cache_length):
+        last_B = jnp.take_along_axis(tokens_BL, lengths_B[:, None] - 1, axis=1)[:, 0]
+        return jax.nn.one_hot(last_B, PADDED), ()
+
+    def decode(self, params, cache, tokens_B, positions_B):
+        jax.debug.callback(self._count, positions_B)
+        return jax.nn.one_hot(tokens_B, PADDED), ()
+
+    def head(self, params):
+        return jnp.roll(jnp.eye(PADDED), -1, axis=1)
+
+
+def test_decoding_stops_when_every_row_has_ended():
+    model = Countdown()
+    prompts = [[5], [9, 3], [1]]
+    result = generate(model, {}, prompts, **options(eos_ids=(0,), max_new_tokens=500, batch_size=8, pad_id=31))
+    jax.effects_barrier()
+    assert result == [[4, 3, 2, 1], [2, 1], []]
+    assert model.calls == 4  # prefill gives the first id of each; the longest row needs four more, its end included
+
+
+def test_rows_that_fill_a_batch_do_not_keep_it_going():
+    # Batches ([5], [1]) and ([9, 3], fill): 4 and 2 calls. A fill row taken for the prompt [20] would go on to 0.
+    model = Countdown()
+    options_two = options(eos_ids=(0,), max_new_tokens=500, batch_size=2, pad_id=20)
+    assert generate(model, {}, [[5], [9, 3], [1]], **options_two) == [[4, 3, 2, 1], [2, 1], []]
+    jax.effects_barrier()
+    assert model.calls == 4 + 2
+
+
+def test_ended_and_inactive_rows_emit_pad():
+    tokens = jnp.asarray([[5, 31], [9, 3], [8, 31]], jnp.int32)
+    new_BN, counts_B = greedy(
+        Countdown(), {}, tokens, jnp.asarray([1, 2, 1], jnp.int32), jnp.asarray([True, True, False]),
+        max_new_tokens=6, eos_ids=(0,), vocab_size=VOCAB, pad_id=31,
+    )  # fmt: skip
+    assert new_BN.tolist() == [[4, 3, 2, 1, 31, 31], [2, 1, 31, 31, 31, 31], [31] * 6]
+    assert counts_B.tolist() == [4, 2, 0]
+
+
+def test_sharded_params_decode_the_same_and_survive(params, prompts):
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+    specs = {16: "model", 32: "model"}
+    placed = jax.tree.map(
+        lambda x: jax.device_put(
+            x, NamedSharding(mesh, PartitionSpec(*(None,) * (x.ndim - 1), specs.get(x.shape[-1])))
+        ),
+        params,
+    )
+    before = jax.tree.map(np.asarray, placed)
+    rows = NamedSharding(mesh, PartitionSpec("data", None))
+    result = generate(MODEL, placed, prompts, **options(batch_size=4, batch_sharding=rows))
+    assert result == generate(MODEL, params, prompts, **options())
+    jax.tree.map(np.testing.assert_array_equal, before, placed)  # a donated array would raise here
+
+
+def test_progress_counts_prompts(params, prompts):
+    seen = []
+    generate(MODEL, params, prompts, **options(progress=lambda done, total: seen.append((done, total))))
+    assert seen == [(3, 7), (6, 7), (7, 7)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "message"),
+    [
+        ([[1], []], {}, "prompt 1 has no tokens"),
+        ([[1, VOCAB]], {}, "prompt 0 has token id 29, outside the vocabulary of 29"),
+        ([[-1]], {}, "prompt 0 has token id -1"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1]], {"batch_size": 0}, "batch_size 0"),
+    ],
+)
+def test_bad_input_names_the_prompt(params, prompts, changes, message):
+    with pytest.raises(ValueError, match=message):
+        generate(MODEL, params, prompts, **options(**changes))
+
+
+def test_samples_depend_on_the_seed_and_the_place_in_the_list_only(params, prompts):
+    twice = [*prompts, *prompts]
+    found = generate(MODEL, params, twice, **options(sampling=Sampling(1.0, 0.9, seed=3)))
+    assert found == generate(MODEL, params, twice, **options(sampling=Sampling(1.0, 0.9, seed=3), batch_size=5))
+    assert found != generate(MODEL, params, twice, **options(sampling=Sampling(1.0, 0.9, seed=4)))
+    assert found[: len(prompts)] != found[len(prompts) :]  # two samples of one prompt are two draws
+
+
+def test_a_cold_or_a_narrow_sample_is_greedy(params, prompts):
+    expected = generate(MODEL, params, prompts, **options())
+    for sampling in (Sampling(temperature=1e-4), Sampling(top_p=1e-6)):
+        assert generate(MODEL, params, prompts, **options(sampling=sampling)) == expected
+
+
+def test_the_first_token_is_drawn_from_the_softmax(params, prompts):
+    prompt, temperature, draws = prompts[0], 0.7, 2000
+    row = np.zeros((1, 64), np.int32)
+    row[0, : len(prompt)] = prompt
+    logits = np.asarray(_hidden(params, row)[0, len(prompt) - 1] @ MODEL.head(params), np.float64)[:VOCAB]
+    expected = np.exp(logits / temperature) / np.sum(np.exp(logits / temperature))
+    sampling = Sampling(temperature, seed=0)
+    found = generate(MODEL, params, [prompt] * draws, **options(max_new_tokens=1, batch_size=500, sampling=sampling))
+    counts = np.bincount([ids[0] for ids in found], minlength=VOCAB) / draws
+    np.testing.assert_allclose(counts, expected, atol=4 * np.sqrt(0.25 / draws))
+
+
+def test_nucleus_worked_by_hand():
+    logits = jnp.log(jnp.array([[0.2, 0.5, 0.3], [0.2, 0.5, 0.3]]))
+    for top_p, kept in ((0.4, {1}), (0.6, {1, 2}), (0.85, {0, 1, 2}), (1.0, {0, 1, 2})):
+        assert set(np.flatnonzero(np.isfinite(nucleus(logits, top_p)[1])).tolist()) == kept, top_p
+
+
+def test_a_text_can_end_a_row(params, prompts, monkeypatch):
+    monkeypatch.setattr(decode, "STOP_INTERVAL", 3)
+    free = generate(MODEL, params, prompts, **options())
+    looks = []
+
+    def stopped(ids):
+        looks.append(len(ids))
+        return free[0][4] in ids
+
+    found = generate(MODEL, params, prompts, **options(stopped=stopped))
+    for row, whole in zip(found, free, strict=True):
+        end = whole.index(free[0][4]) if free[0][4] in whole else len(whole)
+        assert row == whole[: len(row)]  # nothing else changes
+        assert len(row) > end or len(row) == len(whole)
+    assert min(map(len, found)) < 12
+    assert set(looks) <= {1, 4, 7, 10}
+
+
+@pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_bad_sampling_is_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)

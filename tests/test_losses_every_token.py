@@ -1,0 +1,90 @@
+"""Token alignment and intermediate matching against numbers worked by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rtd_jax.base.types import Batch
+from rtd_jax.losses.every_token import evenly_spaced, hint_losses, intermediate, token_alignment, token_counts
+
+
+def batch(loss_weights, chain_ids):
+    shape = np.shape(chain_ids)
+    zeros = np.zeros(shape, np.int32)
+    boundaries = np.zeros((shape[0], 1, 2), np.int32)
+    return Batch(
+        zeros,
+        zeros,
+        np.asarray(chain_ids, np.int32),
+        np.asarray(loss_weights, np.float32),
+        boundaries,
+        boundaries.astype(bool),
+    )
+
+
+# One row: a prompt token, two completion tokens, padding.
+ROW = batch([[0, 1, 1, 0]], [[1, 1, 1, 0]])
+
+
+def test_counts_leave_out_padding_and_for_completions_the_prompt():
+    assert token_counts(ROW) == (2.0, 3.0)
+
+
+def test_hint_loss_is_the_squared_error_over_the_targets_square():
+    student = jnp.array([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [np.nan, np.nan]]])
+    teacher = jnp.array([[[0.0, 0.0, 0.0], [0.0, 0.0, 2.0], [3.0, 0.0, 4.0], [np.nan, 0.0, 0.0]]])
+    regressor = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    losses = hint_losses(student, teacher, jnp.array([[True, True, True, False]]), regressor)
+    # (0, 0, 1) against (0, 0, 2): 1 / 4. (1, 0, 1) against (3, 0, 4): (4 + 9) / 25. The zero target is left out.
+    np.testing.assert_allclose(losses, [[0.0, 0.25, 0.52, 0.0]], rtol=1e-6)
+
+
+def test_intermediate_is_the_mean_over_pairs_and_all_tokens_of_chains():
+    teacher = [jnp.full((1, 4, 1), 2.0), jnp.full((1, 4, 1), 4.0)]
+    student = [jnp.full((1, 4, 1), 1.0), jnp.full((1, 4, 1), 1.0)]
+    regressors = jnp.array([[[1.0]], [[2.0]]])  # 1 against 2: 1/4; 2 against 4: 1/4
+    term, metric = intermediate(student, teacher, ROW, regressors.at[1].set(1.0), token_counts(ROW))
+    np.testing.assert_allclose(term, (0.25 + 9 / 16) / 2, rtol=1e-6)
+    np.testing.assert_allclose(metric.value(), term, rtol=1e-6)
+    assert metric.count == 3
+    grads = jax.grad(lambda r: intermediate(student, teacher, ROW, r, token_counts(ROW))[0])(regressors)
+    # d/dr (r - t)^2 / t^2 / 2 pairs = (r - t) / t^2
+    np.testing.assert_allclose(grads.ravel(), [(1 - 2) / 4, (2 - 4) / 16], rtol=1e-6)
+
+
+def test_token_alignment_is_the_cosine_distance_at_completion_tokens():
+    student = jnp.array([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])
+    teacher = jnp.array([[[-1.0, 0.0], [0.0, 1.0], [3.0, 4.0], [-1.0, 0.0]]])
+    term, metric = token_alignment(student, teacher, ROW, jnp.eye(2), token_counts(ROW))
+    np.testing.assert_allclose(term, (1.0 + 0.4) / 2, rtol=1e-6)
+    np.testing.assert_allclose(metric.value(), term, rtol=1e-6)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_sums_over_parts_of_a_batch_give_the_batch(split):
+    rng = np.random.default_rng(0)
+    whole = batch((rng.random((4, 5)) < 0.5).astype(np.float32), rng.integers(0, 3, (4, 5)))
+    student, teacher = (jnp.asarray(rng.normal(size=(4, 5, width)), jnp.float32) for width in (3, 2))
+    maps = jnp.asarray(rng.normal(size=(1, 3, 2)), jnp.float32)
+    counts = token_counts(whole)
+    parts = [jax.tree.map(lambda x, i=i: x[i :: split + 1], (student, teacher, whole)) for i in range(split + 1)]
+    for of in (
+        lambda s, t, b: intermediate([s], [t], b, maps, counts)[0],
+        lambda s, t, b: token_alignment(s, t, b, maps[0], counts)[0],
+    ):
+        np.testing.assert_allclose(sum(of(*part) for part in parts), of(student, teacher, whole), rtol=1e-5)
+
+
+def test_no_gradient_reaches_the_teacher():
+    teacher = jnp.ones((1, 4, 2))
+    grads = jax.grad(lambda t: intermediate([teacher], [t], ROW, 2 * jnp.eye(2)[None], token_counts(ROW))[0])(teacher)
+    np.testing.assert_array_equal(grads, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "count", "wanted"),
+    [(4, 4, (1, 2, 3, 4)), (2, 4, (1, 1, 2, 2)), (32, 4, (8, 16, 24, 32)), (80, 4, (20, 40, 60, 80)), (3, 1, (3,))],
+)
+def test_layers_are_evenly_spaced_and_end_with_the_last(layers, count, wanted):
+    assert evenly_spaced(layers, count) == wanted

@@ -1,0 +1,230 @@
+"""Chains are cut by the classifier wherever a recipe's traces are read; here by the bundled one."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rtd_jax.apps.cache import cache_teacher
+from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings
+from rtd_jax.apps.diagnose.diagnose import _cut as cut_chains
+from rtd_jax.apps.pretrain import PretrainRecipe
+from rtd_jax.apps.segment import SegmentSettings, segment
+from rtd_jax.base.settings import build
+from rtd_jax.base.sharding import MeshSettings, make_mesh
+from rtd_jax.data.encoding import encode_traces
+from rtd_jax.data.generators.word_problems import generate
+from rtd_jax.data.trace import Trace, from_prose
+from rtd_jax.models.from_hf import load_config
+from rtd_jax.steps.classifier import load_classifier, text_boundaries, text_probabilities
+from rtd_jax.steps.detector import Detector, detect
+from rtd_jax.steps.prose import joined_steps, read
+from rtd_jax.steps.token_states import kept_states, token_states
+from rtd_jax.train.experiment import LoadedTeacher, load_tokenizer, prepare, weights_fingerprint
+from rtd_jax.train.recipe import Recipe, TeacherSettings
+from rtd_jax.train.subjects import load_model
+
+BUNDLED = Path(__file__).resolve().parents[1] / "rtd_jax" / "bundled"
+TEACHER, CLASSIFIER = BUNDLED / "tiny_teacher", BUNDLED / "tiny_boundaries"
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedTeacher:
+    settings = TeacherSettings(str(TEACHER), "float32", "float32")
+    return LoadedTeacher(settings, load_config(TEACHER), TEACHER, make_mesh(MeshSettings()), lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def detector(loaded) -> Detector:
+    return Detector(
+        load_classifier(CLASSIFIER),
+        load_tokenizer(TEACHER),
+        loaded.mesh,
+        lambda: (loaded.model, loaded.params),
+        note=lambda _: None,
+    )
+
+
+@pytest.fixture(scope="module")
+def problems() -> list[Trace]:
+    return generate(24, (1, 2, 4), "test", 7)
+
+
+def prose(trace: Trace) -> Trace:
+    return Trace(trace.prompt, (joined_steps(trace)[0],), trace.answer, trace.final, trace.source)
+
+
+def test_the_bundled_classifier_is_small_and_belongs_to_the_bundled_teacher(detector):
+    assert sum(path.stat().st_size for path in CLASSIFIER.iterdir()) < 300_000
+    detector.classifier.check_teacher(weights_fingerprint(TEACHER), detector.classifier.tokenizer, "tiny")
+
+
+def test_prose_is_cut_into_the_steps_that_it_was_joined_from(detector, problems):
+    texts = [prose(trace) for trace in problems]
+    found = detector.cut(texts)
+    expected = [tuple(joined_steps(trace)[0][a:b] for a, b in joined_steps(trace)[1]) for trace in problems]
+    assert [trace.steps for trace in found] == expected
+    assert [trace.completion for trace in found] == [trace.completion for trace in texts]  # not a character changed
+    assert [trace.depth for trace in found] == [trace.depth for trace in problems]
+
+
+def test_marks_neither_help_nor_hinder(detector, problems):
+    """With line ends and calculator marks in it, the text is cut at the same places, and stays as it was."""
+    found = detector.cut(problems)
+    assert [trace.steps for trace in found] == [trace.steps for trace in problems]
+    assert [trace.completion for trace in found] == [trace.completion for trace in problems]
+
+
+def test_a_mark_behind_a_step_stays_with_it(detector, problems):
+    trace = next(trace for trace in problems if trace.depth == 4)
+    steps = [f"{joined_steps(dataclasses.replace(trace, steps=(step,)))[0]}<<1=1>>" for step in trace.steps]
+    text = "\n".join(f"{i}. {step}" for i, step in enumerate(steps, start=1))
+    (spans,) = detector.spans([(trace.prompt, text, "x")])
+    assert [text[a:b] for a, b in spans] == [f"{i}. {step}" for i, step in enumerate(steps, start=1)]
+
+
+def test_one_program_finds_what_kept_states_give(detector, loaded, problems, tmp_path):
+    """Fitting reads states from disk, use never stores them: both must see the same."""
+    classifier = detector.classifier
+    readings = [
+        read(detector.tokenizer, trace.prompt, joined_steps(trace)[0], classifier.text, joined_steps(trace)[1])
+        for trace in problems
+    ]
+    runs = []
+
+    def run(some):
+        runs.append(len(some))
+        return token_states(loaded.model, loaded.params, loaded.mesh, some, classifier.layers, batch_size=8)
+
+    arguments = (tmp_path, "teacher", readings, classifier.layers, run, lambda _: None)
+    (states,) = kept_states(*arguments)
+    (again,) = kept_states(*arguments)  # from disk
+    assert runs == [len(problems)]
+    assert [x.shape for x in states] == [(len(r.ends_T), 4, 128) for r in readings]
+    assert all(np.array_equal(a, b) for a, b in zip(states, again, strict=True))
+    np.testing.assert_allclose(np.mean(np.square(states[0], dtype=float), -1), 1.0, atol=1e-2)
+
+    probabilities = text_probabilities(classifier, states)
+    candidates = [r.candidates_T for r in readings]
+    apart = text_boundaries(probabilities, candidates, classifier.threshold, classifier.min_tokens)
+    together = detect(classifier, loaded.model, loaded.params, loaded.mesh, readings, batch_size=8)
+    assert all(np.array_equal(a, b) for a, b in zip(apart, together, strict=True))
+    next(tmp_path.iterdir()).write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"is damaged .*delete it"):
+        list(kept_states(*arguments))
+
+
+def test_found_steps_are_kept_and_the_teacher_is_not_asked_again(detector, problems, tmp_path):
+    def no_teacher():
+        raise AssertionError("the teacher was asked")
+
+    texts = [prose(trace) for trace in problems[:6]]
+    first = dataclasses.replace(detector, folder=tmp_path).cut(texts)
+    kept = dataclasses.replace(detector, folder=tmp_path, teacher=no_teacher)
+    assert kept.cut(texts) == first
+    for other in (
+        dataclasses.replace(kept, classifier=dataclasses.replace(detector.classifier, threshold=0.9)),
+        dataclasses.replace(kept, described="bfloat16 weights"),
+    ):
+        with pytest.raises(AssertionError, match="the teacher was asked"):
+            other.cut(texts)
+
+
+def test_cut_chains_encode_with_a_boundary_at_every_step(detector, problems):
+    cut = detector.cut([prose(trace) for trace in problems])
+    chains, _ = encode_traces(detector.tokenizer, cut, detector.classifier.text, row_length=256)
+    assert [chain.depth for chain in chains] == [trace.depth for trace in problems]
+
+
+def tiny_recipe(**data) -> Recipe:
+    values = importlib.import_module("configs.rtd_tiny").get_config().to_dict()
+    values["teacher"]["path"] = str(TEACHER)
+    values["data"]["train"]["limit"], values["data"]["validation"]["limit"] = 40, 40
+    return build(Recipe, values | {"data": values["data"] | data})
+
+
+@pytest.mark.slow
+def test_a_recipe_names_its_classifier_and_the_teacher_cache_goes_by_what_it_found(tmp_path):
+    """Kept steps are enough: with the cache the teacher's weights are never loaded."""
+    recipe = tiny_recipe(segmentation=f"classifier:{CLASSIFIER}", steps_cache=str(tmp_path / "steps"))
+    recipe = dataclasses.replace(
+        recipe,
+        teacher=dataclasses.replace(recipe.teacher, cache=str(tmp_path / "cache")),
+        curriculum=dataclasses.replace(recipe.curriculum, validation_chains=2),
+    )
+    cache_teacher(recipe, tmp_path)
+    notes: list[str] = []
+    experiment, _ = prepare(recipe, notes.append)
+    assert not any(note.startswith("loading the teacher") for note in notes)
+    assert {trace.depth for trace in experiment.train.traces} == {1, 2, 3, 4, 5, 6}
+    assert experiment.cache is not None
+
+
+def test_a_classifier_of_another_teacher_is_refused_before_any_weights_are_loaded(tmp_path):
+    from tiny_run import write_teacher
+
+    recipe = tiny_recipe(segmentation=f"classifier:{CLASSIFIER}")
+    other = dataclasses.replace(recipe.teacher, path=str(write_teacher(tmp_path / "other")))
+    notes: list[str] = []
+    with pytest.raises(ValueError, match="fitted to the states of tiny_teacher"):
+        prepare(dataclasses.replace(recipe, teacher=other), notes.append)
+    assert not any(note.startswith("loading") for note in notes)
+
+
+def test_prose_needs_a_classifier():
+    source = {"schema": "prose", "location": "x.jsonl"}
+    with pytest.raises(ValueError, match=r"'annotated', but the texts of x\.jsonl have no marked steps"):
+        tiny_recipe(train=source)
+    assert tiny_recipe(train=source, segmentation="classifier:x").data.train.schema == "prose"
+
+
+def test_rows_of_prose():
+    assert from_prose({"prompt": "p", "text": "One. Two.\n#### 7"}) == Trace("p", ("One. Two.",), "7", "#### 7", "row")
+    assert from_prose({"prompt": "p", "text": " One.\nTwo. ", "answer": 3}).completion == "One.\nTwo.\n#### 3"
+    assert from_prose({"prompt": "p", "text": "One."}).final == ""
+    with pytest.raises(ValueError, match="expected a chain of reasoning"):
+        from_prose({"prompt": "p", "text": "#### 7"})
+
+
+def test_segment_writes_stepwise_rows(tmp_path, problems):
+    data = tmp_path / "texts.jsonl"
+    rows = [{"id": i, "q": t.prompt, "why": f"{joined_steps(t)[0]}\n{t.final}"} for i, t in enumerate(problems[:5])]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = SegmentSettings(
+        str(TEACHER),
+        str(CLASSIFIER),
+        str(data),
+        str(tmp_path / "out.jsonl"),
+        text_field="why",
+        prompt_field="q",
+        keep="",
+    )
+    out = [json.loads(line) for line in segment(settings).read_text().splitlines()]
+    assert [row["id"] for row in out] == list(range(5))
+    assert [row["answer"] for row in out] == [trace.answer for trace in problems[:5]]
+    for row, trace in zip(out, problems, strict=False):
+        assert row["prompt"] == trace.prompt
+        assert " ".join(row["completions"]) == joined_steps(trace)[0]
+        assert len(row["completions"]) == trace.depth
+    with pytest.raises(ValueError, match=r"field 'text' is None; .*The row has id, q, why; name the field with"):
+        segment(dataclasses.replace(settings, text_field="text"))
+
+
+def test_a_diagnosis_cuts_its_reference_chains_with_the_classifier_of_its_teacher(problems):
+    settings = DiagnoseSettings(str(TEACHER), str(TEACHER), segmentation=f"classifier:{CLASSIFIER}")
+    cut = cut_chains(settings, load_model(str(TEACHER)), [prose(trace) for trace in problems[:4]], lambda _: None)
+    assert [trace.depth for trace in cut] == [trace.depth for trace in problems[:4]]
+    with pytest.raises(ValueError, match="'random'; a diagnosis compares states where steps end"):
+        dataclasses.replace(settings, segmentation="random")
+    with pytest.raises(ValueError, match="have no marked steps; give --segmentation"):
+        dataclasses.replace(settings, schema="prose", segmentation="annotated")
+
+
+def test_a_pretraining_refuses_texts_without_marked_steps():
+    values = importlib.import_module("configs.pretrain_tiny").get_config().to_dict()
+    values["train"] = {"schema": "prose", "location": "x.jsonl"}
+    with pytest.raises(ValueError, match=r"cut them with launch/segment\.py first"):
+        build(PretrainRecipe, values)

@@ -1,0 +1,381 @@
+"""Learning from rewards of steps: what is drawn and scored, the update, and a run that is resumed."""
+
+import functools
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_run import recipe, source, write_teacher
+
+from rtd_jax.apps.pretrain import SizeSettings, model_config
+from rtd_jax.apps.reward_model import LabelledSteps, RewardModelRecipe, fit_head, judge, train_reward_model
+from rtd_jax.base.console import Display
+from rtd_jax.base.sharding import MeshSettings, make_mesh, put_batch, to_host
+from rtd_jax.base.types import Batch
+from rtd_jax.data.encoding import encode_traces
+from rtd_jax.data.formats import TextFormat
+from rtd_jax.data.generators.word_problems import generate
+from rtd_jax.data.labelled import LabelledSettings
+from rtd_jax.data.packing import fixed_batches
+from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
+from rtd_jax.losses import LossWeights
+from rtd_jax.losses.policy import Rollouts
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.teacher.reward_head import (
+    RewardIdentity,
+    init_head,
+    load_head,
+    save_head,
+    step_features,
+    step_logits,
+)
+from rtd_jax.train.checkpoints import Checkpoints, read_meta, restore_state
+from rtd_jax.train.clock import Clock
+from rtd_jax.train.curriculum import CurriculumSettings
+from rtd_jax.train.experiment import load_splits, prepare
+from rtd_jax.train.loop import Run, Sinks, run_stages
+from rtd_jax.train.metrics import MetricsLog
+from rtd_jax.train.recipe import DataSettings, EvaluationSettings, LossSettings, RewardSettings, TeacherSettings
+from rtd_jax.train.rollouts import drawn_chain, make_sampler
+from rtd_jax.train.state import create_state, init_projections
+from rtd_jax.train.update import StepSettings, make_train_step
+
+TOKENIZER = tiny_tokenizer()
+
+
+def chain_of(text: str, ended: bool = True, row_length: int = 64, max_steps: int = 9):
+    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    prompt = [5, 6, 7]
+    return drawn_chain(TOKENIZER, prompt, ids, ended=ended, row_length=row_length, max_steps=max_steps, pieces={}), [
+        TOKENIZER.decode([i]) for i in ids
+    ]
+
+
+def test_a_drawn_chain_has_its_own_ids_and_a_boundary_at_the_end_of_each_line():
+    chain, pieces = chain_of("March 3 found: <<5+3=8>>8.\n\nApril 4 lost: <<8-4=4>>4.\n#### 4")
+    ends = [3 + i for i, piece in enumerate(pieces) if piece.startswith(".")]
+    assert chain.boundaries.tolist() == [2, *ends]
+    assert chain.tokens.tolist()[:3] == [5, 6, 7]
+    assert len(chain) == 3 + len(pieces)
+    assert chain.loss_weights.tolist() == [0.0] * 3 + [1.0] * (ends[1] - 2) + [0.0] * (len(chain) - ends[1] - 1)
+
+
+def test_only_finished_steps_before_the_answer_count():
+    text = "March 3 found: <<5+3=8>>8.\nApril 4"
+    assert chain_of(text, ended=False)[0].depth == 1  # cut off by the limit: nobody knows how the line would end
+    assert chain_of(text, ended=True)[0].depth == 2
+    assert chain_of("#### 4\nMarch 3 found", ended=True)[0].depth == 0
+    assert chain_of("", ended=True)[0].loss_weights.sum() == 0
+    assert chain_of("1\n2\n3\n4\n", max_steps=2)[0].depth == 2
+    short, _ = chain_of("1\n2\n3\n4\n", row_length=6)  # 3 of prompt, then "1", line end, "2"
+    assert len(short) == 6
+    assert short.depth == 2
+
+
+def test_features_of_a_step_are_its_boundary_state_and_the_surprise_at_its_tokens():
+    zeros = np.zeros((1, 6), np.int32)
+    batch = Batch(zeros, zeros, zeros, zeros.astype(np.float32), np.array([[[1, 3, 5]]]), np.ones((1, 1, 3), bool))
+    states = jnp.arange(6.0).reshape(1, 6, 1)
+    log_probs = -jnp.array([[9.0, 9.0, 1.0, 3.0, 0.5, 0.0]])
+    found = step_features((states, 10 * states), log_probs, batch)
+    np.testing.assert_allclose(found, [[[[1, 10, 0, 0], [3, 30, 2.0, 3.0], [5, 50, 0.25, 0.5]]]])
+    np.testing.assert_allclose(step_features((states,), None, batch), [[[[1], [3], [5]]]])
+
+
+def test_forms_of_text_are_the_same_where_their_texts_are():
+    assert TextFormat("chat", completion_prefix="").identity == TextFormat("chat", "{prompt}").identity
+    assert TextFormat("plain", completion_prefix="").identity != TextFormat("plain").identity
+    assert TINY_FORMAT.identity == TextFormat("plain", "Question: {prompt}\nAnswer:\n", "").identity
+
+
+def test_a_head_begins_undecided_and_learns_what_separates_the_steps():
+    rng = np.random.default_rng(0)
+    features = rng.normal(3.0, 2.0, (400, 2)).astype(np.float32)
+    right = features[:, 0] + 0.3 * rng.normal(size=400) > 3.0
+    steps = LabelledSteps(features, right, np.arange(400) // 4, np.arange(400) % 4)
+    settings = LabelledSettings("synthetic", limit=1)
+    options = RewardModelRecipe(
+        TeacherSettings("x"), settings, settings, epochs=40, steps_per_update=100, learning_rate=0.05
+    )
+    assert np.all(np.asarray(step_logits(init_head(jax.random.key(0), 2, 3), features)) == 0)
+    head, losses = fit_head(replace(options, hidden=4), steps)
+    found = judge(head, steps, options)
+    assert found["auroc"]["value"] > 0.97
+    assert found["accuracy"]["mean"] > 0.9
+    assert losses[-1] < 0.5 * losses[0]
+    np.testing.assert_allclose(head["mean"], features.mean(0), rtol=1e-5)
+    # By hand: standardised, then linear.
+    linear = {
+        "mean": np.array([1.0, 2.0]),
+        "scale": np.array([2.0, 4.0]),
+        "out": np.array([3.0, -1.0]),
+        "out_bias": 0.5,
+    }
+    np.testing.assert_allclose(step_logits(linear, np.array([3.0, 10.0])), 3.0 * 1.0 - 1.0 * 2.0 + 0.5)
+    with pytest.raises(ValueError, match="400 of 400 training steps are labelled right; a reward model needs both"):
+        fit_head(options, steps._replace(right_M=np.ones(400, bool)))
+
+
+def test_a_saved_head_belongs_to_its_teacher_and_its_file(tmp_path):
+    identity = RewardIdentity("teacher", "tokenizer", "text", (1, 2), True, 66)
+    params = init_head(jax.random.key(0), 66, 4)
+    save_head(tmp_path, params, identity)
+    loaded = load_head(tmp_path, "teacher", "tokenizer", "text")
+    assert loaded.identity == identity
+    jax.tree.map(np.testing.assert_array_equal, loaded.head, params)
+    with pytest.raises(ValueError, match=r"was trained on another teacher .*; train one on this teacher"):
+        load_head(tmp_path, "other", "tokenizer", "text")
+    with pytest.raises(ValueError, match="was trained on another tokenizer"):
+        load_head(tmp_path, "teacher", "other", "text")
+    with pytest.raises(ValueError, match="was trained on another form of text: text, this run's is chat"):
+        load_head(tmp_path, "teacher", "tokenizer", "chat")
+    with pytest.raises(ValueError, match=r"holds no reward model \(no head.json\); train one with"):
+        load_head(tmp_path / "nowhere", "teacher", "tokenizer", "text")
+    (tmp_path / "head.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"is not the file that head.json names"):
+        load_head(tmp_path, "teacher", "tokenizer", "text")
+
+
+# One update, on 8 simulated devices.
+STUDENT = LlamaModel(model_config(SizeSettings(2, 16, 24, 4, 2, 8), TOKENIZER))
+TEACHER = LlamaModel(model_config(SizeSettings(1, 16, 24, 4, 2, 8), TOKENIZER))
+CHAINS, _ = encode_traces(TOKENIZER, generate(16, (1, 2)), TINY_FORMAT, row_length=96)
+SGD = optax.sgd(1.0)
+POLICY = StepSettings(policy_temperature=0.8, policy_clip=0.3)
+ONLY_POLICY = LossWeights(alpha=1.0, alignment=0.0, coherence=0.0, reward=1.0)
+
+
+def rows(count: int, first: int = 0) -> Batch:
+    return fixed_batches(CHAINS[first : first + count], count, 96, 1, 3)[0]
+
+
+def own_chains(count: int = 8) -> Rollouts:
+    rng = np.random.default_rng(0)
+    batch = rows(count, 8)
+    old, advantages = rng.uniform(-7, -5, batch.tokens_BL.shape), rng.normal(size=batch.tokens_BL.shape)
+    return Rollouts(batch, old.astype(np.float32), advantages.astype(np.float32))
+
+
+@functools.cache
+def compiled(settings: StepSettings, mesh_sizes: tuple[int, int, int]):
+    mesh = make_mesh(MeshSettings(*mesh_sizes), jax.devices()[: int(np.prod(mesh_sizes))])
+    return mesh, make_train_step(STUDENT, TEACHER, SGD, settings, len(TOKENIZER), mesh)
+
+
+def update(settings: StepSettings, weights: LossWeights, rollouts: Rollouts | None, mesh_sizes=(1, 1, 1)):
+    """(what one SGD update moves, metrics)"""
+    key = jax.random.PRNGKey(0)
+    params = {"student": STUDENT.init(key), **init_projections(key, 16, 16)}
+    before = jax.device_get(params)
+    mesh, step = compiled(settings, mesh_sizes)
+    teacher = {} if settings.labels_only else TEACHER.init(jax.random.key(1))
+    own = () if rollouts is None else (put_batch(rollouts, mesh),)
+    state, metrics = step(create_state(params, SGD, key), teacher, put_batch(rows(8), mesh), weights, *own)
+    return jax.tree.map(lambda a, b: a - b, to_host(state.params), before), jax.device_get(metrics)
+
+
+def test_the_policy_term_is_that_of_the_dense_formula_whatever_micro_batches_and_mesh():
+    rollouts = own_chains()
+    batch, params = rollouts.batch, STUDENT.init(jax.random.PRNGKey(0))
+    hidden = STUDENT.hidden(params, *(jnp.asarray(x) for x in batch[:3]))
+    log_probs = jax.nn.log_softmax(STUDENT.logits(params, hidden)[..., : len(TOKENIZER)] / 0.8)[:, :-1]
+    ratio = jnp.exp(
+        jnp.take_along_axis(log_probs, batch.tokens_BL[:, 1:, None], -1)[..., 0] - rollouts.old_log_probs_BL[:, 1:]
+    )
+    advantages, weights = rollouts.advantages_BL[:, 1:], batch.loss_weights_BL[:, 1:]
+    losses = -jnp.minimum(ratio * advantages, jnp.clip(ratio, 0.7, 1.3) * advantages)
+    expected = jnp.sum(losses * weights) / jnp.sum(weights)
+
+    settings = POLICY
+    moved, metrics = update(settings, ONLY_POLICY, rollouts)
+    np.testing.assert_allclose(metrics["reward/policy_loss"].value(), expected, rtol=1e-4)
+    assert 0 < metrics["reward/clip_fraction"].value() < 1
+    again, _ = update(replace(settings, micro_batches=2), ONLY_POLICY, rollouts, (1, 2, 2))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), moved, again)
+    anchor, _ = update(settings, ONLY_POLICY, None)
+    parts = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (moved, anchor)), strict=True)]
+    assert max(parts) > 1e-3  # the term moves the student ..
+    zero, _ = update(settings, ONLY_POLICY, rollouts._replace(advantages_BL=0 * rollouts.advantages_BL))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), zero, anchor)  # .. by its advantages
+
+
+def test_labels_alone_give_the_update_of_alpha_zero_without_the_teacher():
+    weights = LossWeights(alpha=0.0, alignment=0.0, coherence=0.0)
+    whole, metrics = update(POLICY, weights, None)
+    alone, of_labels = update(replace(POLICY, labels_only=True), weights, None)  # its teacher is an empty dict
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, alone)
+    np.testing.assert_allclose(of_labels["loss"].value(), metrics["loss"].value(), rtol=1e-5)
+    assert set(of_labels) == {"loss", "distill/hard_loss", "grad_norm"}
+
+
+# Runs.
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A random teacher, and a reward model on it."""
+    folder = tmp_path_factory.mktemp("rewards")
+    teacher = write_teacher(folder / "teacher")
+    labelled = LabelledSettings("synthetic", limit=24, depths=(1, 2))
+    train_reward_model(
+        RewardModelRecipe(
+            TeacherSettings(str(teacher), "float32", "float32"),
+            labelled,
+            replace(labelled, split="test"),
+            TINY_FORMAT,
+            row_length=96,
+            batch_size=8,
+            epochs=2,
+            resamples=20,
+        ),
+        folder / "reward",
+    )
+    return folder
+
+
+def reward_recipe(folder: Path, **changes):
+    settings = {
+        "loss": LossSettings(chunk_length=32, alignment_weight=0.0, coherence_weight=0.0, reward_weight=0.5),
+        "reward": RewardSettings(
+            str(folder / "reward" / "model"),
+            prompts=4,
+            samples=2,
+            prompts_per_update=4,
+            updates_per_refresh=2,
+            max_new_tokens=32,
+        ),
+        "curriculum": CurriculumSettings(enabled=False, validate_every=8, validation_chains=8),
+        "total_updates": 8,
+        "evaluation": EvaluationSettings(problems_per_depth=1, max_new_tokens=4, batch_size=4, teacher=False, every=4),
+    }
+    return recipe(folder / "teacher", **(settings | changes))
+
+
+def test_a_reward_model_is_reported_on_held_out_steps(folder):
+    report = json.loads((folder / "reward" / "report.json").read_text())
+    for split in ("train", "test"):
+        assert 0 < report[split]["wrong"] < report[split]["steps"]
+        assert 0 <= report[split]["auroc"]["low"] <= report[split]["auroc"]["value"] <= report[split]["auroc"]["high"]
+        assert report[split]["accuracy"]["n"] == report[split]["steps"]
+
+
+@pytest.fixture(scope="module")
+def single(folder):
+    """(experiment, initial state on the host), on one device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rtd_jax.train.experiment.make_mesh", one_device_mesh)
+        experiment, state = prepare(reward_recipe(folder), lambda _: None)
+    return experiment, jax.device_get(state)
+
+
+def one_device_mesh(_: MeshSettings | None = None):
+    return make_mesh(MeshSettings(), jax.devices()[:1])
+
+
+def test_what_is_drawn_depends_on_the_update_and_not_on_the_mesh(folder, single):
+    def draw(experiment, state, at):
+        return to_host(make_sampler(experiment)(state._replace(step=state.step + at), experiment.stages[0]))
+
+    (first,), means = draw(*single, 3)
+    assert first.batch.tokens_BL.shape == (8, 96)
+    (same,), _ = draw(*prepare(reward_recipe(folder, mesh=MeshSettings(2, 2, 2)), lambda _: None), 3)
+    np.testing.assert_array_equal(same.batch.tokens_BL, first.batch.tokens_BL)
+    np.testing.assert_allclose(same.old_log_probs_BL, first.old_log_probs_BL, atol=1e-4)
+    np.testing.assert_allclose(same.advantages_BL, first.advantages_BL, atol=1e-2)
+    (other,), _ = draw(*single, 4)
+    assert not np.array_equal(first.batch.tokens_BL, other.batch.tokens_BL)
+    assert 0 < means["reward/step_reward"] < 1
+
+
+def trained(experiment, run: Run, workdir: Path) -> list[dict]:
+    """Trains all stages; returns the lines of the log without what depends on the clock."""
+    log = MetricsLog(workdir, int(run.state.step))
+    sinks = Sinks(Checkpoints(workdir, keep=2), log, Display(8, silent=True), {}, Clock())
+    with sinks.clock.span("training"):
+        run_stages(experiment, run, sinks)
+    log.close()
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
+
+
+def test_a_resumed_run_draws_again_and_ends_with_the_same_bits(single, tmp_path):
+    experiment, state = single
+    whole = Run(jax.device_put(state, jax.sharding.SingleDeviceSharding(jax.devices()[0])))
+    lines = trained(experiment, whole, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "stages")
+    path = tmp_path / "checkpoints" / "rolling" / "4"
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole.state)
+    resumed = Run.from_meta(restore_state(path, abstract), read_meta(path))
+    assert int(resumed.state.step) == 4
+    assert trained(experiment, resumed, tmp_path) == lines
+    jax.tree.map(np.testing.assert_array_equal, to_host(resumed.state), to_host(whole.state))
+    assert sum("reward/step_reward" in line for line in lines) == 4
+    assert any(line["update"] > 4 and line.get("reward/policy_loss", 0) != 0 for line in lines)
+    for curve in (whole.curve, resumed.curve):
+        assert [look["update"] for look in curve] == [4, 8]
+        assert curve[0].pop("seconds") < curve[1].pop("seconds")
+    assert whole.curve == resumed.curve
+
+
+def test_settings_that_cannot_work_are_refused_by_name(folder):
+    good = reward_recipe(folder)
+    with pytest.raises(ValueError, match=r"reward.model is empty; train one with launch/reward_model.py"):
+        replace(good, reward=replace(good.reward, model=""))
+    with pytest.raises(ValueError, match=r"the chains that the student draws are in no cache; set teacher.cache=''"):
+        replace(good, teacher=replace(good.teacher, cache="somewhere"))
+    with pytest.raises(ValueError, match=r"checkpoint_every 4 is not a multiple of reward.updates_per_refresh 3"):
+        replace(good, reward=replace(good.reward, updates_per_refresh=3))
+    with pytest.raises(ValueError, match=r"reward.prompts 4 is not a multiple of reward.prompts_per_update 3"):
+        replace(good.reward, prompts_per_update=3)
+    with pytest.raises(ValueError, match="samples is 1; advantages compare the chains"):
+        replace(good.reward, samples=1)
+    uneven = reward_recipe(folder, reward=replace(good.reward, samples=3), mesh=MeshSettings(data=1, fsdp=8, tensor=1))
+    with pytest.raises(
+        ValueError, match=r"reward.prompts_per_update x reward.samples = 12 is not divisible by the 8-way"
+    ):
+        prepare(uneven, lambda _: None)
+    labels = replace(good.loss, alpha=0.0, reward_weight=0.0)
+    assert not labels.reads_teacher
+    with pytest.raises(ValueError, match=r"so no coherence loss can end a stage: set curriculum.enabled=False"):
+        replace(good, loss=labels, curriculum=CurriculumSettings())
+
+
+def test_fine_tuning_on_chains_of_thought_reads_a_file_and_never_the_teacher(folder, tmp_path, monkeypatch):
+    rows = [
+        {"prompt": trace.prompt, "completions": list(trace.steps), "answer": trace.answer}
+        for trace in generate(80, (1, 2))
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = recipe(folder / "teacher").data
+    chains = DataSettings(
+        replace(source("train", 80), schema="stepwise", location=str(tmp_path)),
+        base.test,
+        base.validation,
+        text=base.text,
+        row_length=base.row_length,
+        chains_per_row=2,
+    )
+    settings = reward_recipe(
+        folder,
+        loss=LossSettings(chunk_length=32, alpha=0.0, alignment_weight=0.0, coherence_weight=0.0),
+        data=chains,
+        total_updates=4,
+        evaluation=EvaluationSettings(teacher=False),
+    )
+    monkeypatch.setattr("rtd_jax.train.experiment.make_mesh", one_device_mesh)
+    experiment, state = prepare(settings, lambda _: None)
+    assert experiment.teacher is None
+    assert experiment.teacher_params == {}
+    # The same chains as the generator's own, by another way: what is trained on is what the file says.
+    for ours, theirs in zip(experiment.train.encoded, load_splits(base, TOKENIZER)[0].encoded, strict=True):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    run = Run(state)
+    lines = trained(experiment, run, tmp_path)
+    assert (run.records[0].updates, run.records[0].validations, run.records[0].coherence) == (4, [], None)
+    losses = [line["distill/hard_loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert not any(key.startswith("distill/") and key != "distill/hard_loss" for line in lines for key in line)

@@ -1,0 +1,329 @@
+"""One update: the same for any mesh, any number of micro-batches and any packing, and equal to the plain formula."""
+
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rtd_jax.apps.pretrain import SizeSettings, model_config
+from rtd_jax.base.boundaries import shifted_labels, transition_boundaries
+from rtd_jax.base.sharding import MeshSettings, host_share, make_mesh, put_batch, to_host
+from rtd_jax.data.encoding import encode_traces
+from rtd_jax.data.generators.word_problems import generate
+from rtd_jax.data.packing import fixed_batches, host_rows
+from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
+from rtd_jax.losses import LossWeights, alignment, coherence, kd_token_losses
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.teacher.online import teacher_outputs
+from rtd_jax.teacher.predictions import top_k_predictions
+from rtd_jax.train.calibration import make_self_coherence
+from rtd_jax.train.experiment import teacher_model, teacher_shardings
+from rtd_jax.train.optimizer import OptimizerSettings, decay_mask, learning_rate_schedule, make_optimizer
+from rtd_jax.train.recipe import TeacherSettings
+from rtd_jax.train.state import create_state, init_projections, state_shardings
+from rtd_jax.train.update import StepSettings, make_coherence_eval, make_train_step
+
+TOKENIZER = tiny_tokenizer()
+VOCAB = len(TOKENIZER)
+TEACHER = LlamaModel(model_config(SizeSettings(2, 32, 48, 4, 2, 8), TOKENIZER))
+STUDENT = LlamaModel(model_config(SizeSettings(2, 16, 24, 4, 2, 8), TOKENIZER))
+TEACHER_PARAMS = TEACHER.init(jax.random.key(1))
+# With Adam's usual eps an entry whose gradient is rounding noise moves by a whole step, either way. This eps makes the
+# update a continuous function of the gradient, so that equal gradients can be seen in equal parameters.
+OPTIMIZER = make_optimizer(OptimizerSettings(learning_rate=1e-2, warmup_updates=1, eps=1e-2), total_updates=10)
+CHAINS, _ = encode_traces(TOKENIZER, generate(14, (1, 2, 3)), TINY_FORMAT, row_length=128)
+STEP = StepSettings(chunk_length=32)
+PLACEMENT = TeacherSettings("unused", "float32", "float32")
+
+
+def batch(rows: int, chains_per_row: int, row_length: int):
+    (one,) = fixed_batches(CHAINS, rows, row_length, chains_per_row, 4)
+    return one
+
+
+PACKED, UNPACKED = batch(8, 4, 256), batch(16, 1, 128)
+
+
+def fresh_state():
+    key = jax.random.PRNGKey(0)
+    params = {"student": STUDENT.init(key), **init_projections(key, 16, 32)}
+    return create_state(params, OPTIMIZER, key)
+
+
+START = jax.device_get(fresh_state().params)
+
+
+def after_updates(
+    mesh_settings: MeshSettings,
+    data=PACKED,
+    settings: StepSettings = STEP,
+    updates: int = 3,
+    placement: TeacherSettings = PLACEMENT,
+):
+    count = abs(mesh_settings.data * mesh_settings.fsdp * mesh_settings.tensor)
+    mesh = make_mesh(mesh_settings, jax.devices()[:count])
+    data = host_rows(data, host_share(mesh))  # all rows, unless there are several processes
+    state, teacher_params = jax.device_get((fresh_state(), TEACHER_PARAMS))
+    shardings = state_shardings(jax.eval_shape(lambda: state), OPTIMIZER, mesh, settings.offload_optimizer)
+    state = jax.device_put(state, shardings)
+    teacher = teacher_model(placement, TEACHER.config, mesh)
+    teacher_params = jax.device_put(teacher_params, teacher_shardings(placement, teacher, mesh))
+    step = make_train_step(STUDENT, teacher, OPTIMIZER, settings, VOCAB, mesh)
+    metrics = {}
+    for _ in range(updates):
+        state, metrics = step(state, teacher_params, put_batch(data, mesh), LossWeights())
+    if count > 1:  # on one device the ways to say where an array lies differ, and nothing is compiled for it
+        assert step._cache_size() == 1  # what an update gives back lies where it lay: nothing is compiled twice
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim}
+    assert kinds == {"pinned_host" if settings.offload_optimizer else "device"}
+    return to_host(state), jax.device_get(metrics)
+
+
+def cached_outputs(data, k: int, hidden_layer: int = -1):
+    """What a cache with float32 storage would hold of the batch."""
+    rows = jax.tree.map(jnp.asarray, data)
+    outputs = teacher_outputs(TEACHER, TEACHER_PARAMS, rows, hidden_layer)
+    top_k = top_k_predictions(
+        outputs.hidden_BLD, TEACHER.head(TEACHER_PARAMS), k=k, temperature=4.0, vocab_size=VOCAB, chunk_length=64
+    )
+    return jax.device_get(outputs._replace(hidden_BLD=None, top_k=top_k))
+
+
+def after_cached_updates(
+    mesh_settings: MeshSettings, data=PACKED, settings: StepSettings = STEP, k: int = VOCAB, updates: int = 3
+):
+    """As `after_updates`, from the teacher's outputs alone."""
+    mesh = make_mesh(mesh_settings, jax.devices()[: mesh_settings.data * mesh_settings.fsdp * mesh_settings.tensor])
+    state = jax.device_get(fresh_state())
+    state = jax.device_put(state, state_shardings(jax.eval_shape(lambda: state), OPTIMIZER, mesh))
+    step = make_train_step(STUDENT, None, OPTIMIZER, settings, VOCAB, mesh)
+    metrics = {}
+    for _ in range(updates):
+        batch, outputs = put_batch((data, cached_outputs(data, k)), mesh)
+        state, metrics = step(state, outputs, batch, LossWeights())
+    if mesh.size > 1:
+        assert step._cache_size() == 1
+    return to_host(state), jax.device_get(metrics)
+
+
+def assert_same_update(state, expected):
+    for got, want in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert int(state.step) == int(expected.step) == 3
+    moved = [np.max(np.abs(a - b)) for a, b in zip(*map(jax.tree.leaves, (state.params, START)), strict=True)]
+    assert min(moved) > 1e-4  # every array took part, so equality says something
+
+
+@pytest.fixture(scope="module")
+def single():
+    return after_updates(MeshSettings(1, 1, 1))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)])
+def test_any_mesh_gives_the_same_update(single, sizes):
+    state, metrics = after_updates(MeshSettings(*sizes))
+    assert_same_update(state, single[0])
+    for name, mean in metrics.items():
+        np.testing.assert_allclose(mean.value(), single[1][name].value(), rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "placement", "offload"),
+    [
+        ((2, 2, 2), replace(PLACEMENT, sharding="tensor"), False),
+        ((1, 4, 2), replace(PLACEMENT, offload=True), True),
+        ((1, 2, 2), replace(PLACEMENT, sharding="tensor", offload=True), True),
+    ],
+    ids=["tensor-parallel teacher", "host memory", "both"],
+)
+def test_where_the_teacher_and_the_moments_lie_does_not_change_the_update(single, sizes, placement, offload):
+    settings = replace(STEP, offload_optimizer=offload)
+    state, _ = after_updates(MeshSettings(*sizes), settings=settings, placement=placement)
+    assert_same_update(state, single[0])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_any_number_of_micro_batches_gives_the_same_update(single, count):
+    state, metrics = after_updates(MeshSettings(1, 1, 1), settings=replace(STEP, micro_batches=count))
+    assert_same_update(state, single[0])
+    for name, mean in metrics.items():
+        np.testing.assert_allclose(mean.value(), single[1][name].value(), rtol=1e-4, err_msg=name)
+        assert float(mean.count) == float(single[1][name].count)
+
+
+def test_packing_does_not_change_the_update(single):
+    state, _ = after_updates(MeshSettings(1, 1, 1), data=UNPACKED)
+    assert_same_update(state, single[0])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "data"),
+    [((1, 1, 1), 1, PACKED), ((2, 2, 2), 2, PACKED), ((1, 1, 1), 4, UNPACKED)],
+    ids=["one device", "mesh and micro-batches", "unpacked"],
+)
+def test_a_cache_of_every_token_gives_the_online_update(single, sizes, count, data):
+    state, metrics = after_cached_updates(MeshSettings(*sizes), data, replace(STEP, micro_batches=count))
+    assert_same_update(state, single[0])
+    for name, mean in metrics.items():
+        np.testing.assert_allclose(mean.value(), single[1][name].value(), rtol=1e-4, err_msg=name)
+
+
+def test_a_cache_of_some_tokens_gives_the_same_update_on_any_mesh():
+    expected, metrics = after_cached_updates(MeshSettings(1, 1, 1), k=8)
+    state, again = after_cached_updates(MeshSettings(1, 2, 2), settings=replace(STEP, micro_batches=2), k=8)
+    assert_same_update(state, expected)
+    for name, mean in again.items():
+        np.testing.assert_allclose(mean.value(), metrics[name].value(), rtol=1e-4, err_msg=name)
+
+
+def test_cached_updates_donate_the_state_only_and_read_states_at_every_token_nowhere():
+    step = make_train_step(STUDENT, None, OPTIMIZER, STEP, VOCAB)
+    state, outputs = fresh_state(), jax.tree.map(jnp.asarray, cached_outputs(PACKED, 8))
+    donated = state.params["student"]["embedding"]
+    step(state, outputs, PACKED, LossWeights())
+    assert donated.is_deleted()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(outputs))
+    for changes in ({"token_alignment": True}, {"intermediate": ((1, 1),)}):
+        with pytest.raises(ValueError, match="a cache has no teacher states at every token"):
+            make_train_step(STUDENT, None, OPTIMIZER, replace(STEP, **changes), VOCAB)
+
+
+@pytest.mark.parametrize("form", ["direction", "difference"])
+def test_thresholds_are_measured_by_the_loss_that_is_validated(form):
+    """The teacher against itself under another context, as `make_coherence_eval` would compare it with a student."""
+    measure = make_self_coherence(TEACHER, transition_form=form)
+    plain, other = (jax.tree.map(jnp.asarray, UNPACKED) for _ in range(2))
+    other = other._replace(tokens_BL=(other.tokens_BL + 1) % VOCAB)
+    found = measure(TEACHER_PARAMS, plain, TEACHER_PARAMS, other)
+    settings = replace(STEP, transition_form=form)
+    states = [teacher_outputs(TEACHER, TEACHER_PARAMS, x, -1).boundary_states_BCKD for x in (other, plain)]
+    mask = transition_boundaries(plain.boundary_mask_BCK, settings.anchor_prompt)
+    expected = coherence(*states, mask, form=form)
+    np.testing.assert_allclose(found.value(), expected, rtol=1e-5)
+    both = [coherence(*states, mask, form=x) for x in ("direction", "difference")]
+    assert float(both[0]) != float(both[1])
+
+
+@pytest.mark.parametrize("hidden_layer", [-1, 1])
+def test_validation_reads_the_teachers_states_from_either(hidden_layer):
+    settings, state = replace(STEP, hidden_layer=hidden_layer), fresh_state()
+    online = make_coherence_eval(STUDENT, TEACHER, settings)(state.params, TEACHER_PARAMS, PACKED)
+    outputs = cached_outputs(PACKED, 1, hidden_layer)._replace(top_k=None)
+    cached = make_coherence_eval(STUDENT, None, settings)(state.params, outputs, PACKED)
+    np.testing.assert_allclose(cached, online, rtol=1e-6)
+    assert float(online.sum) > 0
+
+
+@pytest.mark.parametrize("anchor_prompt", [True, False])
+def test_the_loss_is_the_sum_of_its_published_terms(anchor_prompt):
+    """KD + 0.3 alignment + 0.5 coherence, from unpacked rows and whole logits, chain by chain."""
+    settings = replace(STEP, anchor_prompt=anchor_prompt)
+    _, metrics = after_updates(MeshSettings(1, 1, 1), settings=settings, updates=1)
+
+    state, data = fresh_state(), jax.tree.map(jnp.asarray, UNPACKED)
+    rows = (data.tokens_BL, data.positions_BL, data.chain_ids_BL)
+    hidden_s, hidden_t = STUDENT.hidden(state.params["student"], *rows), TEACHER.hidden(TEACHER_PARAMS, *rows)
+    labels, weights = shifted_labels(data)
+    soft, hard, _, _ = kd_token_losses(
+        STUDENT.logits(state.params["student"], hidden_s), TEACHER.logits(TEACHER_PARAMS, hidden_t), labels, 4.0, VOCAB
+    )
+    kd = jnp.sum(weights * (0.7 * soft + 0.3 * hard)) / jnp.sum(weights)
+    aligned, coherent = [], []
+    for row, chain in enumerate(CHAINS):
+        student, teacher = hidden_s[row, chain.boundaries], hidden_t[row, chain.boundaries]
+        ones = jnp.ones(len(chain.boundaries), bool)
+        aligned.append(alignment(student[1:], teacher[1:], ones[1:], state.params["f"]))
+        first = 0 if anchor_prompt else 1
+        if chain.depth > first:
+            coherent.append(coherence(student[first:], teacher[first:], ones[first:], state.params["g"]))
+    expected = kd + 0.3 * np.mean(aligned) + 0.5 * np.mean(coherent)
+    np.testing.assert_allclose(metrics["loss"].value(), expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["distill/alignment"].value(), np.mean(aligned), rtol=1e-5)
+    np.testing.assert_allclose(metrics["distill/coherence"].value(), np.mean(coherent), rtol=1e-5)
+
+
+def test_only_the_state_is_donated_and_weights_do_not_recompile():
+    step = make_train_step(STUDENT, TEACHER, OPTIMIZER, STEP, VOCAB)
+    state = fresh_state()
+    donated = state.params["student"]["embedding"]
+    state, _ = step(state, TEACHER_PARAMS, PACKED, LossWeights())
+    assert donated.is_deleted()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(TEACHER_PARAMS))
+    kept = np.asarray(state.params["f"]), np.asarray(state.params["g"])
+    compiled = step._cache_size()
+    state, _ = step(state, TEACHER_PARAMS, PACKED, LossWeights(alignment=0.0, coherence=0.0, alpha=0.5))
+    assert step._cache_size() == compiled
+    # Without the terms nothing but the optimizer's memory of the first update moves f and g.
+    assert kept[0].shape == (16, 32)
+    gradients = _projection_gradients(LossWeights(alignment=0.0, coherence=0.0))
+    assert all(np.all(g == 0) for g in gradients)
+    assert all(np.any(g != 0) for g in _projection_gradients(LossWeights()))
+
+
+def _projection_gradients(weights: LossWeights):
+    """f's and g's gradients, read off one plain SGD update."""
+    import optax
+
+    sgd = optax.sgd(1.0)
+    key = jax.random.PRNGKey(0)
+    params = {"student": STUDENT.init(key), **init_projections(key, 16, 32)}
+    before = {name: np.asarray(params[name]) for name in ("f", "g")}
+    step = make_train_step(STUDENT, TEACHER, sgd, STEP, VOCAB)
+    state, _ = step(create_state(params, sgd, key), TEACHER_PARAMS, PACKED, weights)
+    return [before[name] - np.asarray(state.params[name]) for name in ("f", "g")]
+
+
+def test_one_map_for_both_gets_both_gradients_and_none_is_the_identity():
+    import optax
+
+    key, sgd = jax.random.PRNGKey(0), optax.sgd(1.0)
+
+    def update(teacher, teacher_params, maps, **changes):
+        params = {"student": STUDENT.init(key), **jax.tree.map(jnp.array, maps)}
+        step = make_train_step(STUDENT, teacher, sgd, replace(STEP, **changes), VOCAB)
+        state, metrics = step(create_state(params, sgd, jnp.array(key)), teacher_params, PACKED, LossWeights())
+        return jax.device_get((state.params, metrics))
+
+    both = init_projections(key, 16, 32)
+    shared = init_projections(key, 16, 32, maps="shared")
+    assert list(shared) == ["f"]
+    start = np.array(both["f"])
+    got, _ = update(TEACHER, TEACHER_PARAMS, shared)
+    apart, _ = update(TEACHER, TEACHER_PARAMS, {"f": start, "g": start})
+    np.testing.assert_allclose(got["f"] - start, (apart["f"] - start) + (apart["g"] - start), rtol=1e-4, atol=1e-7)
+
+    # A teacher as wide as the student: no map is a map that is the identity.
+    twin_params = STUDENT.init(jax.random.PRNGKey(1))
+    eye = np.eye(16, dtype=np.float32)
+    bare, of_bare = update(STUDENT, twin_params, init_projections(key, 16, 16, maps="none"), token_alignment=True)
+    mapped, of_mapped = update(STUDENT, twin_params, {"f": eye, "g": eye.copy()}, token_alignment=True)
+    assert list(bare) == ["student"]
+    for name in ("distill/alignment", "distill/coherence", "distill/token_alignment"):
+        np.testing.assert_allclose(of_bare[name].value(), of_mapped[name].value(), rtol=1e-6)
+    chex.assert_trees_all_close(bare["student"], mapped["student"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="student's width is 16 and the teacher's 32"):
+        init_projections(key, 16, 32, maps="none")
+
+    # Lengths of transitions change the coherence loss, and what it asks of the student.
+    _, with_lengths = update(TEACHER, TEACHER_PARAMS, init_projections(key, 16, 32), transition_form="difference")
+    _, directions = update(TEACHER, TEACHER_PARAMS, init_projections(key, 16, 32))
+    assert float(with_lengths["distill/coherence"].value()) != float(directions["distill/coherence"].value())
+
+
+def test_schedule_counts_updates_and_ends_at_the_last():
+    schedule = learning_rate_schedule(OptimizerSettings(learning_rate=2e-5, warmup_updates=500), 40_000)
+    assert float(schedule(500)) == pytest.approx(2e-5)
+    assert float(schedule(250)) == pytest.approx(1e-5)
+    assert float(schedule(500 + 39_500 // 2)) == pytest.approx(1e-5, rel=1e-3)  # half-way down the cosine
+    assert float(schedule(40_000)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_norm_scales_are_not_decayed():
+    mask = decay_mask({"student": STUDENT.abstract_params(), "f": 0})
+    flat = {jax.tree_util.keystr(path): keep for path, keep in jax.tree_util.tree_leaves_with_path(mask)}
+    spared = {name for name, keep in flat.items() if not keep}
+    assert len(spared) == 3
+    assert all("norm" in name and name.endswith("['scale']") for name in spared)
