@@ -13,10 +13,12 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Most of the suite's time would be the same programs, compiled again in each process that a test starts.
-_COMPILED = tempfile.mkdtemp(prefix="rtd_jax-compiled-")
-atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
+# Most of the suite's time would be the same programs, compiled again in each process that a test starts. Whoever sets
+# JAX_COMPILATION_CACHE_DIR keeps them from one run of the tests to the next.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _COMPILED = tempfile.mkdtemp(prefix="rtd_jax-compiled-")
+    atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

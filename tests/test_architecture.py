@@ -10,13 +10,10 @@ ROOMS = ("base", "data", "models", "losses", "methods", "teacher", "steps", "eva
 # What the rebuilding has still to undo.
 TO_DO = {
     ("rtd_jax.data.encoding", "rtd_jax.steps.annotated"),
-    ("rtd_jax.data.encoding", "rtd_jax.steps"),
     ("rtd_jax.train.loop", "rtd_jax.apps.distill.report"),
     ("rtd_jax.train.rollouts", "rtd_jax.apps.reward_model"),
-    ("rtd_jax.apps.diagnose.diagnose", "rtd_jax.apps.evaluate"),
     ("rtd_jax.apps.diagnose.diagnose", "rtd_jax.apps.distill.report"),
     ("rtd_jax.apps.pretrain", "rtd_jax.apps.distill.report"),
-    ("rtd_jax.apps.plan.program", "rtd_jax.apps.cache"),
 }
 
 
