@@ -13,6 +13,7 @@ import optax
 import pytest
 from tiny_run import recipe, source, write_teacher
 
+from rtd_jax.apps.distill.stages import Run, Sinks, run_stages
 from rtd_jax.apps.pretrain import SizeSettings, model_config
 from rtd_jax.apps.reward_model import LabelledSteps, RewardModelRecipe, fit_head, judge, train_reward_model
 from rtd_jax.base.console import Display
@@ -41,7 +42,6 @@ from rtd_jax.train.checkpoints import Checkpoints, read_meta, restore_state
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.experiment import load_splits, prepare
-from rtd_jax.train.loop import Run, Sinks, run_stages
 from rtd_jax.train.metrics import MetricsLog
 from rtd_jax.train.recipe import DataSettings, EvaluationSettings, TeacherSettings
 from rtd_jax.train.rollouts import drawn_chain, make_sampler
