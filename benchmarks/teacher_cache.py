@@ -29,6 +29,7 @@ from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.loader import make_loader
 from rtd_jax.losses import LossWeights, kd_sums, top_k_kd_sums
 from rtd_jax.models import LlamaConfig, LlamaModel
+from rtd_jax.models.open import open_model
 from rtd_jax.teacher.cache import TeacherCache, chain_key
 from rtd_jax.teacher.online import teacher_outputs
 from rtd_jax.teacher.predictions import top_k_predictions
@@ -135,8 +136,7 @@ def what_is_lost(name: str, overrides: dict[str, Any], batches: int) -> str:
             settings = dataclasses.replace(recipe.teacher, cache=str(place))
             of_k = dataclasses.replace(recipe, teacher=settings, cache=dataclasses.replace(recipe.cache, top_k=k))
             cache_teacher(of_k, place)
-            fingerprint = online.fingerprints["teacher"]
-            cache = TeacherCache(place, cache_identity(of_k, online.teacher_config, fingerprint, online.tokenizer))
+            cache = TeacherCache(place, cache_identity(of_k, open_model(of_k.teacher, online.mesh)))
             found, cosines, tails, read = [], [], [], []
             for batch, (sums, wanted) in zip(sample, exact, strict=True):
                 started = time.perf_counter()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rtd_jax.base.types import Batch
-from rtd_jax.losses.every_token import evenly_spaced, hint_losses, intermediate, token_alignment, token_counts
+from rtd_jax.losses.every_token import hint_losses, intermediate, token_alignment, token_counts
 
 
 def batch(loss_weights, chain_ids):
@@ -80,11 +80,3 @@ def test_no_gradient_reaches_the_teacher():
     teacher = jnp.ones((1, 4, 2))
     grads = jax.grad(lambda t: intermediate([teacher], [t], ROW, 2 * jnp.eye(2)[None], token_counts(ROW))[0])(teacher)
     np.testing.assert_array_equal(grads, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("layers", "count", "wanted"),
-    [(4, 4, (1, 2, 3, 4)), (2, 4, (1, 1, 2, 2)), (32, 4, (8, 16, 24, 32)), (80, 4, (20, 40, 60, 80)), (3, 1, (3,))],
-)
-def test_layers_are_evenly_spaced_and_end_with_the_last(layers, count, wanted):
-    assert evenly_spaced(layers, count) == wanted

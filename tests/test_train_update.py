@@ -17,12 +17,11 @@ from rtd_jax.data.packing import fixed_batches, host_rows
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
 from rtd_jax.losses import LossWeights, alignment, coherence, kd_token_losses
 from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.open import ModelSettings, make_model, weight_shardings
 from rtd_jax.teacher.online import teacher_outputs
 from rtd_jax.teacher.predictions import top_k_predictions
 from rtd_jax.train.calibration import make_self_coherence
-from rtd_jax.train.experiment import teacher_model, teacher_shardings
 from rtd_jax.train.optimizer import OptimizerSettings, decay_mask, learning_rate_schedule, make_optimizer
-from rtd_jax.train.recipe import TeacherSettings
 from rtd_jax.train.state import create_state, init_projections, state_shardings
 from rtd_jax.train.update import StepSettings, make_coherence_eval, make_train_step
 
@@ -36,7 +35,7 @@ TEACHER_PARAMS = TEACHER.init(jax.random.key(1))
 OPTIMIZER = make_optimizer(OptimizerSettings(learning_rate=1e-2, warmup_updates=1, eps=1e-2), total_updates=10)
 CHAINS, _ = encode_traces(TOKENIZER, generate(14, (1, 2, 3)), TINY_FORMAT, row_length=128)
 STEP = StepSettings(chunk_length=32)
-PLACEMENT = TeacherSettings("unused", "float32", "float32")
+PLACEMENT = ModelSettings("unused", "float32", "float32")
 
 
 def batch(rows: int, chains_per_row: int, row_length: int):
@@ -61,7 +60,7 @@ def after_updates(
     data=PACKED,
     settings: StepSettings = STEP,
     updates: int = 3,
-    placement: TeacherSettings = PLACEMENT,
+    placement: ModelSettings = PLACEMENT,
 ):
     count = abs(mesh_settings.data * mesh_settings.fsdp * mesh_settings.tensor)
     mesh = make_mesh(mesh_settings, jax.devices()[:count])
@@ -69,8 +68,8 @@ def after_updates(
     state, teacher_params = jax.device_get((fresh_state(), TEACHER_PARAMS))
     shardings = state_shardings(jax.eval_shape(lambda: state), OPTIMIZER, mesh, settings.offload_optimizer)
     state = jax.device_put(state, shardings)
-    teacher = teacher_model(placement, TEACHER.config, mesh)
-    teacher_params = jax.device_put(teacher_params, teacher_shardings(placement, teacher, mesh))
+    teacher = make_model(placement, TEACHER.config, mesh)
+    teacher_params = jax.device_put(teacher_params, weight_shardings(placement, teacher, mesh))
     step = make_train_step(STUDENT, teacher, OPTIMIZER, settings, VOCAB, mesh)
     metrics = {}
     for _ in range(updates):

@@ -81,11 +81,3 @@ def intermediate(
     )
     share = jnp.asarray(total, jnp.float32) / pairs
     return safe_divide(share, counts.chains), Mean(share, jnp.sum(mask_BL).astype(jnp.float32))
-
-
-def evenly_spaced(layers: int, count: int) -> tuple[int, ...]:
-    """`count` layers of a model of `layers`, evenly spaced and ending with the last: (4, 4) gives 1, 2, 3, 4.
-
-    Numbered as `output_hidden_states`. Of fewer layers than `count`, some repeat: (2, 4) gives 1, 1, 2, 2.
-    """
-    return tuple(-(-layers * (i + 1) // count) for i in range(count))

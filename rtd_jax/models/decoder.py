@@ -20,7 +20,8 @@ from rtd_jax.models.quantized import as_float
 
 # What the backward pass keeps of a layer: everything; only its input; or its input and the matrix products that have no
 # batch axes (projections, not attention scores).
-REMAT_POLICIES: dict[str, Callable | None] = {
+Remat = Literal["none", "dots", "full"]
+REMAT_POLICIES: dict[Remat, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -35,7 +36,7 @@ class Runtime:
     """How a Llama is computed; none of it changes what is computed beyond rounding."""
 
     compute_dtype: str = "float32"
-    remat: str = "none"  # a key of REMAT_POLICIES
+    remat: Remat = "none"
     attention: AttentionKernel = "auto"  # of jax.nn.dot_product_attention; see `attention_kernel`
     activation_sharding: NamedSharding | None = None  # of [B, L, D]
     streamed: bool = False  # whether the layers' weights lie in host memory, and each is copied when it runs

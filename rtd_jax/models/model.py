@@ -14,7 +14,7 @@ from qwix import QArray
 
 from rtd_jax.base.types import Array, Params
 from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.decoder import AttentionKernel, KVCache, Llama, Runtime
+from rtd_jax.models.decoder import AttentionKernel, KVCache, Llama, Remat, Runtime
 from rtd_jax.models.quantized import INT8, as_float, quantize_params
 
 
@@ -32,7 +32,7 @@ class LlamaModel:
 
     config: LlamaConfig
     compute_dtype: str = "float32"
-    remat: str = "none"
+    remat: Remat = "none"
     activation_sharding: NamedSharding | None = None
     attention: AttentionKernel = "auto"
     streamed: bool = False
@@ -74,7 +74,7 @@ class LlamaModel:
         chex.assert_equal_shape([tokens_BL, positions_BL, chain_ids_BL])
         chex.assert_type([tokens_BL, positions_BL, chain_ids_BL], int)
         count = self.config.layers
-        wanted = [self.layer_index(layer) for layer in layers]
+        wanted = [self.config.layer_index(layer) for layer in layers]
         inner = tuple(sorted({layer for layer in wanted if layer < count}))
         final_BLD, kept = self._module(params)(
             jnp.asarray(tokens_BL), jnp.asarray(positions_BL), chain_mask(chain_ids_BL), inner
@@ -84,14 +84,8 @@ class LlamaModel:
         return final_BLD, tuple(final_BLD if layer == count else kept[inner.index(layer)] for layer in wanted)
 
     def layer_index(self, layer: int) -> int:
-        """`layer` counted from 0 (embeddings) to N (final normed states); raises ValueError where there is none."""
-        count = self.config.layers
-        if not -count - 1 <= layer <= count:
-            raise ValueError(
-                f"hidden layer {layer} does not exist: a model of {count} layers has 0 (embeddings) to {count} "
-                f"(final), or -{count + 1} to -1 from the end"
-            )
-        return layer if layer >= 0 else count + 1 + layer
+        """See `LlamaConfig.layer_index`."""
+        return self.config.layer_index(layer)
 
     def head(self, params: Params) -> jax.Array:
         """The matrix from hidden states to logits, [D, V], in the dtype of the params (of int8: `compute_dtype`)."""

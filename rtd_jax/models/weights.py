@@ -169,13 +169,3 @@ def nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
             branch = branch.setdefault(key, {})
         branch[path[-1]] = value
     return tree
-
-
-def evenly_spaced_layers(count: int, layers: int) -> tuple[int, ...]:
-    """Which `layers` of a model's `count` layers a shallower model is cut from: evenly spaced, first and last included.
-
-    With one layer it is the first. Raises ValueError unless 1 <= layers <= count.
-    """
-    if not 1 <= layers <= count:
-        raise ValueError(f"cannot take {layers} evenly spaced layers of {count}; use 1 to {count}")
-    return tuple(int(i) for i in np.round(np.linspace(0, count - 1, layers)))
