@@ -1,4 +1,8 @@
-"""Llama in JAX: description, pure functions, and Hugging Face checkpoints in and out."""
+"""Llama in JAX: its config, its functions on params, and reading and writing Hugging Face checkpoints.
+
+`rtd_jax.models.open` opens a whole model, tokenizer included; it is not imported here because transformers is slow to
+import.
+"""
 
 from rtd_jax.models.config import LlamaConfig, RopeConfig, layers_to_copy, layers_to_match
 from rtd_jax.models.decoder import KVCache

@@ -1,4 +1,4 @@
-"""The teacher as a forward pass on every batch."""
+"""The teacher's outputs by a forward pass on every batch."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,16 @@ from rtd_jax.models.model import LlamaModel
 def states_at_boundaries(
     model: LlamaModel, params: Params, batch: Batch, hidden_layer: int = -1, token_layers: Sequence[int] = ()
 ) -> tuple[Array, Array, tuple[Array, ...]]:
-    """Forward pass of teacher or student.
+    """A forward pass of teacher or student.
 
-    Returns the states the head reads [B, L, D], the boundary states [B, C, K, D], and the states of `token_layers` at
-    every token, [B, L, D] each. `hidden_layer` names the layer whose states are taken at the boundaries, as
-    `LlamaModel.hidden` numbers them; -1 is the final normed state.
+    Args:
+      hidden_layer: whose states are taken at the boundaries, as `LlamaConfig.layer_index` counts; -1 is the final
+        normed state.
+      token_layers: whose states are returned at every token.
+
+    Returns:
+      The states that the head reads [B, L, D], the boundary states [B, C, K, D], and the states of `token_layers`,
+      [B, L, D] each.
     """
     hidden_BLD, (layer_BLD, *everywhere) = model.hidden(
         params, batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL, layers=(hidden_layer, *token_layers)
@@ -28,7 +33,7 @@ def states_at_boundaries(
 def teacher_outputs(
     model: LlamaModel, params: Params, batch: Batch, hidden_layer: int = -1, token_layers: Sequence[int] = ()
 ) -> TeacherOutputs:
-    """What the objective needs of a frozen teacher; no gradient flows through it."""
+    """What the losses need of a frozen teacher; no gradient flows through it."""
     return jax.lax.stop_gradient(
         TeacherOutputs(*states_at_boundaries(model, params, batch, hidden_layer, token_layers))
     )
