@@ -25,6 +25,8 @@ from rtd_jax.data.loader import BatchLoader, make_loader
 from rtd_jax.data.sources import SourceSettings, closed_words, load_traces
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.data.trace import Trace
+from rtd_jax.methods.kd import Labels
+from rtd_jax.methods.term import Objective
 from rtd_jax.models.config import LlamaConfig, RopeConfig
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.to_hf import save_pretrained
@@ -32,7 +34,7 @@ from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_met
 from rtd_jax.train.metrics import MetricsLog, Window, check_finite
 from rtd_jax.train.optimizer import OptimizerSettings, make_optimizer
 from rtd_jax.train.state import TrainState, create_state, state_shardings
-from rtd_jax.train.update import make_pretrain_step
+from rtd_jax.train.update import make_train_step
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
     model = LlamaModel(model_config(recipe.model, tokenizer), activation_sharding=row_sharding(mesh))
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
     state, iterator = _starting_point(recipe, model, optimizer, mesh, latest)
-    step = make_pretrain_step(model, optimizer, len(tokenizer))
+    objective = Objective((Labels(1.0, len(tokenizer)),))
+    step = make_train_step(model, None, optimizer, objective)
     update = int(state.step)
     log, window = MetricsLog(workdir, update), Window()
     traces = load_traces(recipe.train)
@@ -137,7 +140,7 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
             while update < end:
                 batch = next(loader)
                 window.add_tokens(int(np.count_nonzero(batch.chain_ids_BL)) * host_share(mesh)[1])
-                state, metrics = step(state, put_batch(batch, mesh))
+                state, metrics = step(state, {}, put_batch(batch, mesh), objective.coefficients())
                 update += 1
                 check_finite(window.add(metrics), update, f"phase {number}")
                 save = update % recipe.checkpoint_every == 0
@@ -213,7 +216,7 @@ def _starting_point(
     """A fresh state, or the newest checkpoint's with its data position (None at the start of a phase)."""
     params_key, run_key = jax.random.split(jax.random.PRNGKey(recipe.seed))
     abstract = jax.eval_shape(lambda p: create_state({"student": p}, optimizer, run_key), model.abstract_params())
-    shardings = state_shardings(abstract, optimizer, mesh)
+    shardings = state_shardings(abstract, optimizer, mesh, {})
     if latest is None:
         create = jax.jit(
             lambda key: create_state({"student": model.init(key)}, optimizer, run_key), out_shardings=shardings

@@ -10,15 +10,14 @@ import numpy as np
 
 from rtd_jax.apps.distill.report import evaluate_in, first_of_each_depth
 from rtd_jax.base.console import Display
-from rtd_jax.base.means import Mean
+from rtd_jax.base.means import Mean, Metrics
 from rtd_jax.base.sharding import host_share, put_batch
 from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.loader import BatchLoader, make_loader
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.trace import Trace
-from rtd_jax.losses.objective import Metrics
-from rtd_jax.train.calibration import make_self_coherence, mean_over
+from rtd_jax.train.calibration import make_self_comparison, mean_over
 from rtd_jax.train.checkpoints import Checkpoints
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.curriculum import Stage, StageRecord, ended, record_validation, stage_budget
@@ -27,7 +26,7 @@ from rtd_jax.train.metrics import MetricsLog, Window, check_finite
 from rtd_jax.train.rollouts import Sampler, make_sampler
 from rtd_jax.train.splits import prefixed_chains, row_length_of
 from rtd_jax.train.state import TrainState
-from rtd_jax.train.update import TeacherSource, make_coherence_eval
+from rtd_jax.train.update import TeacherSource, make_term_eval
 
 
 @dataclass
@@ -84,8 +83,8 @@ def run_stages(experiment: Experiment, run: Run, sinks: Sinks) -> None:
     """
     student = experiment.student
     draw = make_sampler(experiment) if experiment.reward is not None else None
-    settings = experiment.recipe.step(student.config.layers, experiment.teacher_config.layers)
-    evaluate = make_coherence_eval(student, experiment.teacher, settings)
+    assert experiment.objective.yardstick is not None
+    evaluate = make_term_eval(student, experiment.teacher, experiment.objective.yardstick)
     finished = sum(record.ended_by is not None for record in run.records)
     for stage in experiment.stages[finished:]:
         with sinks.clock.span("calibration"):
@@ -119,7 +118,7 @@ def _run_stage(
     sinks: Sinks,
 ) -> None:
     recipe, record = experiment.recipe, run.records[-1]
-    weights = recipe.loss.weights()
+    coefficients = experiment.objective.coefficients()
     loader = _loader(experiment, stage)
     if run.iterator is not None:
         loader.set_state(run.iterator)
@@ -129,7 +128,7 @@ def _run_stage(
     drawn, drawn_at = None, update
 
     while True:
-        if recipe.loss.reads_teacher and _due(record, recipe.curriculum.validate_every):
+        if experiment.objective.reads_teacher and _due(record, recipe.curriculum.validate_every):
             pending.settle(window)
             with sinks.clock.span("validation"):
                 coherence = validate(run.state)
@@ -167,7 +166,7 @@ def _run_stage(
         window.add_tokens(int(np.count_nonzero(batch.chain_ids_BL)) * hosts)
         # Dispatched before the metrics of the update before it are fetched, so the device never waits for Python.
         run.state, metrics = experiment.step(
-            run.state, experiment.source(batch), put_batch(batch, experiment.mesh), weights, *own
+            run.state, experiment.source(batch), put_batch(batch, experiment.mesh), coefficients, *own
         )
         update += 1
         record.updates += 1
@@ -252,7 +251,7 @@ def _validation(experiment: Experiment, stage: Stage) -> _Validation:
 def _open_record(experiment: Experiment, run: Run, stage: Stage, validation: _Validation) -> StageRecord:
     recipe = experiment.recipe
     own = 0.0
-    if recipe.loss.reads_teacher:
+    if experiment.objective.reads_teacher:
         own = teacher_self_coherence(experiment, validation.traces, validation.chains)
     return StageRecord(
         depth=stage.name,
@@ -281,12 +280,8 @@ def teacher_self_coherence(experiment: Experiment, traces: Sequence[Trace], chai
             )
         ]
 
-    measure = make_self_coherence(
-        experiment.teacher,
-        hidden_layer=recipe.loss.hidden_layer,
-        anchor_prompt=recipe.loss.anchor_prompt,
-        transition_form=recipe.loss.transition_form,
-    )
+    assert experiment.objective.yardstick is not None
+    measure = make_self_comparison(experiment.teacher, experiment.objective.yardstick)
     both = batches(chains, recipe.data.row_length), batches(prefixed, row_length_of(prefixed))
     return mean_over(measure, (plain + other for plain, other in zip(*both, strict=True)))
 

@@ -18,6 +18,8 @@ from rtd_jax.base.types import Array, Params
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
+from rtd_jax.methods.maps import state_map, transition_map
+from rtd_jax.methods.term import Setup
 from rtd_jax.models.from_hf import weights_fingerprint
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import FloatDtype, ModelSettings, WeightDtype, open_model
@@ -27,7 +29,6 @@ from rtd_jax.teacher.cache import TeacherCache, chain_key, read_identity
 from rtd_jax.train.checkpoints import read_meta, restore_params
 from rtd_jax.train.experiment import student_config
 from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.state import map_names, projections
 
 LENGTH_BUCKET = 64  # tokens; rows are as long as their longest chain, rounded up to this
 
@@ -106,12 +107,12 @@ def _from_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh:
             f"a Hugging Face folder too: give {path.parents[2] / 'student'}"
         ) from error
     model = LlamaModel(config, compute_dtype, activation_sharding=row_sharding(mesh))
-    joins = jax.ShapeDtypeStruct((config.width, teacher.config.width), jnp.float32)
-    maps = map_names(recipe.loss.projections)
-    abstract: Params = {"student": model.abstract_params()} | dict.fromkeys(maps, joins)
-    axes = {"student": logical_axes(abstract["student"])} | dict.fromkeys(maps, ("student_width", "teacher_width"))
+    objective = recipe.objective(config, teacher.config, config.vocab_size)
+    maps = jax.eval_shape(lambda: objective.init_params(jax.random.key(0), config.width, teacher.config.width))
+    abstract: Params = {"student": model.abstract_params(), **maps}
+    axes = {"student": logical_axes(abstract["student"]), **objective.param_axes()}
     restored = restore_params(path, abstract, param_shardings(abstract, axes, mesh))
-    params, own = restored["student"], projections(restored)
+    params, f, g = restored["student"], state_map(restored), transition_map(restored)
     if dtype == INT8:
         params = jax.jit(quantize_params)(params)
     elif dtype != "float32":
@@ -124,12 +125,9 @@ def _from_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh:
         mesh=mesh,
         directory=path,
         text=recipe.data.text,
-        f=np.eye(config.width) if own.f is None else np.asarray(own.f),
-        g=np.eye(config.width) if own.g is None else np.asarray(own.g),
-        layers=(
-            config.layer_index(recipe.loss.student_hidden_layer),
-            teacher.config.layer_index(recipe.loss.hidden_layer),
-        ),
+        f=np.eye(config.width) if f is None else np.asarray(f),
+        g=np.eye(config.width) if g is None else np.asarray(g),
+        layers=recipe.loss.matched_layers(Setup(config, teacher.config, config.vocab_size)),
         teacher_fingerprint=meta["fingerprints"]["teacher"],
     )
 
@@ -186,7 +184,7 @@ def open_cache(folder: str, teacher: LoadedModel, layer: int = -1) -> TeacherCac
       ValueError: there is no cache, or it is another teacher's, tokenizer's or layer's; with what it is.
     """
     path = Path(folder).expanduser()
-    wanted = teacher.model.layer_index(layer)
+    wanted = teacher.model.config.layer_index(layer)
     stored = read_identity(path, wanted)
     if stored.teacher != teacher.fingerprint():
         raise ValueError(

@@ -340,8 +340,8 @@ def _maps(
     """(f, g) for each chain, and where they come from."""
     count = len(states.mask_CK)
     layers = (
-        student.model.layer_index(settings.student_layer),
-        teacher.model.layer_index(settings.teacher_layer),
+        student.model.config.layer_index(settings.student_layer),
+        teacher.model.config.layer_index(settings.teacher_layer),
     )
     unfit = ""
     if student.f is None or student.g is None:
@@ -366,7 +366,7 @@ def _described(loaded: LoadedModel, layer: int) -> dict[str, Any]:
         "name": loaded.name,
         "layers": config.layers,
         "width": config.width,
-        "layer_read": loaded.model.layer_index(layer),
+        "layer_read": loaded.model.config.layer_index(layer),
     }
 
 
