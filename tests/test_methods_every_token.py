@@ -10,7 +10,6 @@ from rtd_jax.base.types import Batch, StudentOutputs, TeacherOutputs
 from rtd_jax.losses.hints import hint_losses
 from rtd_jax.methods.intermediate import Intermediate
 from rtd_jax.methods.token_alignment import TokenAlignment
-from rtd_jax.models.config import layers_to_match
 
 
 def batch(loss_weights, chain_ids):
@@ -103,11 +102,3 @@ def test_no_gradient_reaches_the_teacher():
     teacher = jnp.ones((1, 4, 2))
     grads = jax.grad(lambda t: intermediate([teacher], [t], ROW, 2 * jnp.eye(2)[None])[0])(teacher)
     np.testing.assert_array_equal(grads, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("layers", "count", "wanted"),
-    [(4, 4, (1, 2, 3, 4)), (2, 4, (1, 1, 2, 2)), (32, 4, (8, 16, 24, 32)), (80, 4, (20, 40, 60, 80)), (3, 1, (3,))],
-)
-def test_layers_are_evenly_spaced_and_end_with_the_last(layers, count, wanted):
-    assert layers_to_match(layers, count) == wanted
