@@ -1,4 +1,4 @@
-"""Any Llama by one string: a Hugging Face folder, a hub name, or a stage checkpoint of a run; and its states."""
+"""Opens any saved model by one string: a Hugging Face folder, a hub name, or a stage checkpoint of a run."""
 
 import functools
 from collections.abc import Sequence
@@ -35,10 +35,16 @@ LENGTH_BUCKET = 64  # tokens; rows are as long as their longest chain, rounded u
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model ready to run, and what its checkpoint says beyond its weights.
+    """A model that is ready to run, and what a stage checkpoint holds besides its weights.
 
-    `text` is the form of text that a run trained it on; `f` and `g` are the run's projections to its teacher's width
-    and `layers` the (student, teacher) layers that they join, with the `teacher_fingerprint` of that teacher.
+    Attributes:
+      name: for reports.
+      params: empty where they were not asked for.
+      directory: the Hugging Face folder or the stage checkpoint.
+      text: the form of text that a run trained it on. It and what follows are unset for a Hugging Face folder.
+      f, g: the run's maps from its width to the teacher's, for states and for transitions. [S, D]
+      layers: the (student, teacher) layers that the maps join.
+      teacher_fingerprint: of the run's teacher.
     """
 
     name: str
@@ -54,7 +60,7 @@ class LoadedModel:
     teacher_fingerprint: str = ""
 
     def fingerprint(self) -> str:
-        """Of the weights' files; "" for a stage checkpoint."""
+        """The fingerprint of the weights' files; "" for a stage checkpoint."""
         return "" if self.text is not None else weights_fingerprint(self.directory)
 
 
@@ -66,13 +72,13 @@ def load_model(
     Args:
       path: a Hugging Face folder, a hub name, a stage checkpoint (runs/rtd_tiny/checkpoints/stages/5), or a run's
         folder, for its newest stage.
-      dtype: of the weights in memory; "int8" is weight-only with one scale an output channel.
-      compute_dtype: of products and hidden states.
-      weights: False leaves `params` empty: its states are read from a teacher cache.
+      dtype: of the weights in memory; "int8" quantises them with one scale per output channel.
+      compute_dtype: of matrix products and hidden states.
+      weights: False leaves `params` empty, for a teacher whose states are read from a cache.
 
     Raises:
-      ValueError: nothing of that name, or not a Llama, or a checkpoint whose teacher has gone; a stage checkpoint
-        without weights, since a cache belongs to files.
+      ValueError: there is no model of that name, it is not a Llama, or it is a checkpoint whose teacher is gone; or a
+        stage checkpoint is asked for without weights: a cache belongs to a Hugging Face folder.
     """
     mesh = make_mesh(MeshSettings())
     stage = stage_checkpoint(path)
@@ -178,18 +184,18 @@ def boundary_states(
 
 
 def open_cache(folder: str, teacher: LoadedModel, layer: int = -1) -> TeacherCache:
-    """The cache that launch/cache_teacher.py wrote for this teacher, for its states at boundaries.
+    """Opens the cache that launch/cache_teacher.py wrote for this teacher, to read its states at boundaries.
 
     Raises:
-      ValueError: there is no cache, or it is another teacher's, tokenizer's or layer's; with what it is.
+      ValueError: there is no cache, or one of another teacher, tokenizer or layer; with what it is.
     """
     path = Path(folder).expanduser()
     wanted = teacher.model.config.layer_index(layer)
     stored = read_identity(path, wanted)
-    if stored.teacher != teacher.fingerprint():
+    if stored.teacher != (fingerprint := teacher.fingerprint()):
         raise ValueError(
             f"the teacher cache {path} was written by another teacher than {teacher.directory} (fingerprint of weights "
-            f"{stored.teacher[:12]}, not {teacher.fingerprint()[:12]}); give --teacher the one that wrote it"
+            f"{stored.teacher[:12]}, not {fingerprint[:12]}); give --teacher the one that wrote it"
         )
     if stored.tokenizer != tokenizer_fingerprint(teacher.tokenizer):
         raise ValueError(
@@ -206,7 +212,7 @@ def open_cache(folder: str, teacher: LoadedModel, layer: int = -1) -> TeacherCac
 
 
 def cached_key(chain: EncodedChain) -> str:
-    """Where a teacher cache keeps what belongs to a chain."""
+    """The key under which a teacher cache keeps a chain."""
     return chain_key(chain.tokens, chain.boundaries, chain.loss_weights)
 
 
