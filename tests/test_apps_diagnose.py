@@ -27,12 +27,13 @@ from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT
 from rtd_jax.eval.cka import linear_cka
 from rtd_jax.eval.drift import BoundaryStates, cross_fitted
+from rtd_jax.eval.states import boundary_states
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.models.weights import evenly_spaced_layers
 from rtd_jax.teacher.cache import CacheSettings
-from rtd_jax.train.subjects import boundary_states, load_model
+from rtd_jax.train.subjects import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "rtd_jax" / "bundled" / "tiny_teacher"

@@ -24,21 +24,13 @@ from rtd_jax.data.trace import Trace
 from rtd_jax.eval.chains import results_right
 from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted
 from rtd_jax.eval.evaluate import Record
+from rtd_jax.eval.states import boundary_states, cached_key, cached_states, open_cache
 from rtd_jax.models.from_hf import resolve
 from rtd_jax.steps.classifier import load_classifier
 from rtd_jax.steps.detector import Detector
 from rtd_jax.steps.select import classifier_folder
 from rtd_jax.teacher.cache import TeacherCache
-from rtd_jax.train.subjects import (
-    Dtype,
-    LoadedModel,
-    boundary_states,
-    cached_key,
-    cached_states,
-    load_model,
-    open_cache,
-    stage_checkpoint,
-)
+from rtd_jax.train.subjects import Dtype, LoadedModel, load_model, stage_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
