@@ -17,6 +17,7 @@ import numpy as np
 
 from rtd_jax.base.sharding import put_same, to_host
 from rtd_jax.base.types import Array, Params
+from rtd_jax.losses.divergences import mask_padding
 
 PROMPT_BUCKET = 64  # tokens; prompt lengths are rounded up to a multiple of this, one compiled program each
 STOP_INTERVAL = 16  # tokens between two looks at what has been written, where a text can end a generation
@@ -236,7 +237,7 @@ def _record(
     """Chooses the next token of each row and writes it down."""
     head_DV = model.head(params).astype(hidden_BD.dtype)
     logits_BV = jnp.einsum("bd,dv->bv", hidden_BD, head_DV, preferred_element_type=jnp.float32)
-    logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1])[None, :] < vocab_size, logits_BV, -jnp.inf)
+    logits_BV = mask_padding(logits_BV, vocab_size)
     if sampling is None:
         chosen_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     else:

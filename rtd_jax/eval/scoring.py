@@ -16,6 +16,7 @@ import numpy as np
 
 from rtd_jax.base.sharding import put_same, to_host
 from rtd_jax.base.types import Array, Params
+from rtd_jax.losses.fused import map_logits
 
 ROW_MULTIPLE = 64  # tokens; row lengths are rounded up to it, so few programs are compiled
 
@@ -63,28 +64,15 @@ def token_scores(
     chex.assert_type([tokens_BL, positions_BL, chain_ids_BL], int)
     rows, length = tokens_BL.shape
     hidden_BLD = model.hidden(params, tokens_BL, positions_BL, chain_ids_BL)
-    head_DV = model.head(params).astype(hidden_BLD.dtype)
-    real_11V = jnp.arange(head_DV.shape[1])[None, None, :] < vocab_size
     labels_BL = jnp.roll(tokens_BL, -1, axis=1)
 
-    def score(chunk: tuple[Array, Array]) -> TokenScores:
-        hidden_BcD, labels_Bc = chunk
-        logits_BcV = jnp.einsum("bcd,dv->bcv", hidden_BcD, head_DV, preferred_element_type=jnp.float32)
-        logits_BcV = jnp.where(real_11V, logits_BcV, -jnp.inf)
+    def score(logits_BcV: Array, labels_Bc: Array) -> TokenScores:
         label_Bc = jnp.take_along_axis(logits_BcV, labels_Bc[..., None], axis=-1)[..., 0]
         log_probs_Bc = label_Bc - jax.nn.logsumexp(logits_BcV, axis=-1)
         return TokenScores(log_probs_Bc, jnp.argmax(logits_BcV, axis=-1) == labels_Bc)
 
-    # Cut along the row, not along rows x row: a batch sharded over devices stays where it is.
-    columns = min(length, max(1, chunk_tokens // rows))
-    padding = -length % columns
-
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(rows, -1, columns, *x.shape[2:]), 1, 0)
-
-    chunks = jax.lax.map(score, (cut(hidden_BLD), cut(labels_BL)))
-    made_BL = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :length], chunks)
+    sizes = {"vocab_size": vocab_size, "chunk_length": max(1, chunk_tokens // rows)}
+    made_BL = map_logits(score, hidden_BLD, model.head(params), (labels_BL,), **sizes)
     # From the place that makes a prediction to the token that it predicts.
     same_chain_BL = (chain_ids_BL == jnp.roll(chain_ids_BL, 1, axis=1)) & (chain_ids_BL > 0)
     predicted_BL = same_chain_BL & (jnp.arange(length)[None, :] > 0)
