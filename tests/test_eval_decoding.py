@@ -73,7 +73,7 @@ def test_rows_end_at_their_own_end(params, prompts):
 
 def test_a_bucket_boundary_changes_nothing(params, prompts, monkeypatch):
     expected = generate(MODEL, params, prompts, **options())
-    monkeypatch.setattr(decode, "PROMPT_BUCKET", 7)  # prompts of 7 fill their bucket, 9 and 14 need two
+    monkeypatch.setattr(decode, "PROMPT_MULTIPLE", 7)  # prompts of 7 fill their bucket, 9 and 14 need two
     assert generate(MODEL, params, prompts, **options()) == expected
 
 

@@ -17,10 +17,11 @@ import numpy as np
 
 from rtd_jax.base.sharding import put_same, to_host
 from rtd_jax.base.types import Array, Params
+from rtd_jax.data.by_length import batches_by_length
 from rtd_jax.losses.divergences import mask_padding
 
-PROMPT_BUCKET = 64  # tokens; prompt lengths are rounded up to a multiple of this, one compiled program each
-STOP_INTERVAL = 16  # tokens between two looks at what has been written, where a text can end a generation
+PROMPT_MULTIPLE = 64  # tokens; prompts are padded to a multiple of this, and each length compiles a program
+STOP_INTERVAL = 16  # tokens after which it is checked again whether the text written so far ends a generation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,18 +114,13 @@ def generate(
     eos = tuple(sorted({int(i) for i in eos_ids}))
     if batch_sharding is None:
         batch_size = min(batch_size, max(1, len(prompts)))
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(prompts), batch_size):
-        rows = by_length[start : start + batch_size]
-        bucket = -(-max(len(prompts[i]) for i in rows) // PROMPT_BUCKET) * PROMPT_BUCKET
-        tokens_BP = np.full((batch_size, bucket), pad_id, np.int32)
-        lengths_B = np.ones(batch_size, np.int32)  # rows that only fill the batch read one pad and are never active
-        for row, i in enumerate(rows):
-            tokens_BP[row, : len(prompts[i])] = prompts[i]
-            lengths_B[row] = len(prompts[i])
-        active_B = np.arange(batch_size) < len(rows)
-        placed, lengths, active = put_same((tokens_BP, lengths_B, active_B), batch_sharding)
+    done = 0
+    for batch in batches_by_length(prompts, batch_size, PROMPT_MULTIPLE, pad_id):
+        rows = batch.indices
+        # A row that holds no prompt reads one pad and is never active.
+        arrays = (batch.tokens_BL, np.maximum(batch.lengths_B, 1), batch.lengths_B > 0)
+        placed, lengths, active = put_same(arrays, batch_sharding)
         options: dict[str, Any] = {"eos_ids": eos, "vocab_size": vocab_size, "pad_id": pad_id}
         if sampling is None and stopped is None:
             outputs = greedy(model, params, placed, lengths, active, max_new_tokens=max_new_tokens, **options)
@@ -148,8 +144,9 @@ def generate(
         new_BN, counts_B = to_host(outputs)
         for row, i in enumerate(rows):
             results[i] = new_BN[row, : counts_B[row]].tolist()
+        done += len(rows)
         if progress is not None:
-            progress(start + len(rows), len(prompts))
+            progress(done, len(prompts))
     return results
 
 

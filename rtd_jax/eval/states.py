@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from rtd_jax.base.boundaries import gather_boundaries
 from rtd_jax.base.sharding import put_same, row_sharding, row_ways, to_host
 from rtd_jax.base.types import Array, Params
+from rtd_jax.data.by_length import batches_by_length, rows_at_once
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.teacher.cache import TeacherCache, chain_key, read_identity
 
-LENGTH_BUCKET = 64  # tokens; rows are as long as their longest chain, rounded up to this
+LENGTH_MULTIPLE = 64  # tokens; rows are as long as their longest chain, rounded up to this
 
 
 class OpenedModel(Protocol):
@@ -58,24 +59,18 @@ def boundary_states(
     if not chains:
         raise ValueError("there are no chains to read; check the data and its row length")
     layer = opened.model.layer_index(layer)
-    sharding, ways = row_sharding(opened.mesh), row_ways(opened.mesh)
-    batch_size = -(-min(batch_size, len(chains)) // ways) * ways
     slots = max(len(chain.boundaries) for chain in chains)
     states_CKD = np.zeros((len(chains), slots, opened.model.config.width), np.float32)
     mask_CK = np.zeros((len(chains), slots), bool)
-    by_length = sorted(range(len(chains)), key=lambda i: len(chains[i]))
-    for start in range(0, len(chains), batch_size):
-        rows = by_length[start : start + batch_size]
-        length = -(-len(chains[rows[-1]]) // LENGTH_BUCKET) * LENGTH_BUCKET
-        tokens_BL, ids_BL = np.zeros((2, batch_size, length), np.int32)
-        boundaries_BK = np.zeros((batch_size, slots), np.int32)
-        for row, i in enumerate(rows):
-            tokens_BL[row, : len(chains[i])] = chains[i].tokens
-            ids_BL[row, : len(chains[i])] = 1
+    rows = rows_at_once(batch_size, len(chains), row_ways(opened.mesh))
+    for batch in batches_by_length([chain.tokens for chain in chains], rows, LENGTH_MULTIPLE):
+        boundaries_BK = np.zeros((rows, slots), np.int32)
+        for row, i in enumerate(batch.indices):
             boundaries_BK[row, : len(chains[i].boundaries)] = chains[i].boundaries
-        placed = put_same((tokens_BL, ids_BL, boundaries_BK), sharding)
+        arrays = (batch.tokens_BL, batch.mask_BL.astype(np.int32), boundaries_BK)
+        placed = put_same(arrays, row_sharding(opened.mesh))
         found_BKD = to_host(_states(opened.model, opened.params, *placed, layer=layer))
-        for row, i in enumerate(rows):
+        for row, i in enumerate(batch.indices):
             count = len(chains[i].boundaries)
             states_CKD[i, :count] = found_BKD[row, :count]
             mask_CK[i, :count] = True
