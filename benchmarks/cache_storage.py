@@ -131,7 +131,7 @@ def formats(records: Sequence[bytes], folder: Path) -> str:
         path = folder / f"parquet{group}"
         pq.write_table(table, path, row_group_size=group, compression="none", use_dictionary=False)
 
-        def read_parquet(i: int, file: pq.ParquetFile = pq.ParquetFile(path), group: int = group) -> bytes:  # noqa: B008
+        def read_parquet(i: int, file: pq.ParquetFile = pq.ParquetFile(path), group: int = group) -> bytes:
             return file.read_row_group(i // group)["record"][i % group].as_py()
 
         readers[f"Parquet, row groups of {group}"] = path, read_parquet

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ROPE_KINDS = ("default", "llama3")
 
@@ -163,6 +165,22 @@ class LlamaConfig:
         except (TypeError, ValueError) as error:
             raise error if source in str(error) else ValueError(f"{source}: {error}") from error
 
+    def layer_index(self, layer: int) -> int:
+        """The number of a hidden state, counted as transformers counts `output_hidden_states`.
+
+        0 is the embeddings, i the output of layer i, and N = `layers` the final normed states; -1 to -N - 1 count from
+        the end.
+
+        Raises:
+          ValueError: there is no such hidden state.
+        """
+        if not -self.layers - 1 <= layer <= self.layers:
+            raise ValueError(
+                f"hidden layer {layer} does not exist: a model of {self.layers} layers has 0 (embeddings) to "
+                f"{self.layers} (final), or -{self.layers + 1} to -1 from the end"
+            )
+        return layer if layer >= 0 else self.layers + 1 + layer
+
     def to_hf(self) -> dict[str, Any]:
         """The content of a `config.json` that `transformers` reads as LlamaForCausalLM."""
         eos = self.eos_token_id
@@ -188,3 +206,25 @@ class LlamaConfig:
             "pad_token_id": self.pad_token_id,
             **self.rope.to_hf(),
         }
+
+
+def layers_to_copy(layers: int, count: int) -> tuple[int, ...]:
+    """The `count` layers that a shallower model takes from a model of `layers`, counted from 0: (7, 3) gives 0, 3, 6.
+
+    They are evenly spaced and include the first and the last; a single one is the first.
+
+    Raises:
+      ValueError: unless 1 <= count <= layers.
+    """
+    if not 1 <= count <= layers:
+        raise ValueError(f"cannot take {count} evenly spaced layers of {layers}; use 1 to {layers}")
+    return tuple(int(i) for i in np.round(np.linspace(0, layers - 1, count)))
+
+
+def layers_to_match(layers: int, count: int) -> tuple[int, ...]:
+    """The `count` hidden states at which a model of `layers` is matched with another: (4, 4) gives 1, 2, 3, 4.
+
+    They are counted as `LlamaConfig.layer_index` counts them, evenly spaced, and end with the last. Of fewer layers
+    than `count`, some repeat: (2, 4) gives 1, 1, 2, 2.
+    """
+    return tuple(-(-layers * (i + 1) // count) for i in range(count))

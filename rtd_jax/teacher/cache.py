@@ -270,7 +270,7 @@ class TeacherCache:
             if not states_only:
                 for array, values in zip(top, of_chain, strict=True):
                     array[row, predicting] = values
-        return TeacherOutputs(None, states, top_k=None if states_only else top)
+        return TeacherOutputs(None, None, {self._identity.hidden_layer: states}, {}, None if states_only else top)
 
 
 def predicting_positions(loss_weights_L: Array) -> np.ndarray:

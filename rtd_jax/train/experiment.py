@@ -25,6 +25,7 @@ from rtd_jax.base.sharding import (
 from rtd_jax.base.types import Batch, Params
 from rtd_jax.data.encoding import chains_fingerprint
 from rtd_jax.data.tokenizer_match import compare_tokenizers, tokenizer_fingerprint
+from rtd_jax.methods.term import Objective
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.from_hf import load_config, load_params, resolve
 from rtd_jax.models.model import LlamaModel
@@ -38,7 +39,7 @@ from rtd_jax.train.curriculum import Stage, stages
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe, StudentSettings, TeacherSettings
 from rtd_jax.train.splits import Chains, load_splits
-from rtd_jax.train.state import TrainState, create_state, init_projections, state_shardings
+from rtd_jax.train.state import TrainState, create_state, state_shardings
 from rtd_jax.train.update import TeacherSource, TrainStep, make_train_step
 
 
@@ -56,6 +57,7 @@ class Experiment:
     cache: TeacherCache | None
     reward: RewardModel | None  # None where no reward is learned from
     student: LlamaModel
+    objective: Objective
     optimizer: optax.GradientTransformation
     step: TrainStep
     train: Chains
@@ -72,7 +74,7 @@ class Experiment:
           batch: this process's rows, on the host.
           states_only: leave the predictions out.
         """
-        if not (self.recipe.loss.reads_teacher or states_only):
+        if not (self.objective.reads_teacher or states_only):
             return {}
         if self.cache is None:
             return self.teacher_params
@@ -132,9 +134,9 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
     student = student_model(recipe.student, of_student, mesh)
     teacher_params = loaded.params if needed else {}
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
-    state = _initial_state(recipe, student, student_dir, teacher_dir, teacher_config, optimizer, mesh)
-    settings = recipe.step(of_student.layers, teacher_config.layers)
-    step = make_train_step(student, teacher, optimizer, settings, vocab_size, mesh)
+    objective = recipe.objective(of_student, teacher_config, vocab_size, mesh)
+    state = _initial_state(recipe, student, student_dir, teacher_dir, teacher_config, objective, optimizer, mesh)
+    step = make_train_step(student, teacher, optimizer, objective, recipe.update, mesh)
     experiment = Experiment(
         recipe=recipe,
         mesh=mesh,
@@ -146,6 +148,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         cache=cache,
         reward=reward,
         student=student,
+        objective=objective,
         optimizer=optimizer,
         step=step,
         train=train,
@@ -168,7 +171,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
 def _needs_weights(recipe: Recipe) -> bool:
     """Whether anything that the recipe does runs the teacher."""
     return not recipe.teacher.cache and bool(
-        recipe.loss.reads_teacher
+        recipe.loss.teaches()
         or recipe.loss.reward_weight
         or recipe.evaluation.teacher
         or recipe.evaluation.drift_problems
@@ -344,19 +347,18 @@ def _initial_state(
     student_dir: Path | None,
     teacher_dir: Path,
     teacher_config: LlamaConfig,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
 ) -> TrainState:
-    student_key, projection_key, run_key = jax.random.split(jax.random.PRNGKey(recipe.seed), 3)
+    student_key, maps_key, run_key = jax.random.split(jax.random.PRNGKey(recipe.seed), 3)
     widths = (student.config.width, teacher_config.width)
-    pairs = len(recipe.loss.intermediate_pairs(student.config.layers, teacher_config.layers))
 
     def assemble(params: Params) -> TrainState:
-        maps = init_projections(projection_key, *widths, pairs, recipe.loss.projections)
-        return create_state({"student": params, **maps}, optimizer, run_key)
+        return create_state({"student": params, **objective.init_params(maps_key, *widths)}, optimizer, run_key)
 
     abstract = jax.eval_shape(assemble, student.abstract_params())
-    shardings = state_shardings(abstract, optimizer, mesh, recipe.optimizer.offload)
+    shardings = state_shardings(abstract, optimizer, mesh, objective.param_axes(), recipe.optimizer.offload)
     of_student = shardings.params["student"]
     if student_dir is not None:
         params = load_params(student_dir, student.config, dtype="float32", shardings=of_student)

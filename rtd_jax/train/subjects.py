@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +13,8 @@ from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings, make_mesh, param_shardings, row_sharding
 from rtd_jax.base.types import Params
 from rtd_jax.data.formats import TextFormat
+from rtd_jax.methods.maps import state_map, transition_map
+from rtd_jax.methods.term import Setup
 from rtd_jax.models.from_hf import load_config, load_params, resolve
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.quantized import INT8, quantize_params
@@ -27,7 +28,6 @@ from rtd_jax.train.experiment import (
     weights_fingerprint,
 )
 from rtd_jax.train.recipe import Recipe, TeacherSettings
-from rtd_jax.train.state import map_names, projections
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 
@@ -115,12 +115,12 @@ def _from_stage(path: Path, dtype: Dtype, compute_dtype: str, mesh: Mesh) -> Loa
             f"a Hugging Face folder too: give {path.parents[2] / 'student'}"
         ) from error
     model = LlamaModel(config, compute_dtype, activation_sharding=row_sharding(mesh))
-    joins = jax.ShapeDtypeStruct((config.width, teacher.width), jnp.float32)
-    maps = map_names(recipe.loss.projections)
-    abstract: Params = {"student": model.abstract_params()} | dict.fromkeys(maps, joins)
-    axes = {"student": logical_axes(abstract["student"])} | dict.fromkeys(maps, ("student_width", "teacher_width"))
+    objective = recipe.objective(config, teacher, config.vocab_size)
+    maps = jax.eval_shape(lambda: objective.init_params(jax.random.key(0), config.width, teacher.width))
+    abstract: Params = {"student": model.abstract_params(), **maps}
+    axes = {"student": logical_axes(abstract["student"]), **objective.param_axes()}
     restored = restore_params(path, abstract, param_shardings(abstract, axes, mesh))
-    params, own = restored["student"], projections(restored)
+    params, f, g = restored["student"], state_map(restored), transition_map(restored)
     if dtype == INT8:
         params = jax.jit(quantize_params)(params)
     elif dtype != "float32":
@@ -133,17 +133,11 @@ def _from_stage(path: Path, dtype: Dtype, compute_dtype: str, mesh: Mesh) -> Loa
         mesh=mesh,
         directory=path,
         text=recipe.data.text,
-        f=np.eye(config.width) if own.f is None else np.asarray(own.f),
-        g=np.eye(config.width) if own.g is None else np.asarray(own.g),
-        layers=(model.layer_index(recipe.loss.student_hidden_layer), teacher_layer(teacher.layers, recipe)),
+        f=np.eye(config.width) if f is None else np.asarray(f),
+        g=np.eye(config.width) if g is None else np.asarray(g),
+        layers=recipe.loss.matched_layers(Setup(config, teacher, config.vocab_size)),
         teacher_fingerprint=meta["fingerprints"]["teacher"],
     )
-
-
-def teacher_layer(count: int, recipe: Recipe) -> int:
-    """The teacher's layer that the run matched, counted from 0 (embeddings) to `count` (final states)."""
-    layer = recipe.loss.hidden_layer
-    return layer if layer >= 0 else count + 1 + layer
 
 
 def _labelled(name: str, dtype: str) -> str:
