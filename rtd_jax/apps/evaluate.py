@@ -11,12 +11,14 @@ from rtd_jax.apps.report.page import gap_lines, percent, plus_minus, write_repor
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import check_writable, write_json, write_jsonl
 from rtd_jax.base.sharding import row_sharding, row_ways
-from rtd_jax.data.formats import render, stop_token_ids
+from rtd_jax.data.formats import render
 from rtd_jax.data.trace import ChoiceQuestion, Trace
 from rtd_jax.eval.choices import choice_log_likelihoods, score_choices
 from rtd_jax.eval.decoding import Sampling
-from rtd_jax.eval.evaluate import Record, evaluate_model, full_report, score_texts
+from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, full_report
+from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.eval.tasks import EXAMPLES_SEED, TASKS, Problems, load_problems, question_of
+from rtd_jax.eval.text_scores import Record, score_texts
 from rtd_jax.train.subjects import Dtype, LoadedModel, load_model
 
 OPEN_FROM = 5  # depths 1, 2, 3, 4, 5+
@@ -127,27 +129,30 @@ def _solve(
 ) -> tuple[dict[str, Any], list[Record]]:
     """Problems that are solved in steps: decoded freely, and their reference chains read."""
     traces = [item for item in problems.items if isinstance(item, Trace)]
-    rendered = {
-        trace.source: render(loaded.tokenizer, trace.prompt, trace.completion, text, turns)
+    rendered = [
+        render(loaded.tokenizer, trace.prompt, trace.completion, text, turns)
         for trace, text, turns in zip(traces, problems.texts, problems.turns, strict=True)
-    }
-    ways = row_ways(loaded.mesh)
-    report, records = evaluate_model(
+    ]
+    evaluator = ChainEvaluator(
+        loaded.tokenizer,
+        problems.texts[0],
+        DecodingSettings(
+            settings.max_new_tokens,
+            settings.batch_size,
+            Sampling(settings.temperature, settings.top_p, settings.seed) if settings.temperature > 0 else None,
+            settings.samples,
+            TASKS[task].stops,
+        ),
+        ScoringSettings(batch_size=SCORING_ROWS * row_ways(loaded.mesh)),
+        loaded.mesh,
+        OPEN_FROM,
+        problems.text_format,
+    )
+    report, records = evaluator(
         loaded.model,
         loaded.params,
-        loaded.tokenizer,
         traces,
-        render=lambda trace: rendered[trace.source],
-        stop_ids=stop_token_ids(loaded.tokenizer, problems.texts[0]),
-        max_new_tokens=settings.max_new_tokens,
-        text_format=problems.text_format,
-        stop_texts=TASKS[task].stops,
-        sampling=Sampling(settings.temperature, settings.top_p, settings.seed) if settings.temperature > 0 else None,
-        samples=settings.samples,
-        open_from=OPEN_FROM,
-        batch_size=-(-settings.batch_size // ways) * ways,
-        scoring_batch_size=SCORING_ROWS * ways,
-        batch_sharding=row_sharding(loaded.mesh),
+        rendered,
         progress=_progress(note, f"{loaded.name}, {task}: %d of %d texts decoded"),
         scoring_progress=_progress(note, f"{loaded.name}, {task}: %d of %d reference chains read"),
     )
@@ -169,7 +174,7 @@ def _choose(
         loaded.params,
         loaded.tokenizer,
         pairs,
-        batch_size=SCORING_ROWS * row_ways(loaded.mesh),
+        ScoringSettings(batch_size=SCORING_ROWS * row_ways(loaded.mesh)),
         batch_sharding=row_sharding(loaded.mesh),
         progress=_progress(note, f"{loaded.name}, {task}: %d of %d choices read"),
     )

@@ -71,16 +71,14 @@ class Display:
         self.note(f"{place}  update {done}/{self._total}  {shown}  {eta}")
 
 
-def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], console: Console | None = None
-) -> None:
-    """A table at the end of a run."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table with a title; columns after the first are aligned to the right."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    console = console or Console()
+    console = Console()
     if not console.is_terminal and console.width < 120:  # in a log file nothing forces a cell to be cut
         console = Console(width=120, file=console.file)
     console.print(table)

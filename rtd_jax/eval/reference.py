@@ -9,9 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.base.types import Params
 from rtd_jax.eval.answers import Reference
-from rtd_jax.eval.estimates import Estimate, by_depth, depth_key
-from rtd_jax.eval.perplexity import perplexity_estimate
-from rtd_jax.eval.scoring import PackedModel, score_chains
+from rtd_jax.eval.estimates import Estimate, by_depth, depth_key, perplexity_estimate
+from rtd_jax.eval.scoring import PackedModel, ScoringSettings, score_chains
 from rtd_jax.eval.steps import independent_chain_accuracy, scored_spans, steps_correct, tokens_in_spans
 
 
@@ -40,10 +39,8 @@ def score_references(
     tokenizer: PreTrainedTokenizerBase,
     traces: Sequence[Reference],
     texts: Sequence[RenderedText],
+    settings: ScoringSettings = ScoringSettings(),
     *,
-    row_length: int = 512,
-    batch_size: int = 8,
-    chunk_tokens: int = 512,
     batch_sharding: jax.sharding.NamedSharding | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ReferenceScore]:
@@ -56,10 +53,8 @@ def score_references(
         model,
         params,
         encoded["input_ids"],
+        settings,
         vocab_size=len(tokenizer),
-        row_length=row_length,
-        batch_size=batch_size,
-        chunk_tokens=chunk_tokens,
         batch_sharding=batch_sharding,
         progress=progress,
     )

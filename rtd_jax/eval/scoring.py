@@ -4,6 +4,7 @@ One jitted pass serves perplexity and step accuracy. The head is applied to a sl
 logits never exist and a 128k vocabulary fits.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,15 @@ class PackedModel(Protocol):
     def hidden(self, params: Params, tokens_BL: Array, positions_BL: Array, chain_ids_BL: Array) -> Array: ...
 
     def head(self, params: Params) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringSettings:
+    """The shape of the batches in which given text is scored."""
+
+    row_length: int = 512  # tokens of a packed row
+    batch_size: int = 8  # rows of that length scored together; fewer where rows are longer
+    chunk_tokens: int = 512  # tokens whose float32 logits exist at one time
 
 
 class TokenScores(NamedTuple):
@@ -74,8 +84,14 @@ def token_scores(
         log_probs_Bc = label_Bc - jax.nn.logsumexp(logits_BcV, axis=-1)
         return TokenScores(log_probs_Bc, jnp.argmax(logits_BcV, axis=-1) == labels_Bc)
 
-    sizes = {"vocab_size": vocab_size, "chunk_length": max(1, chunk_tokens // rows)}
-    made_BL = map_logits(score, hidden_BLD, model.head(params), (labels_BL,), **sizes)
+    made_BL = map_logits(
+        score,
+        hidden_BLD,
+        model.head(params),
+        (labels_BL,),
+        vocab_size=vocab_size,
+        chunk_length=max(1, chunk_tokens // rows),
+    )
     # From the place that makes a prediction to the token that it predicts.
     same_chain_BL = (chain_ids_BL == jnp.roll(chain_ids_BL, 1, axis=1)) & (chain_ids_BL > 0)
     predicted_BL = same_chain_BL & (jnp.arange(length)[None, :] > 0)
@@ -86,23 +102,21 @@ def score_chains(
     model: PackedModel,
     params: Params,
     chains: Sequence[Sequence[int]],
+    settings: ScoringSettings = ScoringSettings(),
     *,
     vocab_size: int,
-    row_length: int = 512,
-    batch_size: int = 8,
-    chunk_tokens: int = 512,
     batch_sharding: jax.sharding.NamedSharding | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[TokenScores]:
     """Scores every token of every chain; NumPy arrays as long as the chain, in the order given.
 
-    Short chains share rows of `row_length` tokens. A longer one has a row of its own, beside others of about its
-    length: batches are as long as their longest row, and hold about as many tokens, whatever that length is.
+    Short chains share rows of `settings.row_length` tokens. A longer one has a row of its own, beside others of about
+    its length: batches are as long as their longest row, and hold about as many tokens, whatever that length is.
 
     Args:
       chains: token ids, each at least one.
-      row_length: tokens of a packed row.
-      batch_size: rows of that length scored together; fewer where rows are longer.
+      settings: the shape of the batches.
+      vocab_size: ids from here on are padding of the vocabulary and get no probability.
       batch_sharding: where to put [batch] and [batch, length] arrays; None leaves it to the compiler. Batches are a
         multiple of the devices that it spreads rows over.
       progress: called with (chains scored, chains in all) after each batch.
@@ -118,12 +132,12 @@ def score_chains(
                 f"chain {i} has token ids from {min(chain)} to {max(chain)}, but the vocabulary has {vocab_size}; "
                 "encode it with the tokenizer that came with this model"
             )
-    row_length = round_up(row_length, ROW_MULTIPLE)
+    row_length = round_up(settings.row_length, ROW_MULTIPLE)
     devices = 1 if batch_sharding is None else batch_sharding.num_devices
     ways = 1 if batch_sharding is None else devices // batch_sharding.shard_shape((devices, 1))[0]
     scores: list[TokenScores] = [TokenScores(np.empty(0), np.empty(0))] * len(chains)
     done = 0
-    for rows, size, length in _batches(_packed(chains, row_length), row_length, batch_size, ways):
+    for rows, size, length in _batches(_packed(chains, row_length), row_length, settings.batch_size, ways):
         arrays_BL = np.zeros((len(FEATURES), size, length), np.int32)
         for row, features in enumerate(rows):
             for array_BL, name in zip(arrays_BL, FEATURES, strict=True):
@@ -131,7 +145,7 @@ def score_chains(
                 array_BL[row, : len(kept)] = kept
         *fed, chain_BL = arrays_BL
         placed = put_same(tuple(fed), batch_sharding)
-        result = token_scores(model, params, *placed, vocab_size=vocab_size, chunk_tokens=chunk_tokens)
+        result = token_scores(model, params, *placed, vocab_size=vocab_size, chunk_tokens=settings.chunk_tokens)
         log_probs_BL, chosen_BL = to_host((result.log_probs, result.chosen))
         for row, numbers in enumerate(chain_BL):
             for number in np.unique(numbers[numbers > 0]):

@@ -20,6 +20,7 @@ from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.teacher.cache import TeacherCache, chain_key, read_identity
 
+ROWS = 8  # at one time, rounded up to the devices
 LENGTH_MULTIPLE = 64  # tokens; rows are as long as their longest chain, rounded up to this
 
 
@@ -43,7 +44,7 @@ class OpenedModel(Protocol):
 
 
 def boundary_states(
-    opened: OpenedModel, chains: Sequence[EncodedChain], layer: int = -1, batch_size: int = 8
+    opened: OpenedModel, chains: Sequence[EncodedChain], layer: int = -1
 ) -> tuple[np.ndarray, np.ndarray]:
     """States of one layer at every boundary of every chain, teacher forced: float32 [C, K, D], and bool [C, K].
 
@@ -51,7 +52,6 @@ def boundary_states(
 
     Args:
       layer: as `LlamaModel.hidden` counts them; -1 is the final normed state.
-      batch_size: rows at one time, rounded up to the devices.
 
     Raises:
       ValueError: there are no chains, or the layer does not exist.
@@ -62,7 +62,7 @@ def boundary_states(
     slots = max(len(chain.boundaries) for chain in chains)
     states_CKD = np.zeros((len(chains), slots, opened.model.config.width), np.float32)
     mask_CK = np.zeros((len(chains), slots), bool)
-    rows = rows_at_once(batch_size, len(chains), row_ways(opened.mesh))
+    rows = rows_at_once(ROWS, len(chains), row_ways(opened.mesh))
     for batch in batches_by_length([chain.tokens for chain in chains], rows, LENGTH_MULTIPLE):
         boundaries_BK = np.zeros((rows, slots), np.int32)
         for row, i in enumerate(batch.indices):

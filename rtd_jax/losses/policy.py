@@ -13,7 +13,7 @@ equation 7), over tokens t, with rho_t the ratio of the probabilities now and wh
     L_policy = -mean_t min(rho_t A_t, clip(rho_t, 1 - c, 1 + c) A_t)
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -159,5 +159,5 @@ def token_log_probs(
         found = jnp.take_along_axis(log_probs, jnp.where(weights > 0, labels, 0)[..., None], axis=-1)[..., 0]
         return jnp.where(weights > 0, found, 0.0)
 
-    sizes = {"vocab_size": vocab_size, "chunk_length": chunk_length}
-    return map_logits(of_labels, hidden_BLS, head_SV, (labels_BL, weights_BL), weights_BL=weights_BL, **sizes)
+    options: Any = {"vocab_size": vocab_size, "chunk_length": chunk_length, "weights_BL": weights_BL}
+    return map_logits(of_labels, hidden_BLS, head_SV, (labels_BL, weights_BL), **options)

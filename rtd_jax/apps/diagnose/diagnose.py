@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 
 from rtd_jax.apps.diagnose.findings import ARTICLE, measure, shown, verdict
-from rtd_jax.apps.distill.report import evaluate_traces
 from rtd_jax.apps.report.page import write_report
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import check_writable, write_json, write_jsonl
@@ -23,8 +22,9 @@ from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.chains import results_right
 from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted
-from rtd_jax.eval.evaluate import Record
+from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, decoding_notes
 from rtd_jax.eval.states import boundary_states, cached_key, cached_states, open_cache
+from rtd_jax.eval.text_scores import Record
 from rtd_jax.models.from_hf import resolve
 from rtd_jax.steps.classifier import load_classifier
 from rtd_jax.steps.detector import Detector
@@ -112,23 +112,13 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
         traces, encoded = _in_cache(cache, settings.cache, traces, encoded, note)
 
     models = {"student": student} | ({"teacher": teacher} if settings.decode_teacher else {})
+    decoding = DecodingSettings(settings.max_new_tokens, settings.batch_size)
     evaluations: dict[str, Any] = {}
     records: dict[str, list[Record]] = {}
     for role, loaded in models.items():
-        evaluation, records[role] = evaluate_traces(
-            loaded.model,
-            loaded.params,
-            loaded.tokenizer,
-            traces,
-            text,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            rows=8,
-            row_length=512,
-            mesh=loaded.mesh,
-            note=note,
-            name=role,
-        )
+        evaluator = ChainEvaluator(loaded.tokenizer, text, decoding, mesh=loaded.mesh)
+        progress = decoding_notes(note, role)
+        evaluation, records[role] = evaluator(loaded.model, loaded.params, traces, progress=progress)
         evaluations[loaded.name if role == "student" else f"{loaded.name}, teacher"] = evaluation.to_dict()
 
     note(f"reading the reference chains with {'both models' if cache is None else 'the student'}")
