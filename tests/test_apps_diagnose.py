@@ -18,7 +18,7 @@ from tiny_run import recipe, write_teacher
 import rtd_jax.train.subjects
 from rtd_jax.apps.cache import cache_teacher
 from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings, diagnose, readable
-from rtd_jax.apps.diagnose.findings import ARTICLE, measure, verdict
+from rtd_jax.apps.diagnose.findings import ARTICLE, verdict
 from rtd_jax.apps.distill.run import train
 from rtd_jax.apps.report.page import write_report
 from rtd_jax.data.encoding import encode_traces
@@ -26,7 +26,7 @@ from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT
 from rtd_jax.eval.cka import linear_cka
-from rtd_jax.eval.drift import BoundaryStates, cross_fitted
+from rtd_jax.eval.drift import BoundaryStates, cross_fitted, measure
 from rtd_jax.eval.states import boundary_states
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.model import LlamaModel

@@ -15,7 +15,7 @@ from rtd_jax.data.formats import render
 from rtd_jax.data.trace import ChoiceQuestion, Trace
 from rtd_jax.eval.choices import choice_log_likelihoods, score_choices
 from rtd_jax.eval.decoding import Sampling
-from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, full_report
+from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, Progress, full_report
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.eval.tasks import EXAMPLES_SEED, TASKS, Problems, load_problems, question_of
 from rtd_jax.eval.text_scores import Record, score_texts
@@ -24,7 +24,7 @@ from rtd_jax.train.subjects import Dtype, LoadedModel, load_model
 OPEN_FROM = 5  # depths 1, 2, 3, 4, 5+
 SCORING_ROWS = 8  # of 512 tokens, read together on each device
 NOTE_SECONDS = 10.0  # between two progress lines of one kind
-# What a record keeps beside what its text says, so that a file of them gives the whole report again.
+# Fields of a record that do not follow from its text: with them a file of records gives the whole report again.
 KEPT = ("teacher_forced", "reference_nats", "reference_tokens", "max_new_tokens", "text_format", "decoding")
 
 
@@ -96,7 +96,7 @@ Found = tuple[dict[str, Any], list[Record], dict[str, Any]]  # sections, records
 
 
 def _measured(settings: EvaluateSettings, note: Callable[[str], None]) -> Found:
-    """One model after the other, so that memory holds one at a time."""
+    """Evaluates one model after the other, so that memory holds one at a time."""
     sections: dict[str, Any] = {task: {} for task in settings.tasks}
     records: list[Record] = []
     protocol: dict[str, Any] = {}
@@ -182,7 +182,8 @@ def _choose(
     return report.to_dict(), records
 
 
-def _progress(note: Callable[[str], None], line: str) -> Callable[[int, int], None]:
+def _progress(note: Callable[[str], None], line: str) -> Progress:
+    """Lines of progress, at most one in `NOTE_SECONDS`; `line` holds %d twice, for what is done and for all."""
     last = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -195,9 +196,10 @@ def _progress(note: Callable[[str], None], line: str) -> Callable[[int, int], No
 
 
 def _rescored(settings: EvaluateSettings) -> Found:
-    """Scores of a JSONL file: texts (prompt, reference, answer, text), or choices (prompt, choices, answer,
+    """Scores the rows of a JSONL file; from records that this program wrote it makes the whole report again.
 
-    log_likelihoods); and model, task. Of records that this program wrote, the whole report.
+    A row holds a text (prompt, reference, answer, text) or choices (prompt, choices, answer, log_likelihoods), and may
+    name its model and task.
     """
     path = Path(settings.generations).expanduser()
     groups: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {}
@@ -271,6 +273,7 @@ def _row(row: Any, place: str) -> tuple[Trace, str]:
 
 
 def _print(task: str, models: dict[str, Any]) -> None:
+    """Prints the tables of one task."""
     keys: Sequence[str] = ("chain_accuracy", "answer_strict", "answer_flexible", "step_accuracy", "step_accuracy_free")
     for name, found in models.items():
         if "accuracy_norm" in found:

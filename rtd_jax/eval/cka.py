@@ -17,7 +17,10 @@ import numpy as np
 
 
 class CKA(NamedTuple):
-    """Both estimates; NaN where one of the models has no variance, or, debiased, with fewer than four examples."""
+    """The biased and the debiased estimate.
+
+    Both are NaN where one of the models has no variance; the debiased one also with fewer than four examples.
+    """
 
     biased: float
     debiased: float

@@ -1,8 +1,8 @@
 """Greedy or sampled decoding in batches, with a key/value cache.
 
-One program per (batch, prompt bucket, max_new_tokens): the right-padded prompts are read at once, then a while-loop
-adds one token a row until every row has ended. Rows that ended early emit the pad id and cost nothing but their seat,
-so prompts are sorted by length and padded to few buckets: neighbours end at similar times and little is compiled.
+One program per (batch, padded prompt length, max_new_tokens): the right-padded prompts are read at once, then a
+while-loop adds one token a row until every row has ended. Rows that have ended emit the pad id until then, so prompts
+are sorted by length and padded to few lengths: a batch's rows end at similar times, and few programs are compiled.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class GenerateSettings:
 
 
 class Decoding(NamedTuple):
-    """Where a batch stands: `step` new tokens a row."""
+    """The state of a batch that is being decoded, after `step` new tokens in each row."""
 
     step: Array  # int32
     cache: Any

@@ -1,4 +1,4 @@
-"""What a model makes of the reference chains, read with the right prefix throughout: steps right, and perplexity."""
+"""Scores of reference chains under teacher forcing: which steps are right, and perplexity."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -77,7 +77,7 @@ def score_references(
 def reference_fields(
     scores: Sequence[ReferenceScore], depths: Sequence[int], open_from: int | None = None
 ) -> dict[str, Any]:
-    """The fields of `evaluate.EvaluationReport` that reference chains give, of scores and depths of the same chains."""
+    """The fields of `evaluate.EvaluationReport` that come from reference chains, given their scores and depths."""
     steps = [(right, i) for i, score in enumerate(scores) for right in score.steps]
     buckets: dict[str, list[int]] = {}
     for i in np.argsort(np.asarray(depths), kind="stable"):

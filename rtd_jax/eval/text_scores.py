@@ -1,4 +1,4 @@
-"""Scores of solutions that somebody wrote: no model is needed, so that they can be made again from a file of texts."""
+"""Scores of solutions as text, whoever wrote them. No model is needed, so a file of texts can be scored again."""
 
 import dataclasses
 from collections import Counter
@@ -18,7 +18,7 @@ DEEP = 4  # steps; the article compares step with chain accuracy on problems of 
 
 @dataclasses.dataclass(frozen=True)
 class TextScores:
-    """What free-running text shows, by depth bucket ("1", "2", ..., "all"). Samples of one problem are a cluster.
+    """Scores of free-running text by depth bucket ("1", "2", ..., "all"). Samples of one problem are a cluster.
 
     `first_error` counts, for each bucket, the steps (from 1) at which chains first go wrong; the answer line counts as
     one more step. Step accuracy is {} where steps are prose that cannot be compared.
@@ -175,7 +175,7 @@ def gap(records: Sequence[Record], steps: Sequence[Sequence[bool]], of: Sequence
 def _by_group(
     accuracies: dict[str, Sequence[bool]], groups: Sequence[str], problems: np.ndarray
 ) -> dict[str, dict[str, Estimate]]:
-    """For each group of records, by name, an estimate of each accuracy."""
+    """Estimates of each accuracy for each group of records, by the group's name."""
     places = {group: np.flatnonzero(np.array(groups) == group) for group in sorted(set(groups))}
     return {
         group: {name: estimate(np.array(values)[at], problems[at]) for name, values in accuracies.items() if values}
