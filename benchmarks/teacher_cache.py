@@ -21,6 +21,7 @@ import optax
 from measure import ROOT, machine, markdown_table, random_batch, write_section
 
 from rtd_jax.apps.cache import cache_teacher
+from rtd_jax.apps.distill.prepare import Experiment, prepare
 from rtd_jax.apps.plan.program import matmul_flops, memory
 from rtd_jax.base.boundaries import shifted_labels
 from rtd_jax.base.settings import build
@@ -31,11 +32,11 @@ from rtd_jax.losses import kd_sums, top_k_kd_sums
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.term import Setup
 from rtd_jax.models import LlamaConfig, LlamaModel
+from rtd_jax.models.open import open_model
 from rtd_jax.teacher.cache import TeacherCache, chain_key
 from rtd_jax.teacher.online import teacher_outputs
 from rtd_jax.teacher.predictions import top_k_predictions
-from rtd_jax.train.experiment import Experiment, cache_identity, prepare
-from rtd_jax.train.recipe import Recipe
+from rtd_jax.train.recipe import Recipe, cache_identity
 from rtd_jax.train.state import create_state
 from rtd_jax.train.update import make_train_step
 
@@ -139,8 +140,7 @@ def what_is_lost(name: str, overrides: dict[str, Any], batches: int) -> str:
             settings = dataclasses.replace(recipe.teacher, cache=str(place))
             of_k = dataclasses.replace(recipe, teacher=settings, cache=dataclasses.replace(recipe.cache, top_k=k))
             cache_teacher(of_k, place)
-            fingerprint = online.fingerprints["teacher"]
-            cache = TeacherCache(place, cache_identity(of_k, online.teacher_config, fingerprint, online.tokenizer))
+            cache = TeacherCache(place, cache_identity(of_k, open_model(of_k.teacher, online.mesh)))
             found, cosines, tails, read = [], [], [], []
             for batch, (sums, wanted) in zip(sample, exact, strict=True):
                 started = time.perf_counter()

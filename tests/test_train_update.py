@@ -20,12 +20,11 @@ from rtd_jax.methods import LossSettings
 from rtd_jax.methods.maps import init_state_map, init_transition_map
 from rtd_jax.methods.term import Objective, Setup
 from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.open import ModelSettings, make_model, weight_shardings
 from rtd_jax.teacher.online import teacher_outputs
 from rtd_jax.teacher.predictions import top_k_predictions
 from rtd_jax.train.calibration import make_self_comparison
-from rtd_jax.train.experiment import teacher_model, teacher_shardings
 from rtd_jax.train.optimizer import OptimizerSettings, decay_mask, learning_rate_schedule, make_optimizer
-from rtd_jax.train.recipe import TeacherSettings
 from rtd_jax.train.state import create_state, state_shardings
 from rtd_jax.train.update import UpdateSettings, make_term_eval, make_train_step
 
@@ -39,7 +38,7 @@ TEACHER_PARAMS = TEACHER.init(jax.random.key(1))
 OPTIMIZER = make_optimizer(OptimizerSettings(learning_rate=1e-2, warmup_updates=1, eps=1e-2), total_updates=10)
 CHAINS, _ = encode_traces(TOKENIZER, generate(14, (1, 2, 3)), TINY_FORMAT, row_length=128)
 UPDATE = UpdateSettings()
-PLACEMENT = TeacherSettings("unused", "float32", "float32")
+PLACEMENT = ModelSettings("unused", "float32", "float32")
 
 
 def batch(rows: int, chains_per_row: int, row_length: int):
@@ -78,7 +77,7 @@ def after_updates(
     data=PACKED,
     settings: UpdateSettings = UPDATE,
     updates: int = 3,
-    placement: TeacherSettings = PLACEMENT,
+    placement: ModelSettings = PLACEMENT,
     **changes,
 ):
     count = abs(mesh_settings.data * mesh_settings.fsdp * mesh_settings.tensor)
@@ -87,8 +86,8 @@ def after_updates(
     state, teacher_params = jax.device_get((fresh_state(), TEACHER_PARAMS))
     shardings = state_shardings(jax.eval_shape(lambda: state), OPTIMIZER, mesh, AXES, settings.offload_optimizer)
     state = jax.device_put(state, shardings)
-    teacher = teacher_model(placement, TEACHER.config, mesh)
-    teacher_params = jax.device_put(teacher_params, teacher_shardings(placement, teacher, mesh))
+    teacher = make_model(placement, TEACHER.config, mesh)
+    teacher_params = jax.device_put(teacher_params, weight_shardings(placement, teacher, mesh))
     wanted = objective(mesh, **changes)
     step = make_train_step(STUDENT, teacher, OPTIMIZER, wanted, settings, mesh)
     metrics = {}

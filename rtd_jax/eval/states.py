@@ -24,7 +24,7 @@ ROWS = 8  # at one time, rounded up to the devices
 LENGTH_MULTIPLE = 64  # tokens; rows are as long as their longest chain, rounded up to this
 
 
-class OpenedModel(Protocol):
+class ReadyModel(Protocol):
     """A model with its weights, its tokenizer and where they came from."""
 
     @property
@@ -44,7 +44,7 @@ class OpenedModel(Protocol):
 
 
 def boundary_states(
-    opened: OpenedModel, chains: Sequence[EncodedChain], layer: int = -1
+    opened: ReadyModel, chains: Sequence[EncodedChain], layer: int = -1
 ) -> tuple[np.ndarray, np.ndarray]:
     """States of one layer at every boundary of every chain, teacher forced: float32 [C, K, D], and bool [C, K].
 
@@ -58,7 +58,7 @@ def boundary_states(
     """
     if not chains:
         raise ValueError("there are no chains to read; check the data and its row length")
-    layer = opened.model.layer_index(layer)
+    layer = opened.model.config.layer_index(layer)
     slots = max(len(chain.boundaries) for chain in chains)
     states_CKD = np.zeros((len(chains), slots, opened.model.config.width), np.float32)
     mask_CK = np.zeros((len(chains), slots), bool)
@@ -77,14 +77,14 @@ def boundary_states(
     return states_CKD, mask_CK
 
 
-def open_cache(folder: str, teacher: OpenedModel, layer: int = -1) -> TeacherCache:
+def open_cache(folder: str, teacher: ReadyModel, layer: int = -1) -> TeacherCache:
     """The cache that launch/cache_teacher.py wrote for this teacher, for its states at boundaries.
 
     Raises:
       ValueError: there is no cache, or it is another teacher's, tokenizer's or layer's; with what it is.
     """
     path = Path(folder).expanduser()
-    wanted = teacher.model.layer_index(layer)
+    wanted = teacher.model.config.layer_index(layer)
     stored = read_identity(path, wanted)
     if stored.teacher != teacher.fingerprint():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What defines a Llama: sizes, rotary embedding, and the ids that `config.json` carries along."""
+"""The description of a Llama (its sizes, rotary embedding and special token ids), and how its layers are counted."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,14 @@ _ROPE_KINDS = ("default", "llama3")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding, Su et al. 2021, with the frequency scaling of Llama 3.1 (`kind="llama3"`).
+    """Rotary position embedding (Su et al. 2021); `kind="llama3"` adds the frequency scaling of Llama 3.1.
 
-    `factor` stretches the wavelengths longer than `original_max_positions / low_freq_factor` tokens, leaves alone those
-    shorter than `original_max_positions / high_freq_factor`, and blends in between. Unused when `kind="default"`.
+    The scaling multiplies wavelengths longer than `original_max_positions / low_freq_factor` tokens by `factor`, keeps
+    those shorter than `original_max_positions / high_freq_factor`, and interpolates between the two. With
+    `kind="default"` only `theta` is used.
+
+    Raises:
+      ValueError: an unknown kind, or frequency factors that are not in order.
     """
 
     theta: float = 10_000.0
@@ -35,7 +39,7 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], source: str) -> "RopeConfig":
-        """Reads `rope_parameters` (transformers >= 5) or top-level `rope_theta` and `rope_scaling` (before)."""
+        """Reads `rope_parameters` (transformers >= 5), or the earlier top-level `rope_theta` and `rope_scaling`."""
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0)
         kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -64,7 +68,7 @@ class RopeConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """Both spellings: a reader that knows only one of them would silently fall back to theta 10,000."""
+        """Keys for `config.json` in both spellings: a reader that knows only one would silently use theta 10,000."""
         scaling: dict[str, Any] = {"rope_type": self.kind}
         if self.kind == "llama3":
             scaling |= {
@@ -82,7 +86,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama; hashable, so it can be a static argument of jit. Raises ValueError on sizes that cannot be."""
+    """The sizes of a Llama. Hashable, so it can be a static argument of jit. Raises ValueError for impossible sizes."""
 
     vocab_size: int  # rows of the embedding, padded rows included
     width: int
@@ -94,7 +98,7 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     rope: RopeConfig = RopeConfig()
     tied_embeddings: bool = False
-    max_positions: int = 2048  # tokens; only recorded, nothing is cut to it
+    max_positions: int = 2048  # tokens; recorded only, longer rows are not refused
     init_std: float = 0.02  # of every matrix at random initialisation (HF initializer_range)
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -115,10 +119,11 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> "LlamaConfig":
-        """From the content of a Hugging Face `config.json`; `source` is named in errors.
+        """Builds a config from the content of a Hugging Face `config.json`; error messages name `source`.
 
-        Raises ValueError for another architecture, missing sizes, or what this Llama does not compute (biases,
-        other activations, other rope types, quantised weights).
+        Raises:
+          ValueError: another architecture, missing sizes, or what this decoder does not compute (biases, other
+            activations, other rope types, quantised weights).
         """
         if hf.get("model_type") != "llama":
             raise ValueError(

@@ -12,26 +12,18 @@ from rtd_jax.methods import LossSettings
 from rtd_jax.methods.own_chains import RewardSettings
 from rtd_jax.methods.term import Objective, Setup
 from rtd_jax.models.config import LlamaConfig
-from rtd_jax.teacher.cache import CacheSettings
+from rtd_jax.models.decoder import AttentionKernel, Remat
+from rtd_jax.models.open import FloatDtype, ModelSettings, OpenModel
+from rtd_jax.teacher.cache import CacheSettings, Identity
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.optimizer import OptimizerSettings
 from rtd_jax.train.update import UpdateSettings
 
-Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["none", "dots", "full"]
-Attention = Literal["auto", "xla", "cudnn"]
-
 
 @dataclass(frozen=True)
-class TeacherSettings:
-    """The frozen teacher: a Hugging Face folder or hub name."""
+class TeacherSettings(ModelSettings):
+    """The frozen teacher."""
 
-    path: str
-    param_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"  # int8: one scale per output channel
-    compute_dtype: Dtype = "bfloat16"
-    attention: Attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's
-    sharding: Literal["fsdp", "tensor"] = "fsdp"  # what travels: "fsdp" weights, "tensor" activations
-    offload: bool = False  # layers in host memory, each copied to the devices when it runs
     cache: str = ""  # folder that launch/cache_teacher.py wrote: the weights are then never loaded; "" runs the teacher
 
 
@@ -51,8 +43,8 @@ class StudentSettings:
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
-    compute_dtype: Dtype = "bfloat16"
-    attention: Attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's
+    compute_dtype: FloatDtype = "bfloat16"
+    attention: AttentionKernel = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's
     remat: Remat = "none"  # what the backward pass recomputes; "full" keeps one state per layer
 
     def __post_init__(self) -> None:
@@ -198,3 +190,29 @@ class Recipe:
           ValueError: a layer that a model does not have.
         """
         return self.loss.objective(Setup(student, teacher, vocab_size, self.reward, mesh))
+
+
+def cache_identity(recipe: Recipe, teacher: OpenModel) -> Identity:
+    """What a cache must have been written with to serve this recipe.
+
+    Raises:
+      ValueError: the recipe names a layer that the teacher does not have.
+    """
+    layer = teacher.config.layer_index(recipe.loss.hidden_layer)
+    try:
+        others = [teacher.config.layer_index(other) for other in recipe.cache.layers]
+    except ValueError as error:
+        raise ValueError(f"cache.layers is {recipe.cache.layers}: {error}") from error
+    return Identity(
+        teacher=teacher.fingerprint,
+        teacher_dtypes=recipe.teacher.precision,
+        tokenizer=teacher.tokenizer_fingerprint,
+        vocab_size=len(teacher.tokenizer),
+        width=teacher.config.width,
+        hidden_layer=layer,
+        temperature=recipe.loss.temperature,
+        top_k=min(recipe.cache.top_k, len(teacher.tokenizer)),
+        predictions=recipe.cache.predictions,
+        states=recipe.cache.states,
+        layers=tuple(sorted({layer, *others})),
+    )

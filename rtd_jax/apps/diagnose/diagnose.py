@@ -26,11 +26,12 @@ from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, decoding_not
 from rtd_jax.eval.states import boundary_states, cached_key, cached_states, open_cache
 from rtd_jax.eval.text_scores import Record
 from rtd_jax.models.from_hf import resolve
+from rtd_jax.models.open import FloatDtype, WeightDtype
 from rtd_jax.steps.classifier import load_classifier
 from rtd_jax.steps.detector import Detector
 from rtd_jax.steps.select import classifier_folder
 from rtd_jax.teacher.cache import TeacherCache
-from rtd_jax.train.subjects import Dtype, LoadedModel, load_model, stage_checkpoint
+from rtd_jax.train.subjects import LoadedModel, load_model, stage_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +49,9 @@ class DiagnoseSettings:
     keep_marks: bool = False  # the <<48/2=24>> of gsm8k (synthetic problems always have them)
     segmentation: str = "annotated"  # where steps end; or "classifier:<folder>", of this teacher
     out: str = "runs/diagnosis"  # folder for the report
-    teacher_dtype: Dtype = "float32"  # of the teacher's weights in memory; int8 is weight-only
-    student_dtype: Dtype = "float32"  # of the student's weights in memory
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of products and hidden states
+    teacher_dtype: WeightDtype = "float32"  # of the teacher's weights in memory; int8 is weight-only
+    student_dtype: WeightDtype = "float32"  # of the student's weights in memory
+    compute_dtype: FloatDtype = "float32"  # of products and hidden states
     teacher_layer: int = -1  # 0 embeddings, i output of layer i, -1 final normed state
     student_layer: int = -1  # as --teacher_layer
     maps: Literal["auto", "saved", "fitted", "identity"] = "auto"  # f and g; auto: saved where they fit, else fitted
@@ -343,8 +344,8 @@ def _maps(
     """The maps (f, g) of each chain from the student's to the teacher's width, and a sentence on their origin."""
     count = len(states.mask_CK)
     layers = (
-        student.model.layer_index(settings.student_layer),
-        teacher.model.layer_index(settings.teacher_layer),
+        student.model.config.layer_index(settings.student_layer),
+        teacher.model.config.layer_index(settings.teacher_layer),
     )
     unfit = ""
     if student.f is None or student.g is None:
@@ -369,7 +370,7 @@ def _described(loaded: LoadedModel, layer: int) -> dict[str, Any]:
         "name": loaded.name,
         "layers": config.layers,
         "width": config.width,
-        "layer_read": loaded.model.layer_index(layer),
+        "layer_read": loaded.model.config.layer_index(layer),
     }
 
 

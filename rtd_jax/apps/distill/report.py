@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rtd_jax.apps.distill.prepare import Experiment
 from rtd_jax.apps.report.page import percent, write_report
 from rtd_jax.base.console import print_table
 from rtd_jax.base.sharding import host_share, put_batch, to_host
@@ -17,7 +18,6 @@ from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, first_of_eac
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.methods.maps import state_map, transition_map
 from rtd_jax.methods.term import Setup
-from rtd_jax.train.experiment import Experiment
 from rtd_jax.train.update import make_boundary_reader
 
 RESAMPLES = 200  # for the intervals of the drift section

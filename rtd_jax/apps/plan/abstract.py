@@ -15,10 +15,11 @@ from rtd_jax.methods.term import Objective, reads_of
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.from_hf import load_config
 from rtd_jax.models.model import LlamaModel
-from rtd_jax.train.experiment import student_config, student_model, teacher_model, teacher_shardings
+from rtd_jax.models.open import make_model, weight_shardings
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import TrainState, create_state, state_shardings
+from rtd_jax.train.student import student_config, student_model
 from rtd_jax.train.update import TeacherSource, make_train_step
 
 ARCHITECTURES = Path(__file__).resolve().parents[2] / "bundled" / "architectures.json"
@@ -73,7 +74,7 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:
     of_teacher = architecture(recipe.teacher.path)
     pretrained = architecture(recipe.student.path) if recipe.student.init == "pretrained" else None
     of_student = pretrained or student_config(recipe.student, of_teacher)
-    teacher = None if recipe.teacher.cache else teacher_model(recipe.teacher, of_teacher, mesh)
+    teacher = None if recipe.teacher.cache else make_model(recipe.teacher, of_teacher, mesh)
     student = student_model(recipe.student, of_student, mesh)
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
     vocab_size = min(of_teacher.vocab_size, of_student.vocab_size)
@@ -95,7 +96,7 @@ def _source(
     recipe: Recipe, teacher: LlamaModel | None, config: LlamaConfig, objective: Objective, mesh: Mesh
 ) -> TeacherSource:
     if teacher is not None:
-        shardings = teacher_shardings(recipe.teacher, teacher, mesh)
+        shardings = weight_shardings(recipe.teacher, teacher, mesh)
         return _placed(teacher.abstract_params(recipe.teacher.param_dtype), shardings)
     rows, length, chains = recipe.batch_size, recipe.data.row_length, recipe.data.chains_per_row
     top_k = TopK(
