@@ -8,8 +8,7 @@ import pytest
 
 from rtd_jax.data.trace import Trace, from_gsm8k
 from rtd_jax.eval.chains import score_chain, split_solution
-from rtd_jax.eval.estimates import by_depth, depth_key, difference, estimate
-from rtd_jax.eval.perplexity import perplexity_estimate
+from rtd_jax.eval.estimates import by_depth, depth_key, difference, estimate, perplexity_estimate
 from rtd_jax.eval.steps import independent_chain_accuracy, scored_spans, steps_correct, tokens_in_spans
 
 TRACE = Trace("q", ("48/2 = <<48/2=24>>24 clips.", "48+24 = <<48+24=72>>72 in all."), "72", "#### 72")
@@ -125,6 +124,7 @@ def test_standard_error_of_perplexity():
     assert found == {"mean": pytest.approx(np.exp(1.5)), "stderr": pytest.approx(np.exp(1.5) / 2), "n": 2}
     assert perplexity_estimate([3.0, 6.0], [2, 4])["stderr"] == 0.0  # the same per token
     assert perplexity_estimate([3.0], [2])["stderr"] is None
+    assert perplexity_estimate([800.0], [1])["mean"] == math.inf
 
 
 def test_standard_error_of_a_gap_knows_that_steps_and_chains_go_together():

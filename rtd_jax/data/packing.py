@@ -13,6 +13,7 @@ from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain
 
 Features = dict[str, np.ndarray]
+CHAIN_FEATURES = ("tokens", "loss_weights", "boundary_numbers")
 
 
 def token_features(chain: EncodedChain) -> Features:
@@ -25,19 +26,47 @@ def token_features(chain: EncodedChain) -> Features:
 
 
 def pack(
-    chains: "grain.IterDataset[Features]", rows: int, row_length: int, chains_per_row: int
+    chains: "grain.IterDataset[Features]",
+    rows: int,
+    row_length: int,
+    chains_per_row: int | None,
+    names: Sequence[str] = CHAIN_FEATURES,
 ) -> "grain.IterDataset[Features]":
     """First-fit into `rows` open rows; all are emitted, in order, as soon as a chain fits into none of them.
 
     One filling is thus `rows` rows: one batch, except for the last filling of a finite data set.
+
+    Args:
+      chains: features [T, ...] of one length T each.
+      chains_per_row: at most; None sets no limit.
+      names: of the features.
     """
     return grain.experimental.FirstFitPackIterDataset(
         chains,
-        length_struct={"tokens": row_length, "loss_weights": row_length, "boundary_numbers": row_length},
+        length_struct=dict.fromkeys(names, row_length),
         num_packing_bins=rows,
         shuffle_bins=False,
         max_sequences_per_bin=chains_per_row,
     )
+
+
+def packed_rows(
+    items: Sequence[Features], row_length: int, *, open_rows: int, chains_per_row: int | None = None
+) -> list[Features]:
+    """Every item once: the rows that `pack` makes of features at hand.
+
+    Args:
+      items: features [T, ...] of one length T <= `row_length` each, all of the same names.
+      open_rows: 1 keeps the items in order; as many as there are items puts each into the first row with room.
+
+    Returns:
+      Rows [L, ...] of each feature, zeros behind the last item; with `<name>_segment_ids`, the item's number in its row
+      from 1 on and 0 where there is none, and `<name>_positions`, which start at 0 in each item. int32 [L].
+    """
+    if not items:
+        return []
+    source = grain.MapDataset.source(items).to_iter_dataset(grain.ReadOptions(num_threads=0))
+    return list(pack(source, open_rows, row_length, chains_per_row, tuple(items[0])))
 
 
 def to_batch(packed: Features, chains_per_row: int, max_boundaries: int) -> Batch:
@@ -77,8 +106,8 @@ def fixed_batches(
     check_fit(chains, rows, row_length, chains_per_row, max_boundaries, share)
     if not chains:
         return []
-    source = grain.MapDataset.source(chains).map(token_features).to_iter_dataset(grain.ReadOptions(num_threads=0))
-    packed = list(pack(source, rows, row_length, chains_per_row))
+    items = [token_features(chain) for chain in chains]
+    packed = packed_rows(items, row_length, open_rows=rows, chains_per_row=chains_per_row)
     empty = {name: np.zeros_like(value) for name, value in packed[0].items()}
     packed += [empty] * (-len(packed) % rows)
     batches = []

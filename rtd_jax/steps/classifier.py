@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from rtd_jax.base.files import read_json, replacing, write_json
 from rtd_jax.base.types import Array, Params
 from rtd_jax.data.formats import TextFormat
+from rtd_jax.data.packing import packed_rows
 from rtd_jax.steps.decoder import decode
 from rtd_jax.steps.head import HeadSettings, Scale, boundary_logits, init_head
 
@@ -29,8 +30,6 @@ FORMAT = 1
 JSON, WEIGHTS = "classifier.json", "head.safetensors"
 ROW_LENGTH = 512  # tokens of a packed row
 ROWS = 8  # at one time
-
-Places = list[tuple[int, int]]  # (row, first token) of each text
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,29 +104,14 @@ def _probabilities(
     return jax.nn.sigmoid(slope * boundary_logits(head, params, scale, states_BLND, chain_ids_BL) + intercept)
 
 
-def pack(lengths: Sequence[int], row_length: int = ROW_LENGTH) -> tuple[Places, int, int]:
-    """Where texts of these many tokens lie in rows, one behind the other, how many rows, and the tokens of a row.
+def in_rows(texts: Sequence[np.ndarray], row_length: int = ROW_LENGTH, rows: int = 1) -> np.ndarray:
+    """Arrays [T, ...] of texts packed into rows in order, with zeros elsewhere: [B, L, ...], B a multiple of `rows`.
 
     Rows are as long as asked for, or as the longest text.
     """
-    row_length = max(row_length, *lengths) if lengths else row_length
-    places: Places = []
-    row, used = 0, 0
-    for length in lengths:
-        if used + length > row_length:
-            row, used = row + 1, 0
-        places.append((row, used))
-        used += length
-    return places, row + 1, row_length
-
-
-def in_rows(texts: Sequence[np.ndarray], row_length: int = ROW_LENGTH, rows: int = 1) -> np.ndarray:
-    """Arrays [T, ...] of texts laid into rows as `pack` says, zeros elsewhere: [B, L, ...], B a multiple of `rows`."""
-    places, count, length = pack([len(text) for text in texts], row_length)
-    found = np.zeros((-(-count // rows) * rows, length, *texts[0].shape[1:]), texts[0].dtype)
-    for text, (row, start) in zip(texts, places, strict=True):
-        found[row, start : start + len(text)] = text
-    return found
+    items = [{"text": text} for text in texts]
+    packed = [row["text"] for row in packed_rows(items, max(row_length, *map(len, texts)), open_rows=1)]
+    return np.stack(packed + [np.zeros_like(packed[0])] * (-len(packed) % rows))
 
 
 def row_ids(lengths: Sequence[int], row_length: int = ROW_LENGTH, rows: int = 1) -> np.ndarray:
@@ -137,8 +121,8 @@ def row_ids(lengths: Sequence[int], row_length: int = ROW_LENGTH, rows: int = 1)
 
 def out_of_rows(array_BL: np.ndarray, lengths: Sequence[int], row_length: int = ROW_LENGTH) -> list[np.ndarray]:
     """The texts of `in_rows` again: [T, ...] each."""
-    places, _, _ = pack(lengths, row_length)
-    return [array_BL[row, start : start + length] for (row, start), length in zip(places, lengths, strict=True)]
+    ids_BL = row_ids(lengths, row_length)
+    return np.split(array_BL[: len(ids_BL)][ids_BL > 0], np.cumsum(lengths)[:-1])
 
 
 def text_probabilities(classifier: BoundaryClassifier, states: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -18,13 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from rtd_jax.base.files import read_json, write_json
 from rtd_jax.base.sharding import put_same, row_sharding, row_ways, to_host
 from rtd_jax.base.types import Array, Params
+from rtd_jax.data.by_length import batches_by_length, rows_at_once
 from rtd_jax.data.trace import Trace
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.steps.annotated import Span, check_spans
 from rtd_jax.steps.classifier import BoundaryClassifier, find_boundaries
 from rtd_jax.steps.decoder import spans_of
 from rtd_jax.steps.prose import Reading, read, unmarked
-from rtd_jax.steps.token_states import LENGTH_BUCKET, unit_states
+from rtd_jax.steps.token_states import LENGTH_MULTIPLE, unit_states
 
 SHARD = 256  # chains whose steps lie in one file; what a kill can cost at most
 
@@ -128,30 +129,20 @@ def detect(
     Args:
       batch_size: rows at one time, rounded up to the devices; neighbours in length go together.
     """
-    sharding, ways = row_sharding(mesh), row_ways(mesh)
-    batch_size = -(-min(batch_size, len(readings)) // ways) * ways
+    rows = rows_at_once(batch_size, len(readings), row_ways(mesh))
     found: list[np.ndarray] = [np.zeros(0, bool)] * len(readings)
-    by_length = sorted(range(len(readings)), key=lambda i: len(readings[i].tokens_L))
-    for start in range(0, len(readings), batch_size):
-        rows = by_length[start : start + batch_size]
-        arrays = detection_arrays([readings[i] for i in rows], batch_size)
-        found_BL = to_host(detect_batch(classifier, model, params, *put_same(arrays, sharding)))
-        for row, i in enumerate(rows):
-            found[i] = found_BL[row, readings[i].prompt_length : len(readings[i].tokens_L)]
+    for batch in batches_by_length([reading.tokens_L for reading in readings], rows, LENGTH_MULTIPLE):
+        parts_BL = batch.mask_BL.astype(np.int32)
+        candidates_BL = np.zeros(parts_BL.shape, bool)
+        texts = [slice(readings[i].prompt_length, len(readings[i].tokens_L)) for i in batch.indices]
+        for row, (i, text) in enumerate(zip(batch.indices, texts, strict=True)):
+            parts_BL[row, text] = 2
+            candidates_BL[row, text] = readings[i].candidates_T
+        placed = put_same((batch.tokens_BL, parts_BL, candidates_BL), row_sharding(mesh))
+        found_BL = to_host(detect_batch(classifier, model, params, *placed))
+        for row, (i, text) in enumerate(zip(batch.indices, texts, strict=True)):
+            found[i] = found_BL[row, text]
     return found
-
-
-def detection_arrays(readings: Sequence[Reading], batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, parts (0 padding, 1 prompt, 2 the text) and candidates of one reading a row. [B, L] each."""
-    length = -(-max(len(reading.tokens_L) for reading in readings) // LENGTH_BUCKET) * LENGTH_BUCKET
-    tokens_BL, parts_BL = np.zeros((2, batch_size, length), np.int32)
-    candidates_BL = np.zeros((batch_size, length), bool)
-    for row, reading in enumerate(readings):
-        count = len(reading.tokens_L)
-        tokens_BL[row, :count] = reading.tokens_L
-        parts_BL[row, :count] = np.where(np.arange(count) < reading.prompt_length, 1, 2)
-        candidates_BL[row, reading.prompt_length : count] = reading.candidates_T
-    return tokens_BL, parts_BL, candidates_BL
 
 
 def detect_batch(
@@ -162,6 +153,12 @@ def detect_batch(
     parts_BL: Array,
     candidates_BL: Array,
 ) -> jax.Array:
-    """Where steps end, by one forward pass of the teacher and the head. bool [B, L]."""
+    """Where steps end, by one forward pass of the teacher and the head. bool [B, L].
+
+    Args:
+      tokens_BL: int32, one text behind its prompt a row.
+      parts_BL: int32, 0 padding, 1 the prompt, 2 the text.
+      candidates_BL: bool, the tokens at which a step may end.
+    """
     states_BLND = unit_states(model, classifier.layers, params, tokens_BL, parts_BL > 0)
     return find_boundaries(classifier, states_BLND, candidates_BL, jnp.where(parts_BL == 2, 2, 0))
