@@ -57,7 +57,7 @@ def test_it_solves_problems_that_the_log_did_not_see():
         note=print,
         name="teacher",
     )
-    assert report.chain_accuracy["all"]["mean"] >= 0.95
-    assert report.step_accuracy["all"]["mean"] >= 0.97
+    assert report.chain_accuracy["all"].value >= 0.95
+    assert report.step_accuracy["all"].value >= 0.97
     assert report.unfinished == 0
     assert report.perplexity == pytest.approx(1.0, abs=0.1)

@@ -18,7 +18,7 @@ from rtd_jax.base.types import Params
 from rtd_jax.eval.answers import Reference, flexible_answer, harness_match, strict_answer
 from rtd_jax.eval.chains import ChainScore, comparable, results_right, score_chain, split_solution
 from rtd_jax.eval.decoding import CachedModel, Sampling, generate
-from rtd_jax.eval.estimates import Estimate, by_depth, depth_key, difference, estimate
+from rtd_jax.eval.estimates import Estimate, by_depth, depth_key, difference, error_rows, estimate
 from rtd_jax.eval.reference import ReferenceScore, RenderedText, reference_fields, score_references
 from rtd_jax.eval.scoring import PackedModel
 from rtd_jax.eval.steps import independent_chain_accuracy
@@ -79,7 +79,7 @@ class EvaluationReport(TextScores):
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of plain numbers and strings, ready for JSON."""
-        return dataclasses.asdict(self)
+        return error_rows(self)
 
 
 def score_texts(

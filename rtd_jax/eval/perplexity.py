@@ -33,8 +33,8 @@ def perplexity_estimate(nats: Values, tokens: Values) -> Estimate:
     stderr by the delta method, texts being independent: perplexity times that of the mean cross-entropy per token.
     """
     mean = ratio(nats, tokens)
-    value = Perplexity(mean["mean"], 1).value
-    return Estimate(mean=value, stderr=None if mean["stderr"] is None else value * mean["stderr"], n=mean["n"])
+    value = Perplexity(mean.value, 1).value
+    return Estimate.with_error(value, None if mean.stderr is None else value * mean.stderr, mean.n)
 
 
 def perplexity(
