@@ -41,8 +41,9 @@ class Estimate:
     @classmethod
     def with_error(cls, value: float, stderr: float | None, n: int) -> "Estimate":
         """An estimate whose interval is the normal one: value ± 1.96 standard errors."""
-        margin = math.nan if stderr is None else NORMAL_95 * stderr
-        return cls(value, value - margin, value + margin, n, stderr)
+        if stderr is None:
+            return cls(value, math.nan, math.nan, n)
+        return cls(value, value - NORMAL_95 * stderr, value + NORMAL_95 * stderr, n, stderr)
 
     def error_row(self) -> dict[str, Any]:
         """{"mean", "stderr", "n"}: how evaluation reports write it."""
