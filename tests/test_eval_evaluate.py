@@ -201,7 +201,11 @@ def test_texts_are_scored_without_a_model(traces):
     assert scores.answer_strict["all"].value == scores.exact_match_flexible["all"].value == 1.0
     # One wrong result in each second sample: of 2 * 2 results at depth 2, three are right.
     assert [scores.step_accuracy_free[key].value for key in ("1", "2", "3+")] == [0.5, 0.75, pytest.approx(5 / 6)]
-    assert scores.independent_chain_accuracy_free["2"].error_row() == {"mean": pytest.approx(0.75**2), "stderr": 0.0, "n": 8}
+    assert scores.independent_chain_accuracy_free["2"].error_row() == {
+        "mean": pytest.approx(0.75**2),
+        "stderr": 0.0,
+        "n": 8,
+    }
     assert scores.first_error == {"1": {"1": 4}, "2": {"2": 4}, "3+": {"3": 4}, "all": {"1": 4, "2": 4, "3": 4}}
     assert scores.first_error_position["3+"].value == 3.0
     again, _ = score_texts(traces, [[r["text"] for r in records if r["problem"] == i] for i in range(12)], open_from=3)
@@ -219,4 +223,8 @@ def test_stop_texts_end_a_generation_and_samples_are_grouped(tokenizer, traces):
     assert [record["text"] for record in records[::2]] == [trace.completion for trace in traces]
     assert [(record["problem"], record["sample"]) for record in records[:3]] == [(0, 0), (0, 1), (1, 0)]
     assert records[2]["teacher_forced"] == [True, True]
-    assert report.perplexity_by_depth["2"].error_row() == {"mean": pytest.approx(1.0), "stderr": pytest.approx(0.0), "n": 4}
+    assert report.perplexity_by_depth["2"].error_row() == {
+        "mean": pytest.approx(1.0),
+        "stderr": pytest.approx(0.0),
+        "n": 4,
+    }
