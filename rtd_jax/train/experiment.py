@@ -1,6 +1,5 @@
 """From a recipe to everything a run needs in memory: models, params, chains, mesh, optimizer, step."""
 
-import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,25 +9,17 @@ from typing import Any
 import jax
 import optax
 from jax.sharding import Mesh
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from rtd_jax.base.sharding import (
-    TABLES,
-    activation_sharding,
-    check_rows,
-    in_host_memory,
-    make_mesh,
-    param_shardings,
-    put_batch,
-    row_sharding,
-)
+from rtd_jax.base.sharding import check_rows, make_mesh, put_batch, row_sharding
 from rtd_jax.base.types import Batch, Params
 from rtd_jax.data.encoding import chains_fingerprint
-from rtd_jax.data.tokenizer_match import compare_tokenizers, tokenizer_fingerprint
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.data.tokenizer_match import compare_tokenizers
+from rtd_jax.methods.term import Objective
+from rtd_jax.models.config import LlamaConfig, layers_to_copy
 from rtd_jax.models.from_hf import load_config, load_params, resolve
 from rtd_jax.models.model import LlamaModel
-from rtd_jax.models.weights import evenly_spaced_layers, logical_axes
+from rtd_jax.models.open import OpenModel, load_tokenizer, open_model
 from rtd_jax.steps.classifier import load_classifier
 from rtd_jax.steps.detector import Detector
 from rtd_jax.steps.select import classifier_folder
@@ -36,9 +27,9 @@ from rtd_jax.teacher.cache import Identity, TeacherCache
 from rtd_jax.teacher.reward_head import RewardModel, load_head
 from rtd_jax.train.curriculum import Stage, stages
 from rtd_jax.train.optimizer import make_optimizer
-from rtd_jax.train.recipe import Recipe, StudentSettings, TeacherSettings
+from rtd_jax.train.recipe import Recipe, StudentSettings
 from rtd_jax.train.splits import Chains, load_splits
-from rtd_jax.train.state import TrainState, create_state, init_projections, state_shardings
+from rtd_jax.train.state import TrainState, create_state, state_shardings
 from rtd_jax.train.update import TeacherSource, TrainStep, make_train_step
 
 
@@ -56,6 +47,7 @@ class Experiment:
     cache: TeacherCache | None
     reward: RewardModel | None  # None where no reward is learned from
     student: LlamaModel
+    objective: Objective
     optimizer: optax.GradientTransformation
     step: TrainStep
     train: Chains
@@ -72,7 +64,7 @@ class Experiment:
           batch: this process's rows, on the host.
           states_only: leave the predictions out.
         """
-        if not (self.recipe.loss.reads_teacher or states_only):
+        if not (self.objective.reads_teacher or states_only):
             return {}
         if self.cache is None:
             return self.teacher_params
@@ -88,11 +80,10 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
     """
     mesh = make_mesh(recipe.mesh)
     check_rows(recipe.batch_size, mesh, recipe.micro_batches)
-    teacher_dir = resolve(recipe.teacher.path)
-    teacher_config = load_config(teacher_dir)
-    tokenizer = load_tokenizer(teacher_dir)
+    loaded = open_model(recipe.teacher, mesh, note)
+    teacher_dir, teacher_config, tokenizer = loaded.directory, loaded.config, loaded.tokenizer
     student_dir = resolve(recipe.student.path) if recipe.student.init == "pretrained" else None
-    of_student = load_config(student_dir) if student_dir else student_config(recipe.student, teacher_config)
+    of_student = student_config(recipe.student, teacher_config)
     if student_dir is not None:
         for line in compare_tokenizers(tokenizer, load_tokenizer(student_dir), str(teacher_dir), str(student_dir)):
             note(line)
@@ -105,9 +96,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
             )
 
     note("reading and tokenising the chains")
-    fingerprint = weights_fingerprint(teacher_dir)
-    loaded = LoadedTeacher(recipe.teacher, teacher_config, teacher_dir, mesh, note)
-    detector = make_detector(recipe, loaded, fingerprint, tokenizer)
+    detector = make_detector(recipe, loaded)
     train, validation = load_splits(recipe.data, tokenizer, detector)
     plan = tuple(stages(recipe.curriculum))
     _check_stages(plan, train, validation)
@@ -119,22 +108,21 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
 
     cache = None
     if recipe.teacher.cache:
-        identity = cache_identity(recipe, teacher_config, fingerprint, tokenizer)
-        cache = TeacherCache(Path(recipe.teacher.cache).expanduser(), identity)
+        cache = TeacherCache(Path(recipe.teacher.cache).expanduser(), cache_identity(recipe, loaded))
         note(f"the teacher is read from the cache {recipe.teacher.cache}: its weights are not loaded")
     reward = None
     if recipe.loss.reward_weight:
         check_rows(recipe.reward.rows, mesh, recipe.micro_batches, "reward.prompts_per_update x reward.samples =")
-        folder, of_tokenizer = Path(recipe.reward.model).expanduser(), tokenizer_fingerprint(tokenizer)
-        reward = load_head(folder, fingerprint, of_tokenizer, recipe.data.text.identity)
+        folder = Path(recipe.reward.model).expanduser()
+        reward = load_head(folder, loaded.fingerprint, loaded.tokenizer_fingerprint, recipe.data.text.identity)
     needed = _needs_weights(recipe)
     teacher = loaded.model if needed else None
     student = student_model(recipe.student, of_student, mesh)
     teacher_params = loaded.params if needed else {}
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
-    state = _initial_state(recipe, student, student_dir, teacher_dir, teacher_config, optimizer, mesh)
-    settings = recipe.step(of_student.layers, teacher_config.layers)
-    step = make_train_step(student, teacher, optimizer, settings, vocab_size, mesh)
+    objective = recipe.objective(of_student, teacher_config, vocab_size, mesh)
+    state = _initial_state(recipe, student, student_dir, teacher_dir, teacher_config, objective, optimizer, mesh)
+    step = make_train_step(student, teacher, optimizer, objective, recipe.update, mesh)
     experiment = Experiment(
         recipe=recipe,
         mesh=mesh,
@@ -146,6 +134,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         cache=cache,
         reward=reward,
         student=student,
+        objective=objective,
         optimizer=optimizer,
         step=step,
         train=train,
@@ -154,10 +143,10 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         stages=plan,
         max_boundaries=1 + max(t.depth for chains in (train, validation) for t in chains.traces),
         fingerprints={
-            "teacher": fingerprint,
+            "teacher": loaded.fingerprint,
             "cache": "" if cache is None else cache.fingerprint,
             "reward": "" if reward is None else reward.digest,
-            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "tokenizer": loaded.tokenizer_fingerprint,
             "data": chains_fingerprint((*train.encoded, *validation.encoded)),
             "student_config": _digest(repr(of_student)),
         },
@@ -168,40 +157,10 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
 def _needs_weights(recipe: Recipe) -> bool:
     """Whether anything that the recipe does runs the teacher."""
     return not recipe.teacher.cache and bool(
-        recipe.loss.reads_teacher
+        recipe.loss.teaches()
         or recipe.loss.reward_weight
         or recipe.evaluation.teacher
         or recipe.evaluation.drift_problems
-    )
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a Hugging Face folder; never runs code from it.
-
-    Raises:
-      ValueError: there is none, or it is a slow one (no character offsets).
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-    except Exception as error:
-        raise ValueError(
-            f"{directory} has no tokenizer that can be loaded ({type(error).__name__}: {error}); put "
-            "tokenizer.json and tokenizer_config.json beside the weights"
-        ) from error
-    if not tokenizer.is_fast:
-        raise ValueError(f"{directory} has a slow tokenizer without character offsets; add its tokenizer.json")
-    return tokenizer
-
-
-def teacher_model(settings: TeacherSettings, config: LlamaConfig, mesh: Mesh) -> LlamaModel:
-    """The teacher without its weights."""
-    between_layers = activation_sharding(mesh, TABLES[settings.sharding])
-    return LlamaModel(
-        config,
-        settings.compute_dtype,
-        activation_sharding=between_layers,
-        attention=settings.attention,
-        streamed=settings.offload,
     )
 
 
@@ -216,42 +175,7 @@ def student_model(settings: StudentSettings, config: LlamaConfig, mesh: Mesh) ->
     )
 
 
-def teacher_shardings(settings: TeacherSettings, model: LlamaModel, mesh: Mesh) -> Params:
-    """Where each of the teacher's weights lies."""
-    abstract = model.abstract_params(settings.param_dtype)
-    shardings = param_shardings(abstract, logical_axes(abstract), mesh, TABLES[settings.sharding])
-    return shardings | {"layers": in_host_memory(shardings["layers"])} if settings.offload else shardings
-
-
-def load_teacher(settings: TeacherSettings, model: LlamaModel, directory: Path, mesh: Mesh) -> Params:
-    """The teacher's weights, where they belong on the mesh."""
-    shardings = teacher_shardings(settings, model, mesh)
-    return load_params(directory, model.config, dtype=settings.param_dtype, shardings=shardings)
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedTeacher:
-    """The teacher, its weights read when they are first asked for: with a cache that may be never."""
-
-    settings: TeacherSettings
-    config: LlamaConfig
-    directory: Path
-    mesh: Mesh
-    note: Callable[[str], None]
-
-    @functools.cached_property
-    def model(self) -> LlamaModel:
-        return teacher_model(self.settings, self.config, self.mesh)
-
-    @functools.cached_property
-    def params(self) -> Params:
-        self.note(f"loading the teacher from {self.directory}")
-        return load_teacher(self.settings, self.model, self.directory, self.mesh)
-
-
-def make_detector(
-    recipe: Recipe, loaded: LoadedTeacher, fingerprint: str, tokenizer: PreTrainedTokenizerBase
-) -> Detector | None:
+def make_detector(recipe: Recipe, teacher: OpenModel) -> Detector | None:
     """What cuts the recipe's chains, where that is a classifier.
 
     Raises:
@@ -261,45 +185,45 @@ def make_detector(
     if folder is None:
         return None
     classifier = load_classifier(folder)
-    classifier.check_teacher(fingerprint, tokenizer_fingerprint(tokenizer), f"the recipe's teacher {loaded.directory}")
+    named = f"the recipe's teacher {teacher.directory}"
+    classifier.check_teacher(teacher.fingerprint, teacher.tokenizer_fingerprint, named)
 
-    def teacher() -> tuple[LlamaModel, Params]:
-        if recipe.teacher.cache and "params" not in loaded.__dict__:
-            loaded.note("some chains have not been cut yet, so the teacher is loaded in spite of its cache")
-        return loaded.model, loaded.params
+    def load() -> tuple[LlamaModel, Params]:
+        if recipe.teacher.cache and not teacher.is_loaded:
+            teacher.note("some chains have not been cut yet, so the teacher is loaded in spite of its cache")
+        return teacher.model, teacher.params
 
     return Detector(
         classifier,
-        tokenizer,
-        loaded.mesh,
-        teacher,
-        described=f"{recipe.teacher.param_dtype} weights, {recipe.teacher.compute_dtype} arithmetic",
+        teacher.tokenizer,
+        teacher.mesh,
+        load,
+        described=recipe.teacher.precision,
         folder=Path(recipe.data.steps_cache).expanduser() if recipe.data.steps_cache else None,
-        note=loaded.note,
+        note=teacher.note,
     )
 
 
-def cache_identity(
-    recipe: Recipe, config: LlamaConfig, fingerprint: str, tokenizer: PreTrainedTokenizerBase
-) -> Identity:
-    """What a cache must have been written with to serve this recipe."""
-    layer, *others = (
-        layer if layer >= 0 else config.layers + 1 + layer for layer in (recipe.loss.hidden_layer, *recipe.cache.layers)
-    )
-    if not all(0 <= other <= config.layers for other in others):
-        raise ValueError(
-            f"cache.layers is {recipe.cache.layers}; the teacher's layers are counted from 0 (embeddings) to "
-            f"{config.layers} (final states), or from the end as -1, -2, .."
-        )
+def cache_identity(recipe: Recipe, teacher: OpenModel) -> Identity:
+    """What a cache must have been written with to serve this recipe.
+
+    Raises:
+      ValueError: the recipe names a layer that the teacher does not have.
+    """
+    layer = teacher.config.layer_index(recipe.loss.hidden_layer)
+    try:
+        others = [teacher.config.layer_index(other) for other in recipe.cache.layers]
+    except ValueError as error:
+        raise ValueError(f"cache.layers is {recipe.cache.layers}: {error}") from error
     return Identity(
-        teacher=fingerprint,
-        teacher_dtypes=f"{recipe.teacher.param_dtype} weights, {recipe.teacher.compute_dtype} arithmetic",
-        tokenizer=tokenizer_fingerprint(tokenizer),
-        vocab_size=len(tokenizer),
-        width=config.width,
+        teacher=teacher.fingerprint,
+        teacher_dtypes=recipe.teacher.precision,
+        tokenizer=teacher.tokenizer_fingerprint,
+        vocab_size=len(teacher.tokenizer),
+        width=teacher.config.width,
         hidden_layer=layer,
         temperature=recipe.loss.temperature,
-        top_k=min(recipe.cache.top_k, len(tokenizer)),
+        top_k=min(recipe.cache.top_k, len(teacher.tokenizer)),
         predictions=recipe.cache.predictions,
         states=recipe.cache.states,
         layers=tuple(sorted({layer, *others})),
@@ -318,11 +242,13 @@ def _check_stages(plan: Sequence[Stage], train: Chains, validation: Chains) -> N
 
 
 def student_config(student: StudentSettings, teacher: LlamaConfig) -> LlamaConfig:
-    """Sizes of a student that has no checkpoint of its own: cut from the teacher, or as the settings say.
+    """The student's sizes: those of its checkpoint, those of the teacher with fewer layers, or as the settings say.
 
     Raises:
-      ValueError: more layers than the teacher has.
+      ValueError: the checkpoint cannot be used, or the settings ask for more layers than the teacher has.
     """
+    if student.init == "pretrained":
+        return load_config(resolve(student.path))
     if student.init == "teacher_layers":
         if not 1 <= student.layers <= teacher.layers:
             raise ValueError(f"student.layers is {student.layers}; the teacher has {teacher.layers} to take them from")
@@ -344,44 +270,28 @@ def _initial_state(
     student_dir: Path | None,
     teacher_dir: Path,
     teacher_config: LlamaConfig,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
 ) -> TrainState:
-    student_key, projection_key, run_key = jax.random.split(jax.random.PRNGKey(recipe.seed), 3)
+    student_key, maps_key, run_key = jax.random.split(jax.random.PRNGKey(recipe.seed), 3)
     widths = (student.config.width, teacher_config.width)
-    pairs = len(recipe.loss.intermediate_pairs(student.config.layers, teacher_config.layers))
 
     def assemble(params: Params) -> TrainState:
-        maps = init_projections(projection_key, *widths, pairs, recipe.loss.projections)
-        return create_state({"student": params, **maps}, optimizer, run_key)
+        return create_state({"student": params, **objective.init_params(maps_key, *widths)}, optimizer, run_key)
 
     abstract = jax.eval_shape(assemble, student.abstract_params())
-    shardings = state_shardings(abstract, optimizer, mesh, recipe.optimizer.offload)
+    shardings = state_shardings(abstract, optimizer, mesh, objective.param_axes(), recipe.optimizer.offload)
     of_student = shardings.params["student"]
     if student_dir is not None:
         params = load_params(student_dir, student.config, dtype="float32", shardings=of_student)
     elif recipe.student.init == "teacher_layers":
         # From the files, not from the params in memory, which may be rounded.
-        chosen = evenly_spaced_layers(teacher_config.layers, recipe.student.layers)
+        chosen = layers_to_copy(teacher_config.layers, recipe.student.layers)
         params = load_params(teacher_dir, teacher_config, dtype="float32", shardings=of_student, layers=chosen)
     else:
         params = jax.jit(student.init, out_shardings=of_student)(student_key)
     return jax.jit(assemble, out_shardings=shardings, donate_argnums=0)(params)
-
-
-def weights_fingerprint(directory: Path) -> str:
-    """sha256 over config.json and, of each safetensors file, name, size and header (names, dtypes, shapes, offsets) and
-    the first and last MiB of data: enough to tell checkpoints apart without reading 140 GB."""
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for path in sorted(directory.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            head = file.read(8)
-            digest.update(head + file.read(min(int.from_bytes(head, "little"), size)) + file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read())
-    return digest.hexdigest()
 
 
 def _digest(text: Any) -> str:
