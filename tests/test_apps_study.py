@@ -4,10 +4,12 @@ import ast
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -611,6 +613,48 @@ def test_a_study_of_real_runs(tmp_path):
     command.append("--config.parallel=0")
     assert "report over 2 of 2 runs" in study().stdout
     assert (workdir / "study.md").read_text() == text
+
+
+@pytest.mark.slow
+def test_a_study_runs_from_an_installed_wheel(tmp_path):
+    """Without the clone: what is prepared and what is run are commands of the wheel's package, started in this folder.
+
+    The preparation shows its help and makes nothing, so the run says at once that there is no teacher.
+    """
+    source, installed, here = (tmp_path / name for name in ("source", "installed", "here"))
+    shutil.copytree(ROOT / "rtd_jax", source / "rtd_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "configs", here / "configs")
+    (here / "small.py").write_text(
+        "from configs import study_tiny\n"
+        "def get_config():\n"
+        "    c = study_tiny.get_config('smoke')\n"
+        "    c.only = ('rtd',)\n"
+        "    c.prepare.traces = ('traces', '--help')\n"
+        "    c.tasks.few_problems += ('teacher.path={traces}',)\n"
+        "    return c\n"
+    )
+    build_wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*build_wheel, "--wheel-dir", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(installed)
+    shutil.rmtree(source)
+
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
+    study = subprocess.run(
+        [sys.executable, "-m", "rtd_jax", "study", "--config=small.py", "--workdir=study"],
+        capture_output=True,
+        text=True,
+        cwd=here,
+        env=environment | {"PYTHONPATH": str(installed)},
+    )
+    assert study.returncode == 2
+    assert "prepared traces" in study.stdout, study.stdout + study.stderr
+    assert "1 of 1 runs failed, first few_problems rtd seed 0" in study.stderr
+    log = (here / "study" / "runs" / "few_problems" / "rtd" / "seed_0" / "log.txt").read_text()
+    assert "error: " in log.splitlines()[-1]
+    assert str(here / "study" / "prepared" / "traces") in log.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

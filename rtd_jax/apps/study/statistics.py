@@ -59,7 +59,7 @@ class Difference(Estimate):
 
 def json_row(found: Estimate) -> dict[str, Any]:
     """How study.json writes an estimate over seeds."""
-    row = {"mean": found.value, "low": found.low, "high": found.high, "seeds": found.n}
+    row: dict[str, Any] = {"mean": found.value, "low": found.low, "high": found.high, "seeds": found.n}
     if isinstance(found, Difference):
         row |= {"p_value": found.p_value, "seeds_needed": found.seeds_needed}
     return row
