@@ -1,7 +1,7 @@
-"""report.html: one self-contained page, and the same pictures as PNGs beside it.
+"""report.html: one self-contained page, and its pictures as PNGs beside it.
 
-Pictures are inline SVG whose colours are CSS variables, so that they follow the reader's light or dark scheme. Nothing
-is fetched: no scripts, no fonts, no network.
+Pictures are inline SVG whose colours are CSS variables, so that they follow the reader's light or dark scheme. The page
+loads nothing: it has no scripts and no fonts.
 """
 
 import io
@@ -38,10 +38,10 @@ from rtd_jax.apps.report.points import (
 from rtd_jax.base.files import replacing
 
 TEMPLATE = "report.html.jinja"
-# Stand-ins that no other colour equals; in the page they become CSS variables, in a PNG the light scheme's values.
+# Placeholder colours that occur nowhere else; the page has CSS variables in their place, a PNG the light colours.
 LIGHT = {"ink": "#1f2328", "faint": "#8b949e", "c0": "#2563c9", "c1": "#c2560c", "c2": "#177245", "c3": "#8a3ab9"}
 STAND_INS = {name: f"#01020{i}" for i, name in enumerate(LIGHT)}
-EXAMPLES = 6
+EXAMPLES = 6  # chains shown in full
 
 
 def write_report(
@@ -50,9 +50,9 @@ def write_report(
     """Writes report.html and one PNG a picture into `out`. Returns the page's path.
 
     Args:
-      report: what report.json holds. "title"; "sections", {name: {model: EvaluationReport as a dict}}, or "models" for
-        one section; and of a diagnosis "texts", "verdict" and "article". Parts that are absent are left out.
-      examples: generation records, of which a few are shown with the first wrong step marked.
+      report: the content of report.json: "title"; "sections", {name: {model: EvaluationReport as a dict}}, or "models"
+        for a single section; for a diagnosis also "texts", "verdict" and "article". Parts may be absent.
+      examples: generation records; a few are shown, with the first wrong step marked.
       metrics: metrics.jsonl of a run, for its curves by stage.
     """
     sections: dict[str, dict[str, Evaluation]] = dict(report.get("sections") or {"": report.get("models") or {}})
@@ -338,7 +338,7 @@ def _png(draw: Draw, path: Path) -> None:
 
 
 def _examples(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Wrong chains of various depths, then right ones, each line with its standing: before, first wrong, after."""
+    """Wrong chains of various depths, then right ones; each line is before, at or after the first wrong step."""
     written = [record for record in records if "first_error" in record]  # choices have no text
     wrong = sorted((r for r in written if r["first_error"] >= 0), key=lambda r: r["depth"])
     right = sorted((r for r in written if r["first_error"] < 0), key=lambda r: -r["depth"])

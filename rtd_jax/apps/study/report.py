@@ -1,4 +1,4 @@
-"""The study's report: sections of tables, pictures, and the same numbers as JSON. Every line is computed."""
+"""The report of a study: sections of tables, pictures, and the same numbers as JSON. Every line is computed."""
 
 import dataclasses
 from collections.abc import Sequence

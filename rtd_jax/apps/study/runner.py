@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import rtd_jax
 from rtd_jax.base.files import read_json, write_json
 
 PROGRAM = (sys.executable, "-m", "rtd_jax")
@@ -180,7 +179,7 @@ def _without_script(command: Sequence[str]) -> list[str]:
 def _environment() -> dict[str, str]:
     """The environment of this process; from a clone that is not installed, jobs find the package by PYTHONPATH."""
     environment = dict(os.environ)
-    clone = Path(rtd_jax.__file__).resolve().parents[1]
+    clone = Path(__file__).resolve().parents[3]
     if (clone / "pyproject.toml").is_file():
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(clone), environment.get("PYTHONPATH"))))
     return environment

@@ -1,4 +1,4 @@
-"""The study: every method under every seed on every task, and the report of what came out."""
+"""A study: every method under every seed on every task, and a report of the results."""
 
 import datetime
 import os
