@@ -21,6 +21,7 @@ import optax
 from measure import ROOT, machine, markdown_table, random_batch, write_section
 
 from rtd_jax.apps.cache import cache_teacher
+from rtd_jax.apps.distill.prepare import Experiment, prepare
 from rtd_jax.apps.plan.program import matmul_flops, memory
 from rtd_jax.base.boundaries import shifted_labels
 from rtd_jax.base.settings import build
@@ -35,8 +36,7 @@ from rtd_jax.models.open import open_model
 from rtd_jax.teacher.cache import TeacherCache, chain_key
 from rtd_jax.teacher.online import teacher_outputs
 from rtd_jax.teacher.predictions import top_k_predictions
-from rtd_jax.train.experiment import Experiment, cache_identity, prepare
-from rtd_jax.train.recipe import Recipe
+from rtd_jax.train.recipe import Recipe, cache_identity
 from rtd_jax.train.state import create_state
 from rtd_jax.train.update import make_train_step
 

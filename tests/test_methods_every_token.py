@@ -9,6 +9,7 @@ from rtd_jax.base.means import safe_divide
 from rtd_jax.base.types import Batch, StudentOutputs, TeacherOutputs
 from rtd_jax.losses.hints import hint_losses
 from rtd_jax.methods.intermediate import Intermediate
+from rtd_jax.methods.term import Outputs
 from rtd_jax.methods.token_alignment import TokenAlignment
 
 
@@ -30,23 +31,23 @@ def batch(loss_weights, chain_ids):
 ROW = batch([[0, 1, 1, 0]], [[1, 1, 1, 0]])
 
 
-def outputs(student, teacher):
+def outputs(student, teacher, rows):
     """Outputs with the states given as those of layers 1, 2, .. at every token."""
     none = jnp.zeros(())
     of_student, of_teacher = (dict(enumerate(states, start=1)) for states in (student, teacher))
-    return StudentOutputs(none, none, {}, of_student), TeacherOutputs(None, None, {}, of_teacher)
+    return Outputs(StudentOutputs(none, none, {}, of_student), TeacherOutputs(None, None, {}, of_teacher), rows)
 
 
 def intermediate(student, teacher, rows, regressors, whole=None):
     """The term of pairs of layers 1:1, 2:2, .. over the denominator of a batch, by default these rows; its metric."""
     term = Intermediate(1.0, tuple((i, i) for i in range(1, len(student) + 1)))
-    total, metrics = term.sums(*outputs(student, teacher), rows, {"regressors": regressors}, {})
+    total, metrics = term.sums(outputs(student, teacher, rows), {"regressors": regressors}, {})
     return safe_divide(total, term.denominator(rows if whole is None else whole)), metrics["distill/intermediate"]
 
 
 def token_alignment(student, teacher, rows, f, whole=None):
     term = TokenAlignment(1.0, (1, 1))
-    total, metrics = term.sums(*outputs([student], [teacher]), rows, {"f": f}, {})
+    total, metrics = term.sums(outputs([student], [teacher], rows), {"f": f}, {})
     return safe_divide(total, term.denominator(rows if whole is None else whole)), metrics["distill/token_alignment"]
 
 

@@ -11,6 +11,7 @@ import pytest
 from rtd_jax.apps.cache import cache_teacher
 from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings
 from rtd_jax.apps.diagnose.diagnose import _cut as cut_chains
+from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.pretrain import PretrainRecipe
 from rtd_jax.apps.segment import SegmentSettings, segment
 from rtd_jax.base.settings import build
@@ -23,7 +24,6 @@ from rtd_jax.steps.classifier import load_classifier, text_boundaries, text_prob
 from rtd_jax.steps.detector import Detector, detect
 from rtd_jax.steps.prose import joined_steps, read
 from rtd_jax.steps.token_states import kept_states, token_states
-from rtd_jax.train.experiment import prepare
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.subjects import load_model
 

@@ -15,6 +15,7 @@ from tiny_run import recipe, source, write_teacher
 import rtd_jax.apps.cache
 import rtd_jax.models.open
 from rtd_jax.apps.cache import cache_teacher
+from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.distill.run import train
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.base.types import TopK
@@ -33,8 +34,9 @@ from rtd_jax.teacher.cache import (
     encode_record,
 )
 from rtd_jax.teacher.online import teacher_outputs
-from rtd_jax.train.experiment import cache_identity, load_splits, prepare
 from rtd_jax.train.optimizer import OptimizerSettings
+from rtd_jax.train.recipe import cache_identity
+from rtd_jax.train.splits import load_splits
 
 VOCAB = len(tiny_tokenizer())
 EXACT = CacheSettings(VOCAB, "float32", "float32")

@@ -13,6 +13,8 @@ import optax
 import pytest
 from tiny_run import recipe, source, write_teacher
 
+from rtd_jax.apps.distill.own_chains import drawn_chain, make_sampler
+from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.distill.stages import Run, Sinks, run_stages
 from rtd_jax.apps.pretrain import SizeSettings, model_config
 from rtd_jax.apps.reward_model import LabelledSteps, RewardModelRecipe, fit_head, judge, train_reward_model
@@ -41,10 +43,9 @@ from rtd_jax.teacher.reward_head import (
 from rtd_jax.train.checkpoints import Checkpoints, read_meta, restore_state
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.curriculum import CurriculumSettings
-from rtd_jax.train.experiment import load_splits, prepare
 from rtd_jax.train.metrics import MetricsLog
 from rtd_jax.train.recipe import DataSettings, EvaluationSettings, TeacherSettings
-from rtd_jax.train.rollouts import drawn_chain, make_sampler
+from rtd_jax.train.splits import load_splits
 from rtd_jax.train.state import create_state
 from rtd_jax.train.update import UpdateSettings, make_train_step
 
@@ -274,7 +275,7 @@ def test_a_reward_model_is_reported_on_held_out_steps(folder):
 def single(folder):
     """(experiment, initial state on the host), on one device."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rtd_jax.train.experiment.make_mesh", one_device_mesh)
+        patch.setattr("rtd_jax.apps.distill.prepare.make_mesh", one_device_mesh)
         experiment, state = prepare(reward_recipe(folder), lambda _: None)
     return experiment, jax.device_get(state)
 
@@ -373,7 +374,7 @@ def test_fine_tuning_on_chains_of_thought_reads_a_file_and_never_the_teacher(fol
         total_updates=4,
         evaluation=EvaluationSettings(teacher=False),
     )
-    monkeypatch.setattr("rtd_jax.train.experiment.make_mesh", one_device_mesh)
+    monkeypatch.setattr("rtd_jax.apps.distill.prepare.make_mesh", one_device_mesh)
     experiment, state = prepare(settings, lambda _: None)
     assert experiment.teacher is None
     assert experiment.teacher_params == {}

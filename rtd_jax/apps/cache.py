@@ -23,9 +23,8 @@ from rtd_jax.models.open import open_model
 from rtd_jax.teacher.cache import CacheWriter, Identity, chain_key, encode_record, predicting_positions
 from rtd_jax.teacher.predictions import top_k_predictions
 from rtd_jax.train.curriculum import stages
-from rtd_jax.train.experiment import cache_identity, make_detector
-from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.splits import load_splits, prefixed_chains, row_length_of
+from rtd_jax.train.recipe import Recipe, cache_identity
+from rtd_jax.train.splits import load_splits, make_detector, prefixed_chains, row_length_of
 
 
 def cache_teacher(recipe: Recipe, _: Path) -> Path:

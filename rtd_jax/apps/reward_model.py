@@ -1,7 +1,7 @@
 """Trains a process reward model: a head on what the frozen teacher makes of steps labelled right or wrong."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,20 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rtd_jax.base.boundaries import shifted_labels
 from rtd_jax.base.files import check_writable, write_json
 from rtd_jax.base.sharding import MeshSettings, check_rows, make_mesh, put_batch, to_host
-from rtd_jax.base.types import Batch, Params
+from rtd_jax.base.types import Params
 from rtd_jax.data.encoding import encode_traces
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.labelled import LabelledChain, LabelledSettings, load_labelled
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.eval.drift import auroc
 from rtd_jax.eval.estimates import estimate
-from rtd_jax.losses.policy import token_log_probs
-from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import OpenModel, open_model
-from rtd_jax.teacher.reward_head import RewardIdentity, init_head, save_head, step_features, step_logits
+from rtd_jax.teacher.reward_head import RewardIdentity, init_head, make_step_reader, save_head, step_logits
 from rtd_jax.train.recipe import TeacherSettings
 
 
@@ -113,32 +110,6 @@ def train_reward_model(recipe: RewardModelRecipe, workdir: Path) -> Path:
         )
     note(f"reward model: {workdir / 'model'}   report: {workdir / 'report.json'}")
     return workdir / "report.json"
-
-
-def make_step_reader(
-    model: LlamaModel, layers: tuple[int, ...], surprise: bool, vocab_size: int, chunk_length: int = 64
-) -> Callable[[Params, Batch], jax.Array]:
-    """Builds (teacher's params, batch) -> `step_features` of its steps, from one forward pass; traceable."""
-
-    def read(params: Params, batch: Batch) -> jax.Array:
-        rows = (batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL)
-        hidden_BLD, states = model.hidden(params, *rows, layers=layers or (-1,))
-        log_probs_BL = None
-        if surprise:
-            labels_BL, weights_BL = shifted_labels(batch)
-            made_BL = token_log_probs(
-                hidden_BLD,
-                model.head(params),
-                labels_BL,
-                weights_BL,
-                temperature=1.0,
-                vocab_size=vocab_size,
-                chunk_length=chunk_length,
-            )
-            log_probs_BL = jnp.pad(made_BL[:, :-1], ((0, 0), (1, 0)))  # from where it is made to the token itself
-        return step_features(states if layers else (), log_probs_BL, batch)
-
-    return read
 
 
 def fit_head(recipe: RewardModelRecipe, steps: LabelledSteps) -> tuple[Params, list[float]]:

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from rtd_jax.base.boundaries import step_boundaries
 from rtd_jax.base.means import Metrics
-from rtd_jax.base.types import Array, Batch, Params, StudentOutputs, TeacherOutputs
+from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.trajectory import alignment_sums, count_chains
 from rtd_jax.methods.maps import AXES, Maps, init_state_map, state_map
-from rtd_jax.methods.term import Coefficients, Reads, Setup, Term
+from rtd_jax.methods.term import Coefficients, Outputs, Reads, Setup, Term
 from rtd_jax.methods.trajectory import TrajectorySettings, boundary_reads
 
 
@@ -48,15 +48,8 @@ class Alignment(Term):
     def denominator(self, batch: Batch) -> Array:
         return count_chains(step_boundaries(batch.boundary_mask_BCK))
 
-    def sums(
-        self,
-        student: StudentOutputs,
-        teacher: TeacherOutputs | None,
-        batch: Batch,
-        params: Params,
-        coefficients: Coefficients,
-    ) -> tuple[Array, Metrics]:
-        assert teacher is not None
+    def sums(self, outputs: Outputs, params: Params, coefficients: Coefficients) -> tuple[Array, Metrics]:
+        student, teacher, batch = outputs
         mean = alignment_sums(
             student.boundary_states[self.layers[0]],
             teacher.boundary_states[self.layers[1]],

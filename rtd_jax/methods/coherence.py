@@ -9,10 +9,10 @@ from typing import ClassVar
 
 from rtd_jax.base.boundaries import transition_boundaries
 from rtd_jax.base.means import Metrics
-from rtd_jax.base.types import Array, Batch, Params, StudentOutputs, TeacherOutputs
+from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.trajectory import TransitionForm, coherence_sums, count_chains, transition_mask
 from rtd_jax.methods.maps import AXES, Maps, init_transition_map, transition_map
-from rtd_jax.methods.term import Coefficients, Reads, Setup, Term
+from rtd_jax.methods.term import Coefficients, Outputs, Reads, Setup, Term
 from rtd_jax.methods.trajectory import TrajectorySettings, boundary_reads
 
 
@@ -57,15 +57,8 @@ class Coherence(Term):
     def denominator(self, batch: Batch) -> Array:
         return count_chains(transition_mask(self._boundaries(batch)))
 
-    def sums(
-        self,
-        student: StudentOutputs,
-        teacher: TeacherOutputs | None,
-        batch: Batch,
-        params: Params,
-        coefficients: Coefficients,
-    ) -> tuple[Array, Metrics]:
-        assert teacher is not None
+    def sums(self, outputs: Outputs, params: Params, coefficients: Coefficients) -> tuple[Array, Metrics]:
+        student, teacher, batch = outputs
         mean = coherence_sums(
             student.boundary_states[self.layers[0]],
             teacher.boundary_states[self.layers[1]],

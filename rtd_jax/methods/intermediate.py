@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from rtd_jax.base.boundaries import chain_tokens
 from rtd_jax.base.means import Mean, Metrics, masked_sum
-from rtd_jax.base.types import Array, Batch, Params, StudentOutputs, TeacherOutputs
+from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.hints import hint_losses
 from rtd_jax.methods.maps import AXES, init_map
-from rtd_jax.methods.term import Coefficients, MethodSettings, Reads, Setup, Term
+from rtd_jax.methods.term import Coefficients, MethodSettings, Outputs, Reads, Setup, Term
 from rtd_jax.models.config import layers_to_match
 
 
@@ -68,15 +68,8 @@ class Intermediate(Term):
     def denominator(self, batch: Batch) -> Array:
         return jnp.sum(chain_tokens(batch)).astype(jnp.float32)
 
-    def sums(
-        self,
-        student: StudentOutputs,
-        teacher: TeacherOutputs | None,
-        batch: Batch,
-        params: Params,
-        coefficients: Coefficients,
-    ) -> tuple[Array, Metrics]:
-        assert teacher is not None
+    def sums(self, outputs: Outputs, params: Params, coefficients: Coefficients) -> tuple[Array, Metrics]:
+        student, teacher, batch = outputs
         mask_BL, regressors_PSD = chain_tokens(batch), params["regressors"]
         total = jnp.zeros(())
         for pair, (of_student, of_teacher) in enumerate(self.pairs):

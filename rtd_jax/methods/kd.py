@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 
 from rtd_jax.base.boundaries import shifted_labels
 from rtd_jax.base.means import Mean, Metrics
-from rtd_jax.base.types import Array, Batch, Params, StudentOutputs, TeacherOutputs
+from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.kd import cross_entropy_sums, kd_sums, top_k_kd_sums
-from rtd_jax.methods.term import Coefficients, MethodSettings, Reads, Setup, Term
+from rtd_jax.methods.term import Coefficients, MethodSettings, Outputs, Reads, Setup, Term
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,8 @@ class KD(Term):
     def denominator(self, batch: Batch) -> Array:
         return predicted_tokens(batch)
 
-    def sums(
-        self,
-        student: StudentOutputs,
-        teacher: TeacherOutputs | None,
-        batch: Batch,
-        params: Params,
-        coefficients: Coefficients,
-    ) -> tuple[Array, Metrics]:
-        assert teacher is not None
+    def sums(self, outputs: Outputs, params: Params, coefficients: Coefficients) -> tuple[Array, Metrics]:
+        student, teacher, batch = outputs
         options: dict[str, Any] = {
             "temperature": coefficients["temperature"],
             "alpha": coefficients["alpha"],
@@ -118,14 +111,8 @@ class Labels(Term):
     def denominator(self, batch: Batch) -> Array:
         return predicted_tokens(batch)
 
-    def sums(
-        self,
-        student: StudentOutputs,
-        teacher: TeacherOutputs | None,
-        batch: Batch,
-        params: Params,
-        coefficients: Coefficients,
-    ) -> tuple[Array, Metrics]:
+    def sums(self, outputs: Outputs, params: Params, coefficients: Coefficients) -> tuple[Array, Metrics]:
+        student, _, batch = outputs
         total, weight = cross_entropy_sums(
             student.hidden_BLS,
             student.head_SV,

@@ -8,10 +8,10 @@ from jax.sharding import Mesh
 
 from rtd_jax.base.boundaries import shifted, shifted_labels
 from rtd_jax.base.means import Mean, Metrics
-from rtd_jax.base.types import Array, Params, StudentOutputs, TeacherOutputs
+from rtd_jax.base.types import Array, Params
 from rtd_jax.losses.policy import Rollouts, policy_sums
 from rtd_jax.methods.kd import ChunkSettings, predicted_tokens
-from rtd_jax.methods.term import Coefficients, Reads, Setup, Term, Text
+from rtd_jax.methods.term import Coefficients, Outputs, Reads, Setup, Term, Text
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,8 @@ class StepReward(Term):
     def denominator(self, batch: Rollouts) -> Array:
         return predicted_tokens(batch.batch)
 
-    def sums(
-        self,
-        student: StudentOutputs,
-        teacher: TeacherOutputs | None,
-        batch: Rollouts,
-        params: Params,
-        coefficients: Coefficients,
-    ) -> tuple[Array, Metrics]:
+    def sums(self, outputs: Outputs, params: Params, coefficients: Coefficients) -> tuple[Array, Metrics]:
+        student, _, batch = outputs
         sums = policy_sums(
             student.hidden_BLS,
             student.head_SV,

@@ -10,12 +10,12 @@ anew (its weight, a temperature) is handed to it as traced scalars, its `coeffic
 import abc
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rtd_jax.base.means import Mean, Metrics, safe_divide
+from rtd_jax.base.means import Metrics, safe_divide
 from rtd_jax.base.types import Array, Batch, Params, StudentOutputs, TeacherOutputs
 from rtd_jax.methods.own_chains import RewardSettings
 from rtd_jax.models.config import LlamaConfig
@@ -23,6 +23,14 @@ from rtd_jax.models.config import LlamaConfig
 # Which chains a term is about: those of the data, or those that the student draws itself.
 Text = Literal["data", "own"]
 Coefficients = Mapping[str, Any]  # of one term: traced float32 scalars by name
+
+
+class Outputs(NamedTuple):
+    """What a term is computed from: both models' outputs on some rows, and the rows."""
+
+    student: StudentOutputs  # differentiable
+    teacher: TeacherOutputs  # constant; empty where nothing of it is read
+    batch: Any  # a `Batch`, or for `text` "own" the drawn chains
 
 
 @dataclass(frozen=True)
@@ -86,20 +94,11 @@ class Term(abc.ABC):
         """What the term is averaged over, float32 scalar. Called on the global batch, before any split."""
 
     @abc.abstractmethod
-    def sums(
-        self,
-        student: StudentOutputs,
-        teacher: TeacherOutputs | None,
-        batch: Any,
-        params: Params,
-        coefficients: Coefficients,
-    ) -> tuple[Array, Metrics]:
+    def sums(self, outputs: Outputs, params: Params, coefficients: Coefficients) -> tuple[Array, Metrics]:
         """The sum over the rows given, float32 scalar, and what is measured beside it as (sum, count).
 
         Args:
-          student: outputs on the rows; differentiable.
-          teacher: outputs on the same rows, with what `reads` names; None where nothing of it is read.
-          batch: the rows: a `Batch`, or for `text` "own" the drawn chains.
+          outputs: of both models on the rows, with what `reads` names.
           params: entries of `init_params`, of all terms.
           coefficients: the traced form of `coefficients()`.
         """
@@ -184,17 +183,15 @@ def reads_of(terms: Iterable[Term]) -> Reads:
 
 def weighted_sum(
     terms: Sequence[Term],
-    student: StudentOutputs,
-    teacher: TeacherOutputs | None,
-    batch: Any,
+    outputs: Outputs,
     params: Params,
     coefficients: Mapping[str, Coefficients],
     denominators: Mapping[str, Array],
-) -> tuple[Array, dict[str, Mean]]:
+) -> tuple[Array, Metrics]:
     """sum of weight * sums / denominator, float32 scalar, and the metrics of all terms."""
     loss, metrics = jnp.zeros(()), Metrics()
     for term in terms:
-        total, measured = term.sums(student, teacher, batch, params, coefficients[term.name])
+        total, measured = term.sums(outputs, params, coefficients[term.name])
         loss += coefficients[term.name]["weight"] * safe_divide(total, denominators[term.name])
         metrics |= measured
     return loss, metrics

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 from rtd_jax.base.boundaries import completion_tokens
 from rtd_jax.base.means import Mean, Metrics
-from rtd_jax.base.types import Array, Batch, Params, StudentOutputs, TeacherOutputs
+from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.trajectory import boundary_losses
 from rtd_jax.methods.maps import AXES, Maps, init_state_map, state_map
-from rtd_jax.methods.term import Coefficients, Reads, Setup, Term
+from rtd_jax.methods.term import Coefficients, Outputs, Reads, Setup, Term
 from rtd_jax.methods.trajectory import TrajectorySettings
 
 
@@ -53,15 +53,8 @@ class TokenAlignment(Term):
     def denominator(self, batch: Batch) -> Array:
         return jnp.sum(completion_tokens(batch)).astype(jnp.float32)
 
-    def sums(
-        self,
-        student: StudentOutputs,
-        teacher: TeacherOutputs | None,
-        batch: Batch,
-        params: Params,
-        coefficients: Coefficients,
-    ) -> tuple[Array, Metrics]:
-        assert teacher is not None
+    def sums(self, outputs: Outputs, params: Params, coefficients: Coefficients) -> tuple[Array, Metrics]:
+        student, teacher, batch = outputs
         states = student.token_states[self.layers[0]], teacher.token_states[self.layers[1]]
         mask_BL = completion_tokens(batch)
         total = jnp.sum(boundary_losses(*states, mask_BL, state_map(params)))

@@ -12,7 +12,7 @@ teacher's attention.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from rtd_jax.base.boundaries import gather_boundaries, step_tokens
+from rtd_jax.base.boundaries import gather_boundaries, shifted_labels, step_tokens
 from rtd_jax.base.files import read_json, replacing, write_json
 from rtd_jax.base.types import Array, Batch, Params
+from rtd_jax.losses.policy import token_log_probs
+from rtd_jax.models.model import LlamaModel
 
 FORMAT = 2
 
@@ -130,3 +132,29 @@ def load_head(folder: Path, teacher: str, tokenizer: str, text: str) -> RewardMo
     if digest != saved["sha256"]:
         raise ValueError(f"{path} is not the file that head.json names ({digest[:12]}); train the reward model again")
     return RewardModel({name: jnp.asarray(x) for name, x in load_file(path).items()}, identity, digest)
+
+
+def make_step_reader(
+    model: LlamaModel, layers: tuple[int, ...], surprise: bool, vocab_size: int, chunk_length: int = 64
+) -> Callable[[Params, Batch], jax.Array]:
+    """Builds (teacher's params, batch) -> `step_features` of its steps, from one forward pass; traceable."""
+
+    def read(params: Params, batch: Batch) -> jax.Array:
+        rows = (batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL)
+        hidden_BLD, states = model.hidden(params, *rows, layers=layers or (-1,))
+        log_probs_BL = None
+        if surprise:
+            labels_BL, weights_BL = shifted_labels(batch)
+            made_BL = token_log_probs(
+                hidden_BLD,
+                model.head(params),
+                labels_BL,
+                weights_BL,
+                temperature=1.0,
+                vocab_size=vocab_size,
+                chunk_length=chunk_length,
+            )
+            log_probs_BL = jnp.pad(made_BL[:, :-1], ((0, 0), (1, 0)))  # from where it is made to the token itself
+        return step_features(states if layers else (), log_probs_BL, batch)
+
+    return read

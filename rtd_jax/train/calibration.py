@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from rtd_jax.base.means import Mean
 from rtd_jax.base.types import Batch, StudentOutputs
-from rtd_jax.methods.term import Term
+from rtd_jax.methods.term import Outputs, Term
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.train.update import TeacherSource, teacher_on
 
@@ -34,12 +34,11 @@ def make_self_comparison(
     def measure(on_plain: TeacherSource, plain: Batch, on_prefixed: TeacherSource, prefixed: Batch) -> Mean:
         target = teacher_on(teacher, on_plain, plain, term.reads)
         other = teacher_on(teacher, on_prefixed, prefixed, term.reads)
-        assert target is not None
-        assert other is not None
         states = {student: other.boundary_states[of_teacher] for student, of_teacher in joined}
         both = plain._replace(boundary_mask_BCK=plain.boundary_mask_BCK & prefixed.boundary_mask_BCK)
         nothing = jnp.zeros(())  # a term on boundary states reads neither final states nor a head
-        total, _ = term.sums(StudentOutputs(nothing, nothing, states, {}), target, both, {}, term.coefficients())
+        outputs = Outputs(StudentOutputs(nothing, nothing, states, {}), target, both)
+        total, _ = term.sums(outputs, {}, term.coefficients())
         return Mean(total, term.denominator(both))
 
     return measure

@@ -13,8 +13,8 @@ from rtd_jax.methods.own_chains import RewardSettings
 from rtd_jax.methods.term import Objective, Setup
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.decoder import AttentionKernel, Remat
-from rtd_jax.models.open import FloatDtype, ModelSettings
-from rtd_jax.teacher.cache import CacheSettings
+from rtd_jax.models.open import FloatDtype, ModelSettings, OpenModel
+from rtd_jax.teacher.cache import CacheSettings, Identity
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.optimizer import OptimizerSettings
 from rtd_jax.train.update import UpdateSettings
@@ -190,3 +190,29 @@ class Recipe:
           ValueError: a layer that a model does not have.
         """
         return self.loss.objective(Setup(student, teacher, vocab_size, self.reward, mesh))
+
+
+def cache_identity(recipe: Recipe, teacher: OpenModel) -> Identity:
+    """What a cache must have been written with to serve this recipe.
+
+    Raises:
+      ValueError: the recipe names a layer that the teacher does not have.
+    """
+    layer = teacher.config.layer_index(recipe.loss.hidden_layer)
+    try:
+        others = [teacher.config.layer_index(other) for other in recipe.cache.layers]
+    except ValueError as error:
+        raise ValueError(f"cache.layers is {recipe.cache.layers}: {error}") from error
+    return Identity(
+        teacher=teacher.fingerprint,
+        teacher_dtypes=recipe.teacher.precision,
+        tokenizer=teacher.tokenizer_fingerprint,
+        vocab_size=len(teacher.tokenizer),
+        width=teacher.config.width,
+        hidden_layer=layer,
+        temperature=recipe.loss.temperature,
+        top_k=min(recipe.cache.top_k, len(teacher.tokenizer)),
+        predictions=recipe.cache.predictions,
+        states=recipe.cache.states,
+        layers=tuple(sorted({layer, *others})),
+    )

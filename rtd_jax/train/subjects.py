@@ -27,8 +27,8 @@ from rtd_jax.models.quantized import INT8, quantize_params
 from rtd_jax.models.weights import logical_axes
 from rtd_jax.teacher.cache import TeacherCache, chain_key, read_identity
 from rtd_jax.train.checkpoints import read_meta, restore_params
-from rtd_jax.train.experiment import student_config
 from rtd_jax.train.recipe import Recipe
+from rtd_jax.train.student import student_config
 
 LENGTH_BUCKET = 64  # tokens; rows are as long as their longest chain, rounded up to this
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rtd_jax.base.means import Mean, Metrics
 from rtd_jax.base.sharding import row_sharding
 from rtd_jax.base.types import Array, Batch, Params, StudentOutputs, TeacherOutputs
-from rtd_jax.methods.term import Coefficients, Objective, Reads, Term, reads_of, weighted_sum
+from rtd_jax.methods.term import Coefficients, Objective, Outputs, Reads, Term, reads_of, weighted_sum
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.teacher.online import student_outputs, teacher_outputs
 from rtd_jax.train.state import TrainState, state_shardings
@@ -77,7 +77,8 @@ def make_train_step(
             reads, rows = reads_of(terms), chains if isinstance(chains, Batch) else chains.batch
             of_student = _student_on(student, params["student"], rows, reads)
             of_teacher = teacher_on(teacher, weights if cached is None else cached, rows, reads)
-            value, measured = weighted_sum(terms, of_student, of_teacher, chains, params, coefficients, denominators)
+            outputs = Outputs(of_student, of_teacher, chains)
+            value, measured = weighted_sum(terms, outputs, params, coefficients, denominators)
             loss, metrics = loss + value, metrics | measured
         return loss, metrics | {"loss": Mean(loss, jnp.ones(()))}
 
@@ -108,12 +109,10 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def teacher_on(
-    teacher: LlamaModel | None, source: TeacherSource | None, batch: Batch, reads: Reads
-) -> TeacherOutputs | None:
-    """The teacher's outputs on a batch, computed or as given; None where nothing of it is read. No gradient flows."""
+def teacher_on(teacher: LlamaModel | None, source: TeacherSource | None, batch: Batch, reads: Reads) -> TeacherOutputs:
+    """The teacher's outputs on a batch, computed or as given; empty where nothing of it is read. No gradient flows."""
     if not reads.teacher:
-        return None
+        return TeacherOutputs(None, None, {}, {})
     if isinstance(source, TeacherOutputs):
         return jax.lax.stop_gradient(source)
     assert teacher is not None, "without a teacher an update takes its outputs"
@@ -154,7 +153,6 @@ def make_boundary_reader(
     def read(params: Params, source: TeacherSource, batch: Batch) -> tuple[Array, Array]:
         of_student = _student_on(student, params["student"], batch, reads)
         of_teacher = teacher_on(teacher, source, batch, reads)
-        assert of_teacher is not None
         return of_student.boundary_states[layers[0]], of_teacher.boundary_states[layers[1]]
 
     return read
@@ -172,7 +170,7 @@ def make_term_eval(
     def evaluate(params: Params, source: TeacherSource, batch: Batch) -> Mean:
         of_student = _student_on(student, params["student"], batch, term.reads)
         of_teacher = teacher_on(teacher, source, batch, term.reads)
-        total, _ = term.sums(of_student, of_teacher, batch, params, term.coefficients())
+        total, _ = term.sums(Outputs(of_student, of_teacher, batch), params, term.coefficients())
         return Mean(total, term.denominator(batch))
 
     return evaluate

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from rtd_jax.apps.distill.prepare import Experiment
 from rtd_jax.apps.report.page import write_report
 from rtd_jax.base.console import print_table
 from rtd_jax.base.sharding import host_share, put_batch, row_sharding, row_ways, to_host
@@ -21,7 +22,6 @@ from rtd_jax.eval.evaluate import EvaluationReport, Record, evaluate_model
 from rtd_jax.methods.maps import state_map, transition_map
 from rtd_jax.methods.term import Setup
 from rtd_jax.models.model import LlamaModel
-from rtd_jax.train.experiment import Experiment
 from rtd_jax.train.update import make_boundary_reader
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from rtd_jax.apps.distill.own_chains import Sampler, make_sampler
+from rtd_jax.apps.distill.prepare import Experiment
 from rtd_jax.apps.distill.report import evaluate_in, first_of_each_depth
 from rtd_jax.base.console import Display
 from rtd_jax.base.means import Mean, Metrics
@@ -19,10 +21,8 @@ from rtd_jax.train.calibration import make_self_comparison, mean_over
 from rtd_jax.train.checkpoints import Checkpoints
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.curriculum import Stage, StageRecord, ended, record_validation, stage_budget
-from rtd_jax.train.experiment import Experiment
 from rtd_jax.train.loop import Loop
 from rtd_jax.train.metrics import MetricsLog, check_finite
-from rtd_jax.train.rollouts import Sampler, make_sampler
 from rtd_jax.train.splits import prefixed_chains, row_length_of
 from rtd_jax.train.state import TrainState
 from rtd_jax.train.update import TeacherSource, make_term_eval

@@ -16,10 +16,10 @@ from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.from_hf import load_config
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import make_model, weight_shardings
-from rtd_jax.train.experiment import student_config, student_model
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import TrainState, create_state, state_shardings
+from rtd_jax.train.student import student_config, student_model
 from rtd_jax.train.update import TeacherSource, make_train_step
 
 ARCHITECTURES = Path(__file__).resolve().parents[2] / "bundled" / "architectures.json"

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,24 @@ import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from rtd_jax.base.sharding import check_rows, make_mesh, put_batch, row_sharding
+from rtd_jax.base.sharding import check_rows, make_mesh, put_batch
 from rtd_jax.base.types import Batch, Params
 from rtd_jax.data.encoding import chains_fingerprint
 from rtd_jax.data.tokenizer_match import compare_tokenizers
 from rtd_jax.methods.term import Objective
-from rtd_jax.models.config import LlamaConfig, layers_to_copy
-from rtd_jax.models.from_hf import load_config, load_params, resolve
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.from_hf import resolve
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import OpenModel, load_tokenizer, open_model
-from rtd_jax.steps.classifier import load_classifier
 from rtd_jax.steps.detector import Detector
-from rtd_jax.steps.select import classifier_folder
-from rtd_jax.teacher.cache import Identity, TeacherCache
+from rtd_jax.teacher.cache import TeacherCache
 from rtd_jax.teacher.reward_head import RewardModel, load_head
 from rtd_jax.train.curriculum import Stage, stages
 from rtd_jax.train.optimizer import make_optimizer
-from rtd_jax.train.recipe import Recipe, StudentSettings
-from rtd_jax.train.splits import Chains, load_splits
+from rtd_jax.train.recipe import Recipe, cache_identity
+from rtd_jax.train.splits import Chains, load_splits, make_detector
 from rtd_jax.train.state import TrainState, create_state, state_shardings
+from rtd_jax.train.student import initial_student, student_config, student_model
 from rtd_jax.train.update import TeacherSource, TrainStep, make_train_step
 
 
@@ -121,7 +120,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
     teacher_params = loaded.params if needed else {}
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
     objective = recipe.objective(of_student, teacher_config, vocab_size, mesh)
-    state = _initial_state(recipe, student, student_dir, teacher_dir, teacher_config, objective, optimizer, mesh)
+    state = _initial_state(recipe, student, loaded, objective, optimizer)
     step = make_train_step(student, teacher, optimizer, objective, recipe.update, mesh)
     experiment = Experiment(
         recipe=recipe,
@@ -164,72 +163,6 @@ def _needs_weights(recipe: Recipe) -> bool:
     )
 
 
-def student_model(settings: StudentSettings, config: LlamaConfig, mesh: Mesh) -> LlamaModel:
-    """The student without its weights."""
-    return LlamaModel(
-        config,
-        settings.compute_dtype,
-        settings.remat,
-        activation_sharding=row_sharding(mesh),
-        attention=settings.attention,
-    )
-
-
-def make_detector(recipe: Recipe, teacher: OpenModel) -> Detector | None:
-    """What cuts the recipe's chains, where that is a classifier.
-
-    Raises:
-      ValueError: the classifier is missing or damaged, or was fitted to another teacher.
-    """
-    folder = classifier_folder(recipe.data.segmentation)
-    if folder is None:
-        return None
-    classifier = load_classifier(folder)
-    named = f"the recipe's teacher {teacher.directory}"
-    classifier.check_teacher(teacher.fingerprint, teacher.tokenizer_fingerprint, named)
-
-    def load() -> tuple[LlamaModel, Params]:
-        if recipe.teacher.cache and not teacher.is_loaded:
-            teacher.note("some chains have not been cut yet, so the teacher is loaded in spite of its cache")
-        return teacher.model, teacher.params
-
-    return Detector(
-        classifier,
-        teacher.tokenizer,
-        teacher.mesh,
-        load,
-        described=recipe.teacher.precision,
-        folder=Path(recipe.data.steps_cache).expanduser() if recipe.data.steps_cache else None,
-        note=teacher.note,
-    )
-
-
-def cache_identity(recipe: Recipe, teacher: OpenModel) -> Identity:
-    """What a cache must have been written with to serve this recipe.
-
-    Raises:
-      ValueError: the recipe names a layer that the teacher does not have.
-    """
-    layer = teacher.config.layer_index(recipe.loss.hidden_layer)
-    try:
-        others = [teacher.config.layer_index(other) for other in recipe.cache.layers]
-    except ValueError as error:
-        raise ValueError(f"cache.layers is {recipe.cache.layers}: {error}") from error
-    return Identity(
-        teacher=teacher.fingerprint,
-        teacher_dtypes=recipe.teacher.precision,
-        tokenizer=teacher.tokenizer_fingerprint,
-        vocab_size=len(teacher.tokenizer),
-        width=teacher.config.width,
-        hidden_layer=layer,
-        temperature=recipe.loss.temperature,
-        top_k=min(recipe.cache.top_k, len(teacher.tokenizer)),
-        predictions=recipe.cache.predictions,
-        states=recipe.cache.states,
-        layers=tuple(sorted({layer, *others})),
-    )
-
-
 def _check_stages(plan: Sequence[Stage], train: Chains, validation: Chains) -> None:
     for split, chains in (("training", train), ("validation", validation)):
         for stage in plan:
@@ -241,56 +174,23 @@ def _check_stages(plan: Sequence[Stage], train: Chains, validation: Chains) -> N
                 )
 
 
-def student_config(student: StudentSettings, teacher: LlamaConfig) -> LlamaConfig:
-    """The student's sizes: those of its checkpoint, those of the teacher with fewer layers, or as the settings say.
-
-    Raises:
-      ValueError: the checkpoint cannot be used, or the settings ask for more layers than the teacher has.
-    """
-    if student.init == "pretrained":
-        return load_config(resolve(student.path))
-    if student.init == "teacher_layers":
-        if not 1 <= student.layers <= teacher.layers:
-            raise ValueError(f"student.layers is {student.layers}; the teacher has {teacher.layers} to take them from")
-        return replace(teacher, layers=student.layers)
-    return replace(
-        teacher,
-        layers=student.layers,
-        width=student.width,
-        mlp_width=student.mlp_width,
-        heads=student.heads,
-        kv_heads=student.kv_heads,
-        head_dim=student.head_dim,
-    )
-
-
 def _initial_state(
     recipe: Recipe,
     student: LlamaModel,
-    student_dir: Path | None,
-    teacher_dir: Path,
-    teacher_config: LlamaConfig,
+    teacher: OpenModel,
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
 ) -> TrainState:
     student_key, maps_key, run_key = jax.random.split(jax.random.PRNGKey(recipe.seed), 3)
-    widths = (student.config.width, teacher_config.width)
+    widths = (student.config.width, teacher.config.width)
 
     def assemble(params: Params) -> TrainState:
         return create_state({"student": params, **objective.init_params(maps_key, *widths)}, optimizer, run_key)
 
     abstract = jax.eval_shape(assemble, student.abstract_params())
-    shardings = state_shardings(abstract, optimizer, mesh, objective.param_axes(), recipe.optimizer.offload)
-    of_student = shardings.params["student"]
-    if student_dir is not None:
-        params = load_params(student_dir, student.config, dtype="float32", shardings=of_student)
-    elif recipe.student.init == "teacher_layers":
-        # From the files, not from the params in memory, which may be rounded.
-        chosen = layers_to_copy(teacher_config.layers, recipe.student.layers)
-        params = load_params(teacher_dir, teacher_config, dtype="float32", shardings=of_student, layers=chosen)
-    else:
-        params = jax.jit(student.init, out_shardings=of_student)(student_key)
+    axes = objective.param_axes()
+    shardings = state_shardings(abstract, optimizer, teacher.mesh, axes, recipe.optimizer.offload)
+    params = initial_student(recipe.student, student, teacher, student_key, shardings.params["student"])
     return jax.jit(assemble, out_shardings=shardings, donate_argnums=0)(params)
 
 
