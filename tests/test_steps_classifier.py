@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rtd_jax.data.formats import TextFormat
+from rtd_jax.eval.segmentation import boundary_scores
 from rtd_jax.steps.classifier import (
     BoundaryClassifier,
     in_rows,
@@ -19,7 +20,6 @@ from rtd_jax.steps.classifier import (
 )
 from rtd_jax.steps.fit import Examples, FitSettings, Identity, fit_classifier
 from rtd_jax.steps.head import HeadSettings
-from rtd_jax.steps.scores import boundary_scores
 
 IDENTITY = Identity("a" * 64, "teacher", "b" * 64, (1, 2), TextFormat())
 

@@ -15,6 +15,7 @@ from rtd_jax.data.formats import render
 from rtd_jax.data.trace import ChoiceQuestion, Trace
 from rtd_jax.eval.choices import choice_log_likelihoods, score_choices
 from rtd_jax.eval.decoding import Sampling
+from rtd_jax.eval.estimates import error_rows
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, Progress, full_report
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.eval.tasks import EXAMPLES_SEED, TASKS, Problems, load_problems, question_of
@@ -242,7 +243,7 @@ def _rescored_texts(rows: Sequence[tuple[dict[str, Any], str]]) -> tuple[dict[st
         record |= kept_of[record["problem"]][record["sample"]]
     if all(key in record for record in records for key in KEPT):
         return full_report(scores, records, OPEN_FROM).to_dict(), records
-    return dataclasses.asdict(scores), records
+    return error_rows(scores), records
 
 
 def _rescored_choices(rows: Sequence[tuple[dict[str, Any], str]]) -> tuple[dict[str, Any], list[Record]]:

@@ -181,7 +181,8 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
     }
     write_json(workdir / "report.json", report)
     rows = [
-        (depth, percent(chain), percent(result.step_accuracy[depth])) for depth, chain in result.chain_accuracy.items()
+        (depth, percent(chain.error_row()), percent(result.step_accuracy[depth].error_row()))
+        for depth, chain in result.chain_accuracy.items()
     ]
     print_table("Accuracy by reasoning depth (± one standard error)", ["depth", "chain %", "step %"], rows)
     print(

@@ -165,7 +165,7 @@ def judge(head: Params, steps: LabelledSteps, recipe: RewardModelRecipe) -> dict
     chains = steps.chains_M
 
     def area(strata: np.ndarray | None) -> dict[str, Any]:
-        found = auroc(logits, steps.right_M, chains, strata, **options).to_dict()
+        found = auroc(logits, steps.right_M, chains, strata, **options).interval_row()
         return {name: round(x, 4) if isinstance(x, float) else x for name, x in found.items()}
 
     return {
@@ -173,7 +173,7 @@ def judge(head: Params, steps: LabelledSteps, recipe: RewardModelRecipe) -> dict
         "wrong": int(np.sum(~steps.right_M)),
         "auroc": area(None),
         "auroc_within": area(steps.places_M),
-        "accuracy": estimate((logits > 0) == steps.right_M, chains),
+        "accuracy": estimate((logits > 0) == steps.right_M, chains).error_row(),
         "always_right": float(steps.right_M.mean()),
     }
 

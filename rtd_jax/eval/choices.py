@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.base.types import Params
-from rtd_jax.eval.estimates import Estimate, estimate
+from rtd_jax.eval.estimates import Estimate, error_rows, estimate
 from rtd_jax.eval.scoring import PackedModel, ScoringSettings, score_chains
 
 Record = dict[str, Any]
@@ -42,7 +42,7 @@ class ChoiceReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of plain numbers and strings, ready for JSON."""
-        return dataclasses.asdict(self)
+        return error_rows(self)
 
 
 def score_choices(

@@ -13,7 +13,7 @@ from rtd_jax.data.by_length import round_up
 from rtd_jax.data.formats import TextFormat, render, stop_token_ids
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.decoding import CachedModel, GenerateSettings, Sampling, generate
-from rtd_jax.eval.estimates import Estimate
+from rtd_jax.eval.estimates import Estimate, error_rows
 from rtd_jax.eval.reference import ReferenceScore, RenderedText, reference_fields, score_references
 from rtd_jax.eval.scoring import PackedModel, ScoringSettings
 from rtd_jax.eval.text_scores import Record, TextScores, gap, score_texts
@@ -46,7 +46,7 @@ class EvaluationReport(TextScores):
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of plain numbers and strings, ready for JSON."""
-        return dataclasses.asdict(self)
+        return error_rows(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,7 +94,7 @@ def reference_fields(
             clusters=[i for _, i in steps],
         ),
         "independent_chain_accuracy": independent_chain_accuracy([s.steps for s in scores], depths, open_from),
-        "perplexity": perplexities["all"]["mean"],
+        "perplexity": perplexities["all"].value,
         "perplexity_by_depth": perplexities,
         "predicted_tokens": sum(score.tokens for score in scores),
     }

@@ -222,7 +222,7 @@ def _midrun_evaluation(experiment: Experiment, run: Run, sinks: Sinks) -> dict[s
     problems = first_of_each_depth(experiment.validation.traces, experiment.recipe.evaluation.curve_problems)
     result, _ = make_evaluator(experiment)(experiment.student, run.state.params["student"], problems)
     tables = {"chain_accuracy": result.chain_accuracy, "step_accuracy": result.step_accuracy}
-    means = {name: {depth: found["mean"] for depth, found in table.items()} for name, table in tables.items()}
+    means = {name: {depth: found.value for depth, found in table.items()} for name, table in tables.items()}
     return {"update": update, "seconds": round(seconds, 3), **means}
 
 

@@ -13,8 +13,9 @@ from rtd_jax.models.open import ModelSettings, open_model
 
 
 class JaxBackend:
-    """Batches of neighbours in length. A batch is always made of the same requests, so that what a kill interrupted
-    is written again with the same bits.
+    """A teacher that decodes batches of prompts of similar length.
+
+    A batch always consists of the same requests, so that an interrupted one is written again with the same bits.
 
     Raises:
       ValueError: there is no such model, or several processes were started.
