@@ -11,13 +11,15 @@ train.jsonl and test.jsonl in prm800k. docs/teacher-cache.md says what a cache l
 from ml_collections import ConfigDict
 
 from configs.study_tiny import ALIGNMENT_WEIGHTS, COHERENCE_WEIGHTS, FROM_CACHE, KD, methods, weight_grid, words_of
+from rtd_jax.apps.study.study import StudyRecipe
+from rtd_jax.base.settings import defaults
 
 TEACHER = "meta-llama/Meta-Llama-3-70B-Instruct"
 
 
 def get_config(arg: str = "") -> ConfigDict:
     words = words_of(arg, ("grid", "cached"))
-    c = ConfigDict()
+    c = defaults(StudyRecipe)
     c.base = "configs/rtd_8b.py"  # config of every run; all methods train on the teacher's chains
     c.parallel = 1  # a run takes all devices
     c.seeds = (0, 1, 2)  # of projections and data order; the same for every method

@@ -1,10 +1,12 @@
 """Does a recipe fit on the hardware, what does an update cost, and what binds?"""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,8 +14,9 @@ import jax.numpy as jnp
 
 from rtd_jax.apps.plan.abstract import Abstract, abstract_step
 from rtd_jax.apps.plan.program import Hlo, Memory, matmul_flops, memory
-from rtd_jax.apps.plan.targets import Target
+from rtd_jax.apps.plan.targets import Target, find_target, prepare_backends
 from rtd_jax.base.console import print_table
+from rtd_jax.base.files import write_json
 from rtd_jax.base.sharding import make_mesh, row_sharding
 from rtd_jax.eval.decoding import PROMPT_BUCKET, greedy
 from rtd_jax.models.config import LlamaConfig
@@ -23,6 +26,15 @@ from rtd_jax.train.update import make_coherence_eval
 GIB = 2**30
 # Share of a step's time that is left when the binding resource is never idle; what large runs report at best.
 ACHIEVABLE = 0.55
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """For which hardware a recipe is planned."""
+
+    target: str = "a100-80gb:8"  # hardware and how much of it; also tpu-v5p:2x2x2, tpu-v6e:4x4, h100-80gb:8, cpu:8
+    dollars_per_device_hour: float | None = None  # price of a device; an assumed one where it is not given
+    json: str = ""  # file into which the numbers are written, too; "" writes none
 
 
 @dataclass(frozen=True)
@@ -333,3 +345,20 @@ def to_json(target: Target, found: Plans) -> dict[str, Any]:
         "programs": {name: dataclasses.asdict(p) | {"seconds": p.seconds(target)} for name, p in plans.items()},
         "updates": {name: dataclasses.asdict(p) | {"seconds": p.seconds(target)} for name, p in found.updates.items()},
     }
+
+
+def show_plan(recipe: Recipe, settings: PlanSettings) -> None:
+    """Plans a recipe, prints what was found, and writes it where `settings` say.
+
+    Raises:
+      ValueError: what `find_target` and `plan` raise.
+    """
+    prepare_backends(settings.target)
+    target = find_target(settings.target)
+    if settings.dollars_per_device_hour is not None:
+        chip = dataclasses.replace(target.chip, dollars=settings.dollars_per_device_hour)
+        target = dataclasses.replace(target, chip=chip)
+    found = plan(recipe, target, functools.partial(print, flush=True))
+    print_plan(recipe, target, found)
+    if settings.json:
+        write_json(Path(settings.json), to_json(target, found))
