@@ -140,14 +140,15 @@ def settings_of(cls: type, values: Mapping[str, Any], default: Mapping | None = 
 def comments(cls: type) -> dict[str, str]:
     """The comment at the end of each field's line in the source: what a setting means, and its unit."""
     found: dict[str, str] = {}
-    name = ""
-    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline):
-        if token.type == tokenize.NAME and token.line.startswith(f"    {token.string}: "):
-            name = token.string if token.start[1] == 4 else name
-        elif token.type == tokenize.NEWLINE:
-            name = ""
-        elif token.type == tokenize.COMMENT and name:
-            found[name] = token.string.lstrip("# ")
+    for part in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        name = ""
+        for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(part)).readline):
+            if token.type == tokenize.NAME and token.line.startswith(f"    {token.string}: "):
+                name = token.string if token.start[1] == 4 else name
+            elif token.type == tokenize.NEWLINE:
+                name = ""
+            elif token.type == tokenize.COMMENT and name:
+                found[name] = token.string.lstrip("# ")
     return found
 
 

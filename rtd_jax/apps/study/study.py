@@ -27,8 +27,8 @@ class StudyRecipe:
     """
 
     base: str  # config file of every run
-    tasks: dict[str, Overrides]
-    methods: dict[str, Overrides]
+    tasks: dict[str, Overrides]  # overrides of `base` that make a task, by its name
+    methods: dict[str, Overrides]  # overrides of `base` that make a method, by its name
     seeds: tuple[int, ...]  # of params and data order; the same for every method
     baseline: str = "kd"  # what differences are taken to
     parallel: int = 1  # runs side by side on equal shares of the cores; 0 makes none: the report of those there are
