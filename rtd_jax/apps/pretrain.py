@@ -46,14 +46,14 @@ from rtd_jax.train.update import make_train_step
 class SizeSettings:
     """Shape of the network."""
 
-    layers: int
-    width: int
-    mlp_width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rope_theta: float = 10_000.0
-    max_positions: int = 1024  # tokens
+    layers: int  # transformer blocks
+    width: int  # hidden units
+    mlp_width: int  # hidden units of the SwiGLU
+    heads: int  # query heads
+    kv_heads: int  # key/value heads, each shared by heads / kv_heads query heads
+    head_dim: int  # units of one head
+    rope_theta: float = 10_000.0  # base of the rotary angles
+    max_positions: int = 1024  # tokens; written to config.json
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,16 @@ class PretrainRecipe:
     model: SizeSettings
     train: SourceSettings
     test: SourceSettings
-    phases: tuple[Phase, ...]
+    phases: tuple[Phase, ...]  # one after the other, each a dict with updates, max_depth, batch_size, row_length, ..
     optimizer: OptimizerSettings
     text: TextFormat = TextFormat()
-    shot_fraction: float = (
-        0.1  # of chains that come behind a solved example, so that the model can read few-shot prompts
-    )
+    shot_fraction: float = 0.1  # of chains that come behind a solved example: the model can then read few-shot prompts
     mesh: MeshSettings = MeshSettings()
     problems_per_depth: int = 200  # of the final evaluation
-    max_new_tokens: int = 128
+    max_new_tokens: int = 128  # of a generated solution
     log_every: int = 20  # updates
     checkpoint_every: int = 250  # updates
-    seed: int = 0
+    seed: int = 0  # of params, data order and few-shot choices
 
     def __post_init__(self) -> None:
         if "prose" in (self.train.schema, self.test.schema):

@@ -43,9 +43,9 @@ class RewardModelRecipe:
     epochs: int = 30  # over the labelled steps
     steps_per_update: int = 512  # labelled steps
     learning_rate: float = 3e-3  # peak; cosine to zero
-    weight_decay: float = 1e-2
+    weight_decay: float = 1e-2  # on the head
     resamples: int = 200  # for intervals
-    seed: int = 0
+    seed: int = 0  # of the head and of the order of steps
     mesh: MeshSettings = MeshSettings()
 
     def __post_init__(self) -> None:

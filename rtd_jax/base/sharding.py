@@ -43,9 +43,9 @@ TABLES = {"fsdp": FSDP, "tensor": TENSOR}
 class MeshSettings:
     """Size of each mesh axis, in devices. One of them may be -1: whatever is left."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: int = 1  # devices: replicas of everything
+    fsdp: int = -1  # devices that share rows and weights
+    tensor: int = 1  # devices that share heads, MLP and vocabulary
 
 
 def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -> Mesh:

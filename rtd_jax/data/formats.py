@@ -18,7 +18,7 @@ _TEMPLATE_ARGUMENTS: dict[str, Any] = {"date_string": "26 Jul 2024"}
 
 @dataclass(frozen=True)
 class TextFormat:
-    """`kind` is 'plain' or 'chat'.
+    """How a prompt and a completion become a text.
 
     `prompt_template` holds {prompt} (of a chat: the user's message). `completion_prefix` (plain only) stands between
     prompt and completion and is predicted as part of the completion: with byte-pair tokenizers the separating space
@@ -26,16 +26,19 @@ class TextFormat:
     an instruction, or solved examples.
     """
 
-    kind: str = "plain"
-    prompt_template: str = ""
-    completion_prefix: str = " "
-    context: str = ""
+    kind: str = "plain"  # or "chat": the tokenizer's own chat template
+    prompt_template: str = ""  # holds {prompt}; "" is the kind's own
+    completion_prefix: str = " "  # between prompt and completion; "plain" only
+    context: str = ""  # in front of every prompt, as it is
 
     def __post_init__(self) -> None:
         if self.kind not in ("plain", "chat"):
             raise ValueError(f"text format {self.kind!r} is unknown; use 'plain' or 'chat'")
         if self.prompt_template and self.prompt_template.count("{prompt}") != 1:
             raise ValueError(f"prompt_template is {self.prompt_template!r}; expected {{prompt}} in it exactly once")
+
+    def unread_settings(self) -> dict[str, str]:
+        return {"completion_prefix": "the text's kind is 'chat'"} if self.kind == "chat" else {}
 
     @property
     def template(self) -> str:

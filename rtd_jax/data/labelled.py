@@ -53,10 +53,10 @@ class LabelledSettings:
     """Where labelled chains come from; `location`, `split`, `subset`, `revision` and `limit` as of other sources."""
 
     schema: str  # synthetic, processbench, prm800k or stepwise
-    location: str = ""
-    split: str = "train"
-    subset: str = ""
-    revision: str = ""
+    location: str = ""  # folder, file or hub name; unused by synthetic
+    split: str = "train"  # of the data set; those of synthetic are disjoint
+    subset: str = ""  # the hub's configuration name
+    revision: str = ""  # the hub's commit or tag; "" is the newest
     limit: int = 0  # chains; 0 takes all (synthetic needs a number)
     depths: tuple[int, ...] = (1, 2, 3, 4, 5, 6)  # of synthetic
     seed: int = 0  # of synthetic: problems and corruptions
@@ -73,6 +73,10 @@ class LabelledSettings:
             raise ValueError("limit is 0; the synthetic source is endless and needs the number of chains to make")
         if self.schema != "synthetic" and not self.location:
             raise ValueError(f"schema {self.schema!r} needs a location: a local folder or file, or a hub name")
+
+    def unread_settings(self) -> dict[str, str]:
+        of_files, of_generator = ("location", "subset", "revision"), ("depths", "seed", "corruption")
+        return dict.fromkeys(of_files if self.schema == "synthetic" else of_generator, f"schema is {self.schema!r}")
 
 
 def load_labelled(settings: LabelledSettings) -> list[LabelledChain]:

@@ -31,7 +31,7 @@ class SourceSettings:
 
     schema: str  # synthetic, cups, lift, synthetic+cups (generated), gsm8k, math, strategyqa, arc, stepwise or prose
     location: str = ""  # unused by generated ones
-    split: str = "train"
+    split: str = "train"  # of the data set; those of generated ones are disjoint
     subset: str = ""  # the hub's configuration name ("main" of openai/gsm8k)
     revision: str = ""  # the hub's commit or tag; "" is the newest
     limit: int = 0  # traces; 0 takes all (generated ones need a number)
@@ -56,6 +56,16 @@ class SourceSettings:
             )
         if self.schema not in GENERATED and not self.location:
             raise ValueError(f"schema {self.schema!r} needs a location: a local folder or file, or a hub name")
+
+    def unread_settings(self) -> dict[str, str]:
+        readers = {
+            **{name: tuple(PARSERS) for name in ("location", "subset", "revision")},
+            "keep_marks": ("gsm8k", "synthetic", "synthetic+cups"),
+            "reasoning_field": ("arc",),
+            "facts_only": ("strategyqa",),
+            "seed": GENERATED,
+        }
+        return {name: f"schema is {self.schema!r}" for name, schemas in readers.items() if self.schema not in schemas}
 
 
 def load_traces(settings: SourceSettings) -> list[Trace]:

@@ -30,14 +30,14 @@ from rtd_jax.steps.scores import counts, precision_recall_f1
 class FitSettings:
     """How the head is fitted. The epoch with the best average precision on the validation texts is kept."""
 
-    epochs: int = 4
+    epochs: int = 4  # over the training texts
     rows: int = 8  # of 512 tokens, per update
     learning_rate: float = 1e-3  # peak; linear warm-up over a twentieth of the updates, then a cosine to 0
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01  # of AdamW, per unit of the learning rate
     positive_weight: float = 3.0  # of a boundary in the loss; other candidates have 1
     thresholds: tuple[float, ...] = tuple(i / 20 for i in range(1, 20))  # tried on the validation texts
     min_tokens: tuple[int, ...] = (1, 3, 5, 7)  # tried likewise
-    seed: int = 0
+    seed: int = 0  # of the head and the order of the data
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.rows < 1 or self.positive_weight <= 0 or not self.thresholds or not self.min_tokens:
