@@ -21,10 +21,9 @@ from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings, load_traces
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
-from rtd_jax.data.trace import Trace
+from rtd_jax.data.trace import Span, Trace
 from rtd_jax.models.from_hf import load_config, resolve
 from rtd_jax.models.quantized import as_float
-from rtd_jax.steps.annotated import Span
 from rtd_jax.steps.classifier import BoundaryClassifier, save_classifier, text_boundaries, text_probabilities
 from rtd_jax.steps.fit import Examples, FitSettings, Identity, fit_classifier
 from rtd_jax.steps.head import HeadSettings

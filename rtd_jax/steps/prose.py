@@ -12,8 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.data.formats import TextFormat, render
-from rtd_jax.data.trace import Trace
-from rtd_jax.steps.annotated import Span
+from rtd_jax.data.trace import Span, Trace
 
 # <<48/2=24>>; and at the beginning of a line "1. ", "2) ", "Step 3: ", "- ", "* ". White space has to follow, or
 # "3.5 miles" and "-4 degrees" would lose their beginning.

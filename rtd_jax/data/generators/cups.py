@@ -9,16 +9,12 @@ Distractors are swaps on another table ("Meanwhile"), and swaps after the month 
 
 Where a problem starts is drawn as in `generators.word_problems`, and a pair of cups is one number, another one in each
 fact, so that a fact can be found by what stands in it: what is hard is the chain, not the search.
-
-The stream is a pure function of (seed, split, depth), and splits are disjoint by the hash of the question, as there.
 """
 
 import random
-from collections.abc import Sequence
-from functools import partial
 
-from rtd_jax.data.generators.word_problems import MONTHS, NAMES, distinct_rows, in_turn
-from rtd_jax.data.trace import Trace, from_gsm8k
+from rtd_jax.data.generators.streams import Generator, as_row
+from rtd_jax.data.generators.word_problems import MONTHS, NAMES
 
 MAX_DEPTH = 6
 CUPS = range(1, 7)
@@ -28,20 +24,8 @@ BEYOND = range(3)  # swaps after the month that is asked for
 ELSEWHERE = range(1, 3)  # swaps on another table
 
 
-def generate(
-    count: int, depths: Sequence[int] = (1, 2, 3, 4, 5, 6), split: str = "train", seed: int = 0
-) -> list[Trace]:
-    """`count` distinct problems, depths in turn; a longer list starts with the shorter one.
-
-    Raises:
-      ValueError: a split, count or depth that does not exist.
-    """
-    rows = in_turn(partial(distinct_rows, _problem, "cups 3"), count, depths, split, seed, MAX_DEPTH)
-    return [from_gsm8k(row, f"cups-{split}:{i + 1}") for i, row in enumerate(rows)]
-
-
 def closed_words() -> list[str]:
-    """Every word the generator can write, sorted."""
+    """Every word that the generator can write, sorted."""
     words = ("The", "ball", "is", "under", "cup", "Under", "which", "it", "after", "Meanwhile")
     return sorted({*MONTHS, *NAMES, *words})
 
@@ -72,4 +56,8 @@ def _problem(rng: random.Random, depth: int) -> dict[str, str]:
         taken.add(pair)
         facts.insert(rng.randint(0, len(facts)), f"Meanwhile {pair} {rng.choice(NAMES)}.")
     question = " ".join([f"The ball is under cup {start}. Under which cup is it after {asked}?", *facts])
-    return {"question": question, "answer": "\n".join([*steps, f"#### {answer}"])}
+    return as_row(question, steps, answer)
+
+
+GENERATOR = Generator("cups", "cups 3", _problem, MAX_DEPTH, closed_words)
+generate = GENERATOR.generate

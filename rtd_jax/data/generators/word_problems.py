@@ -11,21 +11,12 @@ the months of shallow problems copies behind all of them.
 
 Distractors tell what other people have or do. Within a problem every stated number is another one, so that a fact can
 be told from any other by what stands in it: what is hard is the chain, not the search.
-
-The stream is a pure function of (seed, split, depth). A problem belongs to the split that the SHA-256 of its question
-names, so the splits are disjoint by construction, for every pair of seeds.
 """
 
-import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import TypeVar
 
-from rtd_jax.data.trace import Trace, from_gsm8k
+from rtd_jax.data.generators.streams import Generator, as_row
 
-SPLITS = ("train", "validation", "test")
 MAX_DEPTH = 8
 MAX_VALUE = 50  # every number of a problem is in 0..MAX_VALUE
 OPERANDS = range(2, 15)  # stated numbers, each at most once in a problem
@@ -45,106 +36,21 @@ SHELF = {"gain": "{n} more", "lose": "{n} fewer", "double": "twice as many", "ha
 
 _SIGNS = {"gain": "+", "lose": "-", "double": "*", "halve": "/"}
 _WEIGHTS = {"gain": 7, "lose": 7, "double": 1, "halve": 1}
-_BUCKETS = 10  # of which one each for validation and test
-
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Problem:
-    question: str
-    steps: tuple[str, ...]
-    result: int
-
-
-def generate(
-    count: int,
-    depths: Sequence[int] = (1, 2, 3, 4, 5, 6),
-    split: str = "train",
-    seed: int = 0,
-    *,
-    keep_marks: bool = True,
-) -> list[Trace]:
-    """`count` distinct problems, depths in turn; a longer list starts with the shorter one."""
-    rows = generate_rows(count, depths, split, seed)
-    return [from_gsm8k(row, f"synthetic-{split}:{i + 1}", keep_marks=keep_marks) for i, row in enumerate(rows)]
-
-
-def generate_rows(
-    count: int, depths: Sequence[int] = (1, 2, 3, 4, 5, 6), split: str = "train", seed: int = 0
-) -> list[dict[str, str]]:
-    """As `generate`, as rows of GSM8K's schema: `question`, `answer`."""
-    problems = in_turn(_stream, count, depths, split, seed, MAX_DEPTH)
-    return [{"question": p.question, "answer": "\n".join((*p.steps, f"#### {p.result}"))} for p in problems]
-
-
-def in_turn(
-    stream: Callable[[int, str, int], Iterator[T]],
-    count: int,
-    depths: Sequence[int],
-    split: str,
-    seed: int,
-    deepest: int,
-) -> list[T]:
-    """`count` problems of `stream(depth, split, seed)`, depths in turn; a longer list starts with the shorter one.
-
-    Raises:
-      ValueError: a split, count or depth that does not exist.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
-    if count < 0:
-        raise ValueError(f"count is {count}; expected 0 or more problems")
-    if not depths or len(set(depths)) != len(depths) or not all(1 <= depth <= deepest for depth in depths):
-        raise ValueError(f"depths are {tuple(depths)}; expected distinct numbers from 1 to {deepest}")
-    streams = [
-        list(islice(stream(depth, split, seed), (count - i + len(depths) - 1) // len(depths)))
-        for i, depth in enumerate(depths)
-    ]
-    return [streams[i % len(depths)][i // len(depths)] for i in range(count)]
-
-
-def distinct_rows(
-    problem: Callable[[random.Random, int], dict[str, str]], name: str, depth: int, split: str, seed: int
-) -> Iterator[dict[str, str]]:
-    """Endless rows of `problem(rng, depth)` that the split owns, no question twice; a function of all but `problem`."""
-    digest = hashlib.sha256(f"rtd_jax {name}/{seed}/{split}/{depth}".encode()).digest()
-    rng = random.Random(int.from_bytes(digest))
-    seen: set[str] = set()
-    while True:
-        row = problem(rng, depth)
-        if row["question"] not in seen and split_of(row["question"]) == split:
-            seen.add(row["question"])
-            yield row
-
-
-def split_of(question: str) -> str:
-    """The split that owns a question, by a hash that is the same on every machine and in every process."""
-    bucket = int.from_bytes(hashlib.sha256(question.encode()).digest()[:8]) % _BUCKETS
-    return {0: "test", 1: "validation"}.get(bucket, "train")
 
 
 def closed_words() -> list[str]:
-    """Every word the generator can write, sorted."""
+    """Every word that the generator can write, sorted."""
     texts = [*NAMES, *THINGS, *MONTHS, *SHELVES, *GAINS, *LOSSES, *DOINGS, *LEDGER.values(), *SHELF.values()]
     texts += ["How many does have are on shelf Shelf starts with has holds Meanwhile"]
     words = (word.strip(".,:?") for text in texts for word in text.split())
     return sorted({word for word in words if word and "{" not in word})
 
 
-def _stream(depth: int, split: str, seed: int) -> Iterator[_Problem]:
-    digest = hashlib.sha256(f"rtd_jax synthetic 8/{seed}/{split}/{depth}".encode()).digest()
-    rng = random.Random(int.from_bytes(digest))
-    seen: set[str] = set()
-    while True:
-        problem = (_ledger if rng.random() < 0.5 else _shelves)(rng, depth)
-        if problem.question not in seen and split_of(problem.question) == split:
-            seen.add(problem.question)
-            yield problem
+def _problem(rng: random.Random, depth: int) -> dict[str, str]:
+    return (_ledger if rng.random() < 0.5 else _shelves)(rng, depth)
 
 
-def _ledger(rng: random.Random, depth: int) -> _Problem:
+def _ledger(rng: random.Random, depth: int) -> dict[str, str]:
     hero, other = rng.sample(NAMES, 2)
     thing = rng.choice(THINGS)
     start, numbers = _draw_numbers(rng)
@@ -159,10 +65,10 @@ def _ledger(rng: random.Random, depth: int) -> _Problem:
         steps.append(_step(said, value, operation, operand, result))
         value = result
     _add_distractors(rng, facts, depth, other, numbers)
-    return _Problem(" ".join([f"How many {thing} does {hero} have?", *facts]), tuple(steps), value)
+    return as_row(" ".join([f"How many {thing} does {hero} have?", *facts]), steps, value)
 
 
-def _shelves(rng: random.Random, depth: int) -> _Problem:
+def _shelves(rng: random.Random, depth: int) -> dict[str, str]:
     thing = rng.choice(THINGS)
     start, numbers = _draw_numbers(rng)
     shelves = SHELVES[rng.randrange(len(SHELVES) - depth - 1) :]
@@ -176,7 +82,7 @@ def _shelves(rng: random.Random, depth: int) -> _Problem:
     if rng.random() < 0.5:  # goes on past the question: where to stop is told by the query alone
         facts.append(f"Shelf {shelves[depth + 1]} {numbers.pop()} {rng.choice(('more', 'fewer'))}.")
     _add_distractors(rng, facts, depth, rng.choice(NAMES), numbers)
-    return _Problem(" ".join([f"How many {thing} are on shelf {shelves[depth]}?", *facts]), tuple(steps), value)
+    return as_row(" ".join([f"How many {thing} are on shelf {shelves[depth]}?", *facts]), steps, value)
 
 
 def _step(said: str, value: int, operation: str, operand: int, result: int) -> str:
@@ -220,3 +126,7 @@ def _operation(rng: random.Random, value: int, numbers: list[int]) -> tuple[str,
             if operation in ("gain", "lose"):
                 numbers.remove(operand)
             return operation, operand, result
+
+
+GENERATOR = Generator("synthetic", "synthetic 8", _problem, MAX_DEPTH, closed_words, options=("keep_marks",))
+generate, generate_rows = GENERATOR.generate, GENERATOR.rows
