@@ -16,9 +16,10 @@ from rtd_jax.apps.plan.targets import Target
 from rtd_jax.base.console import print_table
 from rtd_jax.base.sharding import make_mesh, row_sharding
 from rtd_jax.eval.decoding import PROMPT_BUCKET, greedy
+from rtd_jax.methods.term import reads_of
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.update import make_coherence_eval
+from rtd_jax.train.update import make_term_eval
 
 GIB = 2**30
 # Share of a step's time that is left when the binding resource is never idle; what large runs report at best.
@@ -76,14 +77,15 @@ def plan(recipe: Recipe, target: Target, note: Callable[[str], None]) -> Plans:
     """
     mesh = make_mesh(recipe.mesh, target.devices)
     abstract = abstract_step(recipe, mesh)
-    settings = recipe.step(abstract.student.config.layers, abstract.teacher_config.layers)
+    yardstick = abstract.objective.yardstick
+    assert yardstick is not None
     # Validation takes a micro-batch's rows at once.
     few = abstract_step(dataclasses.replace(recipe, batch_size=recipe.rows_at_once, micro_batches=1), mesh)
     decoder = "student" if abstract.teacher is None else "teacher"
     programs: dict[str, tuple[Any, tuple, dict]] = {
         "update": _update(recipe, abstract),
         "validation": (
-            make_coherence_eval(abstract.student, abstract.teacher, settings),
+            make_term_eval(abstract.student, abstract.teacher, yardstick),
             (abstract.state.params, few.source if abstract.teacher is None else abstract.source, few.batch),
             {},
         ),
@@ -95,7 +97,7 @@ def plan(recipe: Recipe, target: Target, note: Callable[[str], None]) -> Plans:
         plans[name] = _compile(name, *program, _resident(abstract, program[1]), len(target.devices))
     own, other = ("online", "cached") if abstract.teacher is not None else ("cached", "online")
     updates = {own: plans["update"]}
-    if not any(settings.token_layers()):  # methods that no cache serves
+    if not reads_of(abstract.objective.terms).teacher_tokens:  # methods that no cache serves
         note(f"compiling update with the teacher {other}")
         cache = "" if other == "online" else "planned"
         elsewhere = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, cache=cache))
@@ -110,7 +112,7 @@ def plan(recipe: Recipe, target: Target, note: Callable[[str], None]) -> Plans:
 
 
 def _update(recipe: Recipe, abstract: Abstract) -> tuple[Any, tuple, dict]:
-    return abstract.step, (abstract.state, abstract.source, abstract.batch, recipe.loss.weights()), {}
+    return abstract.step, (abstract.state, abstract.source, abstract.batch, abstract.objective.coefficients()), {}
 
 
 def ideal_flops(recipe: Recipe, teacher: LlamaConfig | None, student: LlamaConfig) -> float:
