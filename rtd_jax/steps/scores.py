@@ -1,15 +1,15 @@
-"""How right a segmentation is: precision, recall and F1 of boundaries, step counts, calibration."""
+"""Measures of a segmentation: precision, recall and F1 of boundaries, errors of the number of steps, calibration."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-Places = Sequence[np.ndarray]  # of each chain, the tokens at which steps end, ascending
+Places = Sequence[np.ndarray]  # for each chain the tokens at which steps end, ascending
 
 
 def matches(found: np.ndarray, right: np.ndarray, tolerance: int = 0) -> int:
-    """The most pairs (found, right) not more than `tolerance` tokens apart, each boundary in one pair at most."""
+    """How many found and right boundaries can be paired, at most `tolerance` tokens apart and each in one pair only."""
     count, i, j = 0, 0, 0
     while i < len(found) and j < len(right):
         if abs(int(found[i]) - int(right[j])) <= tolerance:
@@ -22,12 +22,12 @@ def matches(found: np.ndarray, right: np.ndarray, tolerance: int = 0) -> int:
 
 
 def counts(found: Places, right: Places, tolerance: int = 0) -> np.ndarray:
-    """(matched, found, right) of each chain. int [chains, 3]"""
+    """Numbers of matched, found and right boundaries of each chain. int [chains, 3]"""
     return np.array([(matches(f, r, tolerance), len(f), len(r)) for f, r in zip(found, right, strict=True)])
 
 
 def precision_recall_f1(counts_C3: np.ndarray) -> tuple[float, float, float]:
-    """Over all boundaries of all chains together; 0 where there are none."""
+    """Precision, recall and F1 over the boundaries of all chains together; 0 where there are none."""
     matched, found, right = np.asarray(counts_C3).sum(0)
     return matched / max(found, 1), matched / max(right, 1), 2 * matched / max(found + right, 1)
 
@@ -35,7 +35,7 @@ def precision_recall_f1(counts_C3: np.ndarray) -> tuple[float, float, float]:
 def interval(
     values: np.ndarray, statistic: Callable[[np.ndarray], Any], resamples: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """95% percentile bootstrap over the first axis (chains): (low, high) of each number of the statistic."""
+    """95% interval (low, high) of a statistic by the percentile bootstrap over chains, the first axis of `values`."""
     rng = np.random.default_rng(seed)
     drawn = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(resamples)]
     low, high = np.percentile(np.asarray(drawn, float), [2.5, 97.5], axis=0)
@@ -65,7 +65,7 @@ def boundary_scores(found: Places, right: Places, *, resamples: int = 1000, seed
 
 
 def step_counts(found: Places, right: Places, *, resamples: int = 1000, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Found minus annotated number of steps, by annotated number (8 and more together): mean, mean absolute, exact."""
+    """Errors of the number of steps (found minus annotated), by the annotated number; 8 and more are one group."""
     depths = np.array([len(r) for r in right])
     errors = np.array([len(f) for f in found]) - depths
     result = {}
@@ -82,7 +82,7 @@ def step_counts(found: Places, right: Places, *, resamples: int = 1000, seed: in
 
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> dict[str, Any]:
-    """Does what has probability p happen in a share p of cases? Bins of equal width, each weighted by its size.
+    """Compares predicted probabilities with how often they come true, in bins of equal width weighted by their size.
 
     Expected calibration error = sum_b n_b / n |mean p_b - share_b|; Brier score = mean (p - label)^2.
     """
@@ -104,15 +104,15 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -
 
 
 def sentence_ends(text: str, ends: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """The baseline that needs no model: words that end a sentence with . ! or ?, closing quotes and brackets aside.
+    """A baseline without a model: a step ends behind . ! or ?, also where closing quotes or brackets follow.
 
-    Returns the tokens (indices) among the candidates; the last candidate is always one.
+    Returns the indices of tokens among the candidates; the last candidate is always one.
     """
     chosen = [i for i in np.flatnonzero(candidates) if text[: ends[i]].rstrip("\"')]”’")[-1:] in (".", "!", "?")]
     return np.unique([*chosen, np.flatnonzero(candidates)[-1]]).astype(int)
 
 
 def line_ends(text: str, ends: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """The other baseline without a model: words before a line end, and the last one. Indices of tokens."""
+    """A baseline without a model: a step ends at a line end. Returns indices of tokens, as `sentence_ends`."""
     chosen = [i for i in np.flatnonzero(candidates) if text[ends[i] :][:1] == "\n"]
     return np.unique([*chosen, np.flatnonzero(candidates)[-1]]).astype(int)

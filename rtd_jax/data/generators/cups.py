@@ -1,14 +1,14 @@
-"""A ball under one of six cups that are swapped, in GSM8K's row schema: keeping track instead of reckoning.
+"""A ball under one of six cups that are swapped, in GSM8K's row schema: keeping track instead of arithmetic.
 
     The ball is under cup 4. Under which cup is it after March? Meanwhile 36 Ana. January 42 Tom. February 61 Mia. ...
 
 `January 42 Tom` says that in January Tom swaps the cups 4 and 2. Each step restates the next swap and says where the
-ball is now, with a mark that names where it was: `January 42 Tom: <<4*42=2>>2.` A swap of two other cups leaves it,
-and what is lost once stays lost. Nothing tells a swap of the ball's cup from any other but where the ball is.
+ball is now, with a mark that says where it was: `January 42 Tom: <<4*42=2>>2.` A swap of two other cups leaves the ball
+where it is, and only the place of the ball tells which swaps move it, so a mistake is carried on to the end.
 Distractors are swaps on another table ("Meanwhile"), and swaps after the month that is asked for.
 
-Where a problem starts is drawn as in `generators.word_problems`, and a pair of cups is one number, another one in each
-fact, so that a fact can be found by what stands in it: what is hard is the chain, not the search.
+The first month is drawn as in `generators.word_problems`. A pair of cups is written as one number, and no two facts
+have the same one, so that each fact can be found by what stands in it: what is hard is the chain, not the search.
 """
 
 import random
@@ -31,7 +31,7 @@ def closed_words() -> list[str]:
 
 
 def moved(cup: int, pair: int) -> int:
-    """Where the ball is after the swap."""
+    """The cup with the ball after a swap of `pair`, if it was `cup` before."""
     a, b = divmod(pair, 10)
     return {a: b, b: a}.get(cup, cup)
 

@@ -1,4 +1,4 @@
-"""A person who rides a lift up and down, in GSM8K's row schema: chained one-digit sums, and nothing to search.
+"""A person who rides a lift up and down, in GSM8K's row schema: a chain of one-digit sums, and nothing to search for.
 
     Mia is on floor 3. January 4 up. February 6 down. ...
 
@@ -6,7 +6,7 @@ Each step restates the next ride and says on which floor it ends, from 0 to 9: `
 counts and all are asked for, so that a small model of random weights learns them in some hundred updates, where the
 word problems of `rtd_jax.data.generators.word_problems` take it thousands.
 
-A problem starts in any month, as there, and no two of its rides are equally long, so that a ride can be found by what
+A problem can start in any month, and no two of its rides are equally long, so that each ride can be found by what
 stands in it.
 """
 
@@ -30,7 +30,7 @@ def _problem(rng: random.Random, depth: int) -> dict[str, str]:
     facts, steps, left = [f"{rng.choice(NAMES)} is on floor {floor}."], [], list(FLOORS[1:])
     for i in range(depth):
         rides = [(n, sign) for n in left for sign in (1, -1) if floor + sign * n in FLOORS]
-        if not rides:  # every length that is left leads out of the house
+        if not rides:  # every length that is left leads out of the building
             return _problem(rng, depth)
         length, sign = rng.choice(rides)
         left.remove(length)

@@ -6,11 +6,11 @@ Two families, mixed evenly. Each step restates the next fact and applies it to t
 - shelves: each shelf holds more or fewer than the one before ("Shelf two 4 more."), from any shelf on, and the question
   names a shelf; there may be shelves beyond it, which do not count.
 
-Where a problem starts is drawn so that no month and no shelf belongs to deep problems alone: a model that copies behind
-the months of shallow problems copies behind all of them.
+The first month or shelf is drawn so that none belongs to deep problems alone: a model that has learned to copy what
+follows a month in shallow problems can do so in deep ones.
 
-Distractors tell what other people have or do. Within a problem every stated number is another one, so that a fact can
-be told from any other by what stands in it: what is hard is the chain, not the search.
+Distractors tell what other people have or do. No number is stated twice in a problem, so that each fact can be found by
+what stands in it: what is hard is the chain, not the search.
 """
 
 import random
@@ -30,7 +30,7 @@ LOSSES = ("sold", "lost", "dropped", "used")
 DOINGS = ("buys", "finds", "sells", "loses")  # of other people
 
 # What a fact says and its step repeats: {n} is the operand, {v} the verb. A number stands right behind its month or
-# shelf: a tiny model learns fastest to copy what follows a match.
+# shelf, because a tiny model learns fastest to copy what follows a match.
 LEDGER = {"gain": "{n} {v}", "lose": "{n} {v}", "double": "all doubled", "halve": "half lost"}
 SHELF = {"gain": "{n} more", "lose": "{n} fewer", "double": "twice as many", "halve": "half as many"}
 
@@ -79,7 +79,7 @@ def _shelves(rng: random.Random, depth: int) -> dict[str, str]:
         facts.append(f"{said}.")
         steps.append(_step(said, value, operation, operand, result))
         value = result
-    if rng.random() < 0.5:  # goes on past the question: where to stop is told by the query alone
+    if rng.random() < 0.5:  # one shelf more than is asked for: only the question says where to stop
         facts.append(f"Shelf {shelves[depth + 1]} {numbers.pop()} {rng.choice(('more', 'fewer'))}.")
     _add_distractors(rng, facts, depth, rng.choice(NAMES), numbers)
     return as_row(" ".join([f"How many {thing} are on shelf {shelves[depth]}?", *facts]), steps, value)
@@ -90,7 +90,7 @@ def _step(said: str, value: int, operation: str, operand: int, result: int) -> s
 
 
 def _draw_numbers(rng: random.Random) -> tuple[int, list[int]]:
-    """A start from 2 to 20, and the operands in random order without it."""
+    """A start from 2 to 20, and the other operands in random order."""
     start = rng.randint(2, 20)
     numbers = [number for number in OPERANDS if number != start]
     rng.shuffle(numbers)
@@ -98,7 +98,7 @@ def _draw_numbers(rng: random.Random) -> tuple[int, list[int]]:
 
 
 def _add_distractors(rng: random.Random, facts: list[str], depth: int, person: str, numbers: list[int]) -> None:
-    """One or two facts about somebody else, anywhere among the others; takes their numbers."""
+    """Puts one or two facts about another person among the facts. Their numbers are taken out of `numbers`."""
     for _ in range(rng.randint(1, 1 + min(1, depth // 3))):
         number, thing = numbers.pop(), rng.choice(THINGS)
         fact = rng.choice(
@@ -108,7 +108,7 @@ def _add_distractors(rng: random.Random, facts: list[str], depth: int, person: s
 
 
 def _operation(rng: random.Random, value: int, numbers: list[int]) -> tuple[str, int, int]:
-    """Draw (operation, operand, result) with the result in range; takes the operand from `numbers`."""
+    """Draws (operation, operand, result) with the result in range. The operand is taken out of `numbers`."""
     operations, odds = list(_WEIGHTS), list(_WEIGHTS.values())
     while True:
         operation = rng.choices(operations, odds)[0]
