@@ -12,7 +12,8 @@ from rtd_jax.base.console import print_table
 from rtd_jax.base.files import check_writable, write_json, write_jsonl
 from rtd_jax.base.sharding import row_sharding, row_ways
 from rtd_jax.data.formats import render
-from rtd_jax.data.trace import ChoiceQuestion, Trace
+from rtd_jax.data.schemas.arc import ChoiceQuestion
+from rtd_jax.data.trace import Trace, answer_line
 from rtd_jax.eval.choices import choice_log_likelihoods, score_choices
 from rtd_jax.eval.decoding import Sampling
 from rtd_jax.eval.estimates import error_rows
@@ -268,10 +269,11 @@ def _row(row: Any, place: str) -> tuple[Trace, str]:
     answer = str(row["answer"])
     # MATH's reference states its answer in a box and has no line for it; that decides how its answers are read.
     in_box = any("\\boxed" in step or "\\fbox" in step for step in row["reference"])
-    final = f"#### {answer}" if answer and not in_box else ""
+    final = answer_line(answer) if answer and not in_box else ""
     text = row["text"] if "text" in row else "\n".join([*row["completions"], row.get("final", "")])
     subject, level = row.get("subject", ""), row.get("level", 0)
-    return Trace(row["prompt"], tuple(row["reference"]), answer, final, place, subject, level), text
+    trace = Trace.of_steps(row["prompt"], row["reference"], answer, final, place, subject=subject, level=level)
+    return trace, text
 
 
 def _print(task: str, models: dict[str, Any]) -> None:

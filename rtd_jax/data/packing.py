@@ -1,7 +1,7 @@
-"""Several chains into one row, and rows into a Batch of fixed shapes.
+"""Packs several chains into a row, and rows into a Batch of fixed shapes.
 
-grain packs; what is ours is a per-token feature that carries boundary numbers along (0: none; i + 1: boundary i of its
-chain), so that boundary positions in the packed row can be read off wherever a chain was put.
+grain does the packing. Each token carries the number of its boundary (i + 1 for boundary i of its chain, 0 for none),
+so that boundary positions can be read off the packed row wherever a chain lies in it.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def token_features(chain: EncodedChain) -> Features:
     numbers = np.zeros(len(chain), np.int32)
     numbers[chain.boundaries] = np.arange(1, len(chain.boundaries) + 1)
     weights = chain.loss_weights.astype(np.float32)
-    weights[0] = 0.0  # nothing before it in its chain predicts it
+    weights[0] = 0.0  # no token of its chain comes before it to predict it
     return {"tokens": chain.tokens.astype(np.int32), "loss_weights": weights, "boundary_numbers": numbers}
 
 
@@ -32,9 +32,10 @@ def pack(
     chains_per_row: int | None,
     names: Sequence[str] = CHAIN_FEATURES,
 ) -> "grain.IterDataset[Features]":
-    """First-fit into `rows` open rows; all are emitted, in order, as soon as a chain fits into none of them.
+    """Puts each chain into the first of `rows` open rows that has room for it.
 
-    One filling is thus `rows` rows: one batch, except for the last filling of a finite data set.
+    When a chain fits into none of them, all rows are given out in order and new ones are opened. So the rows of one
+    batch are filled together, except for the last ones of a finite data set.
 
     Args:
       chains: features [T, ...] of one length T each.
@@ -70,7 +71,7 @@ def packed_rows(
 
 
 def to_batch(packed: Features, chains_per_row: int, max_boundaries: int) -> Batch:
-    """Packed features [B, L] each, with grain's segment ids and positions, as a Batch."""
+    """Makes a Batch of packed features, [B, L] each, which have grain's segment ids and positions."""
     chain_ids_BL = packed["tokens_segment_ids"].astype(np.int32)
     numbers_BL = packed["boundary_numbers"]
     shape = (len(chain_ids_BL), chains_per_row, max_boundaries)
@@ -99,9 +100,9 @@ def fixed_batches(
     *,
     share: tuple[int, int] = (0, 1),
 ) -> list[Batch]:
-    """Every chain once, in order, for validation; the last batch is filled up with empty rows (chain id 0).
+    """Every chain once, in order, for validation. The last batch is filled up with empty rows (chain id 0).
 
-    With several processes each gets its `share` of every batch's rows, as from `make_loader`.
+    With several processes each gets its `share` of the rows of every batch, as from `make_loader`.
     """
     check_fit(chains, rows, row_length, chains_per_row, max_boundaries, share)
     if not chains:
@@ -118,7 +119,7 @@ def fixed_batches(
 
 
 def host_rows(batch: Batch, share: tuple[int, int]) -> Batch:
-    """The rows of a global batch that one process feeds: part `index` of `count` equal, contiguous ones."""
+    """The rows of a global batch that one process feeds. `share` is (index, count) of equal, contiguous parts."""
     index, count = share
     rows = len(batch.tokens_BL) // count
     return Batch(*(array[index * rows : (index + 1) * rows] for array in batch))

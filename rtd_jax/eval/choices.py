@@ -20,7 +20,7 @@ Record = dict[str, Any]
 
 
 class Question(Protocol):
-    """A question with its choices, as `rtd_jax.data.trace.ChoiceQuestion`."""
+    """A question with its choices, as `rtd_jax.data.schemas.arc.ChoiceQuestion`."""
 
     @property
     def question(self) -> str: ...

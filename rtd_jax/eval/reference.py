@@ -62,12 +62,8 @@ def score_references(
     for trace, text, prompt, offsets, score in zip(
         traces, texts, prompts, encoded["offset_mapping"], token_scores, strict=True
     ):
-        starts: list[int] = []
-        end = len(text.prompt) + text.completion_offset
-        for step in trace.steps:  # between them may be more than one line end, where a classifier cut them
-            starts.append(text.text.index(step, end))
-            end = starts[-1] + len(step)
-        spans = scored_spans(trace.steps, starts)
+        offset = len(text.prompt) + text.completion_offset
+        spans = scored_spans(trace.steps, [offset + start for start, _ in trace.spans])
         predicted = np.asarray(score.log_probs, np.float64)[len(prompt) :]
         right = steps_correct(np.asarray(score.chosen), tokens_in_spans(offsets, spans))
         scores.append(ReferenceScore(right, -float(predicted.sum()), len(predicted)))

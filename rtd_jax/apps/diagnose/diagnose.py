@@ -319,7 +319,8 @@ def _own_chains(records: Sequence[Record]) -> list[tuple[int, Trace, list[bool |
             labels: list[bool | None] = [None] * len(steps)
             if record["steps_right"]:
                 labels = results_right(steps, record["reference"])[0]
-            found.append((i, Trace(record["prompt"], tuple(steps), "", record["final"], f"generation {i + 1}"), labels))
+            trace = Trace.of_steps(record["prompt"], steps, "", record["final"], f"generation {i + 1}")
+            found.append((i, trace, labels))
     return found
 
 

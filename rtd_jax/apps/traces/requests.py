@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 from rtd_jax.base.sharding import MeshSettings
-from rtd_jax.data.sources import Problem
+from rtd_jax.data.trace import Problem
 
 Finish = Literal["stop", "length", "refused"]  # ended by itself or at a stop text; cut at max_tokens; not answered
 
