@@ -30,12 +30,13 @@ from rtd_jax.base.files import read_json, write_json
 from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.base.types import Batch, TeacherOutputs, TopK
-from rtd_jax.losses import LossWeights
+from rtd_jax.methods import LossSettings
+from rtd_jax.methods.term import Objective, Setup
 from rtd_jax.models import LlamaConfig, LlamaModel
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.state import TrainState, create_state, init_projections
-from rtd_jax.train.update import StepSettings, make_train_step
+from rtd_jax.train.state import TrainState, create_state
+from rtd_jax.train.update import make_train_step
 
 PEAKS = {"A100": A100.flops, "H100": H100.flops, "H200": H100.flops}  # an H200 has more memory, and the same rate
 STEP_TOKENS = 60  # of a reasoning step
@@ -102,12 +103,11 @@ def from_cache(shapes: TeacherOutputs, vocab_size: int, key: jax.Array) -> Teach
     ids = (jax.random.randint(key, (*shape[:2], 1), 0, vocab_size) + jnp.arange(shape[2]) * 997) % vocab_size
     log_probs = jax.nn.log_softmax(jax.random.normal(key, shape)) + np.log(0.9)
     tails = jnp.full(shape[:2], 0.1), jnp.full(shape[:2], 0.5)
-    of_states = shapes.boundary_states_BCKD
-    states = jax.random.normal(key, of_states.shape, of_states.dtype)
-    return shapes._replace(boundary_states_BCKD=states, top_k=TopK(ids.astype(jnp.int32), log_probs, *tails))
+    states = {layer: jax.random.normal(key, x.shape, x.dtype) for layer, x in shapes.boundary_states.items()}
+    return shapes._replace(boundary_states=states, top_k=TopK(ids.astype(jnp.int32), log_probs, *tails))
 
 
-def arguments_of(recipe: Recipe, abstract: Abstract) -> tuple[TrainState, Any, Batch, LossWeights]:
+def arguments_of(recipe: Recipe, abstract: Abstract) -> tuple[TrainState, Any, Batch, dict]:
     """What the step takes, with numbers in it, and where the plan has it."""
     key = jax.random.PRNGKey(0)
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
@@ -117,15 +117,18 @@ def arguments_of(recipe: Recipe, abstract: Abstract) -> tuple[TrainState, Any, B
         filled(abstract.state.params, key)
     )
     if isinstance(abstract.source, TeacherOutputs):
-        slots = abstract.source.boundary_states_BCKD
-        shape = (*batch.boundary_mask_BCK.shape, slots.shape[-1])
-        shapes = abstract.source._replace(boundary_states_BCKD=jax.ShapeDtypeStruct(shape, slots.dtype))
+        slots = batch.boundary_mask_BCK.shape
+        states = {
+            layer: jax.ShapeDtypeStruct((*slots, x.shape[-1]), x.dtype)
+            for layer, x in abstract.source.boundary_states.items()
+        }
+        shapes = abstract.source._replace(boundary_states=states)
         source = from_cache(shapes, abstract.vocab_size, key)
     else:
         source = filled(abstract.source, key)
     places = jax.tree.map(lambda x: x.sharding, (abstract.state, abstract.batch))
     state, batch = jax.device_put((state, batch), places)
-    return state, source, batch, recipe.loss.weights()
+    return state, source, batch, abstract.objective.coefficients()
 
 
 def run_case(name: str) -> None:
@@ -202,21 +205,26 @@ def update_errors() -> dict[str, float]:
     teacher, student = LlamaModel(config), LlamaModel(dataclasses.replace(config, layers=2, width=64))
     optimizer = optax.sgd(1.0)  # the update is the gradient
     batch = random_batch(4, 256, 512, STEP_TOKENS)
-    step = make_train_step(student, teacher, optimizer, StepSettings(), 512)
+    objective = LossSettings().objective(Setup(student.config, teacher.config, 512))
+    step = make_train_step(student, teacher, optimizer, objective)
     with jax.default_device(jax.devices("cpu")[0]):
         key = jax.random.PRNGKey(0)
-        params = jax.device_get({"student": student.init(key), **init_projections(key, 64, 128)})
+        params = jax.device_get({"student": student.init(key), **objective.init_params(key, 64, 128)})
         of_teacher = jax.device_get(teacher.init(key))
     results = []
     for device in (jax.devices("cpu")[0], jax.devices()[0]):
         with jax.default_device(device), jax.default_matmul_precision("highest"):
             state, metrics = step(
-                create_state(params, optimizer, jax.random.PRNGKey(0)), of_teacher, batch, LossWeights()
+                create_state(params, optimizer, jax.random.PRNGKey(0)), of_teacher, batch, coefficients_of(objective)
             )
         moved = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, params)
         results.append((float(metrics["loss"].value()), moved))
     (loss_cpu, moved_cpu), (loss, moved) = results
     return {"loss": abs(loss - loss_cpu) / loss_cpu, "update": relative(moved, moved_cpu)}
+
+
+def coefficients_of(objective: Objective) -> dict:
+    return objective.coefficients()
 
 
 def matmul_rate() -> float:

@@ -27,13 +27,14 @@ import tensorstore as ts
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from measure import ROOT, machine, markdown_table, write_section
 
+from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.base.types import TopK
 from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.sources import SourceSettings, load_traces
 from rtd_jax.models import LlamaConfig, LlamaModel
-from rtd_jax.models.from_hf import load_config, load_params
+from rtd_jax.models.open import ModelSettings, open_model
 from rtd_jax.teacher.cache import (
     CacheSettings,
     CacheWriter,
@@ -44,7 +45,6 @@ from rtd_jax.teacher.cache import (
     predicting_positions,
 )
 from rtd_jax.teacher.predictions import top_k_predictions
-from rtd_jax.train.experiment import load_tokenizer
 
 VOCAB, WIDTH, K, ROWS = 128_256, 8192, 64, 4
 RECORDS = 1000  # in the comparison of formats
@@ -131,7 +131,7 @@ def formats(records: Sequence[bytes], folder: Path) -> str:
         path = folder / f"parquet{group}"
         pq.write_table(table, path, row_group_size=group, compression="none", use_dictionary=False)
 
-        def read_parquet(i: int, file: pq.ParquetFile = pq.ParquetFile(path), group: int = group) -> bytes:  # noqa: B008
+        def read_parquet(i: int, file: pq.ParquetFile = pq.ParquetFile(path), group: int = group) -> bytes:
             return file.read_row_group(i // group)["record"][i % group].as_py()
 
         readers[f"Parquet, row groups of {group}"] = path, read_parquet
@@ -205,14 +205,12 @@ def main() -> None:
     parser.add_argument("--chains", type=int, default=24)
     parser.add_argument("--no-write", action="store_true", help="print the tables only")
     arguments = parser.parse_args()
-    tokenizer = load_tokenizer(arguments.teacher)
+    teacher = open_model(ModelSettings(str(arguments.teacher), "float32", "float32"), make_mesh(MeshSettings()))
+    tokenizer = teacher.tokenizer
     traces = load_traces(SourceSettings("gsm8k", arguments.gsm8k, limit=arguments.chains, keep_marks=False))
     chains, _ = encode_traces(tokenizer, traces, TextFormat("chat"), row_length=1024)
 
-    config = load_config(arguments.teacher)
-    real = predictions(
-        LlamaModel(config, "float32"), load_params(arguments.teacher, config, dtype="float32"), len(tokenizer), chains
-    )
+    real = predictions(teacher.model, teacher.params, len(tokenizer), chains)
     tiny = LlamaModel(dataclasses.replace(LlamaConfig(VOCAB, 64, 128, 2, 4, 4, 16)), "float32")
     random = predictions(tiny, jax.jit(tiny.init)(jax.random.key(0)), VOCAB, chains)
     tops = {"SmolLM2-135M, ids thrown over 128,256": (real, len(tokenizer)), "a random Llama": (random, VOCAB)}

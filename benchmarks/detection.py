@@ -21,15 +21,16 @@ from rtd_jax.apps.plan.program import matmul_flops
 from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.formats import TextFormat
-from rtd_jax.losses import LossWeights
+from rtd_jax.methods import LossSettings
+from rtd_jax.methods.term import Setup
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.steps.classifier import BoundaryClassifier, find_boundaries
 from rtd_jax.steps.detector import detect_batch
 from rtd_jax.steps.head import HeadSettings, Scale, boundary_logits, init_head
 from rtd_jax.steps.token_states import unit_states
 from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.state import create_state, init_projections
-from rtd_jax.train.update import StepSettings, make_train_step
+from rtd_jax.train.state import create_state
+from rtd_jax.train.update import make_train_step
 
 HEAD = HeadSettings()
 LAYERS = 4  # whose states the head reads
@@ -47,7 +48,7 @@ def published_flops(name: str) -> tuple[float, float, float]:
     """FLOPs for a batch of a published recipe: an update, the teacher's reading of it, and the head alone."""
     recipe = build(Recipe, importlib.import_module(f"configs.{name}").get_config().to_dict())
     abstract = abstract_step(recipe, make_mesh(MeshSettings(), jax.devices()[:1]))
-    traced = abstract.step.trace(abstract.state, abstract.source, abstract.batch, recipe.loss.weights())
+    traced = abstract.step.trace(abstract.state, abstract.source, abstract.batch, abstract.objective.coefficients())
     config = abstract.teacher.config
     rows = jax.ShapeDtypeStruct(abstract.batch.tokens_BL.shape, jnp.int32)
     states = jax.ShapeDtypeStruct((*rows.shape, LAYERS, config.width), jnp.float16)
@@ -64,8 +65,9 @@ def batch_times(rounds: int) -> dict[str, list[float]]:
     teacher, student = models()
     batch, key = random_batch(*SIZES), jax.random.PRNGKey(0)
     params, optimizer, classifier = teacher.init(key), optax.adamw(1e-4), classifier_of(teacher)
-    step = make_train_step(student, teacher, optimizer, StepSettings(), VOCAB)
-    start = {"student": student.init(key), **init_projections(key, student.config.width, teacher.config.width)}
+    objective = LossSettings().objective(Setup(student.config, teacher.config, VOCAB))
+    step = make_train_step(student, teacher, optimizer, objective)
+    start = {"student": student.init(key), **objective.init_params(key, student.config.width, teacher.config.width)}
     state = create_state(start, optimizer, jax.random.PRNGKey(0))
     parts_BL = np.full((ROWS, LENGTH), 2, np.int32)
     candidates_BL = np.ones((ROWS, LENGTH), bool)
@@ -73,7 +75,7 @@ def batch_times(rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {"update": [], "tokens": [], "states": []}
     for turn in range(rounds + 2):
         started = time.perf_counter()
-        state, metrics = step(state, params, batch, LossWeights())
+        state, metrics = step(state, params, batch, objective.coefficients())
         jax.block_until_ready((state, metrics))
         updated = time.perf_counter()
         detect_batch(classifier, teacher, params, batch.tokens_BL, parts_BL, candidates_BL).block_until_ready()

@@ -26,34 +26,35 @@ STEP_TOKENS = 40  # of a reasoning step, where there are steps
 def ours(
     folder: Path, tokens_UBL: np.ndarray, dtype: str, weights: dict[str, float], boundaries: bool
 ) -> tuple[list[float], float]:
-    """rtd_jax's update, with (alignment, coherence) weights as given."""
+    """rtd_jax's update, with keys of `loss` as given."""
     import jax
     import optax
 
     from rtd_jax.base.sharding import MeshSettings, make_mesh
-    from rtd_jax.losses import LossWeights
+    from rtd_jax.methods import LossSettings
+    from rtd_jax.methods.term import Setup
     from rtd_jax.models import LlamaModel, load_config, load_params
-    from rtd_jax.train.state import create_state, init_projections
-    from rtd_jax.train.update import StepSettings, make_train_step
+    from rtd_jax.train.state import create_state
+    from rtd_jax.train.update import make_train_step
 
     teacher, student = (LlamaModel(load_config(folder / name), compute_dtype=dtype) for name in ("teacher", "student"))
     teacher_params = load_params(folder / "teacher", teacher.config, dtype=dtype)
     key = jax.random.PRNGKey(0)
+    setup = Setup(student.config, teacher.config, teacher.config.vocab_size, mesh=make_mesh(MeshSettings()))
+    objective = LossSettings(**weights).objective(setup)
     params = {
         "student": load_params(folder / "student", student.config),
-        **init_projections(key, student.config.width, teacher.config.width),
+        **objective.init_params(key, student.config.width, teacher.config.width),
     }
     optimizer = optax.adamw(LEARNING_RATE)
     state = create_state(params, optimizer, key)
-    step = make_train_step(
-        student, teacher, optimizer, StepSettings(), teacher.config.vocab_size, make_mesh(MeshSettings())
-    )
+    step = make_train_step(student, teacher, optimizer, objective, mesh=setup.mesh)
     batch = random_batch(*tokens_UBL.shape[1:], teacher.config.vocab_size, STEP_TOKENS, boundaries)
     seconds = []
     for tokens_BL in tokens_UBL:
         started = time.perf_counter()
         batch = batch._replace(tokens_BL=tokens_BL)
-        state, metrics = step(state, teacher_params, batch, LossWeights(**weights))
+        state, metrics = step(state, teacher_params, batch, objective.coefficients())
         assert np.isfinite(float(metrics["loss"].sum))
         seconds.append(time.perf_counter() - started)
     return seconds, peak_device_memory()
@@ -183,7 +184,9 @@ def trl(folder: Path, tokens_UBL: np.ndarray, dtype: str) -> tuple[list[float], 
 
 # What a system needs for each update, in seconds, and the most memory it held, in bytes.
 SYSTEMS: dict[str, Callable[[Path, np.ndarray, str], tuple[list[float], float]]] = {
-    "ours_kd": lambda folder, tokens, dtype: ours(folder, tokens, dtype, {"alignment": 0.0, "coherence": 0.0}, False),
+    "ours_kd": lambda folder, tokens, dtype: ours(
+        folder, tokens, dtype, {"alignment_weight": 0.0, "coherence_weight": 0.0}, False
+    ),
     "ours_rtd": lambda folder, tokens, dtype: ours(folder, tokens, dtype, {}, True),
     "tunix": tunix,
     "trl": trl,

@@ -23,9 +23,10 @@ from jax.extend import core
 from measure import ROOT, machine, markdown_table, random_batch, write_section
 from rtd_overhead import LENGTH, ROWS, SIZES, VOCAB, models
 
-from rtd_jax.losses import LossWeights
-from rtd_jax.train.state import create_state, init_projections
-from rtd_jax.train.update import StepSettings, make_train_step
+from rtd_jax.methods import LossSettings
+from rtd_jax.methods.term import Setup
+from rtd_jax.train.state import create_state
+from rtd_jax.train.update import make_train_step
 
 UPDATES = 20
 CONTROL = {"while", "conditional", "call"}  # their bodies are in the trace on their own
@@ -114,25 +115,26 @@ def profile(keep: Path | None) -> tuple[Counter[str], Counter[str]]:
     teacher, student = models()
     key = jax.random.PRNGKey(0)
     optimizer = optax.adamw(1e-4)
-    step: Any = make_train_step(student, teacher, optimizer, StepSettings(), VOCAB)
+    objective = LossSettings().objective(Setup(student.config, teacher.config, VOCAB))
+    step: Any = make_train_step(student, teacher, optimizer, objective)
     params = {
         "student": student.init(key),
-        **init_projections(key, student.config.width, teacher.config.width),
+        **objective.init_params(key, student.config.width, teacher.config.width),
     }
     state, teacher_params, batch = create_state(params, optimizer, key), teacher.init(key), random_batch(*SIZES)
-    traced = step.trace(state, teacher_params, batch, LossWeights())
+    traced = step.trace(state, teacher_params, batch, objective.coefficients())
     flops: Counter[str] = Counter()
     for scopes, amount in matmuls(traced.jaxpr.jaxpr):
         flops[part_of(scopes)] += amount
     compiled = traced.lower().compile()
     for _ in range(3):
-        state, _ = compiled(state, teacher_params, batch, LossWeights())
+        state, _ = compiled(state, teacher_params, batch, objective.coefficients())
     jax.block_until_ready(state)
     with tempfile.TemporaryDirectory() as folder:
         where = keep or Path(folder)
         with jax.profiler.trace(str(where)):
             for _ in range(UPDATES):
-                state, _ = compiled(state, teacher_params, batch, LossWeights())
+                state, _ = compiled(state, teacher_params, batch, objective.coefficients())
             jax.block_until_ready(state)
         seconds = seconds_by_part(where, parts_of_instructions(compiled.as_text()))
     return Counter({name: total / UPDATES for name, total in seconds.items()}), flops

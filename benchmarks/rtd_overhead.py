@@ -21,11 +21,13 @@ from rtd_jax.base.means import Mean
 from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.base.types import Batch
-from rtd_jax.losses import LossWeights, kd
+from rtd_jax.losses import kd
+from rtd_jax.methods import LossSettings
+from rtd_jax.methods.term import Setup
 from rtd_jax.models import LlamaConfig, LlamaModel
 from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.state import create_state, init_projections
-from rtd_jax.train.update import StepSettings, apply_update, make_train_step
+from rtd_jax.train.state import create_state
+from rtd_jax.train.update import apply_update, make_train_step
 
 SIZES = ROWS, LENGTH, VOCAB, STEP_TOKENS = 8, 256, 8192, 40
 
@@ -40,7 +42,7 @@ def published_flops(name: str) -> tuple[float, float]:
         places = jax.ShapeDtypeStruct((rows, chains, slots), jnp.int32)
         mask = jax.ShapeDtypeStruct((rows, chains, slots), jnp.bool_)
         batch = abstract.batch._replace(boundary_positions_BCK=places, boundary_mask_BCK=mask)
-        traced = abstract.step.trace(abstract.state, abstract.source, batch, recipe.loss.weights())
+        traced = abstract.step.trace(abstract.state, abstract.source, batch, abstract.objective.coefficients())
         return matmul_flops(traced.jaxpr.jaxpr)
 
     slots = abstract.batch.boundary_mask_BCK.shape[-1]
@@ -74,10 +76,15 @@ def step_times(rounds: int) -> dict[str, list[float]]:
         gradients, metrics = jax.grad(plain_loss, has_aux=True)(state.params, teacher_params, batch)
         return apply_update(optimizer, state, gradients, metrics)
 
-    rtd = make_train_step(student, teacher, optimizer, StepSettings(), VOCAB)
+    objective = LossSettings().objective(Setup(student.config, teacher.config, VOCAB))
+    rtd = make_train_step(student, teacher, optimizer, objective)
     steps = {
         "plain KD": (jax.jit(plain, donate_argnums=0), {"student": student.init(key)}, ()),
-        "RTD": (rtd, {"student": student.init(key), **init_projections(key, 256, 512)}, (LossWeights(),)),
+        "RTD": (
+            rtd,
+            {"student": student.init(key), **objective.init_params(key, 256, 512)},
+            (objective.coefficients(),),
+        ),
     }
     # A key of its own for each: states are donated.
     states = {name: create_state(params, optimizer, jax.random.PRNGKey(0)) for name, (_, params, _) in steps.items()}

@@ -21,21 +21,24 @@ import optax
 from measure import ROOT, machine, markdown_table, random_batch, write_section
 
 from rtd_jax.apps.cache import cache_teacher
+from rtd_jax.apps.distill.prepare import Experiment, prepare
 from rtd_jax.apps.plan.program import matmul_flops, memory
 from rtd_jax.base.boundaries import shifted_labels
 from rtd_jax.base.settings import build
 from rtd_jax.base.types import Batch, TeacherOutputs, TopK
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.loader import make_loader
-from rtd_jax.losses import LossWeights, kd_sums, top_k_kd_sums
+from rtd_jax.losses import kd_sums, top_k_kd_sums
+from rtd_jax.methods import LossSettings
+from rtd_jax.methods.term import Setup
 from rtd_jax.models import LlamaConfig, LlamaModel
+from rtd_jax.models.open import open_model
 from rtd_jax.teacher.cache import TeacherCache, chain_key
 from rtd_jax.teacher.online import teacher_outputs
 from rtd_jax.teacher.predictions import top_k_predictions
-from rtd_jax.train.experiment import Experiment, cache_identity, prepare
-from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.state import create_state, init_projections
-from rtd_jax.train.update import StepSettings, make_train_step
+from rtd_jax.train.recipe import Recipe, cache_identity
+from rtd_jax.train.state import create_state
+from rtd_jax.train.update import make_train_step
 
 KEPT = (64,)  # k of the caches that are compared with whole distributions
 SIZES = ROWS, LENGTH, VOCAB, STEP_TOKENS = 4, 256, 8192, 40
@@ -52,18 +55,20 @@ def updates(rounds: int) -> str:
     key = jax.random.PRNGKey(0)
     params = jax.jit(teacher.init)(key)
     given = jax.tree.map(jnp.asarray, batch)
-    online = jax.jit(lambda params: teacher_outputs(teacher, params, given))(params)
+    online = jax.jit(lambda params: teacher_outputs(teacher, params, given, (TEACHER.layers,)))(params)
     top_k = top_k_predictions(online.hidden_BLD, teacher.head(params), k=K, temperature=4.0, vocab_size=VOCAB)
-    cached = jax.device_get(TeacherOutputs(None, online.boundary_states_BCKD, top_k=top_k))
-    none = LossWeights(alignment=0.0, coherence=0.0)
-    steps: dict[str, tuple[Any, Any, LossWeights]] = {
-        "plain online KD": (make_train_step(student, teacher, optimizer, StepSettings(), VOCAB), params, none),
-        "online RTD": (make_train_step(student, teacher, optimizer, StepSettings(), VOCAB), params, LossWeights()),
-        "cached RTD": (make_train_step(student, None, optimizer, StepSettings(), VOCAB), cached, LossWeights()),
+    cached = jax.device_get(TeacherOutputs(None, None, online.boundary_states, {}, top_k))
+    setup = Setup(STUDENT, TEACHER, VOCAB)
+    kd = LossSettings(alignment_weight=0.0, coherence_weight=0.0).objective(setup)
+    rtd = LossSettings().objective(setup)
+    steps: dict[str, tuple[Any, Any, dict]] = {
+        "plain online KD": (make_train_step(student, teacher, optimizer, kd), params, kd.coefficients()),
+        "online RTD": (make_train_step(student, teacher, optimizer, rtd), params, rtd.coefficients()),
+        "cached RTD": (make_train_step(student, None, optimizer, rtd), cached, rtd.coefficients()),
     }
     states, sizes = {}, {}
     for name, (step, source, weights) in steps.items():
-        start = {"student": student.init(key), **init_projections(key, STUDENT.width, TEACHER.width)}
+        start = {"student": student.init(key), **rtd.init_params(key, STUDENT.width, TEACHER.width)}
         states[name] = create_state(start, optimizer, jax.random.PRNGKey(0))
         traced = step.trace(states[name], source, batch, weights)
         sizes[name] = memory(traced.lower().compile()), matmul_flops(traced.jaxpr.jaxpr)
@@ -135,8 +140,7 @@ def what_is_lost(name: str, overrides: dict[str, Any], batches: int) -> str:
             settings = dataclasses.replace(recipe.teacher, cache=str(place))
             of_k = dataclasses.replace(recipe, teacher=settings, cache=dataclasses.replace(recipe.cache, top_k=k))
             cache_teacher(of_k, place)
-            fingerprint = online.fingerprints["teacher"]
-            cache = TeacherCache(place, cache_identity(of_k, online.teacher_config, fingerprint, online.tokenizer))
+            cache = TeacherCache(place, cache_identity(of_k, open_model(of_k.teacher, online.mesh)))
             found, cosines, tails, read = [], [], [], []
             for batch, (sums, wanted) in zip(sample, exact, strict=True):
                 started = time.perf_counter()

@@ -15,7 +15,7 @@ from chromium import browser, open_page
 from llama3_like import llama3_like
 from tiny_run import recipe, write_teacher
 
-import rtd_jax.train.subjects
+import rtd_jax.models.open
 from rtd_jax.apps.cache import cache_teacher
 from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings, diagnose, readable
 from rtd_jax.apps.diagnose.findings import ARTICLE, measure, verdict
@@ -27,10 +27,10 @@ from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT
 from rtd_jax.eval.cka import linear_cka
 from rtd_jax.eval.drift import BoundaryStates, cross_fitted
+from rtd_jax.models.config import layers_to_copy
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.to_hf import save_pretrained
-from rtd_jax.models.weights import evenly_spaced_layers
 from rtd_jax.teacher.cache import CacheSettings
 from rtd_jax.train.subjects import boundary_states, load_model
 
@@ -132,7 +132,7 @@ def from_cache(teacher, finished, caches, tmp_path_factory):
         return load(directory, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rtd_jax.train.subjects, "load_params", of_the_student_only)
+        patch.setattr(rtd_jax.models.open, "load_params", of_the_student_only)
         student = finished / "student"
         report = run(teacher, student, out, notes.append, cache=str(caches["float32"]), **CACHED)
     return report, notes
@@ -219,7 +219,7 @@ def test_cka_falls_the_more_of_the_teacher_is_pruned(tmp_path):
 
     def with_layers(count):
         config = load_config(BUNDLED)
-        params = load_params(BUNDLED, config, layers=evenly_spaced_layers(config.layers, count))
+        params = load_params(BUNDLED, config, layers=layers_to_copy(config.layers, count))
         config = dataclasses.replace(config, layers=count)
         return save_pretrained(tmp_path / f"layers{count}", config, params, tokenizer_dir=BUNDLED)
 

@@ -14,7 +14,7 @@ from tiny_run import write_teacher
 from rtd_jax.apps.evaluate import EvaluateSettings, evaluate
 from rtd_jax.data.formats import render
 from rtd_jax.eval.tasks import load_problems
-from rtd_jax.train.experiment import load_tokenizer
+from rtd_jax.models.open import load_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
 

@@ -108,7 +108,9 @@ def test_no_collective_moves_logits_or_a_stack_of_layers(recipe, sizes, changes)
     mesh = make_mesh(MeshSettings(*sizes))
     recipe = cached(recipe, **changes) if changes.pop("cached", False) else recipe
     abstract = abstract_step(recipe, mesh)
-    compiled = abstract.step.lower(abstract.state, abstract.source, abstract.batch, recipe.loss.weights()).compile()
+    compiled = abstract.step.lower(
+        abstract.state, abstract.source, abstract.batch, abstract.objective.coefficients()
+    ).compile()
     collectives = Hlo(compiled.as_text()).collectives()
     assert collectives
     tokens = {ROWS, LENGTH, CHUNK, *(ROWS // n for n in (2, 4, 8)), ROWS * CHUNK}

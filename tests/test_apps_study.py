@@ -486,7 +486,7 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
         }
         assert {r.curriculum.enabled for r in recipes.values()} == {False} if config is study_tiny else {False, True}
         return
-    assert not recipes[of, "cot_ft"].loss.reads_teacher
+    assert not recipes[of, "cot_ft"].loss.teaches()
     made = [this.name for this in recipe.preparations(tmp_path)]
     if config is study_tiny and arg == "cached":  # the cache holds word problems alone
         assert {r.data.test.schema for r in recipes.values()} == {"synthetic"}

@@ -9,7 +9,6 @@ import pytest
 
 from rtd_jax.apps.plan.abstract import ARCHITECTURES
 from rtd_jax.base.files import read_json, write_json
-from rtd_jax.losses import LossWeights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -111,8 +110,10 @@ def test_the_gpu_benchmark_runs_the_recipes_step_online_and_from_a_cache(tmp_pat
 
 def test_an_update_that_differs_from_the_cpus_is_seen(monkeypatch):
     assert accelerator.update_errors() == {"loss": 0.0, "update": 0.0}  # both are the CPU's here
-    given = iter((LossWeights(), LossWeights(alignment=0.31)))
-    monkeypatch.setattr(accelerator, "LossWeights", lambda: next(given))
+    weights = iter((0.3, 0.31))
+    monkeypatch.setattr(
+        accelerator, "coefficients_of", lambda o: o.coefficients() | {"alignment": {"weight": next(weights)}}
+    )
     errors = accelerator.update_errors()
     assert errors["loss"] > 1e-4
     assert errors["update"] > 1e-4

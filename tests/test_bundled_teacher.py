@@ -14,7 +14,7 @@ from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.model import LlamaModel
-from rtd_jax.train.experiment import load_tokenizer
+from rtd_jax.models.open import load_tokenizer
 
 BUNDLED = Path(rtd_jax.__file__).parent / "bundled"
 TEACHER = BUNDLED / "tiny_teacher"

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from models_tiny import VARIANTS, hf_model, random_tokens
 from safetensors.torch import load_file
 
-from rtd_jax.models import LlamaModel, evenly_spaced_layers, load_config, load_params, logical_axes, save_pretrained
+from rtd_jax.models import LlamaModel, layers_to_copy, load_config, load_params, logical_axes, save_pretrained
 from rtd_jax.models import from_hf as checkpoint
 from rtd_jax.models import to_hf as export
 
@@ -227,11 +227,11 @@ def test_loading_holds_the_params_once(tmp_path):
 # Student initialisation -----------------------------------------------------------------------------------------------
 
 
-def test_evenly_spaced_layers_by_hand(tmp_path):
+def test_layers_to_copy_by_hand(tmp_path):
     hf_model(num_hidden_layers=7).save_pretrained(tmp_path)
     config = load_config(tmp_path)
     params = load_params(tmp_path, config)
-    chosen = evenly_spaced_layers(7, 3)
+    chosen = layers_to_copy(7, 3)
     assert chosen == (0, 3, 6)
     student = load_params(tmp_path, config, layers=chosen)
     for ours, theirs in zip(jax.tree.leaves(student["layers"]), jax.tree.leaves(params["layers"]), strict=True):
@@ -242,7 +242,7 @@ def test_evenly_spaced_layers_by_hand(tmp_path):
     assert transformers.LlamaForCausalLM.from_pretrained(out).config.num_hidden_layers == 3
     for layers in (0, 8):
         with pytest.raises(ValueError, match=f"{layers} evenly spaced layers of 7; use 1 to 7"):
-            evenly_spaced_layers(7, layers)
+            layers_to_copy(7, layers)
 
 
 # Saves that fail ------------------------------------------------------------------------------------------------------

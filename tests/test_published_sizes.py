@@ -13,7 +13,7 @@ from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.state import create_state, init_projections, state_shardings
+from rtd_jax.train.state import create_state, state_shardings
 from rtd_jax.train.update import make_train_step
 
 LLAMA3 = {
@@ -52,15 +52,16 @@ def test_the_published_step_traces_at_full_size(recipe_name, student_size):
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
     key = jax.random.PRNGKey(0)
     widths = (student.config.width, teacher.config.width)
+    objective = recipe.objective(student.config, teacher.config, vocab_size=128_256)
     state = jax.eval_shape(
-        lambda p: create_state({"student": p, **init_projections(key, *widths)}, optimizer, key),
+        lambda p: create_state({"student": p, **objective.init_params(key, *widths)}, optimizer, key),
         student.abstract_params(),
     )
     for params, size in ((teacher_params, "70b"), (state.params["student"], student_size)):
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[size]
 
     # Every big array of the state is spread over the 8 devices.
-    shardings = state_shardings(state, optimizer, mesh)
+    shardings = state_shardings(state, optimizer, mesh, objective.param_axes())
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
         if leaf.size > 10**6:
             assert sharding.shard_shape(leaf.shape) != leaf.shape
@@ -76,10 +77,8 @@ def test_the_published_step_traces_at_full_size(recipe_name, student_size):
         jax.ShapeDtypeStruct((rows, chains, boundaries), jnp.int32),
         jax.ShapeDtypeStruct((rows, chains, boundaries), jnp.bool_),
     )
-    step = make_train_step(
-        student, teacher, optimizer, recipe.step(student.config.layers, teacher.config.layers), vocab_size=128_256
-    )
-    new_state, metrics = jax.eval_shape(step, state, teacher_params, batch, recipe.loss.weights())
+    step = make_train_step(student, teacher, optimizer, objective, recipe.update)
+    new_state, metrics = jax.eval_shape(step, state, teacher_params, batch, objective.coefficients())
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["distill/coherence"].sum.shape == ()
 

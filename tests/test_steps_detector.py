@@ -11,6 +11,7 @@ import pytest
 from rtd_jax.apps.cache import cache_teacher
 from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings
 from rtd_jax.apps.diagnose.diagnose import _cut as cut_chains
+from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.pretrain import PretrainRecipe
 from rtd_jax.apps.segment import SegmentSettings, segment
 from rtd_jax.base.settings import build
@@ -18,13 +19,12 @@ from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.encoding import encode_traces
 from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.trace import Trace, from_prose
-from rtd_jax.models.from_hf import load_config
+from rtd_jax.models.open import ModelSettings, OpenModel, open_model
 from rtd_jax.steps.classifier import load_classifier, text_boundaries, text_probabilities
 from rtd_jax.steps.detector import Detector, detect
 from rtd_jax.steps.prose import joined_steps, read
 from rtd_jax.steps.token_states import kept_states, token_states
-from rtd_jax.train.experiment import LoadedTeacher, load_tokenizer, prepare, weights_fingerprint
-from rtd_jax.train.recipe import Recipe, TeacherSettings
+from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.subjects import load_model
 
 BUNDLED = Path(__file__).resolve().parents[1] / "rtd_jax" / "bundled"
@@ -32,16 +32,15 @@ TEACHER, CLASSIFIER = BUNDLED / "tiny_teacher", BUNDLED / "tiny_boundaries"
 
 
 @pytest.fixture(scope="module")
-def loaded() -> LoadedTeacher:
-    settings = TeacherSettings(str(TEACHER), "float32", "float32")
-    return LoadedTeacher(settings, load_config(TEACHER), TEACHER, make_mesh(MeshSettings()), lambda _: None)
+def loaded() -> OpenModel:
+    return open_model(ModelSettings(str(TEACHER), "float32", "float32"), make_mesh(MeshSettings()), lambda _: None)
 
 
 @pytest.fixture(scope="module")
 def detector(loaded) -> Detector:
     return Detector(
         load_classifier(CLASSIFIER),
-        load_tokenizer(TEACHER),
+        loaded.tokenizer,
         loaded.mesh,
         lambda: (loaded.model, loaded.params),
         note=lambda _: None,
@@ -57,9 +56,9 @@ def prose(trace: Trace) -> Trace:
     return Trace(trace.prompt, (joined_steps(trace)[0],), trace.answer, trace.final, trace.source)
 
 
-def test_the_bundled_classifier_is_small_and_belongs_to_the_bundled_teacher(detector):
+def test_the_bundled_classifier_is_small_and_belongs_to_the_bundled_teacher(detector, loaded):
     assert sum(path.stat().st_size for path in CLASSIFIER.iterdir()) < 300_000
-    detector.classifier.check_teacher(weights_fingerprint(TEACHER), detector.classifier.tokenizer, "tiny")
+    detector.classifier.check_teacher(loaded.fingerprint, detector.classifier.tokenizer, "tiny")
 
 
 def test_prose_is_cut_into_the_steps_that_it_was_joined_from(detector, problems):
@@ -158,7 +157,7 @@ def test_a_recipe_names_its_classifier_and_the_teacher_cache_goes_by_what_it_fou
     cache_teacher(recipe, tmp_path)
     notes: list[str] = []
     experiment, _ = prepare(recipe, notes.append)
-    assert not any(note.startswith("loading the teacher") for note in notes)
+    assert not any(note.startswith("loading the weights") for note in notes)
     assert {trace.depth for trace in experiment.train.traces} == {1, 2, 3, 4, 5, 6}
     assert experiment.cache is not None
 

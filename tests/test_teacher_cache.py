@@ -13,15 +13,17 @@ from safetensors.numpy import load_file
 from tiny_run import recipe, source, write_teacher
 
 import rtd_jax.apps.cache
-import rtd_jax.train.experiment
+import rtd_jax.models.open
 from rtd_jax.apps.cache import cache_teacher
+from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.distill.run import train
-from rtd_jax.base.sharding import MeshSettings
+from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.base.types import TopK
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.open import open_model
 from rtd_jax.teacher.cache import (
     CacheSettings,
     CacheWriter,
@@ -32,8 +34,9 @@ from rtd_jax.teacher.cache import (
     encode_record,
 )
 from rtd_jax.teacher.online import teacher_outputs
-from rtd_jax.train.experiment import cache_identity, load_splits, load_tokenizer, prepare, weights_fingerprint
 from rtd_jax.train.optimizer import OptimizerSettings
+from rtd_jax.train.recipe import cache_identity
+from rtd_jax.train.splits import load_splits
 
 VOCAB = len(tiny_tokenizer())
 EXACT = CacheSettings(VOCAB, "float32", "float32")
@@ -112,7 +115,7 @@ def test_a_run_from_a_cache_of_every_token_is_the_online_run(teacher, exact, tmp
     def refuse(*args, **kwargs):
         raise AssertionError("the teacher's weights were loaded")
 
-    monkeypatch.setattr(rtd_jax.train.experiment, "load_params", refuse)  # the tiny student is random
+    monkeypatch.setattr(rtd_jax.models.open, "load_params", refuse)
     train(cached(teacher, exact, optimizer=optimizer), tmp_path / "cached")
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("online", "cached")]
     assert set(reports[0]["perplexity"]) == {"student", "teacher"}
@@ -180,11 +183,9 @@ def test_outputs_lie_where_the_chains_were_packed(teacher, exact):
     for per_row in (1, 3):
         (batch, *_) = fixed_batches(experiment.train.encoded[:12], 8, 288, per_row, experiment.max_boundaries)
         found = experiment.cache.outputs(batch)
-        want = teacher_outputs(online.teacher, online.teacher_params, jax.tree.map(jnp.asarray, batch))
+        want = teacher_outputs(online.teacher, online.teacher_params, jax.tree.map(jnp.asarray, batch), (2,))
         mask = batch.boundary_mask_BCK
-        np.testing.assert_allclose(
-            found.boundary_states_BCKD[mask], want.boundary_states_BCKD[mask], rtol=1e-4, atol=1e-5
-        )
+        np.testing.assert_allclose(found.boundary_states[2][mask], want.boundary_states[2][mask], rtol=1e-4, atol=1e-5)
         log_probs = jax.nn.log_softmax(online.teacher.logits(online.teacher_params, want.hidden_BLD)[..., :VOCAB])
         counts = np.pad(batch.loss_weights_BL[:, 1:], ((0, 0), (0, 1))) > 0
         assert counts.any()
@@ -249,8 +250,8 @@ def test_a_shard_without_its_list_of_keys_is_written_again(tmp_path):
         np.testing.assert_array_equal(cache.read(key)[1], decode_record(record, own)[1])
 
 
-def opened(recipe, teacher: Path) -> TeacherCache:
-    identity = cache_identity(recipe, load_config(teacher), weights_fingerprint(teacher), load_tokenizer(teacher))
+def opened(recipe) -> TeacherCache:
+    identity = cache_identity(recipe, open_model(recipe.teacher, make_mesh(recipe.mesh)))
     return TeacherCache(Path(recipe.teacher.cache), identity)
 
 
@@ -263,11 +264,7 @@ def test_a_cache_of_several_layers_serves_recipes_that_match_any_of_them(teacher
     def matching(layer: int):
         return dataclasses.replace(both, cache=EXACT, loss=dataclasses.replace(both.loss, hidden_layer=layer))
 
-    last, inner, alone = (
-        opened(matching(-1), teacher),
-        opened(matching(1), teacher),
-        opened(cached(teacher, exact), teacher),
-    )
+    last, inner, alone = opened(matching(-1)), opened(matching(1)), opened(cached(teacher, exact))
     chains = load_splits(few, tiny_tokenizer())[0].encoded[:4]
     config = load_config(teacher)
     model, params = LlamaModel(config, "float32"), load_params(teacher, config, dtype="float32")
@@ -281,8 +278,8 @@ def test_a_cache_of_several_layers_serves_recipes_that_match_any_of_them(teacher
         _, (inner_BLD,) = model.hidden(params, *rows, layers=(1,))
         np.testing.assert_allclose(inner.read(key)[1], inner_BLD[0, chain.boundaries], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"has the states of layers \[1, 2\], this run matches hidden_layer 0"):
-        opened(matching(0), teacher)
+        opened(matching(0))
     with pytest.raises(ValueError, match=r"of layers \[1, 2\], this run would add those of \[2\]"):
         cache_teacher(matching(-1), tmp_path / "both")
-    with pytest.raises(ValueError, match=r"cache.layers is \(9,\); the teacher's layers are counted from 0"):
+    with pytest.raises(ValueError, match=r"cache.layers is \(9,\): hidden layer 9 .* a model of 2 layers has 0"):
         cache_teacher(cached(teacher, tmp_path / "none", CacheSettings(layers=(9,))), tmp_path / "none")

@@ -13,6 +13,9 @@ import optax
 import pytest
 from tiny_run import recipe, source, write_teacher
 
+from rtd_jax.apps.distill.own_chains import drawn_chain, make_sampler
+from rtd_jax.apps.distill.prepare import prepare
+from rtd_jax.apps.distill.stages import Run, Sinks, run_stages
 from rtd_jax.apps.pretrain import SizeSettings, model_config
 from rtd_jax.apps.reward_model import LabelledSteps, RewardModelRecipe, fit_head, judge, train_reward_model
 from rtd_jax.base.console import Display
@@ -24,8 +27,10 @@ from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.labelled import LabelledSettings
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
-from rtd_jax.losses import LossWeights
 from rtd_jax.losses.policy import Rollouts
+from rtd_jax.methods import LossSettings
+from rtd_jax.methods.own_chains import RewardSettings
+from rtd_jax.methods.term import Setup
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.teacher.reward_head import (
     RewardIdentity,
@@ -38,13 +43,11 @@ from rtd_jax.teacher.reward_head import (
 from rtd_jax.train.checkpoints import Checkpoints, read_meta, restore_state
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.curriculum import CurriculumSettings
-from rtd_jax.train.experiment import load_splits, prepare
-from rtd_jax.train.loop import Run, Sinks, run_stages
 from rtd_jax.train.metrics import MetricsLog
-from rtd_jax.train.recipe import DataSettings, EvaluationSettings, LossSettings, RewardSettings, TeacherSettings
-from rtd_jax.train.rollouts import drawn_chain, make_sampler
-from rtd_jax.train.state import create_state, init_projections
-from rtd_jax.train.update import StepSettings, make_train_step
+from rtd_jax.train.recipe import DataSettings, EvaluationSettings, TeacherSettings
+from rtd_jax.train.splits import load_splits
+from rtd_jax.train.state import create_state
+from rtd_jax.train.update import UpdateSettings, make_train_step
 
 TOKENIZER = tiny_tokenizer()
 
@@ -147,8 +150,8 @@ STUDENT = LlamaModel(model_config(SizeSettings(2, 16, 24, 4, 2, 8), TOKENIZER))
 TEACHER = LlamaModel(model_config(SizeSettings(1, 16, 24, 4, 2, 8), TOKENIZER))
 CHAINS, _ = encode_traces(TOKENIZER, generate(16, (1, 2)), TINY_FORMAT, row_length=96)
 SGD = optax.sgd(1.0)
-POLICY = StepSettings(policy_temperature=0.8, policy_clip=0.3)
-ONLY_POLICY = LossWeights(alpha=1.0, alignment=0.0, coherence=0.0, reward=1.0)
+KD = LossSettings(alpha=1.0, alignment_weight=0.0, coherence_weight=0.0)
+POLICY = replace(KD, reward_weight=1.0)
 
 
 def rows(count: int, first: int = 0) -> Batch:
@@ -163,20 +166,25 @@ def own_chains(count: int = 8) -> Rollouts:
 
 
 @functools.cache
-def compiled(settings: StepSettings, mesh_sizes: tuple[int, int, int]):
+def compiled(loss: LossSettings, micro_batches: int, mesh_sizes: tuple[int, int, int]):
     mesh = make_mesh(MeshSettings(*mesh_sizes), jax.devices()[: int(np.prod(mesh_sizes))])
-    return mesh, make_train_step(STUDENT, TEACHER, SGD, settings, len(TOKENIZER), mesh)
+    own = RewardSettings(temperature=0.8, clip=0.3)
+    objective = loss.objective(Setup(STUDENT.config, TEACHER.config, len(TOKENIZER), own, mesh))
+    step = make_train_step(STUDENT, TEACHER, SGD, objective, UpdateSettings(micro_batches), mesh)
+    return mesh, objective, step
 
 
-def update(settings: StepSettings, weights: LossWeights, rollouts: Rollouts | None, mesh_sizes=(1, 1, 1)):
+def update(loss: LossSettings, rollouts: Rollouts | None, micro_batches: int = 1, mesh_sizes=(1, 1, 1)):
     """(what one SGD update moves, metrics)"""
     key = jax.random.PRNGKey(0)
-    params = {"student": STUDENT.init(key), **init_projections(key, 16, 16)}
+    mesh, objective, step = compiled(loss, micro_batches, mesh_sizes)
+    params = {"student": STUDENT.init(key), **objective.init_params(key, 16, 16)}
     before = jax.device_get(params)
-    mesh, step = compiled(settings, mesh_sizes)
-    teacher = {} if settings.labels_only else TEACHER.init(jax.random.key(1))
+    teacher = TEACHER.init(jax.random.key(1)) if objective.reads_teacher else {}
     own = () if rollouts is None else (put_batch(rollouts, mesh),)
-    state, metrics = step(create_state(params, SGD, key), teacher, put_batch(rows(8), mesh), weights, *own)
+    state, metrics = step(
+        create_state(params, SGD, key), teacher, put_batch(rows(8), mesh), objective.coefficients(), *own
+    )
     return jax.tree.map(lambda a, b: a - b, to_host(state.params), before), jax.device_get(metrics)
 
 
@@ -192,23 +200,23 @@ def test_the_policy_term_is_that_of_the_dense_formula_whatever_micro_batches_and
     losses = -jnp.minimum(ratio * advantages, jnp.clip(ratio, 0.7, 1.3) * advantages)
     expected = jnp.sum(losses * weights) / jnp.sum(weights)
 
-    settings = POLICY
-    moved, metrics = update(settings, ONLY_POLICY, rollouts)
+    moved, metrics = update(POLICY, rollouts)
     np.testing.assert_allclose(metrics["reward/policy_loss"].value(), expected, rtol=1e-4)
     assert 0 < metrics["reward/clip_fraction"].value() < 1
-    again, _ = update(replace(settings, micro_batches=2), ONLY_POLICY, rollouts, (1, 2, 2))
+    again, _ = update(POLICY, rollouts, 2, (1, 2, 2))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), moved, again)
-    anchor, _ = update(settings, ONLY_POLICY, None)
+    anchor, _ = update(POLICY, None)
     parts = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (moved, anchor)), strict=True)]
     assert max(parts) > 1e-3  # the term moves the student ..
-    zero, _ = update(settings, ONLY_POLICY, rollouts._replace(advantages_BL=0 * rollouts.advantages_BL))
+    zero, _ = update(POLICY, rollouts._replace(advantages_BL=0 * rollouts.advantages_BL))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), zero, anchor)  # .. by its advantages
 
 
 def test_labels_alone_give_the_update_of_alpha_zero_without_the_teacher():
-    weights = LossWeights(alpha=0.0, alignment=0.0, coherence=0.0)
-    whole, metrics = update(POLICY, weights, None)
-    alone, of_labels = update(replace(POLICY, labels_only=True), weights, None)  # its teacher is an empty dict
+    nearly = replace(KD, alpha=0.0, alignment_weight=1e-30)  # nothing is learned from the teacher, but it is run
+    whole, metrics = update(nearly, None)
+    alone, of_labels = update(replace(KD, alpha=0.0), None)  # its teacher is an empty dict
+    assert "distill/soft_loss" in metrics
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, alone)
     np.testing.assert_allclose(of_labels["loss"].value(), metrics["loss"].value(), rtol=1e-5)
     assert set(of_labels) == {"loss", "distill/hard_loss", "grad_norm"}
@@ -267,7 +275,7 @@ def test_a_reward_model_is_reported_on_held_out_steps(folder):
 def single(folder):
     """(experiment, initial state on the host), on one device."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rtd_jax.train.experiment.make_mesh", one_device_mesh)
+        patch.setattr("rtd_jax.apps.distill.prepare.make_mesh", one_device_mesh)
         experiment, state = prepare(reward_recipe(folder), lambda _: None)
     return experiment, jax.device_get(state)
 
@@ -339,7 +347,7 @@ def test_settings_that_cannot_work_are_refused_by_name(folder):
     ):
         prepare(uneven, lambda _: None)
     labels = replace(good.loss, alpha=0.0, reward_weight=0.0)
-    assert not labels.reads_teacher
+    assert not labels.teaches()
     with pytest.raises(ValueError, match=r"so no coherence loss can end a stage: set curriculum.enabled=False"):
         replace(good, loss=labels, curriculum=CurriculumSettings())
 
@@ -366,7 +374,7 @@ def test_fine_tuning_on_chains_of_thought_reads_a_file_and_never_the_teacher(fol
         total_updates=4,
         evaluation=EvaluationSettings(teacher=False),
     )
-    monkeypatch.setattr("rtd_jax.train.experiment.make_mesh", one_device_mesh)
+    monkeypatch.setattr("rtd_jax.apps.distill.prepare.make_mesh", one_device_mesh)
     experiment, state = prepare(settings, lambda _: None)
     assert experiment.teacher is None
     assert experiment.teacher_params == {}

@@ -15,16 +15,18 @@ from rtd_jax.data.encoding import encode_traces
 from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.packing import fixed_batches, host_rows
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
-from rtd_jax.losses import LossWeights, alignment, coherence, kd_token_losses
+from rtd_jax.losses import alignment, coherence, kd_token_losses
+from rtd_jax.methods import LossSettings
+from rtd_jax.methods.maps import init_state_map, init_transition_map
+from rtd_jax.methods.term import Objective, Setup
 from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.open import ModelSettings, make_model, weight_shardings
 from rtd_jax.teacher.online import teacher_outputs
 from rtd_jax.teacher.predictions import top_k_predictions
-from rtd_jax.train.calibration import make_self_coherence
-from rtd_jax.train.experiment import teacher_model, teacher_shardings
+from rtd_jax.train.calibration import make_self_comparison
 from rtd_jax.train.optimizer import OptimizerSettings, decay_mask, learning_rate_schedule, make_optimizer
-from rtd_jax.train.recipe import TeacherSettings
-from rtd_jax.train.state import create_state, init_projections, state_shardings
-from rtd_jax.train.update import StepSettings, make_coherence_eval, make_train_step
+from rtd_jax.train.state import create_state, state_shardings
+from rtd_jax.train.update import UpdateSettings, make_term_eval, make_train_step
 
 TOKENIZER = tiny_tokenizer()
 VOCAB = len(TOKENIZER)
@@ -35,8 +37,8 @@ TEACHER_PARAMS = TEACHER.init(jax.random.key(1))
 # update a continuous function of the gradient, so that equal gradients can be seen in equal parameters.
 OPTIMIZER = make_optimizer(OptimizerSettings(learning_rate=1e-2, warmup_updates=1, eps=1e-2), total_updates=10)
 CHAINS, _ = encode_traces(TOKENIZER, generate(14, (1, 2, 3)), TINY_FORMAT, row_length=128)
-STEP = StepSettings(chunk_length=32)
-PLACEMENT = TeacherSettings("unused", "float32", "float32")
+UPDATE = UpdateSettings()
+PLACEMENT = ModelSettings("unused", "float32", "float32")
 
 
 def batch(rows: int, chains_per_row: int, row_length: int):
@@ -47,9 +49,23 @@ def batch(rows: int, chains_per_row: int, row_length: int):
 PACKED, UNPACKED = batch(8, 4, 256), batch(16, 1, 128)
 
 
+def objective(mesh=None, teacher: LlamaModel = TEACHER, **changes) -> Objective:
+    """The published one, or with other settings."""
+    return LossSettings(**changes).objective(Setup(STUDENT.config, teacher.config, VOCAB, mesh=mesh))
+
+
+def maps(key, student_width: int, teacher_width: int, kind="separate"):
+    widths = (kind, student_width, teacher_width)
+    return init_state_map(key, *widths) | init_transition_map(key, *widths)
+
+
+AXES = objective().param_axes()
+WEIGHTS = objective().coefficients()
+
+
 def fresh_state():
     key = jax.random.PRNGKey(0)
-    params = {"student": STUDENT.init(key), **init_projections(key, 16, 32)}
+    params = {"student": STUDENT.init(key), **objective().init_params(key, 16, 32)}
     return create_state(params, OPTIMIZER, key)
 
 
@@ -59,22 +75,24 @@ START = jax.device_get(fresh_state().params)
 def after_updates(
     mesh_settings: MeshSettings,
     data=PACKED,
-    settings: StepSettings = STEP,
+    settings: UpdateSettings = UPDATE,
     updates: int = 3,
-    placement: TeacherSettings = PLACEMENT,
+    placement: ModelSettings = PLACEMENT,
+    **changes,
 ):
     count = abs(mesh_settings.data * mesh_settings.fsdp * mesh_settings.tensor)
     mesh = make_mesh(mesh_settings, jax.devices()[:count])
     data = host_rows(data, host_share(mesh))  # all rows, unless there are several processes
     state, teacher_params = jax.device_get((fresh_state(), TEACHER_PARAMS))
-    shardings = state_shardings(jax.eval_shape(lambda: state), OPTIMIZER, mesh, settings.offload_optimizer)
+    shardings = state_shardings(jax.eval_shape(lambda: state), OPTIMIZER, mesh, AXES, settings.offload_optimizer)
     state = jax.device_put(state, shardings)
-    teacher = teacher_model(placement, TEACHER.config, mesh)
-    teacher_params = jax.device_put(teacher_params, teacher_shardings(placement, teacher, mesh))
-    step = make_train_step(STUDENT, teacher, OPTIMIZER, settings, VOCAB, mesh)
+    teacher = make_model(placement, TEACHER.config, mesh)
+    teacher_params = jax.device_put(teacher_params, weight_shardings(placement, teacher, mesh))
+    wanted = objective(mesh, **changes)
+    step = make_train_step(STUDENT, teacher, OPTIMIZER, wanted, settings, mesh)
     metrics = {}
     for _ in range(updates):
-        state, metrics = step(state, teacher_params, put_batch(data, mesh), LossWeights())
+        state, metrics = step(state, teacher_params, put_batch(data, mesh), wanted.coefficients())
     if count > 1:  # on one device the ways to say where an array lies differ, and nothing is compiled for it
         assert step._cache_size() == 1  # what an update gives back lies where it lay: nothing is compiled twice
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim}
@@ -82,28 +100,28 @@ def after_updates(
     return to_host(state), jax.device_get(metrics)
 
 
-def cached_outputs(data, k: int, hidden_layer: int = -1):
+def cached_outputs(data, k: int, hidden_layer: int = 2):
     """What a cache with float32 storage would hold of the batch."""
     rows = jax.tree.map(jnp.asarray, data)
-    outputs = teacher_outputs(TEACHER, TEACHER_PARAMS, rows, hidden_layer)
+    outputs = teacher_outputs(TEACHER, TEACHER_PARAMS, rows, (hidden_layer,))
     top_k = top_k_predictions(
-        outputs.hidden_BLD, TEACHER.head(TEACHER_PARAMS), k=k, temperature=4.0, vocab_size=VOCAB, chunk_length=64
+        outputs.hidden_BLD, outputs.head_DV, k=k, temperature=4.0, vocab_size=VOCAB, chunk_length=64
     )
-    return jax.device_get(outputs._replace(hidden_BLD=None, top_k=top_k))
+    return jax.device_get(outputs._replace(hidden_BLD=None, head_DV=None, top_k=top_k))
 
 
 def after_cached_updates(
-    mesh_settings: MeshSettings, data=PACKED, settings: StepSettings = STEP, k: int = VOCAB, updates: int = 3
+    mesh_settings: MeshSettings, data=PACKED, settings: UpdateSettings = UPDATE, k: int = VOCAB, updates: int = 3
 ):
     """As `after_updates`, from the teacher's outputs alone."""
     mesh = make_mesh(mesh_settings, jax.devices()[: mesh_settings.data * mesh_settings.fsdp * mesh_settings.tensor])
     state = jax.device_get(fresh_state())
-    state = jax.device_put(state, state_shardings(jax.eval_shape(lambda: state), OPTIMIZER, mesh))
-    step = make_train_step(STUDENT, None, OPTIMIZER, settings, VOCAB, mesh)
+    state = jax.device_put(state, state_shardings(jax.eval_shape(lambda: state), OPTIMIZER, mesh, AXES))
+    step = make_train_step(STUDENT, None, OPTIMIZER, objective(mesh), settings, mesh)
     metrics = {}
     for _ in range(updates):
         batch, outputs = put_batch((data, cached_outputs(data, k)), mesh)
-        state, metrics = step(state, outputs, batch, LossWeights())
+        state, metrics = step(state, outputs, batch, WEIGHTS)
     if mesh.size > 1:
         assert step._cache_size() == 1
     return to_host(state), jax.device_get(metrics)
@@ -140,14 +158,14 @@ def test_any_mesh_gives_the_same_update(single, sizes):
     ids=["tensor-parallel teacher", "host memory", "both"],
 )
 def test_where_the_teacher_and_the_moments_lie_does_not_change_the_update(single, sizes, placement, offload):
-    settings = replace(STEP, offload_optimizer=offload)
+    settings = replace(UPDATE, offload_optimizer=offload)
     state, _ = after_updates(MeshSettings(*sizes), settings=settings, placement=placement)
     assert_same_update(state, single[0])
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_any_number_of_micro_batches_gives_the_same_update(single, count):
-    state, metrics = after_updates(MeshSettings(1, 1, 1), settings=replace(STEP, micro_batches=count))
+    state, metrics = after_updates(MeshSettings(1, 1, 1), settings=replace(UPDATE, micro_batches=count))
     assert_same_update(state, single[0])
     for name, mean in metrics.items():
         np.testing.assert_allclose(mean.value(), single[1][name].value(), rtol=1e-4, err_msg=name)
@@ -165,7 +183,7 @@ def test_packing_does_not_change_the_update(single):
     ids=["one device", "mesh and micro-batches", "unpacked"],
 )
 def test_a_cache_of_every_token_gives_the_online_update(single, sizes, count, data):
-    state, metrics = after_cached_updates(MeshSettings(*sizes), data, replace(STEP, micro_batches=count))
+    state, metrics = after_cached_updates(MeshSettings(*sizes), data, replace(UPDATE, micro_batches=count))
     assert_same_update(state, single[0])
     for name, mean in metrics.items():
         np.testing.assert_allclose(mean.value(), single[1][name].value(), rtol=1e-4, err_msg=name)
@@ -173,46 +191,45 @@ def test_a_cache_of_every_token_gives_the_online_update(single, sizes, count, da
 
 def test_a_cache_of_some_tokens_gives_the_same_update_on_any_mesh():
     expected, metrics = after_cached_updates(MeshSettings(1, 1, 1), k=8)
-    state, again = after_cached_updates(MeshSettings(1, 2, 2), settings=replace(STEP, micro_batches=2), k=8)
+    state, again = after_cached_updates(MeshSettings(1, 2, 2), settings=replace(UPDATE, micro_batches=2), k=8)
     assert_same_update(state, expected)
     for name, mean in again.items():
         np.testing.assert_allclose(mean.value(), metrics[name].value(), rtol=1e-4, err_msg=name)
 
 
 def test_cached_updates_donate_the_state_only_and_read_states_at_every_token_nowhere():
-    step = make_train_step(STUDENT, None, OPTIMIZER, STEP, VOCAB)
+    step = make_train_step(STUDENT, None, OPTIMIZER, objective())
     state, outputs = fresh_state(), jax.tree.map(jnp.asarray, cached_outputs(PACKED, 8))
     donated = state.params["student"]["embedding"]
-    step(state, outputs, PACKED, LossWeights())
+    step(state, outputs, PACKED, WEIGHTS)
     assert donated.is_deleted()
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(outputs))
-    for changes in ({"token_alignment": True}, {"intermediate": ((1, 1),)}):
-        with pytest.raises(ValueError, match="a cache has no teacher states at every token"):
-            make_train_step(STUDENT, None, OPTIMIZER, replace(STEP, **changes), VOCAB)
+    for name in ("token_alignment_weight", "intermediate_weight"):
+        with pytest.raises(ValueError, match=rf"a cache has no teacher states at every token: set loss\.{name} to 0"):
+            make_train_step(STUDENT, None, OPTIMIZER, objective(**{name: 1.0}))
 
 
 @pytest.mark.parametrize("form", ["direction", "difference"])
 def test_thresholds_are_measured_by_the_loss_that_is_validated(form):
-    """The teacher against itself under another context, as `make_coherence_eval` would compare it with a student."""
-    measure = make_self_coherence(TEACHER, transition_form=form)
+    """The teacher against itself under another context, as `make_term_eval` would compare it with a student."""
+    measure = make_self_comparison(TEACHER, objective(transition_form=form).yardstick)
     plain, other = (jax.tree.map(jnp.asarray, UNPACKED) for _ in range(2))
     other = other._replace(tokens_BL=(other.tokens_BL + 1) % VOCAB)
     found = measure(TEACHER_PARAMS, plain, TEACHER_PARAMS, other)
-    settings = replace(STEP, transition_form=form)
-    states = [teacher_outputs(TEACHER, TEACHER_PARAMS, x, -1).boundary_states_BCKD for x in (other, plain)]
-    mask = transition_boundaries(plain.boundary_mask_BCK, settings.anchor_prompt)
+    states = [teacher_outputs(TEACHER, TEACHER_PARAMS, x, (2,)).boundary_states[2] for x in (other, plain)]
+    mask = transition_boundaries(plain.boundary_mask_BCK, anchor_prompt=True)
     expected = coherence(*states, mask, form=form)
     np.testing.assert_allclose(found.value(), expected, rtol=1e-5)
     both = [coherence(*states, mask, form=x) for x in ("direction", "difference")]
     assert float(both[0]) != float(both[1])
 
 
-@pytest.mark.parametrize("hidden_layer", [-1, 1])
+@pytest.mark.parametrize("hidden_layer", [2, 1])
 def test_validation_reads_the_teachers_states_from_either(hidden_layer):
-    settings, state = replace(STEP, hidden_layer=hidden_layer), fresh_state()
-    online = make_coherence_eval(STUDENT, TEACHER, settings)(state.params, TEACHER_PARAMS, PACKED)
+    term, state = objective(hidden_layer=hidden_layer).yardstick, fresh_state()
+    online = make_term_eval(STUDENT, TEACHER, term)(state.params, TEACHER_PARAMS, PACKED)
     outputs = cached_outputs(PACKED, 1, hidden_layer)._replace(top_k=None)
-    cached = make_coherence_eval(STUDENT, None, settings)(state.params, outputs, PACKED)
+    cached = make_term_eval(STUDENT, None, term)(state.params, outputs, PACKED)
     np.testing.assert_allclose(cached, online, rtol=1e-6)
     assert float(online.sum) > 0
 
@@ -220,8 +237,7 @@ def test_validation_reads_the_teachers_states_from_either(hidden_layer):
 @pytest.mark.parametrize("anchor_prompt", [True, False])
 def test_the_loss_is_the_sum_of_its_published_terms(anchor_prompt):
     """KD + 0.3 alignment + 0.5 coherence, from unpacked rows and whole logits, chain by chain."""
-    settings = replace(STEP, anchor_prompt=anchor_prompt)
-    _, metrics = after_updates(MeshSettings(1, 1, 1), settings=settings, updates=1)
+    _, metrics = after_updates(MeshSettings(1, 1, 1), updates=1, anchor_prompt=anchor_prompt)
 
     state, data = fresh_state(), jax.tree.map(jnp.asarray, UNPACKED)
     rows = (data.tokens_BL, data.positions_BL, data.chain_ids_BL)
@@ -246,33 +262,36 @@ def test_the_loss_is_the_sum_of_its_published_terms(anchor_prompt):
 
 
 def test_only_the_state_is_donated_and_weights_do_not_recompile():
-    step = make_train_step(STUDENT, TEACHER, OPTIMIZER, STEP, VOCAB)
+    step = make_train_step(STUDENT, TEACHER, OPTIMIZER, objective())
     state = fresh_state()
     donated = state.params["student"]["embedding"]
-    state, _ = step(state, TEACHER_PARAMS, PACKED, LossWeights())
+    state, _ = step(state, TEACHER_PARAMS, PACKED, WEIGHTS)
     assert donated.is_deleted()
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(TEACHER_PARAMS))
     kept = np.asarray(state.params["f"]), np.asarray(state.params["g"])
     compiled = step._cache_size()
-    state, _ = step(state, TEACHER_PARAMS, PACKED, LossWeights(alignment=0.0, coherence=0.0, alpha=0.5))
+    state, _ = step(state, TEACHER_PARAMS, PACKED, objective(**NO_TRAJECTORY, alpha=0.5).coefficients())
     assert step._cache_size() == compiled
     # Without the terms nothing but the optimizer's memory of the first update moves f and g.
     assert kept[0].shape == (16, 32)
-    gradients = _projection_gradients(LossWeights(alignment=0.0, coherence=0.0))
-    assert all(np.all(g == 0) for g in gradients)
-    assert all(np.any(g != 0) for g in _projection_gradients(LossWeights()))
+    assert all(np.all(g == 0) for g in _map_gradients(**NO_TRAJECTORY))
+    assert all(np.any(g != 0) for g in _map_gradients())
 
 
-def _projection_gradients(weights: LossWeights):
+NO_TRAJECTORY = {"alignment_weight": 0.0, "coherence_weight": 0.0}
+
+
+def _map_gradients(**changes):
     """f's and g's gradients, read off one plain SGD update."""
     import optax
 
     sgd = optax.sgd(1.0)
     key = jax.random.PRNGKey(0)
-    params = {"student": STUDENT.init(key), **init_projections(key, 16, 32)}
+    params = {"student": STUDENT.init(key), **maps(key, 16, 32)}
     before = {name: np.asarray(params[name]) for name in ("f", "g")}
-    step = make_train_step(STUDENT, TEACHER, sgd, STEP, VOCAB)
-    state, _ = step(create_state(params, sgd, key), TEACHER_PARAMS, PACKED, weights)
+    wanted = objective(**changes)
+    step = make_train_step(STUDENT, TEACHER, sgd, wanted)
+    state, _ = step(create_state(params, sgd, key), TEACHER_PARAMS, PACKED, wanted.coefficients())
     return [before[name] - np.asarray(state.params[name]) for name in ("f", "g")]
 
 
@@ -281,35 +300,37 @@ def test_one_map_for_both_gets_both_gradients_and_none_is_the_identity():
 
     key, sgd = jax.random.PRNGKey(0), optax.sgd(1.0)
 
-    def update(teacher, teacher_params, maps, **changes):
-        params = {"student": STUDENT.init(key), **jax.tree.map(jnp.array, maps)}
-        step = make_train_step(STUDENT, teacher, sgd, replace(STEP, **changes), VOCAB)
-        state, metrics = step(create_state(params, sgd, jnp.array(key)), teacher_params, PACKED, LossWeights())
+    def update(teacher, teacher_params, own, **changes):
+        params = {"student": STUDENT.init(key), **jax.tree.map(jnp.array, own)}
+        wanted = objective(teacher=teacher, **changes)
+        step = make_train_step(STUDENT, teacher, sgd, wanted)
+        state, metrics = step(create_state(params, sgd, jnp.array(key)), teacher_params, PACKED, wanted.coefficients())
         return jax.device_get((state.params, metrics))
 
-    both = init_projections(key, 16, 32)
-    shared = init_projections(key, 16, 32, maps="shared")
+    both = maps(key, 16, 32)
+    shared = maps(key, 16, 32, "shared")
     assert list(shared) == ["f"]
     start = np.array(both["f"])
-    got, _ = update(TEACHER, TEACHER_PARAMS, shared)
+    got, _ = update(TEACHER, TEACHER_PARAMS, shared, projections="shared")
     apart, _ = update(TEACHER, TEACHER_PARAMS, {"f": start, "g": start})
     np.testing.assert_allclose(got["f"] - start, (apart["f"] - start) + (apart["g"] - start), rtol=1e-4, atol=1e-7)
 
     # A teacher as wide as the student: no map is a map that is the identity.
     twin_params = STUDENT.init(jax.random.PRNGKey(1))
     eye = np.eye(16, dtype=np.float32)
-    bare, of_bare = update(STUDENT, twin_params, init_projections(key, 16, 16, maps="none"), token_alignment=True)
-    mapped, of_mapped = update(STUDENT, twin_params, {"f": eye, "g": eye.copy()}, token_alignment=True)
+    tokens = {"token_alignment_weight": 1.0}
+    bare, of_bare = update(STUDENT, twin_params, maps(key, 16, 16, "none"), projections="none", **tokens)
+    mapped, of_mapped = update(STUDENT, twin_params, {"f": eye, "g": eye.copy()}, **tokens)
     assert list(bare) == ["student"]
     for name in ("distill/alignment", "distill/coherence", "distill/token_alignment"):
         np.testing.assert_allclose(of_bare[name].value(), of_mapped[name].value(), rtol=1e-6)
     chex.assert_trees_all_close(bare["student"], mapped["student"], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="student's width is 16 and the teacher's 32"):
-        init_projections(key, 16, 32, maps="none")
+        maps(key, 16, 32, "none")
 
     # Lengths of transitions change the coherence loss, and what it asks of the student.
-    _, with_lengths = update(TEACHER, TEACHER_PARAMS, init_projections(key, 16, 32), transition_form="difference")
-    _, directions = update(TEACHER, TEACHER_PARAMS, init_projections(key, 16, 32))
+    _, with_lengths = update(TEACHER, TEACHER_PARAMS, maps(key, 16, 32), transition_form="difference")
+    _, directions = update(TEACHER, TEACHER_PARAMS, maps(key, 16, 32))
     assert float(with_lengths["distill/coherence"].value()) != float(directions["distill/coherence"].value())
 
 

@@ -20,9 +20,8 @@ from rtd_jax.base.files import check_writable, write_json
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings, load_traces
-from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.data.trace import Trace
-from rtd_jax.models.from_hf import load_config, resolve
+from rtd_jax.models.open import OpenModel, open_model
 from rtd_jax.models.quantized import as_float
 from rtd_jax.steps.annotated import Span
 from rtd_jax.steps.classifier import BoundaryClassifier, save_classifier, text_boundaries, text_probabilities
@@ -31,7 +30,6 @@ from rtd_jax.steps.head import HeadSettings
 from rtd_jax.steps.prose import Reading, bare_steps, joined_steps, read
 from rtd_jax.steps.scores import boundary_scores, calibration, line_ends, sentence_ends, step_counts
 from rtd_jax.steps.token_states import kept_states, token_states
-from rtd_jax.train.experiment import LoadedTeacher, load_tokenizer, weights_fingerprint
 from rtd_jax.train.recipe import TeacherSettings
 
 FORMS: dict[str, Callable[[Trace], tuple[str, tuple[Span, ...]]]] = {
@@ -99,9 +97,7 @@ def boundaries(recipe: BoundaryRecipe, workdir: Path) -> Path:
     """
     check_writable(workdir)
     note = functools.partial(print, flush=True)
-    directory = resolve(recipe.teacher.path)
-    teacher = LoadedTeacher(recipe.teacher, load_config(directory), directory, make_mesh(recipe.mesh), note)
-    reader = _Reader(recipe, teacher, weights_fingerprint(directory))
+    reader = _Reader(recipe, open_model(recipe.teacher, make_mesh(recipe.mesh), note))
     wanted = recipe.train_chains + recipe.validation_chains
     traces = _first(load_traces(recipe.train), wanted, "train_chains + validation_chains")
     train = reader.read(traces[: recipe.train_chains], "plain", "training chains")
@@ -137,22 +133,21 @@ def boundaries(recipe: BoundaryRecipe, workdir: Path) -> Path:
 class _Reader:
     """Reads chains with the teacher, or from disk."""
 
-    def __init__(self, recipe: BoundaryRecipe, teacher: LoadedTeacher, fingerprint: str):
+    def __init__(self, recipe: BoundaryRecipe, teacher: OpenModel):
         self.recipe, self.teacher = recipe, teacher
-        self.tokenizer = load_tokenizer(teacher.directory)
-        self.layers = tuple(teacher.model.layer_index(layer) for layer in recipe.layers)
+        self.layers = tuple(teacher.config.layer_index(layer) for layer in recipe.layers)
         self.identity = Identity(
-            fingerprint, teacher.directory.name, tokenizer_fingerprint(self.tokenizer), self.layers, recipe.text
+            teacher.fingerprint, teacher.directory.name, teacher.tokenizer_fingerprint, self.layers, recipe.text
         )
         dtypes = f"{recipe.teacher.param_dtype},{recipe.teacher.compute_dtype}"
-        self.described = fingerprint if dtypes == "float32,float32" else f"{fingerprint}:{dtypes}"
+        self.described = teacher.fingerprint + ("" if dtypes == "float32,float32" else f":{dtypes}")
 
     def read(self, traces: Sequence[Trace], form: str, name: str) -> Chains:
         texts, readings = [], []
         for trace in traces:
             text, spans = FORMS[form](trace)
             texts.append(text)
-            readings.append(read(self.tokenizer, trace.prompt, text, self.recipe.text, spans, trace.source))
+            readings.append(read(self.teacher.tokenizer, trace.prompt, text, self.recipe.text, spans, trace.source))
         self.teacher.note(f"{name}: {len(readings)} chains, {sum(len(x.tokens_L) for x in readings)} tokens")
         states: list[np.ndarray] = []
         folder = Path(self.recipe.states).expanduser()

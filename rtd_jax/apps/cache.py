@@ -18,20 +18,13 @@ from rtd_jax.base.sharding import check_rows, host_share, make_mesh, put_batch, 
 from rtd_jax.base.types import Array, Batch, Params, TopK
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.packing import fixed_batches
-from rtd_jax.models.from_hf import load_config, resolve
 from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.open import open_model
 from rtd_jax.teacher.cache import CacheWriter, Identity, chain_key, encode_record, predicting_positions
 from rtd_jax.teacher.predictions import top_k_predictions
 from rtd_jax.train.curriculum import stages
-from rtd_jax.train.experiment import (
-    LoadedTeacher,
-    cache_identity,
-    load_tokenizer,
-    make_detector,
-    weights_fingerprint,
-)
-from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.splits import load_splits, prefixed_chains, row_length_of
+from rtd_jax.train.recipe import Recipe, cache_identity
+from rtd_jax.train.splits import load_splits, make_detector, prefixed_chains, row_length_of
 
 
 def cache_teacher(recipe: Recipe, _: Path) -> Path:
@@ -49,18 +42,15 @@ def cache_teacher(recipe: Recipe, _: Path) -> Path:
     check_writable(folder)
     mesh = make_mesh(recipe.mesh)
     check_rows(recipe.batch_size, mesh)
-    directory = resolve(recipe.teacher.path)
-    config, tokenizer = load_config(directory), load_tokenizer(directory)
-    fingerprint = weights_fingerprint(directory)
-    writer = CacheWriter(folder, identity := cache_identity(recipe, config, fingerprint, tokenizer))
-    teacher = LoadedTeacher(recipe.teacher, config, directory, mesh, functools.partial(print, flush=True))
-    detector = make_detector(recipe, teacher, fingerprint, tokenizer)
-    train, validation = load_splits(recipe.data, tokenizer, detector)
+    teacher = open_model(recipe.teacher, mesh, functools.partial(print, flush=True))
+    identity = cache_identity(recipe, teacher)
+    writer = CacheWriter(folder, identity)
+    train, validation = load_splits(recipe.data, teacher.tokenizer, make_detector(recipe, teacher))
     calibration: list[EncodedChain] = []
     for stage in stages(recipe.curriculum):
         chosen = validation.of_stage(stage)[: recipe.curriculum.validation_chains]
         traces = [validation.traces[i] for i in chosen]
-        calibration += prefixed_chains(recipe, tokenizer, train.traces, traces)
+        calibration += prefixed_chains(recipe, teacher.tokenizer, train.traces, traces)
     wanted = _missing((*train.encoded, *validation.encoded), writer), _missing(calibration, writer)
     total = sum(map(len, wanted))
     _same_everywhere(folder, wanted)

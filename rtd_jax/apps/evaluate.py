@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rtd_jax.apps.report.page import gap_lines, percent, plus_minus, write_report
 from rtd_jax.base.console import print_table
@@ -17,7 +17,8 @@ from rtd_jax.eval.choices import choice_log_likelihoods, score_choices
 from rtd_jax.eval.decoding import Sampling
 from rtd_jax.eval.evaluate import Record, evaluate_model, full_report, score_texts
 from rtd_jax.eval.tasks import EXAMPLES_SEED, TASKS, Problems, load_problems, question_of
-from rtd_jax.train.subjects import Dtype, LoadedModel, load_model
+from rtd_jax.models.open import FloatDtype, WeightDtype
+from rtd_jax.train.subjects import LoadedModel, load_model
 
 OPEN_FROM = 5  # depths 1, 2, 3, 4, 5+
 SCORING_ROWS = 8  # of 512 tokens, read together on each device
@@ -49,8 +50,8 @@ class EvaluateSettings:
     seed: int = 0  # of sampled decoding
     max_new_tokens: int = 256  # most tokens decoded for a problem
     batch_size: int = 32  # problems decoded at one time
-    dtype: Dtype = "float32"  # of weights in memory; int8 is weight-only
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of products and hidden states
+    dtype: WeightDtype = "float32"  # of weights in memory; int8 is weight-only
+    compute_dtype: FloatDtype = "float32"  # of products and hidden states
 
     def __post_init__(self) -> None:
         unknown = [task for task in self.tasks if task not in TASKS]

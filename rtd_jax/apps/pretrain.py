@@ -6,11 +6,11 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
@@ -18,21 +18,26 @@ from transformers import PreTrainedTokenizerBase
 from rtd_jax.apps.distill.report import evaluate_traces, first_of_each_depth, percent
 from rtd_jax.base.console import Display, print_table
 from rtd_jax.base.files import check_writable, write_json
+from rtd_jax.base.means import Metrics
 from rtd_jax.base.sharding import MeshSettings, check_rows, host_share, make_mesh, put_batch, row_sharding
+from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import TextFormat, solved_examples
 from rtd_jax.data.loader import BatchLoader, make_loader
 from rtd_jax.data.sources import SourceSettings, closed_words, load_traces
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.data.trace import Trace
+from rtd_jax.methods.kd import Labels
+from rtd_jax.methods.term import Objective
 from rtd_jax.models.config import LlamaConfig, RopeConfig
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_meta, restore_state
-from rtd_jax.train.metrics import MetricsLog, Window, check_finite
+from rtd_jax.train.loop import Loop
+from rtd_jax.train.metrics import MetricsLog
 from rtd_jax.train.optimizer import OptimizerSettings, make_optimizer
 from rtd_jax.train.state import TrainState, create_state, state_shardings
-from rtd_jax.train.update import make_pretrain_step
+from rtd_jax.train.update import make_train_step
 
 
 @dataclass(frozen=True)
@@ -114,39 +119,43 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
     model = LlamaModel(model_config(recipe.model, tokenizer), activation_sharding=row_sharding(mesh))
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
     state, iterator = _starting_point(recipe, model, optimizer, mesh, latest)
-    step = make_pretrain_step(model, optimizer, len(tokenizer))
-    update = int(state.step)
-    log, window = MetricsLog(workdir, update), Window()
+    objective = Objective((Labels(1.0, len(tokenizer)),))
+    update = make_train_step(model, None, optimizer, objective)
+    coefficients = objective.coefficients()
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return update(state, {}, put_batch(batch, mesh), coefficients)
+
+    log = MetricsLog(workdir, int(state.step))
     traces = load_traces(recipe.train)
-    with Display(recipe.total_updates, update, silent=jax.process_index() != 0) as display:
+    with Display(recipe.total_updates, int(state.step), silent=jax.process_index() != 0) as display:
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         display.note(
-            f"pretraining {parameters:,} parameters on {len(traces)} problems in {workdir}, from update {update}"
+            f"pretraining {parameters:,} parameters on {len(traces)} problems in {workdir}, from update "
+            f"{int(state.step)}"
         )
-        end = 0
+        last = 0  # update at which the phase ends
         for number, phase in enumerate(recipe.phases, start=1):
-            end += phase.updates
-            if update >= end:
+            last += phase.updates
+            if int(state.step) >= last:
                 continue
             loader = _loader(recipe, phase, number, traces, tokenizer, host_share(mesh))
             if iterator is not None:
                 loader.set_state(iterator)
                 iterator = None
-            while update < end:
-                batch = next(loader)
-                window.add_tokens(int(np.count_nonzero(batch.chain_ids_BL)) * host_share(mesh)[1])
-                state, metrics = step(state, put_batch(batch, mesh))
-                update += 1
-                check_finite(window.add(metrics), update, f"phase {number}")
-                save = update % recipe.checkpoint_every == 0
-                if save or update == end or update % recipe.log_every == 0:
-                    means, speed = window.flush()
-                    log.write(update, {**means, "perf/tokens_per_sec": speed}, phase=number)
-                    shown = {"loss": f"{means['loss']:.4f}", "tokens/s": f"{speed:,.0f}"}
-                    display.update(update, f"phase {number}", shown)
-                if save or update == end:
-                    position = None if update == end else loader.get_state()
-                    checkpoints.save_rolling(state, {"iterator": json.dumps(position), "settings": settings})
+            loop = Loop(
+                state,
+                loader,
+                step,
+                mesh,
+                ("phase", number),
+                log,
+                display,
+                lambda at: at % recipe.checkpoint_every == 0 or at % recipe.log_every == 0,
+                lambda means, speed: {"loss": f"{means['loss']:.4f}", "tokens/s": f"{speed:,.0f}"},
+            )
+            loop.run([partial(_save_or_end, last, recipe.checkpoint_every, checkpoints, settings)])
+            state = loop.state
         log.close()
         save_pretrained(workdir / "model", model.config, state.params["student"], tokenizer=tokenizer)
         problems = first_of_each_depth(load_traces(recipe.test), recipe.problems_per_depth)
@@ -166,7 +175,7 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
         )
     report: dict[str, Any] = {
         "model": result.to_dict(),
-        "updates": update,
+        "updates": int(state.step),
         "wall_seconds": round(time.monotonic() - started, 1),
         "settings": settings,
     }
@@ -180,6 +189,16 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
         f"--config.teacher.path={workdir / 'model'}`"
     )
     return workdir / "model"
+
+
+def _save_or_end(last: int, every: int, checkpoints: Checkpoints, settings: dict[str, Any], loop: Loop) -> str | None:
+    """Between updates: a rolling checkpoint where one is due, and at the phase's end, without a place in its data."""
+    at_end = loop.update == last
+    if loop.update and (at_end or loop.update % every == 0):
+        loop.settle()
+        position = None if at_end else loop.loader.get_state()
+        checkpoints.save_rolling(loop.state, {"iterator": json.dumps(position), "settings": settings})
+    return "budget" if at_end else None
 
 
 def model_config(sizes: SizeSettings, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
@@ -211,7 +230,7 @@ def _starting_point(
     """A fresh state, or the newest checkpoint's with its data position (None at the start of a phase)."""
     params_key, run_key = jax.random.split(jax.random.PRNGKey(recipe.seed))
     abstract = jax.eval_shape(lambda p: create_state({"student": p}, optimizer, run_key), model.abstract_params())
-    shardings = state_shardings(abstract, optimizer, mesh)
+    shardings = state_shardings(abstract, optimizer, mesh, {})
     if latest is None:
         create = jax.jit(
             lambda key: create_state({"student": model.init(key)}, optimizer, run_key), out_shardings=shardings

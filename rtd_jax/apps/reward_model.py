@@ -1,7 +1,7 @@
 """Trains a process reward model: a head on what the frozen teacher makes of steps labelled right or wrong."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,25 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
 
-from rtd_jax.base.boundaries import shifted_labels
 from rtd_jax.base.files import check_writable, write_json
 from rtd_jax.base.sharding import MeshSettings, check_rows, make_mesh, put_batch, to_host
-from rtd_jax.base.types import Batch, Params
+from rtd_jax.base.types import Params
 from rtd_jax.data.encoding import encode_traces
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.labelled import LabelledChain, LabelledSettings, load_labelled
 from rtd_jax.data.packing import fixed_batches
-from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.eval.drift import auroc
 from rtd_jax.eval.estimates import estimate
-from rtd_jax.losses.policy import token_log_probs
-from rtd_jax.models.from_hf import load_config, resolve
-from rtd_jax.models.model import LlamaModel
-from rtd_jax.teacher.reward_head import RewardIdentity, init_head, save_head, step_features, step_logits
-from rtd_jax.train.experiment import load_teacher, load_tokenizer, teacher_model, weights_fingerprint
+from rtd_jax.models.open import OpenModel, open_model
+from rtd_jax.teacher.reward_head import RewardIdentity, init_head, make_step_reader, save_head, step_logits
 from rtd_jax.train.recipe import TeacherSettings
 
 
@@ -86,19 +79,14 @@ def train_reward_model(recipe: RewardModelRecipe, workdir: Path) -> Path:
     note = partial(print, flush=True)
     mesh = make_mesh(recipe.mesh)
     check_rows(recipe.batch_size, mesh)
-    directory = resolve(recipe.teacher.path)
-    config, tokenizer = load_config(directory), load_tokenizer(directory)
-    model = teacher_model(recipe.teacher, config, mesh)
-    layers = tuple(model.layer_index(layer) for layer in recipe.layers)
+    teacher = open_model(recipe.teacher, mesh, note)
+    layers = tuple(teacher.config.layer_index(layer) for layer in recipe.layers)
     chains = {name: load_labelled(getattr(recipe, name)) for name in ("train", "test")}
-    note(f"loading the teacher from {directory}")
-    params = load_teacher(recipe.teacher, model, directory, mesh)
-    read = partial(_read, recipe, tokenizer, model, params, layers, mesh, note)
-    train, test = read("train", chains["train"]), read("test", chains["test"])
+    train, test = (_read(recipe, teacher, layers, name, chains[name]) for name in ("train", "test"))
     head, losses = fit_head(recipe, train)
     identity = RewardIdentity(
-        weights_fingerprint(directory),
-        tokenizer_fingerprint(tokenizer),
+        teacher.fingerprint,
+        teacher.tokenizer_fingerprint,
         recipe.text.identity,
         layers,
         recipe.surprise,
@@ -122,32 +110,6 @@ def train_reward_model(recipe: RewardModelRecipe, workdir: Path) -> Path:
         )
     note(f"reward model: {workdir / 'model'}   report: {workdir / 'report.json'}")
     return workdir / "report.json"
-
-
-def make_step_reader(
-    model: LlamaModel, layers: tuple[int, ...], surprise: bool, vocab_size: int, chunk_length: int = 64
-) -> Callable[[Params, Batch], jax.Array]:
-    """Builds (teacher's params, batch) -> `step_features` of its steps, from one forward pass; traceable."""
-
-    def read(params: Params, batch: Batch) -> jax.Array:
-        rows = (batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL)
-        hidden_BLD, states = model.hidden(params, *rows, layers=layers or (-1,))
-        log_probs_BL = None
-        if surprise:
-            labels_BL, weights_BL = shifted_labels(batch)
-            made_BL = token_log_probs(
-                hidden_BLD,
-                model.head(params),
-                labels_BL,
-                weights_BL,
-                temperature=1.0,
-                vocab_size=vocab_size,
-                chunk_length=chunk_length,
-            )
-            log_probs_BL = jnp.pad(made_BL[:, :-1], ((0, 0), (1, 0)))  # from where it is made to the token itself
-        return step_features(states if layers else (), log_probs_BL, batch)
-
-    return read
 
 
 def fit_head(recipe: RewardModelRecipe, steps: LabelledSteps) -> tuple[Params, list[float]]:
@@ -218,18 +180,14 @@ def judge(head: Params, steps: LabelledSteps, recipe: RewardModelRecipe) -> dict
 
 def _read(
     recipe: RewardModelRecipe,
-    tokenizer: PreTrainedTokenizerBase,
-    model: LlamaModel,
-    params: Params,
+    teacher: OpenModel,
     layers: tuple[int, ...],
-    mesh: Mesh,
-    note: Callable[[str], None],
     name: str,
     chains: Sequence[LabelledChain],
 ) -> LabelledSteps:
     """The features of every labelled step of the chains."""
     encoded, report = encode_traces(
-        tokenizer,
+        teacher.tokenizer,
         [chain.trace() for chain in chains],
         recipe.text,
         row_length=recipe.row_length,
@@ -237,13 +195,13 @@ def _read(
     )
     dropped = set(report.dropped)
     kept = [chain for i, chain in enumerate(chains) if i not in dropped]
-    note(f"{name}: {report}")
+    teacher.note(f"{name}: {report}")
     slots = max(len(chain.boundaries) for chain in encoded)
     batches = fixed_batches(encoded, recipe.batch_size, recipe.row_length, 1, slots)
-    forward = jax.jit(make_step_reader(model, layers, recipe.surprise, len(tokenizer)))
+    forward = jax.jit(make_step_reader(teacher.model, layers, recipe.surprise, len(teacher.tokenizer)))
     features, right, of_chain, places = [], [], [], []
     for number, batch in enumerate(batches):
-        found_BKW = to_host(forward(params, put_batch(batch, mesh)))[:, 0]
+        found_BKW = to_host(forward(teacher.params, put_batch(batch, teacher.mesh)))[:, 0]
         for row, chain in enumerate(kept[number * recipe.batch_size :][: recipe.batch_size]):
             for place, label in enumerate(chain.labels):
                 if label is not None:
@@ -252,7 +210,7 @@ def _read(
                     of_chain.append(number * recipe.batch_size + row)
                     places.append(place)
         if (number + 1) % max(1, len(batches) // 10) == 0:
-            note(f"{name}: the teacher has read {number + 1} of {len(batches)} batches")
+            teacher.note(f"{name}: the teacher has read {number + 1} of {len(batches)} batches")
     if not right:
         raise ValueError(f"{name}: none of the {len(kept)} chains that fit has a labelled step; raise row_length")
     return LabelledSteps(np.stack(features), np.array(right, bool), np.array(of_chain), np.array(places))

@@ -8,13 +8,10 @@ from typing import Any
 from rtd_jax.base.files import check_writable, write_jsonl
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.sources import SourceSettings, read_rows
-from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.data.trace import split_answer
-from rtd_jax.models.from_hf import load_config, resolve
+from rtd_jax.models.open import FloatDtype, ModelSettings, open_model
 from rtd_jax.steps.classifier import load_classifier
 from rtd_jax.steps.detector import Detector
-from rtd_jax.train.experiment import LoadedTeacher, load_tokenizer, weights_fingerprint
-from rtd_jax.train.recipe import Dtype, TeacherSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +25,8 @@ class SegmentSettings:
     split: str = "train"  # of a hub's data set
     text_field: str = "text"  # what is cut
     prompt_field: str = "prompt"  # what it answers; "" where rows have none
-    param_dtype: Dtype = "float32"  # of the teacher's weights in memory
-    compute_dtype: Dtype = "float32"  # of matrix products and hidden states
+    param_dtype: FloatDtype = "float32"  # of the teacher's weights in memory
+    compute_dtype: FloatDtype = "float32"  # of matrix products and hidden states
     batch_size: int = 16  # rows that the teacher reads at one time
     keep: str = "runs/steps"  # folder of what was found already: a run that was killed goes on; "" keeps nothing
 
@@ -45,9 +42,10 @@ def segment(settings: SegmentSettings) -> Path:
     out = Path(settings.out).expanduser()
     check_writable(out.parent)
     classifier = load_classifier(Path(settings.classifier))
-    directory = resolve(settings.teacher)
-    tokenizer = load_tokenizer(directory)
-    classifier.check_teacher(weights_fingerprint(directory), tokenizer_fingerprint(tokenizer), settings.teacher)
+    note = functools.partial(print, flush=True)
+    runtime = ModelSettings(settings.teacher, settings.param_dtype, settings.compute_dtype)
+    teacher = open_model(runtime, make_mesh(MeshSettings()), note)
+    classifier.check_teacher(teacher.fingerprint, teacher.tokenizer_fingerprint, settings.teacher)
     rows = list(read_rows(SourceSettings("prose", settings.data, settings.split)))
     if not rows:
         raise ValueError(f"{settings.data} has no rows")
@@ -59,15 +57,12 @@ def segment(settings: SegmentSettings) -> Path:
             raise ValueError(f"{place}: field {settings.text_field!r} has no reasoning in it; leave the row out")
         texts.append((prompt.strip(), text, place))
         answers.append(stated)
-    note = functools.partial(print, flush=True)
-    described = TeacherSettings(str(directory), settings.param_dtype, settings.compute_dtype)
-    teacher = LoadedTeacher(described, load_config(directory), directory, make_mesh(MeshSettings()), note)
     detector = Detector(
         classifier,
-        tokenizer,
+        teacher.tokenizer,
         teacher.mesh,
         lambda: (teacher.model, teacher.params),
-        described=f"{settings.param_dtype} weights, {settings.compute_dtype} arithmetic",
+        described=runtime.precision,
         folder=Path(settings.keep).expanduser() if settings.keep else None,
         batch_size=settings.batch_size,
         note=note,

@@ -46,7 +46,19 @@ def shifted_labels(batch: Batch) -> tuple[Array, Array]:
     crosses from one packed chain into the next.
     """
 
-    def shift(x_BL: Array) -> Array:
-        return jnp.pad(x_BL[:, 1:], ((0, 0), (0, 1)))
+    return shifted(batch.tokens_BL), shifted(batch.loss_weights_BL)
 
-    return shift(batch.tokens_BL), shift(batch.loss_weights_BL)
+
+def shifted(x_BL: Array) -> Array:
+    """What belongs to a predicted token, at the position that makes the prediction; 0 at a row's last position."""
+    return jnp.pad(x_BL[:, 1:], ((0, 0), (0, 1)))
+
+
+def completion_tokens(batch: Batch) -> Array:
+    """The tokens of completions, bool [B, L]."""
+    return batch.loss_weights_BL > 0
+
+
+def chain_tokens(batch: Batch) -> Array:
+    """The tokens of chains, prompts included, bool [B, L]."""
+    return batch.chain_ids_BL > 0

@@ -52,10 +52,10 @@ class Display:
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False)
 
-    def update(self, done: int, stage: str, values: dict[str, str]) -> None:
-        """`done` global updates; `stage` names where we are; `values` are shown as they are."""
+    def update(self, done: int, place: str, values: dict[str, str]) -> None:
+        """`done` global updates; `place` says where we are ("stage 3"); `values` are shown as they are."""
         if self._live:
-            self._progress.update(self._task, completed=done, description=f"stage {stage}")
+            self._progress.update(self._task, completed=done, description=place)
             table = Table.grid(padding=(0, 2))
             for name, value in values.items():
                 table.add_row(name, value)
@@ -68,7 +68,7 @@ class Display:
         rate = (done - self._start) / max(now - self._started, 1e-9)
         eta = f"ETA {(self._total - done) / rate:.0f} s" if rate > 0 else ""
         shown = "  ".join(f"{name} {value}" for name, value in values.items())
-        self.note(f"stage {stage}  update {done}/{self._total}  {shown}  {eta}")
+        self.note(f"{place}  update {done}/{self._total}  {shown}  {eta}")
 
 
 def print_table(

@@ -26,6 +26,9 @@ class Mean(NamedTuple):
         return safe_divide(self.sum, self.count)
 
 
+Metrics = dict[str, Mean]
+
+
 def safe_divide(numerator: Array, denominator: Array) -> Array:
     """`numerator / denominator`, and exactly 0 with zero gradient where the denominator is 0."""
     is_zero = denominator == 0
@@ -38,16 +41,13 @@ def masked_sum(values: Array, mask: Array, axis: int | tuple[int, ...] | None = 
     return jnp.sum(jnp.where(mask, values, 0.0), axis=axis)
 
 
-def mean_per_chain(values_K: Array, mask_K: Array) -> tuple[Array, Array]:
-    """Mean over the last axis of what the mask keeps, and whether anything was kept.
+def mean_per_chain(values_K: Array, mask_K: Array) -> Array:
+    """Mean over the last axis of what the mask keeps, float32 [...]; 0 for chains with nothing kept.
 
     Args:
       values_K: float [..., K].
       mask_K: bool [..., K].
-
-    Returns:
-      float32 [...] means (0 for chains with nothing kept), and bool [...] saying which chains count.
     """
     count = jnp.sum(mask_K, axis=-1)
     total = masked_sum(values_K.astype(jnp.float32), mask_K, axis=-1)
-    return safe_divide(total, count.astype(jnp.float32)), count > 0
+    return safe_divide(total, count.astype(jnp.float32))

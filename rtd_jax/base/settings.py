@@ -155,9 +155,12 @@ def comments(cls: type) -> dict[str, str]:
 def unread_settings(settings: Any, path: str = "") -> dict[str, str]:
     """Keys (of settings or of whole groups) that have no effect under the values of others, and why.
 
-    A settings dataclass says so itself, in a method `unread_settings() -> dict[str, str]` about its own keys.
+    A settings dataclass says so itself, in a method `unread_settings() -> dict[str, str]`; its bases may, too.
     """
-    found = {path + key: reason for key, reason in getattr(settings, "unread_settings", dict)().items()}
+    found: dict[str, str] = {}
+    for part in type(settings).__mro__:
+        if method := vars(part).get("unread_settings"):
+            found |= {path + key: reason for key, reason in method(settings).items()}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):

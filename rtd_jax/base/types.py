@@ -59,11 +59,24 @@ class TeacherOutputs(NamedTuple):
 
     Online, `hidden_BLD` is the state that the LM head reads; it meets the head inside the chunked loss, so [B, L, V]
     logits never exist. From a cache, `top_k` has the predictions, and `hidden_BLD` is None.
-    `boundary_states_BCKD` are the states at the boundaries, from the same or another layer.
+    `boundary_states` are the states at the boundaries, [B, C, K, D], by the layer that they are from.
     `token_states` are whole layers, [B, L, D] each, for methods that match states at every token; online only.
     """
 
     hidden_BLD: Array | None
-    boundary_states_BCKD: Array
-    token_states: tuple[Array, ...] = ()
+    head_DV: Array | None
+    boundary_states: dict[int, Array]
+    token_states: dict[int, Array]
     top_k: TopK | None = None
+
+
+class StudentOutputs(NamedTuple):
+    """The student's outputs on a batch: the state that its LM head reads, the head, and states by layer.
+
+    Layers are counted from 0 (embeddings) to N (final normed states), as in `TeacherOutputs`.
+    """
+
+    hidden_BLS: Array
+    head_SV: Array
+    boundary_states: dict[int, Array]  # [B, C, K, S] each
+    token_states: dict[int, Array]  # [B, L, S] each

@@ -1,7 +1,8 @@
-"""The whole objective, L_RTD = L_KD + 0.3 * L_align + 0.5 * L_coherence, on a batch or on a micro-batch of one.
+"""The published objective in one call, L_RTD = L_KD + 0.3 * L_align + 0.5 * L_coherence, for other people's trainers.
 
-Each term is a sum divided by a denominator counted over the *global* batch (`denominators`), so that adding the
-gradients of micro-batches, or of devices, gives the gradient of the batch whatever the split.
+Each part is a sum divided by a denominator counted over the *global* batch (`denominators`), so that adding the
+gradients of micro-batches, or of devices, gives the gradient of the batch whatever the split. The trainer here sums the
+terms of `rtd_jax.methods` instead, which call the same losses.
 """
 
 from typing import Any, NamedTuple
@@ -10,18 +11,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rtd_jax.base.boundaries import shifted_labels, step_boundaries, transition_boundaries
-from rtd_jax.base.means import Mean, mean_per_chain, safe_divide
+from rtd_jax.base.means import Mean, Metrics, safe_divide
 from rtd_jax.base.types import Array, Batch, TeacherOutputs
 from rtd_jax.losses.kd import kd_sums, top_k_kd_sums
 from rtd_jax.losses.trajectory import (
     Projection,
     TransitionForm,
-    boundary_losses,
-    transition_losses,
+    alignment_sums,
+    coherence_sums,
+    count_chains,
     transition_mask,
 )
-
-Metrics = dict[str, Mean]
 
 
 class LossWeights(NamedTuple):
@@ -31,9 +31,6 @@ class LossWeights(NamedTuple):
     alpha: Array | float = 0.7  # weight of the soft loss; the labels' cross-entropy gets 1 - alpha
     alignment: Array | float = 0.3
     coherence: Array | float = 0.5
-    token_alignment: Array | float = 0.0  # of the comparisons in `everywhere`; RTD has neither
-    intermediate: Array | float = 0.0
-    reward: Array | float = 0.0  # of the policy term in `rewards`
 
 
 class Denominators(NamedTuple):
@@ -58,8 +55,8 @@ def denominators(batch: Batch, *, anchor_prompt: bool = True) -> Denominators:
     coherent = transition_mask(transition_boundaries(batch.boundary_mask_BCK, anchor_prompt))
     return Denominators(
         tokens=jnp.sum(weights_BL),
-        aligned_chains=jnp.sum(jnp.any(aligned, axis=-1)).astype(jnp.float32),
-        coherent_chains=jnp.sum(jnp.any(coherent, axis=-1)).astype(jnp.float32),
+        aligned_chains=count_chains(aligned),
+        coherent_chains=count_chains(coherent),
     )
 
 
@@ -86,7 +83,8 @@ def rtd(
       student_hidden_BLS: states that the student's head reads.
       student_boundary_states_BCKS: the student's states at the boundaries (of the layer that is matched).
       student_head_SV, teacher_head_DV: LM heads; the teacher's is not read (None) with cached predictions.
-      teacher: the teacher's outputs on the same batch, online or cached; no gradient flows into them.
+      teacher: its outputs on the same batch, online or cached, with the states of one layer at the boundaries; no
+        gradient flows into them.
       batch: the rows (all of the batch, or a micro-batch).
       projections: f and g.
       weights: coefficients.
@@ -110,18 +108,11 @@ def rtd(
         assert teacher.hidden_BLD is not None, "the teacher's outputs have neither states nor cached predictions"
         assert teacher_head_DV is not None
         kd = kd_sums(*student, teacher.hidden_BLD, teacher_head_DV, *targets, **options)
-    align_mask = step_boundaries(batch.boundary_mask_BCK)
-    align = _chain_mean(
-        boundary_losses(student_boundary_states_BCKS, teacher.boundary_states_BCKD, align_mask, projections.f),
-        align_mask,
-    )
-    path_mask = transition_boundaries(batch.boundary_mask_BCK, anchor_prompt)
-    cohere = _chain_mean(
-        transition_losses(
-            student_boundary_states_BCKS, teacher.boundary_states_BCKD, path_mask, projections.g, transition_form
-        ),
-        transition_mask(path_mask),
-    )
+    (teacher_states_BCKD,) = teacher.boundary_states.values()
+    states = student_boundary_states_BCKS, teacher_states_BCKD
+    align = alignment_sums(*states, step_boundaries(batch.boundary_mask_BCK), projections.f)
+    path = transition_boundaries(batch.boundary_mask_BCK, anchor_prompt)
+    cohere = coherence_sums(*states, path, projections.g, transition_form)
     loss = (
         safe_divide(kd.loss, totals.tokens)
         + weights.alignment * safe_divide(align.sum, totals.aligned_chains)
@@ -137,8 +128,3 @@ def rtd(
         "loss": Mean(loss, jnp.ones(())),  # a sum over micro-batches; the step sets the count back to one per update
     }
     return loss, metrics
-
-
-def _chain_mean(losses_BCK: Array, mask_BCK: Array) -> Mean:
-    means_BC, has_any_BC = mean_per_chain(losses_BCK, mask_BCK)
-    return Mean(jnp.sum(means_BC), jnp.sum(has_any_BC).astype(jnp.float32))

@@ -26,7 +26,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rtd_jax.base.means import mean_per_chain, safe_divide
+from rtd_jax.base.means import Mean, mean_per_chain
 from rtd_jax.base.types import Array
 
 TransitionForm = Literal["direction", "difference"]
@@ -48,8 +48,7 @@ def alignment(student_states: Array, teacher_states: Array, mask: Array, project
     Raises:
       ValueError: the widths differ and there is no projection, or the projection does not fit.
     """
-    losses_K = boundary_losses(student_states, teacher_states, mask, projection)
-    return _mean_over_chains(losses_K, mask)
+    return alignment_sums(student_states, teacher_states, mask, projection).value()
 
 
 def coherence(
@@ -74,8 +73,29 @@ def coherence(
     Raises:
       ValueError: the widths differ and there is no projection, or the projection does not fit.
     """
+    return coherence_sums(student_states, teacher_states, mask, projection, form).value()
+
+
+def alignment_sums(student_states: Array, teacher_states: Array, mask: Array, projection: Projection = None) -> Mean:
+    """`alignment` as (sum over chains of the chain's mean, chains that have a boundary); arguments as there."""
+    return _sum_over_chains(boundary_losses(student_states, teacher_states, mask, projection), mask)
+
+
+def coherence_sums(
+    student_states: Array,
+    teacher_states: Array,
+    mask: Array,
+    projection: Projection = None,
+    form: TransitionForm = "direction",
+) -> Mean:
+    """`coherence` as (sum over chains of the chain's mean, chains that have a transition); arguments as there."""
     losses_K = transition_losses(student_states, teacher_states, mask, projection, form)
-    return _mean_over_chains(losses_K, transition_mask(mask))
+    return _sum_over_chains(losses_K, transition_mask(mask))
+
+
+def count_chains(mask_K: Array) -> Array:
+    """Chains of which the mask keeps anything: bool [..., K] -> float32 scalar."""
+    return jnp.sum(jnp.any(mask_K, axis=-1)).astype(jnp.float32)
 
 
 @jax.named_scope("alignment")
@@ -133,9 +153,8 @@ def transition_mask(mask: Array) -> Array:
     return mask[..., 1:] & mask[..., :-1]
 
 
-def _mean_over_chains(losses_K: Array, mask_K: Array) -> Array:
-    per_chain, counts = mean_per_chain(losses_K, mask_K)
-    return safe_divide(jnp.sum(per_chain), jnp.sum(counts).astype(jnp.float32))
+def _sum_over_chains(losses_K: Array, mask_K: Array) -> Mean:
+    return Mean(jnp.sum(mean_per_chain(losses_K, mask_K)), count_chains(mask_K))
 
 
 def _cosine_distance(a: Array, b: Array, mask: Array) -> Array:

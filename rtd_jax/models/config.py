@@ -1,7 +1,9 @@
-"""What defines a Llama: sizes, rotary embedding, and the ids that `config.json` carries along."""
+"""The description of a Llama (its sizes, rotary embedding and special token ids), and how its layers are counted."""
 
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ROPE_KINDS = ("default", "llama3")
@@ -9,10 +11,14 @@ _ROPE_KINDS = ("default", "llama3")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding, Su et al. 2021, with the frequency scaling of Llama 3.1 (`kind="llama3"`).
+    """Rotary position embedding (Su et al. 2021); `kind="llama3"` adds the frequency scaling of Llama 3.1.
 
-    `factor` stretches the wavelengths longer than `original_max_positions / low_freq_factor` tokens, leaves alone those
-    shorter than `original_max_positions / high_freq_factor`, and blends in between. Unused when `kind="default"`.
+    The scaling multiplies wavelengths longer than `original_max_positions / low_freq_factor` tokens by `factor`, keeps
+    those shorter than `original_max_positions / high_freq_factor`, and interpolates between the two. With
+    `kind="default"` only `theta` is used.
+
+    Raises:
+      ValueError: an unknown kind, or frequency factors that are not in order.
     """
 
     theta: float = 10_000.0
@@ -33,7 +39,7 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], source: str) -> "RopeConfig":
-        """Reads `rope_parameters` (transformers >= 5) or top-level `rope_theta` and `rope_scaling` (before)."""
+        """Reads `rope_parameters` (transformers >= 5), or the earlier top-level `rope_theta` and `rope_scaling`."""
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0)
         kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -62,7 +68,7 @@ class RopeConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """Both spellings: a reader that knows only one of them would silently fall back to theta 10,000."""
+        """Keys for `config.json` in both spellings: a reader that knows only one would silently use theta 10,000."""
         scaling: dict[str, Any] = {"rope_type": self.kind}
         if self.kind == "llama3":
             scaling |= {
@@ -80,7 +86,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama; hashable, so it can be a static argument of jit. Raises ValueError on sizes that cannot be."""
+    """The sizes of a Llama. Hashable, so it can be a static argument of jit. Raises ValueError for impossible sizes."""
 
     vocab_size: int  # rows of the embedding, padded rows included
     width: int
@@ -92,7 +98,7 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     rope: RopeConfig = RopeConfig()
     tied_embeddings: bool = False
-    max_positions: int = 2048  # tokens; only recorded, nothing is cut to it
+    max_positions: int = 2048  # tokens; recorded only, longer rows are not refused
     init_std: float = 0.02  # of every matrix at random initialisation (HF initializer_range)
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -113,10 +119,11 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> "LlamaConfig":
-        """From the content of a Hugging Face `config.json`; `source` is named in errors.
+        """Builds a config from the content of a Hugging Face `config.json`; error messages name `source`.
 
-        Raises ValueError for another architecture, missing sizes, or what this Llama does not compute (biases,
-        other activations, other rope types, quantised weights).
+        Raises:
+          ValueError: another architecture, missing sizes, or what this decoder does not compute (biases, other
+            activations, other rope types, quantised weights).
         """
         if hf.get("model_type") != "llama":
             raise ValueError(
@@ -163,6 +170,22 @@ class LlamaConfig:
         except (TypeError, ValueError) as error:
             raise error if source in str(error) else ValueError(f"{source}: {error}") from error
 
+    def layer_index(self, layer: int) -> int:
+        """The number of a hidden state, counted as transformers counts `output_hidden_states`.
+
+        0 is the embeddings, i the output of layer i, and N = `layers` the final normed states; -1 to -N - 1 count from
+        the end.
+
+        Raises:
+          ValueError: there is no such hidden state.
+        """
+        if not -self.layers - 1 <= layer <= self.layers:
+            raise ValueError(
+                f"hidden layer {layer} does not exist: a model of {self.layers} layers has 0 (embeddings) to "
+                f"{self.layers} (final), or -{self.layers + 1} to -1 from the end"
+            )
+        return layer if layer >= 0 else self.layers + 1 + layer
+
     def to_hf(self) -> dict[str, Any]:
         """The content of a `config.json` that `transformers` reads as LlamaForCausalLM."""
         eos = self.eos_token_id
@@ -188,3 +211,25 @@ class LlamaConfig:
             "pad_token_id": self.pad_token_id,
             **self.rope.to_hf(),
         }
+
+
+def layers_to_copy(layers: int, count: int) -> tuple[int, ...]:
+    """The `count` layers that a shallower model takes from a model of `layers`, counted from 0: (7, 3) gives 0, 3, 6.
+
+    They are evenly spaced and include the first and the last; a single one is the first.
+
+    Raises:
+      ValueError: unless 1 <= count <= layers.
+    """
+    if not 1 <= count <= layers:
+        raise ValueError(f"cannot take {count} evenly spaced layers of {layers}; use 1 to {layers}")
+    return tuple(int(i) for i in np.round(np.linspace(0, layers - 1, count)))
+
+
+def layers_to_match(layers: int, count: int) -> tuple[int, ...]:
+    """The `count` hidden states at which a model of `layers` is matched with another: (4, 4) gives 1, 2, 3, 4.
+
+    They are counted as `LlamaConfig.layer_index` counts them, evenly spaced, and end with the last. Of fewer layers
+    than `count`, some repeat: (2, 4) gives 1, 1, 2, 2.
+    """
+    return tuple(-(-layers * (i + 1) // count) for i in range(count))

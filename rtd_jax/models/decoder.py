@@ -18,27 +18,26 @@ from jax.sharding import NamedSharding
 from rtd_jax.models.config import LlamaConfig, RopeConfig
 from rtd_jax.models.quantized import as_float
 
-# What the backward pass keeps of a layer: everything; only its input; or its input and the matrix products that have no
-# batch axes (projections, not attention scores).
-REMAT_POLICIES: dict[str, Callable | None] = {
+# What is kept of a layer for the backward pass: "none" recomputes nothing and keeps everything, "full" keeps only the
+# layer's input, "dots" keeps its input and the matrix products without batch axes (projections, not attention scores).
+Remat = Literal["none", "dots", "full"]
+REMAT_POLICIES: dict[Remat, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
 AttentionKernel = Literal["auto", "xla", "cudnn"]
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a Llama is computed; none of it changes what is computed beyond rounding."""
+    """How a Llama is computed. None of these settings changes the result by more than rounding."""
 
     compute_dtype: str = "float32"
-    remat: str = "none"  # a key of REMAT_POLICIES
-    attention: AttentionKernel = "auto"  # of jax.nn.dot_product_attention; see `attention_kernel`
+    remat: Remat = "none"
+    attention: AttentionKernel = "auto"  # implementation of jax.nn.dot_product_attention; see `attention_kernel`
     activation_sharding: NamedSharding | None = None  # of [B, L, D]
-    streamed: bool = False  # whether the layers' weights lie in host memory, and each is copied when it runs
+    streamed: bool = False  # layers stay in host memory, and each is copied to the device when it runs
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT_POLICIES:
@@ -50,10 +49,10 @@ class Runtime:
 
 
 class KVCache(NamedTuple):
-    """Rotated keys and values of every layer. The slot of a token is its position.
+    """The rotated keys and the values of every layer. A token's slot in the cache is its position.
 
-    Slots lie next to each other for each head, as the products of a single query want them: with heads inside slots
-    XLA's CPU compiler transposes the whole cache for every token.
+    The slots of one head are next to each other in memory, because the products with a single query read them in that
+    order. With the heads inside the slots, XLA's CPU compiler would transpose the whole cache for every token.
     """
 
     keys_NBGLE: jax.Array
@@ -79,15 +78,15 @@ def rope_angles(rope: RopeConfig, head_dim: int, positions_BL: jax.Array) -> tup
 
 
 def rotate(x_BLHE: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates pair (i, i + E / 2) by its angle (the half-split convention of the Hugging Face weights)."""
+    """Rotates each pair (i, i + E / 2) by its angle (the half-split convention of the Hugging Face weights)."""
     cos, sin = angles
     first, second = jnp.split(x_BLHE.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
     return rotated.astype(x_BLHE.dtype)
 
 
-# Takes a layer's rotated queries [B, L, H, E], rotated keys and values [B, L, G, E]; gives what they mix to
-# [B, L, H, E], and what the layer hands back.
+# The attention of one layer: takes rotated queries [B, L, H, E], and rotated keys and values [B, L, G, E]; returns the
+# weighted means of the values [B, L, H, E], and the layer's cache, or None where none is kept.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -106,11 +105,12 @@ class RMSNorm(nnx.Module):
 
 
 def attention_kernel(wanted: AttentionKernel, length: int, head_dim: int, dtype: jnp.dtype) -> Literal["xla", "cudnn"]:
-    """The implementation for queries of `length` tokens a row; jax.nn.dot_product_attention's own default is XLA's.
+    """The implementation of jax.nn.dot_product_attention to use for queries of `length` tokens a row.
 
-    "auto" takes cuDNN's kernel, which holds no [L, L] scores, where it runs: on NVIDIA GPUs from compute capability 8.0
-    on, for bfloat16, rows of an even length, and heads of a multiple of 8 up to 128. Rows of one token are XLA's in
-    any case; with a cache, `attend_cached` takes them.
+    JAX's own default is XLA's. "auto" uses cuDNN's kernel, which never materialises the [L, L] scores, wherever it can
+    run: on NVIDIA GPUs of compute capability 8.0 or more, in bfloat16, for rows of even length, and for heads whose
+    width is a multiple of 8 and at most 128. Rows of one token always use XLA's; with a cache, `attend_cached` computes
+    them.
     """
     if length == 1 or wanted == "xla":
         return "xla"
@@ -126,9 +126,10 @@ def _on_nvidia_ampere() -> bool:
 
 
 def attend_cached(q_BHE: jax.Array, k_BGLE: jax.Array, v_BGLE: jax.Array, seen_BL: jax.Array) -> jax.Array:
-    """Attention of one query a row to the cached slots that it may see. [B, H, E]
+    """Attention of one query per row to the cached slots that it may see. [B, H, E]
 
-    softmax(q k / sqrt(E)) v with scores in float32, as jax.nn.dot_product_attention computes it for other layouts.
+    softmax(q k / sqrt(E)) v with scores in float32, as jax.nn.dot_product_attention computes it for another memory
+    layout of keys and values.
     """
     batch, heads, head_dim = q_BHE.shape
     q_BGRE = q_BHE.reshape(batch, k_BGLE.shape[1], -1, head_dim)  # R: query heads of one key/value head
@@ -140,9 +141,9 @@ def attend_cached(q_BHE: jax.Array, k_BGLE: jax.Array, v_BGLE: jax.Array, seen_B
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; `attend` joins the new queries, keys and values, with a cache or without."""
+    """Grouped-query attention: projections around `attend`, which attends within the row or to a cache."""
 
-    def __init__(self, config: LlamaConfig, runtime: Runtime, dtype: jnp.dtype):
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype):
         width, head_dim = config.width, config.head_dim
         self.q = _zeros(dtype, (width, config.heads, head_dim))
         self.k = _zeros(dtype, (width, config.kv_heads, head_dim))
@@ -154,8 +155,8 @@ class Attention(nnx.Module):
         q_BLHE = rotate(jnp.einsum("BLD,DHE->BLHE", x_BLD, _weight(self.q, dtype)), angles)
         k_BLGE = rotate(jnp.einsum("BLD,DGE->BLGE", x_BLD, _weight(self.k, dtype)), angles)
         v_BLGE = jnp.einsum("BLD,DGE->BLGE", x_BLD, _weight(self.v, dtype))
-        mixed_BLHE, handed_back = attend(q_BLHE, k_BLGE, v_BLGE)
-        return jnp.einsum("BLHE,HED->BLD", mixed_BLHE, _weight(self.o, dtype)), handed_back
+        mixed_BLHE, cache = attend(q_BLHE, k_BLGE, v_BLGE)
+        return jnp.einsum("BLHE,HED->BLD", mixed_BLHE, _weight(self.o, dtype)), cache
 
 
 class SwiGLU(nnx.Module):
@@ -168,7 +169,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         dtype = x_BLD.dtype
-        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])  # tokens in one axis: XLA's CPU backward is twice as fast
+        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])  # on one token axis XLA's backward pass is twice as fast on CPUs
         gate_TF = x_TD @ _weight(self.gate, dtype)
         up_TF = x_TD @ _weight(self.up, dtype)
         return ((jax.nn.silu(gate_TF) * up_TF) @ _weight(self.down, dtype)).reshape(x_BLD.shape)
@@ -177,9 +178,9 @@ class SwiGLU(nnx.Module):
 class Block(nnx.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: LlamaConfig, runtime: Runtime, dtype: jnp.dtype):
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype):
         self.attention_norm = RMSNorm(config.width, config.norm_eps, dtype)
-        self.attention = Attention(config, runtime, dtype)
+        self.attention = Attention(config, dtype)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps, dtype)
         self.mlp = SwiGLU(config, dtype)
 
@@ -190,21 +191,21 @@ class Block(nnx.Module):
         attend: Attend,
     ) -> tuple[jax.Array, Any]:
         with jax.named_scope("attention"):
-            mixed_BLD, handed_back = self.attention(self.attention_norm(x_BLD), angles, attend)
+            mixed_BLD, cache = self.attention(self.attention_norm(x_BLD), angles, attend)
         x_BLD = x_BLD + mixed_BLD
         with jax.named_scope("mlp"):
-            return x_BLD + self.mlp(self.mlp_norm(x_BLD)), handed_back
+            return x_BLD + self.mlp(self.mlp_norm(x_BLD)), cache
 
 
 class Llama(nnx.Module):
-    """The whole network up to the states that the head reads. Zeros as built: weights come from LlamaModel."""
+    """The network up to the states that the head reads. Its arrays are built as zeros; LlamaModel supplies weights."""
 
     def __init__(self, config: LlamaConfig, runtime: Runtime, dtype: jnp.dtype):
         self.config = config
         self.runtime = runtime
         self.embedding = _zeros(dtype, (config.vocab_size, config.width))
 
-        stacked = nnx.vmap(lambda _: Block(config, runtime, dtype), in_axes=0, out_axes=0)
+        stacked = nnx.vmap(lambda _: Block(config, dtype), in_axes=0, out_axes=0)
         self.layers = stacked(jnp.arange(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps, dtype)
         if not config.tied_embeddings:
@@ -219,7 +220,7 @@ class Llama(nnx.Module):
         graphdef, layers = nnx.split(self.layers)
 
         def layer(x_BLD, weights):
-            x_BLD, _ = nnx.merge(graphdef, self._fetched(weights))(
+            x_BLD, _ = nnx.merge(graphdef, self._on_device(weights))(
                 x_BLD, angles, lambda q, k, v: (self._attend(q, k, v, mask), None)
             )
             return self._constrain(x_BLD)
@@ -229,7 +230,8 @@ class Llama(nnx.Module):
         def body(carry, scanned):
             x_BLD, kept = carry
             index, weights = scanned
-            # Selected into the carry, outside the checkpoint: neither all N states nor more for backward are kept.
+            # The states are selected into the carry, outside the checkpoint: so neither all N of them are kept, nor
+            # anything more for the backward pass.
             kept = tuple(jnp.where(index == wanted, x_BLD, old) for wanted, old in zip(kept_layers, kept, strict=True))
             return (run(x_BLD, weights), kept), None
 
@@ -248,7 +250,7 @@ class Llama(nnx.Module):
             return self._attend(q_BLHE, k_BLGE, v_BLGE, None), new
 
         def body(x_BLD, weights):
-            x_BLD, new = nnx.merge(graphdef, self._fetched(weights))(x_BLD, angles, attend)
+            x_BLD, new = nnx.merge(graphdef, self._on_device(weights))(x_BLD, angles, attend)
             return self._constrain(x_BLD), new
 
         x_BLD, cache = jax.lax.scan(body, self._embed(tokens_BL), layers)
@@ -264,7 +266,7 @@ class Llama(nnx.Module):
         graphdef, layers = nnx.split(self.layers)
 
         def body(carry, scanned):
-            # The cache is carried, not scanned: only the new slots are written, the rest stays in place.
+            # The cache is in the carry, not in the scanned inputs: only new slots are written, the rest stays in place.
             x_B1D, cache = carry
             index, weights = scanned
 
@@ -277,7 +279,7 @@ class Llama(nnx.Module):
                 )
                 return attend_cached(q_B1HE[:, 0], k_BGLE, v_BGLE, seen_BL)[:, None], stored
 
-            x_B1D, cache = nnx.merge(graphdef, self._fetched(weights))(x_B1D, angles, attend)
+            x_B1D, cache = nnx.merge(graphdef, self._on_device(weights))(x_B1D, angles, attend)
             return (self._constrain(x_B1D), cache), None
 
         carry = (self._embed(tokens_B[:, None]), cache)
@@ -285,18 +287,18 @@ class Llama(nnx.Module):
         return self.norm(x_B1D[:, 0]), cache
 
     def _attend(self, q_BLHE: jax.Array, k_BLGE: jax.Array, v_BLGE: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """Attention within what is given: where the mask is True, or causal."""
+        """Attention among the given tokens: where `mask` is True, or causal without a mask."""
         kernel = attention_kernel(self.runtime.attention, q_BLHE.shape[1], q_BLHE.shape[3], q_BLHE.dtype)
         return jax.nn.dot_product_attention(
             q_BLHE, k_BLGE, v_BLGE, mask=mask, is_causal=mask is None, implementation=kernel
         )
 
     def _embed(self, tokens_BL: jax.Array) -> jax.Array:
-        # Rows are taken before they are turned into floats: with an int8 table, of each part.
+        # Rows are looked up before they become floats; of an int8 table, in the values and in the scales.
         rows = jax.tree.map(lambda part: part[tokens_BL], self.embedding.get_value())
         return self._constrain(as_float(rows, self.runtime.compute_dtype))
 
-    def _fetched(self, weights: Any) -> Any:
+    def _on_device(self, weights: Any) -> Any:
         return jax.device_put(weights, jax.memory.Space.Device) if self.runtime.streamed else weights
 
     def _constrain(self, x_BLD: jax.Array) -> jax.Array:
@@ -305,7 +307,8 @@ class Llama(nnx.Module):
 
     def _rematerialised(self, run: Callable) -> Callable:
         policy = REMAT_POLICIES[self.runtime.remat]
-        # Inside scan XLA cannot undo the recomputation, so the barriers of prevent_cse would only cost.
+        # Inside a scan XLA cannot merge the recomputation with the first computation anyway, so the barriers that
+        # prevent_cse adds would only cost time.
         return run if policy is None else jax.checkpoint(run, policy=policy, prevent_cse=False)
 
 

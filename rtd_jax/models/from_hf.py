@@ -1,7 +1,8 @@
-"""Llama params from Hugging Face directories (config.json, safetensors), tensor by tensor; torch is never imported."""
+"""Reads Llama params from Hugging Face directories (config.json, safetensors), one tensor at a time, without torch."""
 
 import contextlib
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -26,9 +27,12 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve(name_or_dir: str | Path) -> Path:
-    """A local directory as it is; otherwise the hub's snapshot of that model name, downloaded or from the cache.
+    """The directory of a model: a local one as it is, else the hub's snapshot of that name, downloaded or cached.
 
-    Only config, safetensors and tokenizer files are fetched. Raises ValueError when neither can be had.
+    Only config, safetensors and tokenizer files are downloaded.
+
+    Raises:
+      ValueError: there is neither such a directory nor such a model on the hub, or the hub refuses it.
     """
     path = Path(name_or_dir).expanduser()
     if path.is_dir():
@@ -36,7 +40,7 @@ def resolve(name_or_dir: str | Path) -> Path:
     name = str(name_or_dir)
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
         raise ValueError(f"{name}: no such directory; give a folder with config.json and safetensors, or a hub name")
-    # Here, because importing it takes longer than everything else in this file, and most models are local.
+    # Imported here, because that takes longer than everything else in this file, and most models are local.
     from huggingface_hub import snapshot_download
 
     try:
@@ -53,9 +57,27 @@ def resolve(name_or_dir: str | Path) -> Path:
 
 
 def load_config(directory: str | Path) -> LlamaConfig:
-    """The config of a Hugging Face directory. Raises ValueError when it is absent, unreadable or not a plain Llama."""
+    """The config of a Hugging Face directory. Raises ValueError where it is missing, unreadable or no plain Llama's."""
     path = Path(directory) / "config.json"
     return LlamaConfig.from_hf(_read_json(path, "give the directory of a Hugging Face checkpoint"), str(path))
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """SHA-256 of config.json and of parts of each safetensors file: tells checkpoints apart without reading 140 GB.
+
+    The parts are the file's name, size and header (names, dtypes, shapes and offsets of the tensors), and the first and
+    last MiB of data.
+    """
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            head = file.read(8)
+            digest.update(head + file.read(min(int.from_bytes(head, "little"), size)) + file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def load_params(
@@ -66,14 +88,21 @@ def load_params(
     shardings: dict[str, Any] | None = None,
     layers: Sequence[int] | None = None,
 ) -> Params:
-    """The weights of a Hugging Face directory in the layout and dtype of `LlamaModel`'s params.
+    """The weights of a Hugging Face directory in the layout of `LlamaModel`'s params.
 
-    `config` is the directory's own. `dtype` "int8" gives matrices as `QArray`s (see `quantized`). `shardings` is a tree
-    of `jax.sharding.Sharding` like the params; without it, everything goes to the default device. `layers` takes these
-    layers only, for a shallower model: pair the result with `dataclasses.replace(config, layers=len(layers))`.
-    Tensors are read one at a time, each process only the slices that its devices hold, and written into the stacked
-    arrays in place, so the host never holds more than two tensors besides the params themselves.
-    Raises ValueError naming missing, left-over, wrongly shaped or non-float tensors and absent or damaged files.
+    Tensors are read one at a time, in each process only the slices that its devices hold, and are written into the
+    stacked arrays in place: the host never holds more than two tensors besides the params themselves.
+
+    Args:
+      config: the directory's own.
+      dtype: of the params; with "int8", matrices are `QArray`s (see `quantized`).
+      shardings: a tree of `jax.sharding.Sharding` like the params; None puts everything on the default device.
+      layers: read only these layers, counted from 0, for a shallower model; its config is
+        `dataclasses.replace(config, layers=len(layers))`. None reads all.
+
+    Raises:
+      ValueError: tensors are missing, left over, wrongly shaped or not floats, or files are missing or damaged; with
+        their names.
     """
     directory = Path(directory)
     files = _tensor_files(directory)
@@ -111,7 +140,7 @@ def _load(
         array = weight.from_hf(raw, config)
         return quantize_weight(array, weight) if dtype == INT8 and weight.inputs else array.astype(kept)
 
-    kept = "bfloat16" if dtype == INT8 else dtype  # norms are not quantised
+    kept = "bfloat16" if dtype == INT8 else dtype  # of what is not quantised: norms
 
     def read(name: str) -> jax.Array:
         if raw_sharding is None:
@@ -121,7 +150,7 @@ def _load(
     if not weight.stacked:
         return jax.jit(convert, out_shardings=sharding)(read(weight.name))
 
-    # Donation makes this an in-place write on the device: layers are stacked without a second copy anywhere.
+    # Donation makes this an in-place write on the device, so no second copy of the stacked layers is made.
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=sharding)
     def put(stacked, raw, layer):
         return jax.tree.map(
@@ -136,18 +165,18 @@ def _load(
     names = weight.names(config)
     for position, layer in enumerate(layers):
         raw = read(names[layer])
-        # Dispatch is asynchronous: without waiting, reading would run ahead and pile up a second copy of the stack.
+        # Dispatch is asynchronous: without waiting, reads would run ahead and collect a second copy on the host.
         stacked = put(jax.block_until_ready(stacked), raw, position)
     return stacked
 
 
 def _hf_sharding(weight: Weight, sharding: Sharding | None) -> Sharding | None:
-    """The sharding of one checkpoint tensor that lets each device read about what it will keep."""
+    """A sharding of one checkpoint tensor with which each device reads about the part that it will keep."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     spec = (*sharding.spec, *[None] * (len(weight.axes) - len(sharding.spec)))
     mesh_axes = dict(zip(weight.axes, spec, strict=True))
-    # A product axis can be cut along its first factor only; a cut along another is made on the device, after reading.
+    # A product axis can be divided along its first factor only; a division along another is made on the device later.
     parts = [
         mesh_axes[group[0]] if all(mesh_axes[axis] is None for axis in group[1:]) else None for group in weight.there
     ]
@@ -225,7 +254,7 @@ def _check_names(directory: Path, found: Iterable[str], expected: set[str], conf
 
 
 def _ignorable(name: str, config: LlamaConfig) -> bool:
-    """What old or tied checkpoints carry besides weights: rotary tables, and a head that repeats the embedding."""
+    """Whether a tensor is no weight: a rotary table of an old checkpoint, or a head that repeats a tied embedding."""
     return name.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and name == "lm_head.weight")
 
 

@@ -1,4 +1,4 @@
-"""The public face of a Llama: pure functions of a nested dict of arrays, held by one hashable description."""
+"""The public interface of a Llama: pure functions of its params, as methods of a hashable description."""
 
 import functools
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from qwix import QArray
 
 from rtd_jax.base.types import Array, Params
 from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.decoder import AttentionKernel, KVCache, Llama, Runtime
+from rtd_jax.models.decoder import AttentionKernel, KVCache, Llama, Remat, Runtime
 from rtd_jax.models.quantized import INT8, as_float, quantize_params
 
 
@@ -22,17 +22,23 @@ from rtd_jax.models.quantized import INT8, as_float, quantize_params
 class LlamaModel:
     """A Llama without its weights. Hashable: pass it to jit as a static argument, and the params as a traced one.
 
-    `compute_dtype`: dtype of matrix products and of the hidden states ("float32" or "bfloat16"); params keep their own.
-    `remat`: what backward recomputes, "none", "full" (keeps only layer inputs) or "dots" (keeps projections too).
-    `activation_sharding`: sharding constraint put on [B, L, D] states between layers, e.g. rows over ('data', 'fsdp').
-    `attention`: implementation given to `jax.nn.dot_product_attention`: "xla", "cudnn", or "auto" (cuDNN's kernel where
-    it runs; see `attention_kernel`).
-    `streamed`: the layers' weights lie in host memory; each layer is copied to the device when it runs.
+    Attributes:
+      config: the sizes.
+      compute_dtype: dtype of matrix products and of the hidden states ("float32" or "bfloat16"); params keep their own.
+      remat: what the backward pass recomputes: "none", "full" (keeps only the layers' inputs) or "dots" (keeps the
+        projections too).
+      activation_sharding: sharding of the [B, L, D] states between layers, e.g. rows over ('data', 'fsdp').
+      attention: implementation of `jax.nn.dot_product_attention`: "xla", "cudnn", or "auto" (cuDNN's kernel where it
+        can run; see `attention_kernel`).
+      streamed: whether the layers' weights stay in host memory; each layer is copied to the device when it runs.
+
+    Raises:
+      ValueError: an attribute has a value that does not exist.
     """
 
     config: LlamaConfig
     compute_dtype: str = "float32"
-    remat: str = "none"
+    remat: Remat = "none"
     activation_sharding: NamedSharding | None = None
     attention: AttentionKernel = "auto"
     streamed: bool = False
@@ -41,13 +47,13 @@ class LlamaModel:
         _ = self._runtime  # refuse bad values here, not at the first trace
 
     def init(self, key: jax.Array, dtype: str = "float32") -> Params:
-        """Random params: normal with `config.init_std`, norms at one."""
+        """Random params: normal with standard deviation `config.init_std`, norms at one."""
         return _random_params(self, dtype, key)
 
     def abstract_params(self, dtype: str = "float32") -> Params:
         """Shapes and dtypes of the params, as jax.ShapeDtypeStruct leaves; allocates nothing.
 
-        "int8" stands for matrices as `QArray`s, and norms in bfloat16.
+        With "int8", matrices are `QArray`s and norms are bfloat16.
         """
         if dtype == INT8:
             return jax.eval_shape(quantize_params, self.abstract_params("bfloat16"))
@@ -65,16 +71,17 @@ class LlamaModel:
         """States that the head reads (after the last RMSNorm), [B, L, D] in `compute_dtype`.
 
         A token attends to itself and earlier tokens of the same chain id; positions give the rotary angles.
-        With `layers`, returns (states, tuple of the hidden states asked for), numbered as transformers numbers
-        `output_hidden_states`: 0 the embeddings, i the output of layer i, N the final normed states; negative from the
-        end.
-        Raises ValueError for a layer that does not exist.
+        With `layers`, returns (states, tuple of the hidden states asked for), counted as `LlamaConfig.layer_index`
+        counts them: 0 the embeddings, i the output of layer i, -1 the final normed states.
+
+        Raises:
+          ValueError: a layer does not exist.
         """
         chex.assert_rank([tokens_BL, positions_BL, chain_ids_BL], 2)
         chex.assert_equal_shape([tokens_BL, positions_BL, chain_ids_BL])
         chex.assert_type([tokens_BL, positions_BL, chain_ids_BL], int)
         count = self.config.layers
-        wanted = [self.layer_index(layer) for layer in layers]
+        wanted = [self.config.layer_index(layer) for layer in layers]
         inner = tuple(sorted({layer for layer in wanted if layer < count}))
         final_BLD, kept = self._module(params)(
             jnp.asarray(tokens_BL), jnp.asarray(positions_BL), chain_mask(chain_ids_BL), inner
@@ -84,14 +91,8 @@ class LlamaModel:
         return final_BLD, tuple(final_BLD if layer == count else kept[inner.index(layer)] for layer in wanted)
 
     def layer_index(self, layer: int) -> int:
-        """`layer` counted from 0 (embeddings) to N (final normed states); raises ValueError where there is none."""
-        count = self.config.layers
-        if not -count - 1 <= layer <= count:
-            raise ValueError(
-                f"hidden layer {layer} does not exist: a model of {count} layers has 0 (embeddings) to {count} "
-                f"(final), or -{count + 1} to -1 from the end"
-            )
-        return layer if layer >= 0 else count + 1 + layer
+        """See `LlamaConfig.layer_index`."""
+        return self.config.layer_index(layer)
 
     def head(self, params: Params) -> jax.Array:
         """The matrix from hidden states to logits, [D, V], in the dtype of the params (of int8: `compute_dtype`)."""
@@ -101,12 +102,12 @@ class LlamaModel:
         return head.T if self.config.tied_embeddings else head
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """hidden @ head, float32 [..., V]. For evaluation of a few states; training joins the head inside its loss."""
+        """hidden @ head, float32 [..., V]. For a few states in evaluation; in training the loss applies the head."""
         head_DV = self.head(params).astype(hidden.dtype)
         return jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
 
     def init_cache(self, batch: int, length: int, dtype: str | None = None) -> KVCache:
-        """An empty cache of `length` tokens for `batch` rows, [N, B, G, L, E] twice; `compute_dtype` by default."""
+        """An empty cache of `length` tokens for `batch` rows, [N, B, G, L, E] twice; default dtype: `compute_dtype`."""
         config = self.config
         shape = (config.layers, batch, config.kv_heads, length, config.head_dim)
         zeros = functools.partial(jnp.zeros, shape, dtype or self.compute_dtype)
@@ -117,8 +118,11 @@ class LlamaModel:
     ) -> tuple[jax.Array, KVCache]:
         """Reads right-padded prompts: (final normed state at each row's last prompt token [B, D], cache).
 
-        `lengths_B` counts the prompt's tokens, at least 1. What is cached of the padding is overwritten by `decode`
-        before any query can see it. Raises ValueError when the prompts do not fit `cache_length` (tokens).
+        `lengths_B` is the number of tokens of each prompt, at least 1. The cache has entries for padding too; `decode`
+        overwrites each of them before any query can see it.
+
+        Raises:
+          ValueError: the prompts do not fit `cache_length` (tokens).
         """
         chex.assert_rank([tokens_BL, lengths_B], [2, 1])
         chex.assert_equal_shape_prefix([tokens_BL, lengths_B], 1)
@@ -136,9 +140,10 @@ class LlamaModel:
         return hidden_BD, jax.tree.map(lambda x: jnp.pad(x, padding), cache)
 
     def decode(self, params: Params, cache: KVCache, tokens_B: Array, positions_B: Array) -> tuple[jax.Array, KVCache]:
-        """One token more per row, at `positions_B` (0-based): (final normed state [B, D], cache).
+        """Reads one more token per row, at `positions_B` (from 0): (final normed state [B, D], cache).
 
-        A position beyond the cache is dropped by the scatter, so size the cache for prompt + new tokens.
+        A position beyond the cache is not stored, and nothing says so: make the cache long enough for the prompt and
+        all new tokens.
         """
         chex.assert_rank([tokens_B, positions_B], 1)
         chex.assert_equal_shape([tokens_B, positions_B])
@@ -153,7 +158,7 @@ class LlamaModel:
 
 
 def chain_mask(chain_ids_BL: Array) -> jax.Array:
-    """True where a query may look: same chain, not later. Padding sees padding: no softmax is empty. [B, 1, L, L]."""
+    """Where a query may attend: same chain, not later; padding to padding, so no softmax is empty. [B, 1, L, L]."""
     ids_BL = jnp.asarray(chain_ids_BL)
     length = ids_BL.shape[1]
     same_BLL = ids_BL[:, :, None] == ids_BL[:, None, :]
@@ -177,7 +182,7 @@ def _random_params(model: LlamaModel, dtype: str, key: jax.Array) -> Params:
 
 
 def _random_arrays(std: float, abstract: Params, key: jax.Array) -> Params:
-    """Normal matrices, norms at one. Cut from one draw: a generator per matrix takes XLA ten seconds to compile."""
+    """Normal matrices, norms at one, all cut from one draw: XLA takes ten seconds to compile a generator per matrix."""
     shapes, treedef = jax.tree.flatten(abstract)
     ends = np.cumsum([0 if x.ndim == 1 else x.size for x in shapes])
     flat = std * jax.random.normal(key, (int(ends[-1]),))

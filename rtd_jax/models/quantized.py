@@ -1,9 +1,9 @@
-"""A frozen model's matrices in int8, half of bfloat16: one scale for each output channel, products in floating point.
+"""A frozen model's matrices in int8, half the size of bfloat16: one scale per output channel, products in float.
 
     w ~ q * s,  q int8,  s = max |w| / 127.5 over the axes that the product sums over
 
-Weight-only "absmax" quantisation as in LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339) without its outlier columns;
-norms stay as they are. The arrays and their arithmetic are qwix's.
+This is the weight-only "absmax" quantisation of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339) without its outlier
+columns. Norms are not quantised. The quantised arrays and their arithmetic are qwix's.
 """
 
 import jax
@@ -18,7 +18,7 @@ INT8 = "int8"
 
 
 def quantize_weight(array: jax.Array, weight: Weight) -> QArray | jax.Array:
-    """One array of the params, stacked or of one layer, in int8; norms are given back as they came."""
+    """Quantises one array of the params, of all layers or of one; returns a norm unchanged."""
     if not weight.inputs:
         return array
     axes = weight.axes if array.ndim == len(weight.axes) else weight.here
@@ -27,7 +27,7 @@ def quantize_weight(array: jax.Array, weight: Weight) -> QArray | jax.Array:
 
 
 def quantize_params(params: Params) -> Params:
-    """Params with every matrix as a `QArray`. Traceable; raises KeyError for a leaf that is no Llama weight."""
+    """The params with every matrix as a `QArray`. Traceable; raises KeyError for a leaf that is not a Llama weight."""
     rows = {weight.path: weight for weight in TABLE}
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = {tuple(entry.key for entry in path): leaf for path, leaf in leaves}
@@ -35,7 +35,7 @@ def quantize_params(params: Params) -> Params:
 
 
 def as_float(value: QArray | jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The array itself, or what its int8 values stand for, in `dtype`."""
+    """The array in `dtype`; int8 values are multiplied by their scales."""
     if isinstance(value, QArray):
         return (value.qvalue.astype(dtype) * value.scale.astype(dtype)).astype(dtype)
     return value.astype(dtype)

@@ -1,10 +1,11 @@
-"""Llama params to a Hugging Face directory that `transformers` loads unchanged, whole or not at all."""
+"""Writes Llama params as a Hugging Face directory that `transformers` loads: complete, or not at all."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -42,27 +43,34 @@ def save_pretrained(
     dtype: str | None = None,
     max_shard_bytes: int = 4 * 2**30,
 ) -> Path:
-    """Writes config.json, the tokenizer, and safetensors: one file, or an index and shards of up to `max_shard_bytes`.
+    """Writes config.json, the tokenizer and the weights, and returns the absolute path of the directory.
 
-    The tokenizer is an object with `save_pretrained`, or the files of `tokenizer_dir`. `dtype` defaults to that of the
-    params. Everything is written beside `directory` and renamed at the end: a failure leaves what was there as it was.
-    With several processes all must call it; the first writes. Only one shard is held on the host at a time.
-    Raises ValueError for params that do not fit the config and for a directory that holds other files; OSError, with
-    the place, when the disk refuses.
+    Everything is written beside `directory` and renamed at the end, so that a failure leaves what was there before.
+    With several processes all must call it, and the first one writes. The host holds one shard at a time.
+
+    Args:
+      tokenizer: an object with `save_pretrained`.
+      tokenizer_dir: instead of it, a directory whose tokenizer files are copied.
+      dtype: of the tensors written; None keeps that of the params.
+      max_shard_bytes: weights beyond this go into several safetensors files and an index.
+
+    Raises:
+      ValueError: the params do not fit the config, or the directory holds other files than a model's.
+      OSError: the disk refuses; with the place.
     """
     directory = Path(directory).resolve()
     tensors = _tensors(config, params, dtype)
     shards = _shards(tensors, max_shard_bytes)
     if jax.process_index() != 0:
-        for _ in (_to_host(*tensor, config) for shard in shards for tensor in shard):
-            pass  # takes part in gathering what is spread over processes
+        for tensor in itertools.chain(*shards):
+            _to_host(tensor, config)  # every process takes part in gathering arrays that are spread over them
         return directory
     _check_replaceable(directory)
     if tokenizer_dir is not None and not Path(tokenizer_dir).is_dir():
         raise ValueError(f"tokenizer_dir {tokenizer_dir}: no such directory; give the directory the tokenizer is in")
     partial = directory.parent / f".{directory.name}.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a save that was killed
         partial.mkdir(parents=True)
         _write_json(partial / "config.json", config.to_hf() | {"dtype": _common_dtype(tensors)})
         _write_shards(partial, shards, config)
@@ -74,7 +82,7 @@ def save_pretrained(
                     shutil.copyfile(Path(tokenizer_dir) / file, partial / file)
         _replace(directory, partial)
     except (OSError, SafetensorError) as error:
-        size = sum(tensor[-1] for shard in shards for tensor in shard) / 2**20
+        size = sum(tensor.size for tensor in itertools.chain(*shards)) / 2**20
         raise OSError(
             f"{directory}: could not save the model ({error}); what was there before is unchanged. "
             f"Free at least {size:.0f} MiB, or give another directory",
@@ -84,8 +92,15 @@ def save_pretrained(
     return directory
 
 
-# One tensor to write: name, row of the table, array in the params, layer, dtype, bytes.
-_Tensor = tuple[str, Weight, Any, int, np.dtype, int]
+class _Tensor(NamedTuple):
+    """One tensor to write."""
+
+    name: str
+    weight: Weight
+    array: Any  # of the params, with all layers where they are stacked
+    layer: int
+    dtype: np.dtype
+    size: int  # bytes
 
 
 def _tensors(config: LlamaConfig, params: Params, dtype: str | None) -> list[_Tensor]:
@@ -104,15 +119,9 @@ def _tensors(config: LlamaConfig, params: Params, dtype: str | None) -> list[_Te
 
     def tensor(weight: Weight, layer: int) -> _Tensor:
         array = leaf(params, weight.path)
-        kind = jax.numpy.dtype(dtype or array.dtype)
-        return (
-            weight.names(config)[layer],
-            weight,
-            array,
-            layer,
-            kind,
-            int(np.prod(weight.hf_shape(config))) * kind.itemsize,
-        )
+        stored = jax.numpy.dtype(dtype or array.dtype)
+        size = int(np.prod(weight.hf_shape(config))) * stored.itemsize
+        return _Tensor(weight.names(config)[layer], weight, array, layer, stored, size)
 
     per_layer = [tensor(weight, layer) for layer in range(config.layers) for weight in rows if weight.stacked]
     single = [tensor(weight, 0) for weight in rows if not weight.stacked]
@@ -122,32 +131,30 @@ def _tensors(config: LlamaConfig, params: Params, dtype: str | None) -> list[_Te
 def _shards(tensors: list[_Tensor], max_bytes: int) -> list[list[_Tensor]]:
     shards: list[list[_Tensor]] = [[]]
     for tensor in tensors:
-        if shards[-1] and sum(other[-1] for other in shards[-1]) + tensor[-1] > max_bytes:
+        if shards[-1] and sum(other.size for other in shards[-1]) + tensor.size > max_bytes:
             shards.append([])
         shards[-1].append(tensor)
     return shards
 
 
-def _to_host(
-    name: str, weight: Weight, array: Any, layer: int, dtype: np.dtype, size: int, config: LlamaConfig
-) -> np.ndarray:
-    one = array[layer] if weight.stacked else array
+def _to_host(tensor: _Tensor, config: LlamaConfig) -> np.ndarray:
+    one = tensor.array[tensor.layer] if tensor.weight.stacked else tensor.array
     if isinstance(one, jax.Array) and not one.is_fully_addressable:
         assert isinstance(one.sharding, NamedSharding)
         one = jax.device_put(one, NamedSharding(one.sharding.mesh, PartitionSpec()))
-    # safetensors writes the buffer as it lies, so a transposed view would come out scrambled.
-    return np.ascontiguousarray(weight.to_hf(np.asarray(one), config).astype(dtype))
+    # safetensors writes the buffer in the order of memory, so a transposed view would be written scrambled.
+    return np.ascontiguousarray(tensor.weight.to_hf(np.asarray(one), config).astype(tensor.dtype))
 
 
 def _write_shards(directory: Path, shards: list[list[_Tensor]], config: LlamaConfig) -> None:
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {tensor[0]: _to_host(*tensor, config) for tensor in shard}
+        arrays = {tensor.name: _to_host(tensor, config) for tensor in shard}
         save_file(arrays, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, file)
     if len(shards) > 1:
-        total = sum(tensor[-1] for shard in shards for tensor in shard)
+        total = sum(tensor.size for tensor in itertools.chain(*shards))
         _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
@@ -156,7 +163,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _common_dtype(tensors: list[_Tensor]) -> str:
-    return str(np.result_type(*{tensor[4] for tensor in tensors}))
+    return str(np.result_type(*{tensor.dtype for tensor in tensors}))
 
 
 def _check_replaceable(directory: Path) -> None:

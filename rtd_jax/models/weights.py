@@ -1,7 +1,8 @@
-"""The one table of Llama weights: where each lies in our params, in a Hugging Face checkpoint, and what its axes mean.
+"""The table of Llama weights: the place of each in our params, its name in Hugging Face checkpoints, and its axes.
 
-Read one way it loads, read the other way it saves; its axes also give shapes and, through the mesh rules of
-`rtd_jax.base.sharding`, shardings. A Hugging Face axis that is a product of two of ours is written `heads*head_dim`.
+Loading reads the table in one direction, saving in the other. The axes also give the shapes and, by the rules of
+`rtd_jax.base.sharding`, the shardings. A Hugging Face axis that is the product of two of ours is written
+`heads*head_dim`.
 """
 
 from dataclasses import dataclass
@@ -18,17 +19,17 @@ AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
 @dataclass(frozen=True)
 class Weight:
-    """One row: `path` in the params, the checkpoint's `name`, and the axes of one layer's tensor on either side."""
+    """One row of the table."""
 
-    path: tuple[str, ...]
-    name: str  # of the Hugging Face tensor; {layer} where there is one per layer
-    here: tuple[str, ...]
-    there: tuple[tuple[str, ...], ...]
+    path: tuple[str, ...]  # of keys in the params
+    name: str  # of the Hugging Face tensor; with {layer} where there is one per layer
+    here: tuple[str, ...]  # axes of one layer's array in the params
+    there: tuple[tuple[str, ...], ...]  # axes of the Hugging Face tensor, each a product of ours
     inputs: tuple[str, ...]  # axes that its matrix product sums over; none for a norm
 
     @property
     def stacked(self) -> bool:
-        """True where the params hold all layers in one array, leading with the axis 'layers'."""
+        """Whether the params hold all layers in one array, whose first axis is 'layers'."""
         return "{layer}" in self.name
 
     @property
@@ -51,7 +52,7 @@ class Weight:
         return tuple(int(np.prod([sizes[axis] for axis in group])) for group in self.there)
 
     def from_hf(self, tensor: AnyArray, config: LlamaConfig) -> AnyArray:
-        """A checkpoint's tensor in the layout of the params (of one layer)."""
+        """A tensor of the checkpoint in the layout of the params (of one layer)."""
         sizes, flat = axis_sizes(config), self._flat
         return tensor.reshape([sizes[axis] for axis in flat]).transpose([flat.index(axis) for axis in self.here])
 
@@ -113,7 +114,7 @@ TABLE: tuple[Weight, ...] = (
 
 
 def table(config: LlamaConfig) -> tuple[Weight, ...]:
-    """The rows that a model of this config has: no head where the embedding is tied."""
+    """The rows for a model of this config: without the head where the embedding is tied."""
     return tuple(weight for weight in TABLE if not (config.tied_embeddings and weight.path == ("head",)))
 
 
@@ -135,13 +136,15 @@ def logical_axes(params: Params) -> dict[str, Any]:
     """For a params tree (or its abstract form), the same nested dict with a tuple of axis names at each leaf.
 
     Names: 'layers', 'vocab', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'norm'. Tuples are pytrees themselves:
-    map over this tree with `is_leaf=lambda x: isinstance(x, tuple)`. Raises ValueError for a leaf that is no Llama
-    weight.
+    map over this tree with `is_leaf=lambda x: isinstance(x, tuple)`.
+
+    Raises:
+      ValueError: a leaf is not a Llama weight.
     """
     axes = {weight.path: weight.axes for weight in TABLE}
 
     def named(path: tuple, leaf: Any) -> tuple[str, ...]:
-        # The parts of a quantised array have the axes of the array; where a scale is shared, its length is 1.
+        # Both parts of a quantised array have all its axes; along those that share one scale, the scale has length 1.
         keys = tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
         if keys not in axes or len(axes[keys]) != np.ndim(leaf):
             raise ValueError(
@@ -169,13 +172,3 @@ def nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
             branch = branch.setdefault(key, {})
         branch[path[-1]] = value
     return tree
-
-
-def evenly_spaced_layers(count: int, layers: int) -> tuple[int, ...]:
-    """Which `layers` of a model's `count` layers a shallower model is cut from: evenly spaced, first and last included.
-
-    With one layer it is the first. Raises ValueError unless 1 <= layers <= count.
-    """
-    if not 1 <= layers <= count:
-        raise ValueError(f"cannot take {layers} evenly spaced layers of {count}; use 1 to {count}")
-    return tuple(int(i) for i in np.round(np.linspace(0, count - 1, layers)))

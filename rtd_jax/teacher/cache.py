@@ -1,17 +1,19 @@
-"""The teacher's outputs on disk: one record a chain, found by the chain's content, read in any order.
+"""The teacher's outputs on disk: one record per chain, found by the chain's content, read in any order.
 
-    <folder>/manifest.json            what the cache is: teacher, tokenizer, layers, k, temperature, storage
-    <folder>/shard-00000.array_record records, ArrayRecord; <folder>/shard-00000.json their keys and checksums
+    <folder>/manifest.json               what the cache is: teacher, tokenizer, layers, k, temperature, storage
+    <folder>/shard-<hash>.array_record   records, in ArrayRecord's format
+    <folder>/shard-<hash>.json           their keys and checksums
 
-A record's key is the SHA-256 of the chain's ids, boundaries and loss weights, so neither batch size, packing nor mesh
-can matter, and a chain that another text, template, tokenizer or segmenter gave is simply not there. A record holds
-predictions for the tokens whose loss counts, and the states of each kept layer at all boundaries. Compact storage: ids
-ascending, as differences in byte planes, which zstd's entropy coding brings to about 12 bits each; log-probabilities
-in 8 bits, finer where they are near 0; the bucket's two masses as float16 log-odds; states in int8 with a scale for
-each vector.
+A record's key is the SHA-256 of the chain's token ids, boundaries and loss weights. Batch size, packing and mesh
+therefore do not matter, and a chain that comes from another text, template, tokenizer or segmentation is not found. A
+record holds the predictions of the tokens whose loss counts, and the states of each kept layer at all boundaries.
 
-Several processes may write into one folder, each its own shards, and folders of one identity that were written apart
-are joined by putting their shards together: a reader sees the union.
+The compact storage sorts the ids of a token's predictions and keeps their differences in byte planes, which zstd's
+entropy coding compresses to about 12 bits each. It keeps log-probabilities in 8 bits, with more precision near 0; the
+two masses of the bucket as float16 log-odds; and states in int8 with one scale per vector.
+
+Several processes may write into one folder, each its own shards. Caches of one identity that were written into separate
+folders are joined by moving their shards into one folder: a reader sees the union.
 """
 
 import hashlib
@@ -32,19 +34,19 @@ from rtd_jax.base.files import read_json, replacing, write_json
 from rtd_jax.base.types import Array, Batch, TeacherOutputs, TopK
 
 FORMAT = 2
-_SQRT_STEP = np.float32(np.sqrt(32.0) / 255)  # nats^(1/2) between codes of a log-probability; below -32 nats it is -32
+_SQRT_STEP = np.float32(np.sqrt(32.0) / 255)  # nats^(1/2) between two codes of a log-probability; the lowest is -32
 _CODEC = pa.Codec("zstd", 9)
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What a teacher cache holds of every token and step, and how finely; read when `teacher.cache` is set."""
+    """What a teacher cache holds for every token and step, and how precisely. Read when `teacher.cache` is set."""
 
     top_k: int = 64  # most probable tokens kept; the mass of all others is kept as one number
     predictions: Literal["compact", "float32"] = "compact"  # storage of log-probabilities: 8 bits, or all digits
     states: Literal["int8", "bfloat16", "float32"] = "int8"  # storage of boundary states; int8 has a scale per vector
-    layers: tuple[int, ...] = ()  # whose states are kept beside loss.hidden_layer's, to be matched by other recipes
-    chains_per_shard: int = 512  # what a kill can cost at most
+    layers: tuple[int, ...] = ()  # states kept beside those of loss.hidden_layer, for recipes that match other layers
+    chains_per_shard: int = 512  # the most that a killed run has to write again
 
     def __post_init__(self) -> None:
         if self.chains_per_shard < 1:
@@ -55,9 +57,9 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything that decides a cache's contents beside the chains. Two caches of one identity are interchangeable.
+    """Everything except the chains that decides the contents of a cache. Caches of equal identity are interchangeable.
 
-    `hidden_layer` is whose states are read, one of `layers`; layers are counted as `LlamaModel.layer_index` does.
+    Layers are counted as `LlamaConfig.layer_index` counts them, from 0 (embeddings) to N (final normed states).
     """
 
     teacher: str  # fingerprint of the weights
@@ -65,18 +67,18 @@ class Identity:
     tokenizer: str  # fingerprint
     vocab_size: int
     width: int  # of the teacher's states
-    hidden_layer: int
-    temperature: float  # of the soft loss; the bucket's mass is kept at 1 and at this
+    hidden_layer: int  # whose states this reader takes; one of `layers`
+    temperature: float  # of the soft loss; the bucket's mass is kept at temperature 1 and at this one
     top_k: int
     predictions: str
     states: str
-    layers: tuple[int, ...] = ()  # whose states are kept, ascending; () is `hidden_layer` alone
+    layers: tuple[int, ...] = ()  # whose states are kept, ascending; () means `hidden_layer` alone
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers) or (self.hidden_layer,))
 
     def stored(self) -> dict[str, Any]:
-        """What the manifest says: `hidden_layer` is the reader's business."""
+        """What the manifest holds: everything but `hidden_layer`, which each reader chooses."""
         named = asdict(self) | {"layers": list(self.layers)}
         del named["hidden_layer"]
         return named
@@ -86,7 +88,7 @@ class Identity:
 
 
 def chain_key(tokens_L: Array, boundaries_K: Array, loss_weights_L: Array) -> str:
-    """SHA-256 of a chain as the model sees it. The first token's weight does not count: nothing predicts it."""
+    """SHA-256 of a chain as the model sees it. The first token's weight is left out, because nothing predicts it."""
     digest = hashlib.sha256()
     weights = np.asarray(loss_weights_L, np.float32).copy()
     weights[:1] = 0.0
@@ -96,7 +98,7 @@ def chain_key(tokens_L: Array, boundaries_K: Array, loss_weights_L: Array) -> st
 
 
 def encode_record(top: TopK, states_NKD: np.ndarray, settings: CacheSettings | Identity) -> bytes:
-    """One chain as bytes: `top` of the predicted tokens [P, M] and [P], states of the layers at its boundaries."""
+    """One chain as bytes: the predictions of its P predicted tokens, and the states of N layers at its K boundaries."""
     order = np.argsort(top.ids_BLM, axis=-1)
     ids_PM = np.take_along_axis(np.asarray(top.ids_BLM, np.int32), order, axis=-1)
     log_probs_PM = np.take_along_axis(np.asarray(top.log_probs_BLM, np.float32), order, axis=-1)
@@ -123,12 +125,13 @@ def encode_record(top: TopK, states_NKD: np.ndarray, settings: CacheSettings | I
         for name, x in arrays.items()
         if x.size and (not name.startswith("gaps") or x.any())
     }
-    # One entry: safetensors writes several in an order that differs from call to call, equal records are equal bytes.
+    # All metadata in one entry: safetensors writes several in an order that differs from call to call, and two equal
+    # records must be equal bytes.
     return save(planes, {"sizes": f"{len(ids_PM)} {np.shape(states_NKD)[1]}"})
 
 
 def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
-    """What `encode_record` was given, up to its rounding; entries by ascending id, float32 [K, D] of `hidden_layer`."""
+    """The predictions, by ascending id, and the states of `hidden_layer`, float32 [K, D]; as precise as the storage."""
     header = json.loads(record[8 : 8 + int.from_bytes(record[:8], "little")])["__metadata__"]
     predicted, boundaries = map(int, header["sizes"].split())
     planes = load(record)
@@ -157,9 +160,13 @@ def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
 
 
 class CacheWriter:
-    """Adds records to a folder, a shard at a time; a shard counts once its list of keys is written.
+    """Adds records to a folder, a shard at a time. A shard is part of the cache once its list of keys is written.
 
-    Raises ValueError where the folder holds a cache of another identity, naming what differs.
+    Attributes:
+      keys: of all chains in the folder.
+
+    Raises:
+      ValueError: the folder holds a cache of another identity; with what differs.
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
@@ -174,10 +181,10 @@ class CacheWriter:
                 )
         else:
             write_json(folder / "manifest.json", {"format": FORMAT, "identity": identity.stored()})
-        self.keys = set(_index(folder))  # of what is there already
+        self.keys = set(_index(folder))
 
     def write(self, records: Sequence[tuple[str, bytes]]) -> None:
-        """One shard of (key, record), named by what it holds, so that a repeated write replaces its like."""
+        """Writes one shard of (key, record) pairs, named by its keys, so that writing it again replaces it."""
         name = "shard-" + hashlib.sha256("".join(key for key, _ in records).encode()).hexdigest()[:16]
         with replacing(self._folder / f"{name}.array_record") as temporary:
             writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
@@ -191,9 +198,10 @@ class CacheWriter:
 
 
 class TeacherCache:
-    """A cache opened for reading, records in any order.
+    """A cache opened for reading.
 
-    Raises ValueError where it is not a cache, belongs to another teacher, tokenizer or setting, or a file is damaged.
+    Raises:
+      ValueError: the folder is not a cache, or one of another teacher, tokenizer or setting, or a file is damaged.
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
@@ -209,14 +217,14 @@ class TeacherCache:
 
     @property
     def fingerprint(self) -> str:
-        """Of the identity: two runs that read equal fingerprints and chains read equal outputs."""
+        """The identity as a hash: caches of equal fingerprints give equal outputs for equal chains."""
         return self._identity.digest()
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
 
     def read(self, key: str) -> tuple[TopK, np.ndarray]:
-        """Predictions of the predicted tokens [P, M], and states [K, D], of the chain with this key.
+        """The predictions of P tokens ([P, M] and [P]) and the states [K, D] of the chain with this key.
 
         Raises:
           ValueError: there is no such chain, or its record is damaged.
@@ -232,7 +240,7 @@ class TeacherCache:
             record = self._record(name, row)
             if zlib.crc32(record) != checksum:
                 raise RuntimeError("checksum differs")
-        except Exception as error:  # the reader raises many kinds; each of them means a damaged file
+        except Exception as error:  # the reader raises many kinds, and each of them means a damaged file
             raise ValueError(
                 f"{path}: record {row} is damaged ({str(error).splitlines()[0][:200]}); delete {name}.* and run "
                 "launch/cache_teacher.py again, which writes what is missing"
@@ -252,7 +260,7 @@ class TeacherCache:
         return record
 
     def outputs(self, batch: Batch, *, states_only: bool = False, dtype: str = "float32") -> TeacherOutputs:
-        """The teacher's outputs on a batch, packed as its chains are; zeros where nothing is predicted."""
+        """The teacher's outputs on a batch, in the places of its chains; zeros where nothing is predicted."""
         rows, length = batch.tokens_BL.shape
         shape = (rows, length, self._identity.top_k)
         states = np.zeros(
@@ -264,23 +272,23 @@ class TeacherCache:
             weights = batch.loss_weights_BL[row, columns]
             mask = batch.boundary_mask_BCK[row, slot]
             boundaries = batch.boundary_positions_BCK[row, slot, mask] - columns[0]
-            of_chain, of_boundaries = self.read(chain_key(batch.tokens_BL[row, columns], boundaries, weights))
-            states[row, slot, mask] = of_boundaries
+            predictions, states_KD = self.read(chain_key(batch.tokens_BL[row, columns], boundaries, weights))
+            states[row, slot, mask] = states_KD
             predicting = columns[predicting_positions(weights)]
             if not states_only:
-                for array, values in zip(top, of_chain, strict=True):
+                for array, values in zip(top, predictions, strict=True):
                     array[row, predicting] = values
-        return TeacherOutputs(None, states, top_k=None if states_only else top)
+        return TeacherOutputs(None, None, {self._identity.hidden_layer: states}, {}, None if states_only else top)
 
 
 def predicting_positions(loss_weights_L: Array) -> np.ndarray:
-    """Positions in a chain from which a token that counts is predicted: one before each token of positive weight."""
+    """Positions of a chain that predict a token whose loss counts: one before each token of positive weight."""
     weights = np.asarray(loss_weights_L)
     return np.flatnonzero(weights[1:] > 0)
 
 
 def read_identity(folder: Path, hidden_layer: int) -> Identity:
-    """What the cache in a folder says of itself, for readers of one of its layers.
+    """The identity that the cache in a folder states, for a reader of one of its layers.
 
     Raises:
       ValueError: the folder holds no cache, or one that this version cannot read.
@@ -306,10 +314,10 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 
 def check_identity(folder: Path, identity: Identity) -> Identity:
-    """The same identity with all the layers that the folder has.
+    """Compares an identity with that of the folder's cache; returns it with all the layers that the cache has.
 
     Raises:
-      ValueError: the folder holds no cache, or one of another identity, or without this layer; names what differs.
+      ValueError: the folder holds no cache, or one of another identity or without this layer; with what differs.
     """
     before, now = _stored(folder), identity.stored()
     changed = [name for name in now if name != "layers" and before.get(name) != now[name]]
@@ -330,7 +338,7 @@ def check_identity(folder: Path, identity: Identity) -> Identity:
 
 
 def _index(folder: Path) -> dict[str, tuple[str, int, int]]:
-    """Key -> (shard, row, checksum). Raises ValueError for a shard that is missing or has another size."""
+    """Key -> (shard, row, checksum). Raises ValueError for a shard that is missing or has the wrong size."""
     places: dict[str, tuple[str, int, int]] = {}
     for path in sorted(folder.glob("shard-*.json")):
         listed, shard = read_json(path), path.with_suffix(".array_record")

@@ -1,4 +1,4 @@
-"""A teacher's predictions as a cache keeps them: the k most probable tokens, and one bucket for all others."""
+"""A teacher's predictions as a cache keeps them: the k most probable tokens, and one bucket for all the others."""
 
 import chex
 import jax
@@ -16,18 +16,18 @@ def top_k_predictions(
     vocab_size: int,
     chunk_length: int = 32,
 ) -> TopK:
-    """Of the predictions made at each token, in float32; traceable.
+    """The predictions made at each token, in float32. Traceable.
 
     Args:
       hidden_BLD: states that the head reads.
       head_DV: LM head; products accumulate in float32.
       k: tokens kept.
-      temperature: of the soft loss, at which the bucket's mass is computed beside that at 1.
-      vocab_size: real vocabulary entries; the rest of V is padding and is never among the k nor in the bucket.
+      temperature: of the soft loss; the bucket's mass is computed at it and at temperature 1.
+      vocab_size: real vocabulary entries; the rest of V is padding, never among the k tokens nor in the bucket.
       chunk_length: positions of each row whose logits exist at one time.
 
     Raises:
-      ValueError: there are not k tokens to keep.
+      ValueError: k is less than 1 or more than the vocabulary.
     """
     chex.assert_rank([hidden_BLD, head_DV], [3, 2])
     if not 1 <= k <= vocab_size:
@@ -44,18 +44,18 @@ def top_k_predictions(
         logits -= jnp.max(logits, axis=-1, keepdims=True)
         values, ids = jax.lax.top_k(logits, k)
         log_probs = values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        return TopK(ids, log_probs, *(_beyond(logits, values, T) for T in (1.0, temperature)))
+        return TopK(ids, log_probs, *(_mass_beyond(logits, values, T) for T in (1.0, temperature)))
 
     chunks = jax.lax.map(of_chunk, hidden)
     whole = (jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length] for x in chunks)
     return TopK(*whole)
 
 
-def _beyond(logits: Array, kept: Array, temperature: float) -> Array:
-    """Mass of the tokens that are not kept, summed over them: 1 - the rest would leave noise where nothing is left."""
+def _mass_beyond(logits: Array, kept: Array, temperature: float) -> Array:
+    """The mass of the tokens that are not kept, as a sum over them: 1 - the kept mass would be noise near 0."""
     last = kept[..., -1:]
     weights = jnp.exp(logits / temperature)
-    # Of tokens as probable as the last one kept, some may be kept and some not.
+    # Several tokens may be as probable as the last one kept, and only some of them kept.
     equals = jnp.sum(logits >= last, axis=-1) - kept.shape[-1]
     others = jnp.sum(jnp.where(logits < last, weights, 0.0), axis=-1) + equals * jnp.exp(last[..., 0] / temperature)
     return others / jnp.sum(weights, axis=-1)

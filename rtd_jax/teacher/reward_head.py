@@ -1,18 +1,18 @@
-"""A process reward model: a small head on what the frozen teacher makes of a step.
+"""A process reward model: a small head that reads the frozen teacher's states and scores each step.
 
     reward of step i = sigmoid(head(features of step i))
 
-The features are the states of some of the teacher's layers at the boundary of the step, side by side, and, with
-`surprise`, the mean and the largest -log p that the teacher gives to the step's own tokens. Each step is scored by
-itself; rewards of other steps have no part in it. What the features know of the step's context (the problem, the steps
-before) they have from the teacher's attention.
+The features are the states of some of the teacher's layers at the step's boundary, side by side, and, with `surprise`,
+the mean and the largest -log p that the teacher gives to the step's own tokens. Each step is scored separately, without
+the rewards of other steps. The features know the step's context (the problem and the steps before) only through the
+teacher's attention.
 
     <folder>/head.safetensors   mean and scale of the features it was trained on, and its weights
     <folder>/head.json          the layers, and which teacher and tokenizer it belongs to
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,20 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from rtd_jax.base.boundaries import gather_boundaries, step_tokens
+from rtd_jax.base.boundaries import gather_boundaries, shifted_labels, step_tokens
 from rtd_jax.base.files import read_json, replacing, write_json
 from rtd_jax.base.types import Array, Batch, Params
+from rtd_jax.losses.policy import token_log_probs
+from rtd_jax.models.model import LlamaModel
 
 FORMAT = 2
 
 
 @dataclass(frozen=True)
 class RewardIdentity:
-    """What a head can be used with."""
+    """What a head was trained on; it can be used with nothing else."""
 
     teacher: str  # fingerprint of the weights
     tokenizer: str  # fingerprint
-    text: str  # the form of text it was trained on
+    text: str  # the form of text (`TextFormat.identity`)
     layers: tuple[int, ...]  # whose states it reads, counted from 0 (embeddings) to N (final normed states)
     surprise: bool  # whether it also reads how surprised the teacher is by the step's tokens
     width: int  # of the features
@@ -50,9 +52,10 @@ class RewardModel(NamedTuple):
 
 
 def init_head(key: jax.Array, width: int, hidden: int) -> Params:
-    """Weights: linear with `hidden` 0, else one layer of `hidden` GELU units. The output starts at 0 (probability 1/2).
+    """Weights of a linear head where `hidden` is 0, else of one with a layer of `hidden` GELU units.
 
-    "mean" and "scale" standardise the features; they are measured, not trained.
+    The output starts at 0 (probability 1/2). "mean" and "scale" standardise the features; they are measured, not
+    trained.
     """
     params = {"mean": jnp.zeros(width), "scale": jnp.ones(width), "out_bias": jnp.zeros(())}
     if hidden:
@@ -74,7 +77,7 @@ def step_features(states: Sequence[Array], log_probs_BL: Array | None, batch: Ba
 
     Args:
       states: [B, L, D] of each layer that is read.
-      log_probs_BL: the teacher's log-probability of each token given those before it; None leaves surprise out.
+      log_probs_BL: the teacher's log-probability of each token given those before it; None leaves `surprise` out.
     """
     found = [gather_boundaries(x, batch.boundary_positions_BCK).astype(jnp.float32) for x in states]
     if log_probs_BL is not None:
@@ -87,7 +90,7 @@ def step_features(states: Sequence[Array], log_probs_BL: Array | None, batch: Ba
 
 
 def save_head(folder: Path, params: Params, identity: RewardIdentity) -> None:
-    """Writes head.safetensors, then head.json, each whole or not at all."""
+    """Writes head.safetensors, then head.json; each file is written completely or not at all."""
     with replacing(folder / "head.safetensors") as temporary:
         save_file({name: np.asarray(x, np.float32) for name, x in params.items()}, temporary)
     digest = hashlib.sha256((folder / "head.safetensors").read_bytes()).hexdigest()
@@ -98,11 +101,11 @@ def load_head(folder: Path, teacher: str, tokenizer: str, text: str) -> RewardMo
     """A saved head.
 
     Args:
-      teacher, tokenizer: fingerprints of those that it is to be used with.
-      text: the form of text likewise (`TextFormat.identity`).
+      teacher, tokenizer: fingerprints of the teacher and tokenizer that it will be used with.
+      text: the form of text that it will be used with (`TextFormat.identity`).
 
     Raises:
-      ValueError: there is none, it is damaged, or it was trained on another teacher, tokenizer or form of text.
+      ValueError: there is no head, it is damaged, or it was trained on another teacher, tokenizer or form of text.
     """
     if not (folder / "head.json").is_file():
         raise ValueError(
@@ -129,3 +132,29 @@ def load_head(folder: Path, teacher: str, tokenizer: str, text: str) -> RewardMo
     if digest != saved["sha256"]:
         raise ValueError(f"{path} is not the file that head.json names ({digest[:12]}); train the reward model again")
     return RewardModel({name: jnp.asarray(x) for name, x in load_file(path).items()}, identity, digest)
+
+
+def make_step_reader(
+    model: LlamaModel, layers: tuple[int, ...], surprise: bool, vocab_size: int, chunk_length: int = 64
+) -> Callable[[Params, Batch], jax.Array]:
+    """Builds (teacher's params, batch) -> `step_features` of its steps, from one forward pass; traceable."""
+
+    def read(params: Params, batch: Batch) -> jax.Array:
+        rows = (batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL)
+        hidden_BLD, states = model.hidden(params, *rows, layers=layers or (-1,))
+        log_probs_BL = None
+        if surprise:
+            labels_BL, weights_BL = shifted_labels(batch)
+            made_BL = token_log_probs(
+                hidden_BLD,
+                model.head(params),
+                labels_BL,
+                weights_BL,
+                temperature=1.0,
+                vocab_size=vocab_size,
+                chunk_length=chunk_length,
+            )
+            log_probs_BL = jnp.pad(made_BL[:, :-1], ((0, 0), (1, 0)))  # from where it is made to the token itself
+        return step_features(states if layers else (), log_probs_BL, batch)
+
+    return read

@@ -9,39 +9,37 @@ would show when nothing but the context differs. Times a configured factor, that
 from collections.abc import Callable, Iterable
 
 import jax
+import jax.numpy as jnp
 
-from rtd_jax.base.boundaries import transition_boundaries
 from rtd_jax.base.means import Mean
-from rtd_jax.base.types import Batch
-from rtd_jax.losses import coherence
-from rtd_jax.losses.trajectory import TransitionForm
+from rtd_jax.base.types import Batch, StudentOutputs
+from rtd_jax.methods.term import Outputs, Term
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.train.update import TeacherSource, teacher_on
 
 
-def make_self_coherence(
-    teacher: LlamaModel | None,
-    *,
-    hidden_layer: int = -1,
-    anchor_prompt: bool = True,
-    transition_form: TransitionForm = "direction",
+def make_self_comparison(
+    teacher: LlamaModel | None, term: Term
 ) -> Callable[[TeacherSource, Batch, TeacherSource, Batch], Mean]:
-    """Builds (teacher, batch, teacher, same chains under another context) -> coherence as (sum over chains, chains).
+    """Builds (teacher, batch, teacher, same chains under another context) -> the term as (sum, denominator).
 
-    The teacher is given as in `make_train_step`: its params, or its outputs on the batch that follows.
+    The teacher under the other context takes the student's place, without any learned map. The teacher is given as in
+    `make_train_step`: its params, or its outputs on the batch that follows.
 
     The two batches hold the same chains in the same rows, one a row; rows may be of different lengths.
     """
+    joined = tuple(zip(term.reads.student_boundaries, term.reads.teacher_boundaries, strict=True))
 
     @jax.jit
     def measure(on_plain: TeacherSource, plain: Batch, on_prefixed: TeacherSource, prefixed: Batch) -> Mean:
-        plain_states, prefixed_states = (
-            teacher_on(teacher, source, batch, hidden_layer)[0].boundary_states_BCKD
-            for source, batch in ((on_plain, plain), (on_prefixed, prefixed))
-        )
-        mask_BCK = transition_boundaries(plain.boundary_mask_BCK & prefixed.boundary_mask_BCK, anchor_prompt)
-        chains = (mask_BCK[..., 1:] & mask_BCK[..., :-1]).any(-1).sum().astype(float)
-        return Mean(coherence(prefixed_states, plain_states, mask_BCK, form=transition_form) * chains, chains)
+        target = teacher_on(teacher, on_plain, plain, term.reads)
+        other = teacher_on(teacher, on_prefixed, prefixed, term.reads)
+        states = {student: other.boundary_states[of_teacher] for student, of_teacher in joined}
+        both = plain._replace(boundary_mask_BCK=plain.boundary_mask_BCK & prefixed.boundary_mask_BCK)
+        nothing = jnp.zeros(())  # a term on boundary states reads neither final states nor a head
+        outputs = Outputs(StudentOutputs(nothing, nothing, states, {}), target, both)
+        total, _ = term.sums(outputs, {}, term.coefficients())
+        return Mean(total, term.denominator(both))
 
     return measure
 

@@ -10,8 +10,7 @@ import jax
 from tensorboardX import SummaryWriter
 
 from rtd_jax.base.files import replacing
-from rtd_jax.base.means import Mean
-from rtd_jax.losses.objective import Metrics
+from rtd_jax.base.means import Mean, Metrics
 
 
 class MetricsLog:

@@ -3,33 +3,27 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jax.sharding import Mesh
+
 from rtd_jax.base.sharding import MeshSettings
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings
-from rtd_jax.losses import LossWeights
-from rtd_jax.losses.every_token import evenly_spaced
-from rtd_jax.losses.trajectory import TransitionForm
-from rtd_jax.teacher.cache import CacheSettings
+from rtd_jax.methods import LossSettings
+from rtd_jax.methods.own_chains import RewardSettings
+from rtd_jax.methods.term import Objective, Setup
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.decoder import AttentionKernel, Remat
+from rtd_jax.models.open import FloatDtype, ModelSettings, OpenModel
+from rtd_jax.teacher.cache import CacheSettings, Identity
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.optimizer import OptimizerSettings
-from rtd_jax.train.state import Maps
-from rtd_jax.train.update import StepSettings
-
-Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["none", "dots", "full"]
-Attention = Literal["auto", "xla", "cudnn"]
+from rtd_jax.train.update import UpdateSettings
 
 
 @dataclass(frozen=True)
-class TeacherSettings:
+class TeacherSettings(ModelSettings):
     """The frozen teacher."""
 
-    path: str  # Hugging Face folder or hub name
-    param_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"  # of weights in memory; int8: a scale per channel
-    compute_dtype: Dtype = "bfloat16"  # of matrix products and hidden states
-    attention: Attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's
-    sharding: Literal["fsdp", "tensor"] = "fsdp"  # what travels between devices: "fsdp" weights, "tensor" activations
-    offload: bool = False  # layers in host memory, each copied to the devices when it runs
     cache: str = ""  # folder that launch/cache_teacher.py wrote: the weights are then never loaded; "" runs the teacher
 
 
@@ -49,8 +43,8 @@ class StudentSettings:
     heads: int = 0  # query heads; "random" only
     kv_heads: int = 0  # key/value heads; "random" only
     head_dim: int = 0  # units of one head; "random" only
-    compute_dtype: Dtype = "bfloat16"  # of matrix products and hidden states
-    attention: Attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's
+    compute_dtype: FloatDtype = "bfloat16"  # of matrix products and hidden states
+    attention: AttentionKernel = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's
     remat: Remat = "none"  # what the backward pass recomputes; "full" keeps one state per layer
 
     def __post_init__(self) -> None:
@@ -98,106 +92,6 @@ class DataSettings:
         if not self.segmentation.startswith("classifier:"):
             unread["steps_cache"] = f"data.segmentation is {self.segmentation!r}, no classifier"
         return unread
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """L = alpha T^2 KL + (1 - alpha) CE + alignment_weight L_align + coherence_weight L_coherence, and its rivals.
-
-    With alpha and all weights 0 the teacher is not run: fine-tuning on chains of thought.
-    """
-
-    temperature: float = 4.0  # T of the soft loss
-    alpha: float = 0.7  # share of the soft loss; the labels' cross-entropy gets 1 - alpha
-    alignment_weight: float = 0.3  # of the boundary alignment
-    coherence_weight: float = 0.5  # of the reasoning coherence
-    anchor_prompt: bool = True  # the prompt's end is h_0, so that a one-step problem has a transition
-    hidden_layer: int = -1  # of the teacher, matched at the boundaries; -1 final normed state
-    student_hidden_layer: int = -1  # of the student, likewise
-    projections: Maps = "separate"  # f for states and g for transitions: "separate", "shared" (one map), "none"
-    transition_form: TransitionForm = "direction"  # "direction": the article's cosine; "difference": lengths count too
-    chunk_length: int = 32  # positions of each row whose logits exist at one time
-    token_alignment_weight: float = 0.0  # a control: alignment at every token of a completion
-    intermediate_weight: float = 0.0  # a baseline: intermediate layers matched at every token
-    intermediate_layers: int = 4  # pairs of evenly spaced layers; read when intermediate_weight is not 0
-    reward_weight: float = 0.0  # a baseline: rewards of the steps of the student's own chains (see RewardSettings)
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"loss.temperature is {self.temperature}; it must be positive, the article uses 4.0")
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(
-                f"loss.alpha is {self.alpha}; it is the soft loss's share, in [0, 1]; the article uses 0.7"
-            )
-        if self.intermediate_layers < 1:
-            raise ValueError(f"loss.intermediate_layers is {self.intermediate_layers}; FitNets-style matching uses 4")
-
-    def weights(self) -> LossWeights:
-        return LossWeights(
-            self.temperature,
-            self.alpha,
-            self.alignment_weight,
-            self.coherence_weight,
-            self.token_alignment_weight,
-            self.intermediate_weight,
-            self.reward_weight,
-        )
-
-    @property
-    def reads_teacher(self) -> bool:
-        """Whether the loss on given chains has anything of the teacher in it."""
-        weights = (self.alignment_weight, self.coherence_weight, self.token_alignment_weight, self.intermediate_weight)
-        return bool(self.alpha or any(weights))
-
-    def intermediate_pairs(self, student_layers: int, teacher_layers: int) -> tuple[tuple[int, int], ...]:
-        """(student layer, teacher layer) matched at every token; none where their weight is 0."""
-        if not self.intermediate_weight:
-            return ()
-        count = self.intermediate_layers
-        return tuple(zip(evenly_spaced(student_layers, count), evenly_spaced(teacher_layers, count), strict=True))
-
-
-@dataclass(frozen=True)
-class RewardSettings:
-    """How the student draws chains of its own and learns from their steps' rewards.
-
-    Read when loss.reward_weight is not 0. Every `updates_per_refresh` updates, `samples` chains of each of `prompts`
-    training problems are drawn and scored; each update takes `prompts_per_update` of these problems with all their
-    chains, in turn.
-    """
-
-    model: str = ""  # folder that launch/reward_model.py wrote
-    prompts: int = 32  # training problems of a refresh
-    samples: int = 4  # chains of each problem
-    prompts_per_update: int = 8  # of these problems, with all their chains
-    updates_per_refresh: int = 8  # optimizer updates; a divisor of checkpoint_every
-    temperature: float = 1.0  # of the draws, and of the policy whose ratios are clipped
-    clip: float = 0.2  # by which a probability's ratio may leave 1 before its gradient stops
-    max_new_tokens: int = 128  # of a drawn chain
-    batch_size: int = 128  # chains drawn at one time
-
-    def __post_init__(self) -> None:
-        for name in ("prompts", "prompts_per_update", "updates_per_refresh", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"reward.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.samples < 2:
-            raise ValueError(
-                f"reward.samples is {self.samples}; advantages compare the chains of a problem, use 2 or more"
-            )
-        if self.prompts % self.prompts_per_update:
-            raise ValueError(
-                f"reward.prompts {self.prompts} is not a multiple of reward.prompts_per_update "
-                f"{self.prompts_per_update}"
-            )
-        if self.temperature <= 0 or self.clip <= 0:
-            raise ValueError(
-                f"reward.temperature is {self.temperature}, reward.clip {self.clip}; both must be positive"
-            )
-
-    @property
-    def rows(self) -> int:
-        """Drawn chains of an update, one a row."""
-        return self.prompts_per_update * self.samples
 
 
 @dataclass(frozen=True)
@@ -261,7 +155,7 @@ class Recipe:
             self._check_reward()
         curriculum = self.curriculum
         by_coherence = curriculum.enabled and (curriculum.threshold_factor or curriculum.plateau_patience)
-        if not self.loss.reads_teacher and by_coherence:
+        if not self.loss.teaches() and by_coherence:
             raise ValueError(
                 "the loss has nothing of the teacher in it, so no coherence loss can end a stage: set "
                 "curriculum.enabled=False, or curriculum.threshold_factor=0 and plateau_patience=0 for stages of equal "
@@ -287,26 +181,20 @@ class Recipe:
             )
 
     def unread_settings(self) -> dict[str, str]:
-        """Keys that a training run does not read because of others, and why; groups say the same of their own keys."""
-        loss, unread = self.loss, {}
-        if not loss.reward_weight:
-            unread["reward"] = "loss.reward_weight is 0"
-        if not loss.intermediate_weight:
-            unread["loss.intermediate_layers"] = "loss.intermediate_weight is 0"
-        if not loss.reads_teacher:
-            names = [f"loss.{name}" for name in ("anchor_prompt", "projections", "transition_form")]
-            if not self.teacher.cache:
-                names.append("loss.temperature")
+        """Keys of the parts that a training run does not read because of other parts, and why."""
+        unread = {} if self.loss.reward_weight else {"reward": "loss.reward_weight is 0"}
+        if not self.loss.teaches():
+            names = [f"curriculum.{name}" for name in self.curriculum.READ_BY_VALIDATION]
+            names += [] if self.teacher.cache else ["loss.temperature"]
             if not self.teacher.cache and not self.evaluation.drift_problems:
                 names += ["loss.hidden_layer", "loss.student_hidden_layer"]
-            names += [f"curriculum.{name}" for name in self.curriculum.READ_BY_VALIDATION]
             unread |= dict.fromkeys(names, "the loss has nothing of the teacher in it")
         if not self.teacher.cache:
-            unread["cache"] = "teacher.cache is empty"
-            return unread
+            return unread | {"cache": "teacher.cache is empty"}
         unread["cache.chains_per_shard"] = "it is read when a cache is written"
-        names = [] if self.data.segmentation.startswith("classifier:") else ["attention", "sharding", "offload"]
-        unread |= {f"teacher.{name}": "the teacher is read from teacher.cache" for name in names}
+        if not self.data.segmentation.startswith("classifier:"):
+            names = [f"teacher.{name}" for name in ("attention", "sharding", "offload")]
+            unread |= dict.fromkeys(names, "the teacher is read from teacher.cache")
         if self.evaluation.teacher:
             unread["evaluation.teacher"] = "the teacher is read from teacher.cache, which cannot solve problems"
         return unread
@@ -316,20 +204,43 @@ class Recipe:
         """Rows of a micro-batch; validation and scoring take no more, so that they fit where an update does."""
         return self.batch_size // self.micro_batches
 
-    def step(self, student_layers: int, teacher_layers: int) -> StepSettings:
-        """What is compiled into the update, for models of so many layers."""
-        loss = self.loss
-        return StepSettings(
-            self.micro_batches,
-            loss.anchor_prompt,
-            loss.hidden_layer,
-            loss.student_hidden_layer,
-            loss.transition_form,
-            loss.chunk_length,
-            bool(loss.token_alignment_weight),
-            loss.intermediate_pairs(student_layers, teacher_layers),
-            not loss.reads_teacher,
-            self.reward.temperature,
-            self.reward.clip,
-            self.optimizer.offload,
-        )
+    @property
+    def update(self) -> UpdateSettings:
+        """What is compiled into the update beside the objective."""
+        return UpdateSettings(self.micro_batches, self.optimizer.offload)
+
+    def objective(
+        self, student: LlamaConfig, teacher: LlamaConfig, vocab_size: int, mesh: Mesh | None = None
+    ) -> Objective:
+        """What is minimised, for two models.
+
+        Raises:
+          ValueError: a layer that a model does not have.
+        """
+        return self.loss.objective(Setup(student, teacher, vocab_size, self.reward, mesh))
+
+
+def cache_identity(recipe: Recipe, teacher: OpenModel) -> Identity:
+    """What a cache must have been written with to serve this recipe.
+
+    Raises:
+      ValueError: the recipe names a layer that the teacher does not have.
+    """
+    layer = teacher.config.layer_index(recipe.loss.hidden_layer)
+    try:
+        others = [teacher.config.layer_index(other) for other in recipe.cache.layers]
+    except ValueError as error:
+        raise ValueError(f"cache.layers is {recipe.cache.layers}: {error}") from error
+    return Identity(
+        teacher=teacher.fingerprint,
+        teacher_dtypes=recipe.teacher.precision,
+        tokenizer=teacher.tokenizer_fingerprint,
+        vocab_size=len(teacher.tokenizer),
+        width=teacher.config.width,
+        hidden_layer=layer,
+        temperature=recipe.loss.temperature,
+        top_k=min(recipe.cache.top_k, len(teacher.tokenizer)),
+        predictions=recipe.cache.predictions,
+        states=recipe.cache.states,
+        layers=tuple(sorted({layer, *others})),
+    )

@@ -3,15 +3,20 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from rtd_jax.base.types import Params
 from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import solved_examples
 from rtd_jax.data.sources import load_traces
 from rtd_jax.data.trace import Trace
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.open import OpenModel
+from rtd_jax.steps.classifier import load_classifier
 from rtd_jax.steps.detector import Detector
-from rtd_jax.steps.select import make_segmenter
+from rtd_jax.steps.select import classifier_folder, make_segmenter
 from rtd_jax.train.curriculum import Stage
 from rtd_jax.train.recipe import DataSettings, Recipe
 
@@ -84,3 +89,32 @@ def row_length_of(chains: Sequence[EncodedChain]) -> int:
 
 def _unit_hash(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def make_detector(recipe: Recipe, teacher: OpenModel) -> Detector | None:
+    """What cuts the recipe's chains, where that is a classifier.
+
+    Raises:
+      ValueError: the classifier is missing or damaged, or was fitted to another teacher.
+    """
+    folder = classifier_folder(recipe.data.segmentation)
+    if folder is None:
+        return None
+    classifier = load_classifier(folder)
+    named = f"the recipe's teacher {teacher.directory}"
+    classifier.check_teacher(teacher.fingerprint, teacher.tokenizer_fingerprint, named)
+
+    def load() -> tuple[LlamaModel, Params]:
+        if recipe.teacher.cache and not teacher.is_loaded:
+            teacher.note("some chains have not been cut yet, so the teacher is loaded in spite of its cache")
+        return teacher.model, teacher.params
+
+    return Detector(
+        classifier,
+        teacher.tokenizer,
+        teacher.mesh,
+        load,
+        described=recipe.teacher.precision,
+        folder=Path(recipe.data.steps_cache).expanduser() if recipe.data.steps_cache else None,
+        note=teacher.note,
+    )

@@ -1,10 +1,9 @@
-"""Any Llama by one string: a Hugging Face folder, a hub name, or a stage checkpoint of a run; and its states."""
+"""Opens any saved model by one string: a Hugging Face folder, a hub name, or a stage checkpoint of a run."""
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,33 +18,33 @@ from rtd_jax.base.types import Array, Params
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
-from rtd_jax.models.from_hf import load_config, load_params, resolve
+from rtd_jax.methods.maps import state_map, transition_map
+from rtd_jax.methods.term import Setup
+from rtd_jax.models.from_hf import weights_fingerprint
 from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.open import FloatDtype, ModelSettings, WeightDtype, open_model
 from rtd_jax.models.quantized import INT8, quantize_params
 from rtd_jax.models.weights import logical_axes
 from rtd_jax.teacher.cache import TeacherCache, chain_key, read_identity
 from rtd_jax.train.checkpoints import read_meta, restore_params
-from rtd_jax.train.experiment import (
-    load_tokenizer,
-    student_config,
-    teacher_model,
-    teacher_shardings,
-    weights_fingerprint,
-)
-from rtd_jax.train.recipe import Recipe, TeacherSettings
-from rtd_jax.train.state import map_names, projections
+from rtd_jax.train.recipe import Recipe
+from rtd_jax.train.student import student_config
 
 LENGTH_BUCKET = 64  # tokens; rows are as long as their longest chain, rounded up to this
-
-Dtype = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model ready to run, and what its checkpoint says beyond its weights.
+    """A model that is ready to run, and what a stage checkpoint holds besides its weights.
 
-    `text` is the form of text that a run trained it on; `f` and `g` are the run's projections to its teacher's width
-    and `layers` the (student, teacher) layers that they join, with the `teacher_fingerprint` of that teacher.
+    Attributes:
+      name: for reports.
+      params: empty where they were not asked for.
+      directory: the Hugging Face folder or the stage checkpoint.
+      text: the form of text that a run trained it on. It and what follows are unset for a Hugging Face folder.
+      f, g: the run's maps from its width to the teacher's, for states and for transitions. [S, D]
+      layers: the (student, teacher) layers that the maps join.
+      teacher_fingerprint: of the run's teacher.
     """
 
     name: str
@@ -61,25 +60,25 @@ class LoadedModel:
     teacher_fingerprint: str = ""
 
     def fingerprint(self) -> str:
-        """Of the weights' files; "" for a stage checkpoint."""
+        """The fingerprint of the weights' files; "" for a stage checkpoint."""
         return "" if self.text is not None else weights_fingerprint(self.directory)
 
 
 def load_model(
-    path: str, dtype: Dtype = "float32", compute_dtype: str = "float32", *, weights: bool = True
+    path: str, dtype: WeightDtype = "float32", compute_dtype: FloatDtype = "float32", *, weights: bool = True
 ) -> LoadedModel:
     """Loads a model over all devices of this process.
 
     Args:
       path: a Hugging Face folder, a hub name, a stage checkpoint (runs/rtd_tiny/checkpoints/stages/5), or a run's
         folder, for its newest stage.
-      dtype: of the weights in memory; "int8" is weight-only with one scale an output channel.
-      compute_dtype: of products and hidden states.
-      weights: False leaves `params` empty: its states are read from a teacher cache.
+      dtype: of the weights in memory; "int8" quantises them with one scale per output channel.
+      compute_dtype: of matrix products and hidden states.
+      weights: False leaves `params` empty, for a teacher whose states are read from a cache.
 
     Raises:
-      ValueError: nothing of that name, or not a Llama, or a checkpoint whose teacher has gone; a stage checkpoint
-        without weights, since a cache belongs to files.
+      ValueError: there is no model of that name, it is not a Llama, or it is a checkpoint whose teacher is gone; or a
+        stage checkpoint is asked for without weights: a cache belongs to a Hugging Face folder.
     """
     mesh = make_mesh(MeshSettings())
     stage = stage_checkpoint(path)
@@ -87,15 +86,10 @@ def load_model(
         raise ValueError(f"{path} is a run's checkpoint, of which there is no teacher cache; give the teacher's folder")
     if stage is not None:
         return _from_stage(stage, dtype, compute_dtype, mesh)
-    directory = resolve(path)
-    config = load_config(directory)
-    settings = TeacherSettings(str(directory), dtype, "bfloat16" if compute_dtype == "bfloat16" else "float32")
-    model = teacher_model(settings, config, mesh)
-    params: Params = {}
-    if weights:
-        params = load_params(directory, config, dtype=dtype, shardings=teacher_shardings(settings, model, mesh))
-    name = _labelled(directory.name if directory.is_dir() else path, dtype)
-    return LoadedModel(name, model, params, load_tokenizer(directory), mesh, directory)
+    opened = open_model(ModelSettings(path, dtype, compute_dtype), mesh, lambda _: None)
+    name = _labelled(opened.directory.name, dtype)
+    params = opened.params if weights else {}
+    return LoadedModel(name, opened.model, params, opened.tokenizer, mesh, opened.directory)
 
 
 def stage_checkpoint(path: str) -> Path | None:
@@ -107,28 +101,24 @@ def stage_checkpoint(path: str) -> Path | None:
     return max(stages, key=lambda x: int(x.name)).absolute() if stages else None
 
 
-def _from_stage(path: Path, dtype: Dtype, compute_dtype: str, mesh: Mesh) -> LoadedModel:
+def _from_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh: Mesh) -> LoadedModel:
     meta = read_meta(path)
     recipe = build(Recipe, meta["settings"], "settings")
     try:
-        teacher_dir = resolve(recipe.teacher.path)
-        teacher = load_config(teacher_dir)
-        if recipe.student.init == "pretrained":
-            config = load_config(resolve(recipe.student.path))
-        else:
-            config = student_config(recipe.student, teacher)
+        teacher = open_model(recipe.teacher, mesh)
+        config = student_config(recipe.student, teacher.config)
     except ValueError as error:
         raise ValueError(
             f"{path} was trained with models that are not where they were ({error}). A finished run has its student as "
             f"a Hugging Face folder too: give {path.parents[2] / 'student'}"
         ) from error
     model = LlamaModel(config, compute_dtype, activation_sharding=row_sharding(mesh))
-    joins = jax.ShapeDtypeStruct((config.width, teacher.width), jnp.float32)
-    maps = map_names(recipe.loss.projections)
-    abstract: Params = {"student": model.abstract_params()} | dict.fromkeys(maps, joins)
-    axes = {"student": logical_axes(abstract["student"])} | dict.fromkeys(maps, ("student_width", "teacher_width"))
+    objective = recipe.objective(config, teacher.config, config.vocab_size)
+    maps = jax.eval_shape(lambda: objective.init_params(jax.random.key(0), config.width, teacher.config.width))
+    abstract: Params = {"student": model.abstract_params(), **maps}
+    axes = {"student": logical_axes(abstract["student"]), **objective.param_axes()}
     restored = restore_params(path, abstract, param_shardings(abstract, axes, mesh))
-    params, own = restored["student"], projections(restored)
+    params, f, g = restored["student"], state_map(restored), transition_map(restored)
     if dtype == INT8:
         params = jax.jit(quantize_params)(params)
     elif dtype != "float32":
@@ -137,21 +127,15 @@ def _from_stage(path: Path, dtype: Dtype, compute_dtype: str, mesh: Mesh) -> Loa
         name=_labelled(f"{path.parents[2].name}, stage {path.name}", dtype),
         model=model,
         params=params,
-        tokenizer=load_tokenizer(teacher_dir),
+        tokenizer=teacher.tokenizer,
         mesh=mesh,
         directory=path,
         text=recipe.data.text,
-        f=np.eye(config.width) if own.f is None else np.asarray(own.f),
-        g=np.eye(config.width) if own.g is None else np.asarray(own.g),
-        layers=(model.layer_index(recipe.loss.student_hidden_layer), teacher_layer(teacher.layers, recipe)),
+        f=np.eye(config.width) if f is None else np.asarray(f),
+        g=np.eye(config.width) if g is None else np.asarray(g),
+        layers=recipe.loss.matched_layers(Setup(config, teacher.config, config.vocab_size)),
         teacher_fingerprint=meta["fingerprints"]["teacher"],
     )
-
-
-def teacher_layer(count: int, recipe: Recipe) -> int:
-    """The teacher's layer that the run matched, counted from 0 (embeddings) to `count` (final states)."""
-    layer = recipe.loss.hidden_layer
-    return layer if layer >= 0 else count + 1 + layer
 
 
 def _labelled(name: str, dtype: str) -> str:
@@ -200,18 +184,18 @@ def boundary_states(
 
 
 def open_cache(folder: str, teacher: LoadedModel, layer: int = -1) -> TeacherCache:
-    """The cache that launch/cache_teacher.py wrote for this teacher, for its states at boundaries.
+    """Opens the cache that launch/cache_teacher.py wrote for this teacher, to read its states at boundaries.
 
     Raises:
-      ValueError: there is no cache, or it is another teacher's, tokenizer's or layer's; with what it is.
+      ValueError: there is no cache, or one of another teacher, tokenizer or layer; with what it is.
     """
     path = Path(folder).expanduser()
-    wanted = teacher.model.layer_index(layer)
+    wanted = teacher.model.config.layer_index(layer)
     stored = read_identity(path, wanted)
-    if stored.teacher != teacher.fingerprint():
+    if stored.teacher != (fingerprint := teacher.fingerprint()):
         raise ValueError(
             f"the teacher cache {path} was written by another teacher than {teacher.directory} (fingerprint of weights "
-            f"{stored.teacher[:12]}, not {teacher.fingerprint()[:12]}); give --teacher the one that wrote it"
+            f"{stored.teacher[:12]}, not {fingerprint[:12]}); give --teacher the one that wrote it"
         )
     if stored.tokenizer != tokenizer_fingerprint(teacher.tokenizer):
         raise ValueError(
@@ -228,7 +212,7 @@ def open_cache(folder: str, teacher: LoadedModel, layer: int = -1) -> TeacherCac
 
 
 def cached_key(chain: EncodedChain) -> str:
-    """Where a teacher cache keeps what belongs to a chain."""
+    """The key under which a teacher cache keeps a chain."""
     return chain_key(chain.tokens, chain.boundaries, chain.loss_weights)
 
 

@@ -1,6 +1,6 @@
-"""One jitted, donated update, and the forward passes that measure without changing anything."""
+"""One jitted, donated update for any objective, and the forward passes that measure without changing anything."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,47 +9,26 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rtd_jax.base.boundaries import shifted_labels, transition_boundaries
-from rtd_jax.base.means import Mean, mean_per_chain, safe_divide
+from rtd_jax.base.means import Mean, Metrics
 from rtd_jax.base.sharding import row_sharding
-from rtd_jax.base.types import Array, Batch, Params, TeacherOutputs
-from rtd_jax.losses import LossWeights, cross_entropy_sums, denominators, rtd, transition_losses, transition_mask
-from rtd_jax.losses.every_token import intermediate, token_alignment, token_counts
-from rtd_jax.losses.objective import Metrics
-from rtd_jax.losses.policy import Rollouts, policy_sums
-from rtd_jax.losses.trajectory import TransitionForm
+from rtd_jax.base.types import Array, Batch, Params, StudentOutputs, TeacherOutputs
+from rtd_jax.methods.term import Coefficients, Objective, Outputs, Reads, Term, reads_of, weighted_sum
 from rtd_jax.models.model import LlamaModel
-from rtd_jax.teacher.online import states_at_boundaries, teacher_outputs
-from rtd_jax.train.state import TrainState, projections, state_shardings
+from rtd_jax.teacher.online import student_outputs, teacher_outputs
+from rtd_jax.train.state import TrainState, state_shardings
 
 
 @dataclass(frozen=True)
-class StepSettings:
-    """What is compiled into the step (the loss weights are not: they are traced)."""
+class UpdateSettings:
+    """What is compiled into an update beside its objective."""
 
     micro_batches: int = 1  # per update; the gradient does not depend on it
-    anchor_prompt: bool = True  # whether the prompt's end is h_0, so that a one-step problem has a transition
-    hidden_layer: int = -1  # teacher layer whose states are matched; -1 final normed
-    student_hidden_layer: int = -1
-    transition_form: TransitionForm = "direction"  # what of a transition is compared; see `transition_losses`
-    chunk_length: int = 32  # positions of each row whose logits exist at one time
-    token_alignment: bool = False  # whether states are aligned at every token of a completion
-    intermediate: tuple[tuple[int, int], ...] = ()  # (student layer, teacher layer) matched at every token
-    labels_only: bool = False  # cross-entropy with the labels and nothing else: the teacher is not run
-    policy_temperature: float = 1.0  # at which the student's own chains are drawn
-    policy_clip: float = 0.2  # by which a probability's ratio may leave 1 before its gradient stops
     offload_optimizer: bool = False  # whether the optimizer's moments lie in host memory between updates
 
-    def token_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Layers needed at every token, of student and teacher: the aligned pair first, if any."""
-        aligned = ((self.student_hidden_layer, self.hidden_layer),) if self.token_alignment else ()
-        pairs = (*aligned, *self.intermediate)
-        return tuple(student for student, _ in pairs), tuple(teacher for _, teacher in pairs)
 
-
-# Where a step's teacher comes from: its weights, or its outputs on the very batch, read back from a cache.
+# Where an update's teacher comes from: its weights, or its outputs on the very batch, read back from a cache.
 TeacherSource = Params | TeacherOutputs
-# (state, teacher, batch, loss weights[, the student's own chains]) -> (state, metrics)
+# (state, teacher, batch, coefficients of the objective[, the student's own chains]) -> (state, metrics)
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
@@ -57,216 +36,142 @@ def make_train_step(
     student: LlamaModel,
     teacher: LlamaModel | None,
     optimizer: optax.GradientTransformation,
-    settings: StepSettings,
-    vocab_size: int,
+    objective: Objective,
+    settings: UpdateSettings = UpdateSettings(),
     mesh: Mesh | None = None,
 ) -> TrainStep:
-    """Builds the RTD update. The teacher's params are an argument: closed over, they would be copied into the program.
+    """Builds the update. The teacher's params are an argument: closed over, they would be copied into the program.
 
     Without a `teacher` the argument in their place is its outputs on the batch (`TeacherOutputs` with `top_k`), rows
-    lying as the batch's do; with `settings.labels_only` it is not read. Given `Rollouts`, the policy term is added.
+    lying as the batch's do; it may be an empty dict where no term reads the teacher. Terms about the student's own
+    chains take part in updates that are given such chains (with a field `batch` for the rows).
 
     Gradients of micro-batches are added under denominators counted over the whole batch, so the update does not depend
     on `settings.micro_batches`, on the mesh, or on how chains are packed into rows.
+
+    Raises:
+      ValueError: there is no teacher, and a term reads of it what no cache has.
     """
-    student_layers, teacher_layers = settings.token_layers()
-    if teacher is None and teacher_layers:
-        raise ValueError(
-            "a cache has no teacher states at every token: set loss.token_alignment_weight and "
-            "loss.intermediate_weight to 0, or train with the teacher online (teacher.cache='')"
-        )
+    if teacher is None:
+        online_only = [term.setting for term in objective.terms if term.reads.teacher_tokens]
+        if online_only:
+            raise ValueError(
+                f"a cache has no teacher states at every token: set {' and '.join(online_only)} to 0, or train with "
+                "the teacher online (teacher.cache='')"
+            )
 
     def loss_of(
-        params: Params, source: TeacherSource, part: tuple, weights: LossWeights, totals: Any
+        params: Params,
+        weights: Params | None,
+        part: tuple[Batch, TeacherOutputs | None, Any],
+        coefficients: Mapping[str, Coefficients],
+        denominators: Mapping[str, Array],
     ) -> tuple[Array, Metrics]:
-        batch, _, rollouts = part
-        imitate = labels_loss if settings.labels_only else teacher_loss
-        loss, metrics = imitate(params, source, batch, weights, totals)
-        if rollouts is not None:
-            term, of_policy = policy_loss(params, rollouts, totals[2])
-            loss, metrics = loss + weights.reward * term, metrics | of_policy
+        """Loss and metrics of a micro-batch; `weights` are the teacher's."""
+        batch, cached, own = part
+        loss, metrics = jnp.zeros(()), Metrics()
+        for text, chains in (("data", batch), ("own", own)):
+            terms = [term for term in objective.terms if term.text == text]
+            if chains is None or not terms:
+                continue
+            reads, rows = reads_of(terms), chains if isinstance(chains, Batch) else chains.batch
+            of_student = _student_on(student, params["student"], rows, reads)
+            of_teacher = teacher_on(teacher, weights if cached is None else cached, rows, reads)
+            outputs = Outputs(of_student, of_teacher, chains)
+            value, measured = weighted_sum(terms, outputs, params, coefficients, denominators)
+            loss, metrics = loss + value, metrics | measured
         return loss, metrics | {"loss": Mean(loss, jnp.ones(()))}
 
-    def labels_loss(
-        params: Params, _: TeacherSource, batch: Batch, weights: LossWeights, totals: Any
-    ) -> tuple[Array, Metrics]:
-        """(1 - alpha) CE, as in the whole objective, without anything that it has of the teacher."""
-        total, weight = cross_entropy_sums(
-            student.hidden(params["student"], batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL),
-            student.head(params["student"]),
-            *shifted_labels(batch),
-            vocab_size=vocab_size,
-            chunk_length=settings.chunk_length,
-            mesh=mesh,
-        )
-        loss = (1.0 - weights.alpha) * safe_divide(total, totals[0].tokens)
-        return loss, {"distill/hard_loss": Mean(jax.lax.stop_gradient(total), weight)}
-
-    def policy_loss(params: Params, rollouts: Rollouts, tokens: Array) -> tuple[Array, Metrics]:
-        batch = rollouts.batch
-        sums = policy_sums(
-            student.hidden(params["student"], batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL),
-            student.head(params["student"]),
-            *shifted_labels(batch),
-            *(jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (rollouts.old_log_probs_BL, rollouts.advantages_BL)),
-            temperature=settings.policy_temperature,
-            clip=settings.policy_clip,
-            vocab_size=vocab_size,
-            chunk_length=settings.chunk_length,
-            mesh=mesh,
-        )
-        measured = {"policy_loss": sums.loss, "clip_fraction": sums.clipped, "policy_kl": sums.kl}
-        means = {f"reward/{name}": Mean(jax.lax.stop_gradient(x), sums.weight) for name, x in measured.items()}
-        return safe_divide(sums.loss, tokens), means
-
-    def teacher_loss(
-        params: Params, source: TeacherSource, batch: Batch, weights: LossWeights, totals: Any
-    ) -> tuple[Array, Metrics]:
-        with jax.named_scope("student"):
-            hidden_BLS, states_BCKS, everywhere = states_at_boundaries(
-                student, params["student"], batch, settings.student_hidden_layer, student_layers
-            )
-        of_teacher, teacher_head = teacher_on(teacher, source, batch, settings.hidden_layer, teacher_layers)
-        loss, metrics = rtd(
-            hidden_BLS,
-            states_BCKS,
-            student.head(params["student"]),
-            of_teacher,
-            teacher_head,
-            batch,
-            projections=projections(params),
-            weights=weights,
-            totals=totals[0],
-            vocab_size=vocab_size,
-            anchor_prompt=settings.anchor_prompt,
-            transition_form=settings.transition_form,
-            chunk_length=settings.chunk_length,
-            mesh=mesh,
-        )
-        pairs = list(zip(everywhere, of_teacher.token_states, strict=True))
-        if settings.token_alignment:
-            term, metrics["distill/token_alignment"] = token_alignment(
-                *pairs.pop(0), batch, projections(params).f, totals[1]
-            )
-            loss += weights.token_alignment * term
-        if pairs:
-            students, teachers = zip(*pairs, strict=True)
-            term, metrics["distill/intermediate"] = intermediate(
-                students, teachers, batch, params["regressors"], totals[1]
-            )
-            loss += weights.intermediate * term
-        return loss, metrics
-
     def step(
-        state: TrainState, source: TeacherSource, batch: Batch, weights: LossWeights, rollouts: Rollouts | None = None
+        state: TrainState,
+        source: TeacherSource,
+        batch: Batch,
+        coefficients: Mapping[str, Coefficients],
+        own: Any = None,
     ) -> tuple[TrainState, Metrics]:
+        axes = objective.param_axes()
         if settings.offload_optimizer:
-            state = _moved(state, optimizer, mesh, offload=False)
-        drawn = None if rollouts is None else jnp.sum(shifted_labels(rollouts.batch)[1])
-        totals = (denominators(batch, anchor_prompt=settings.anchor_prompt), token_counts(batch), drawn)
-        is_params = teacher is not None or settings.labels_only
+            state = _moved(state, optimizer, mesh, axes, offload=False)
+        denominators = objective.denominators(batch, own)
+        weights, cached = (None, source) if isinstance(source, TeacherOutputs) else (source, None)
         gradients, metrics = accumulate(
-            lambda params, part: loss_of(params, source if is_params else part[1], part, weights, totals),
+            lambda params, part: loss_of(params, weights, part, coefficients, denominators),
             state.params,
-            split_rows((batch, None if is_params else source, rollouts), settings.micro_batches, mesh),
-            None if mesh is None else state_shardings(state, optimizer, mesh).params,
+            split_rows((batch, cached, own), settings.micro_batches, mesh),
+            None if mesh is None else state_shardings(state, optimizer, mesh, axes).params,
         )
         state, metrics = apply_update(optimizer, state, gradients, metrics)
         if mesh is not None:
             # Where it came from. Left to choose, the compiler spreads norms, and the next update is compiled anew.
-            state = jax.lax.with_sharding_constraint(state, state_shardings(state, optimizer, mesh))
-        return _moved(state, optimizer, mesh, offload=True) if settings.offload_optimizer else state, metrics
+            state = jax.lax.with_sharding_constraint(state, state_shardings(state, optimizer, mesh, axes))
+        return _moved(state, optimizer, mesh, axes, offload=True) if settings.offload_optimizer else state, metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
-def teacher_on(
-    teacher: LlamaModel | None,
-    source: TeacherSource,
-    batch: Batch,
-    hidden_layer: int,
-    token_layers: tuple[int, ...] = (),
-) -> tuple[TeacherOutputs, Array | None]:
-    """The teacher's outputs on a batch, computed or as given, and its head where it has one; no gradient flows."""
-    if teacher is None:
-        assert isinstance(source, TeacherOutputs), "without a teacher the step takes its outputs"
-        return jax.lax.stop_gradient(source), None
-    assert isinstance(source, dict), "with a teacher the step takes its params"
-    return teacher_outputs(teacher, source, batch, hidden_layer, token_layers), teacher.head(source)
+def teacher_on(teacher: LlamaModel | None, source: TeacherSource | None, batch: Batch, reads: Reads) -> TeacherOutputs:
+    """The teacher's outputs on a batch, computed or as given; empty where nothing of it is read. No gradient flows."""
+    if not reads.teacher:
+        return TeacherOutputs(None, None, {}, {})
+    if isinstance(source, TeacherOutputs):
+        return jax.lax.stop_gradient(source)
+    assert teacher is not None, "without a teacher an update takes its outputs"
+    assert source is not None
+    return teacher_outputs(teacher, source, batch, reads.teacher_boundaries, reads.teacher_tokens)
 
 
-def _moved(state: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh | None, offload: bool) -> TrainState:
+def _student_on(student: LlamaModel, params: Params, batch: Batch, reads: Reads) -> StudentOutputs:
+    return student_outputs(student, params, batch, reads.student_boundaries, reads.student_tokens)
+
+
+def _moved(
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None,
+    axes: Mapping[str, tuple[str, ...]],
+    offload: bool,
+) -> TrainState:
     """The state with the optimizer's moments in host memory, or on the devices."""
     if mesh is None:
         raise ValueError("an optimizer in host memory needs a mesh; give make_train_step one")
-    placed = state_shardings(state, optimizer, mesh, offload)
+    placed = state_shardings(state, optimizer, mesh, axes, offload)
     return state._replace(opt_state=jax.device_put(state.opt_state, placed.opt_state))
 
 
-# (state, batch) -> (state, metrics)
-PretrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-
-
-def make_pretrain_step(
-    model: LlamaModel, optimizer: optax.GradientTransformation, vocab_size: int, chunk_length: int = 32
-) -> PretrainStep:
-    """Builds the plain language-model update, cross-entropy per predicted token; used to make the bundled teacher."""
-
-    def loss_of(params: Params, batch: Batch) -> tuple[Array, Metrics]:
-        hidden_BLD = model.hidden(params["student"], batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL)
-        labels_BL, weights_BL = shifted_labels(batch)
-        total, weight = cross_entropy_sums(
-            hidden_BLD,
-            model.head(params["student"]),
-            labels_BL,
-            weights_BL,
-            vocab_size=vocab_size,
-            chunk_length=chunk_length,
-        )
-        loss = total / jnp.maximum(weight, 1.0)
-        return loss, {"loss": Mean(loss, jnp.ones(())), "distill/hard_loss": Mean(total, weight)}
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradients, metrics = jax.grad(loss_of, has_aux=True)(state.params, batch)
-        return apply_update(optimizer, state, gradients, metrics)
-
-    return jax.jit(step, donate_argnums=0)
-
-
 def make_boundary_reader(
-    student: LlamaModel, teacher: LlamaModel | None, settings: StepSettings
+    student: LlamaModel, teacher: LlamaModel | None, layers: tuple[int, int]
 ) -> Callable[[Params, TeacherSource, Batch], tuple[Array, Array]]:
-    """Builds (params, teacher, batch) -> states at the boundaries of the matched layers, [B, C, K, S] and [B, C, K, D].
+    """Builds (params, teacher, batch) -> states at the boundaries of two layers, [B, C, K, S] and [B, C, K, D].
 
-    The teacher is given as in `make_train_step`; of cached outputs only the boundary states are read.
+    Args:
+      teacher: given as in `make_train_step`; of cached outputs only the boundary states are read.
+      layers: (student's, teacher's).
     """
+    reads = Reads(student_boundaries=layers[:1], teacher_boundaries=layers[1:])
 
     @jax.jit
     def read(params: Params, source: TeacherSource, batch: Batch) -> tuple[Array, Array]:
-        _, student_states, _ = states_at_boundaries(student, params["student"], batch, settings.student_hidden_layer)
-        return student_states, teacher_on(teacher, source, batch, settings.hidden_layer)[0].boundary_states_BCKD
+        of_student = _student_on(student, params["student"], batch, reads)
+        of_teacher = teacher_on(teacher, source, batch, reads)
+        return of_student.boundary_states[layers[0]], of_teacher.boundary_states[layers[1]]
 
     return read
 
 
-def make_coherence_eval(
-    student: LlamaModel, teacher: LlamaModel | None, settings: StepSettings
+def make_term_eval(
+    student: LlamaModel, teacher: LlamaModel | None, term: Term
 ) -> Callable[[Params, TeacherSource, Batch], Mean]:
-    """Builds (params, teacher, batch) -> the student's coherence loss as (sum over chains, chains).
+    """Builds (params, teacher, batch) -> a term of the objective as (sum, denominator), nothing else computed.
 
-    The teacher is given as in `make_train_step`; of cached outputs only the boundary states are read.
+    The teacher is given as in `make_train_step`; of cached outputs only what the term reads is read.
     """
-
-    read = make_boundary_reader(student, teacher, settings)
 
     @jax.jit
     def evaluate(params: Params, source: TeacherSource, batch: Batch) -> Mean:
-        student_states, teacher_states = read(params, source, batch)
-        mask_BCK = transition_boundaries(batch.boundary_mask_BCK, settings.anchor_prompt)
-        maps, form = projections(params), settings.transition_form
-        losses = transition_losses(student_states, teacher_states, mask_BCK, maps.g, form)
-        means_BC, has_any_BC = mean_per_chain(losses, transition_mask(mask_BCK))
-        return Mean(jnp.sum(means_BC), jnp.sum(has_any_BC).astype(jnp.float32))
+        of_student = _student_on(student, params["student"], batch, term.reads)
+        of_teacher = teacher_on(teacher, source, batch, term.reads)
+        total, _ = term.sums(Outputs(of_student, of_teacher, batch), params, term.coefficients())
+        return Mean(total, term.denominator(batch))
 
     return evaluate
 

@@ -25,12 +25,12 @@ from rtd_jax.eval.chains import results_right
 from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted
 from rtd_jax.eval.evaluate import Record
 from rtd_jax.models.from_hf import resolve
+from rtd_jax.models.open import FloatDtype, WeightDtype
 from rtd_jax.steps.classifier import load_classifier
 from rtd_jax.steps.detector import Detector
 from rtd_jax.steps.select import classifier_folder
 from rtd_jax.teacher.cache import TeacherCache
 from rtd_jax.train.subjects import (
-    Dtype,
     LoadedModel,
     boundary_states,
     cached_key,
@@ -56,9 +56,9 @@ class DiagnoseSettings:
     keep_marks: bool = False  # the <<48/2=24>> of gsm8k (synthetic problems always have them)
     segmentation: str = "annotated"  # where steps end; or "classifier:<folder>", of this teacher
     out: str = "runs/diagnosis"  # folder for the report
-    teacher_dtype: Dtype = "float32"  # of the teacher's weights in memory; int8 is weight-only
-    student_dtype: Dtype = "float32"  # of the student's weights in memory
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of products and hidden states
+    teacher_dtype: WeightDtype = "float32"  # of the teacher's weights in memory; int8 is weight-only
+    student_dtype: WeightDtype = "float32"  # of the student's weights in memory
+    compute_dtype: FloatDtype = "float32"  # of products and hidden states
     teacher_layer: int = -1  # 0 embeddings, i output of layer i, -1 final normed state
     student_layer: int = -1  # as --teacher_layer
     maps: Literal["auto", "saved", "fitted", "identity"] = "auto"  # f and g; auto: saved where they fit, else fitted
@@ -340,8 +340,8 @@ def _maps(
     """(f, g) for each chain, and where they come from."""
     count = len(states.mask_CK)
     layers = (
-        student.model.layer_index(settings.student_layer),
-        teacher.model.layer_index(settings.teacher_layer),
+        student.model.config.layer_index(settings.student_layer),
+        teacher.model.config.layer_index(settings.teacher_layer),
     )
     unfit = ""
     if student.f is None or student.g is None:
@@ -366,7 +366,7 @@ def _described(loaded: LoadedModel, layer: int) -> dict[str, Any]:
         "name": loaded.name,
         "layers": config.layers,
         "width": config.width,
-        "layer_read": loaded.model.layer_index(layer),
+        "layer_read": loaded.model.config.layer_index(layer),
     }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from rtd_jax.apps.distill.prepare import Experiment
 from rtd_jax.apps.report.page import write_report
 from rtd_jax.base.console import print_table
 from rtd_jax.base.sharding import host_share, put_batch, row_sharding, row_ways, to_host
@@ -18,9 +19,9 @@ from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure
 from rtd_jax.eval.evaluate import EvaluationReport, Record, evaluate_model
+from rtd_jax.methods.maps import state_map, transition_map
+from rtd_jax.methods.term import Setup
 from rtd_jax.models.model import LlamaModel
-from rtd_jax.train.experiment import Experiment
-from rtd_jax.train.state import projections
 from rtd_jax.train.update import make_boundary_reader
 
 
@@ -101,8 +102,8 @@ def drift_section(experiment: Experiment, params: Params, resamples: int = 200) 
     place = {id(trace): i for i, trace in enumerate(split.traces)}
     chains = [split.encoded[place[id(trace)]] for trace in problems]
     _, records = evaluate_in(experiment, experiment.student, params["student"], problems)
-    settings = recipe.step(experiment.student.config.layers, experiment.teacher_config.layers)
-    read = make_boundary_reader(experiment.student, experiment.teacher, settings)
+    setup = Setup(experiment.student.config, experiment.teacher_config, experiment.vocab_size)
+    read = make_boundary_reader(experiment.student, experiment.teacher, recipe.loss.matched_layers(setup))
     share, shape = host_share(experiment.mesh), (recipe.rows_at_once, recipe.data.row_length, 1)
     parts = []
     for batch in fixed_batches(chains, *shape, experiment.max_boundaries, share=share):
@@ -114,7 +115,7 @@ def drift_section(experiment: Experiment, params: Params, resamples: int = 200) 
     states = BoundaryStates(of_student, of_teacher, mask.astype(bool))
     loss = recipe.loss
     trained = {"f": bool(loss.alignment_weight or loss.token_alignment_weight), "g": bool(loss.coherence_weight)}
-    own = projections(params)._asdict()
+    own = {"f": state_map(params), "g": transition_map(params)}
     maps: dict[str, Sequence[Map]] = {
         name: [None if own[name] is None else np.asarray(to_host(own[name]))] * len(chains)
         if is_own

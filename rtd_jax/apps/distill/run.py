@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 
+from rtd_jax.apps.distill.prepare import Experiment, prepare
 from rtd_jax.apps.distill.report import drift_section, evaluate_in, first_of_each_depth, print_report, write_page
+from rtd_jax.apps.distill.stages import Run, Sinks, run_stages
 from rtd_jax.base.console import Display
 from rtd_jax.base.files import check_writable, write_json, write_jsonl
 from rtd_jax.base.types import Params
@@ -17,8 +19,6 @@ from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_meta, restore_state
 from rtd_jax.train.clock import Clock
-from rtd_jax.train.experiment import Experiment, prepare
-from rtd_jax.train.loop import Run, Sinks, run_stages
 from rtd_jax.train.metrics import MetricsLog
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.splits import encode_split

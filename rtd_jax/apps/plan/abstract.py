@@ -11,13 +11,15 @@ from jax.sharding import Mesh
 from rtd_jax.base.files import read_json
 from rtd_jax.base.sharding import check_rows, row_sharding
 from rtd_jax.base.types import Batch, Params, TeacherOutputs, TopK
+from rtd_jax.methods.term import Objective, reads_of
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.from_hf import load_config
 from rtd_jax.models.model import LlamaModel
-from rtd_jax.train.experiment import student_config, student_model, teacher_model, teacher_shardings
+from rtd_jax.models.open import make_model, weight_shardings
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.state import TrainState, create_state, init_projections, state_shardings
+from rtd_jax.train.state import TrainState, create_state, state_shardings
+from rtd_jax.train.student import student_config, student_model
 from rtd_jax.train.update import TeacherSource, make_train_step
 
 ARCHITECTURES = Path(__file__).resolve().parents[2] / "bundled" / "architectures.json"
@@ -31,6 +33,7 @@ class Abstract(NamedTuple):
     teacher_config: LlamaConfig
     student: LlamaModel
     vocab_size: int
+    objective: Objective
     state: TrainState
     source: TeacherSource
     batch: Batch
@@ -71,26 +74,29 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:
     of_teacher = architecture(recipe.teacher.path)
     pretrained = architecture(recipe.student.path) if recipe.student.init == "pretrained" else None
     of_student = pretrained or student_config(recipe.student, of_teacher)
-    teacher = None if recipe.teacher.cache else teacher_model(recipe.teacher, of_teacher, mesh)
+    teacher = None if recipe.teacher.cache else make_model(recipe.teacher, of_teacher, mesh)
     student = student_model(recipe.student, of_student, mesh)
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
-    settings = recipe.step(of_student.layers, of_teacher.layers)
     vocab_size = min(of_teacher.vocab_size, of_student.vocab_size)
+    objective = recipe.objective(of_student, of_teacher, vocab_size, mesh)
     return Abstract(
         teacher,
         of_teacher,
         student,
         vocab_size,
-        _state(recipe, student, of_teacher, optimizer, mesh, len(settings.intermediate)),
-        _source(recipe, teacher, of_teacher, mesh),
+        objective,
+        _state(recipe, student, of_teacher, objective, optimizer, mesh),
+        _source(recipe, teacher, of_teacher, objective, mesh),
         _batch(recipe, mesh),
-        make_train_step(student, teacher, optimizer, settings, vocab_size, mesh),
+        make_train_step(student, teacher, optimizer, objective, recipe.update, mesh),
     )
 
 
-def _source(recipe: Recipe, teacher: LlamaModel | None, config: LlamaConfig, mesh: Mesh) -> TeacherSource:
+def _source(
+    recipe: Recipe, teacher: LlamaModel | None, config: LlamaConfig, objective: Objective, mesh: Mesh
+) -> TeacherSource:
     if teacher is not None:
-        shardings = teacher_shardings(recipe.teacher, teacher, mesh)
+        shardings = weight_shardings(recipe.teacher, teacher, mesh)
         return _placed(teacher.abstract_params(recipe.teacher.param_dtype), shardings)
     rows, length, chains = recipe.batch_size, recipe.data.row_length, recipe.data.chains_per_row
     top_k = TopK(
@@ -99,7 +105,8 @@ def _source(recipe: Recipe, teacher: LlamaModel | None, config: LlamaConfig, mes
         *[jax.ShapeDtypeStruct((rows, length), jnp.float32)] * 2,  # type: ignore[arg-type]
     )
     states = jax.ShapeDtypeStruct((rows, chains, MAX_BOUNDARIES, config.width), jnp.dtype(recipe.teacher.compute_dtype))
-    outputs = TeacherOutputs(None, states, top_k=top_k)  # type: ignore[arg-type]
+    layers = reads_of(objective.on("data")).teacher_boundaries
+    outputs = TeacherOutputs(None, None, dict.fromkeys(layers, states), {}, top_k)  # type: ignore[arg-type]
     return _placed(outputs, jax.tree.map(lambda _: row_sharding(mesh), outputs))
 
 
@@ -107,17 +114,17 @@ def _state(
     recipe: Recipe,
     student: LlamaModel,
     of_teacher: LlamaConfig,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    pairs: int,
 ) -> TrainState:
     def assemble(params: Params) -> TrainState:
         key = jax.random.PRNGKey(recipe.seed)
-        maps = init_projections(key, student.config.width, of_teacher.width, pairs, recipe.loss.projections)
+        maps = objective.init_params(key, student.config.width, of_teacher.width)
         return create_state({"student": params, **maps}, optimizer, key)
 
     state = jax.eval_shape(assemble, student.abstract_params())
-    return _placed(state, state_shardings(state, optimizer, mesh, recipe.optimizer.offload))
+    return _placed(state, state_shardings(state, optimizer, mesh, objective.param_axes(), recipe.optimizer.offload))
 
 
 def _batch(recipe: Recipe, mesh: Mesh) -> Batch:

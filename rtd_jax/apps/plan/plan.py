@@ -19,9 +19,10 @@ from rtd_jax.base.console import print_table
 from rtd_jax.base.files import write_json
 from rtd_jax.base.sharding import make_mesh, row_sharding
 from rtd_jax.eval.decoding import PROMPT_BUCKET, greedy
+from rtd_jax.methods.term import reads_of
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.update import make_coherence_eval
+from rtd_jax.train.update import make_term_eval
 
 GIB = 2**30
 # The limiting resource is never busy all the time. This is the share of its data-sheet rate that large runs reach at
@@ -90,14 +91,15 @@ def plan(recipe: Recipe, target: Target, note: Callable[[str], None]) -> Plans:
     """
     mesh = make_mesh(recipe.mesh, target.devices)
     abstract = abstract_step(recipe, mesh)
-    settings = recipe.step(abstract.student.config.layers, abstract.teacher_config.layers)
+    yardstick = abstract.objective.yardstick
+    assert yardstick is not None
     # A validation batch has as many rows as a micro-batch.
     few = abstract_step(dataclasses.replace(recipe, batch_size=recipe.rows_at_once, micro_batches=1), mesh)
     decoder = "student" if abstract.teacher is None else "teacher"
     programs: dict[str, tuple[Any, tuple, dict]] = {
         "update": _update(recipe, abstract),
         "validation": (
-            make_coherence_eval(abstract.student, abstract.teacher, settings),
+            make_term_eval(abstract.student, abstract.teacher, yardstick),
             (abstract.state.params, few.source if abstract.teacher is None else abstract.source, few.batch),
             {},
         ),
@@ -109,7 +111,8 @@ def plan(recipe: Recipe, target: Target, note: Callable[[str], None]) -> Plans:
         plans[name] = _compile(name, *program, _resident(abstract, program[1]), len(target.devices))
     own, other = ("online", "cached") if abstract.teacher is not None else ("cached", "online")
     updates = {own: plans["update"]}
-    if not any(settings.token_layers()):  # a cache has no states at every token, so it cannot serve the others
+    # A cache has no states at every token, so it cannot serve terms that read those.
+    if not reads_of(abstract.objective.terms).teacher_tokens:
         note(f"compiling update with the teacher {other}")
         cache = "" if other == "online" else "planned"
         elsewhere = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, cache=cache))
@@ -124,7 +127,7 @@ def plan(recipe: Recipe, target: Target, note: Callable[[str], None]) -> Plans:
 
 
 def _update(recipe: Recipe, abstract: Abstract) -> tuple[Any, tuple, dict]:
-    return abstract.step, (abstract.state, abstract.source, abstract.batch, recipe.loss.weights()), {}
+    return abstract.step, (abstract.state, abstract.source, abstract.batch, abstract.objective.coefficients()), {}
 
 
 def ideal_flops(recipe: Recipe, teacher: LlamaConfig | None, student: LlamaConfig) -> float:

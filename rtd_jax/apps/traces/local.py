@@ -9,9 +9,7 @@ from rtd_jax.apps.traces.requests import JaxSettings, Record, Reply, Request, Sa
 from rtd_jax.base.sharding import make_mesh, row_sharding, row_ways
 from rtd_jax.data.formats import TextFormat, render, stop_token_ids
 from rtd_jax.eval.decoding import Sampling, generate
-from rtd_jax.models.from_hf import load_config, resolve
-from rtd_jax.train.experiment import load_teacher, load_tokenizer, teacher_model, weights_fingerprint
-from rtd_jax.train.recipe import TeacherSettings
+from rtd_jax.models.open import ModelSettings, open_model
 
 
 class JaxBackend:
@@ -31,24 +29,19 @@ class JaxBackend:
                 "server with --config.backend=openai"
             )
         self._settings, self._text, self._sampling = settings, text, sampling
-        self._directory = resolve(settings.path)
+        runtime = ModelSettings(settings.path, settings.param_dtype, settings.compute_dtype, sharding=settings.sharding)
+        self._teacher = open_model(runtime, make_mesh(settings.mesh))
 
     def identity(self) -> dict[str, Any]:
-        dtypes = f"{self._settings.param_dtype} weights, {self._settings.compute_dtype} arithmetic"
-        return {"backend": "jax", "model": weights_fingerprint(self._directory), "dtypes": dtypes}
+        teacher = self._teacher
+        return {"backend": "jax", "model": teacher.fingerprint, "dtypes": teacher.settings.precision}
 
     def complete(self, requests: Sequence[Request], missing: Set[str], record: Record) -> None:
-        settings, sampling = self._settings, self._sampling
-        mesh = make_mesh(settings.mesh)
-        config, tokenizer = load_config(self._directory), load_tokenizer(self._directory)
-        of_teacher = TeacherSettings(
-            settings.path, settings.param_dtype, settings.compute_dtype, sharding=settings.sharding
-        )
-        model = teacher_model(of_teacher, config, mesh)
-        params = load_teacher(of_teacher, model, self._directory, mesh)
+        teacher, sampling = self._teacher, self._sampling
+        tokenizer = teacher.tokenizer
         texts = [render(tokenizer, request.problem.prompt, "x", self._text).prompt for request in requests]
         prompts = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        batch_size = -(-settings.batch_size // row_ways(mesh)) * row_ways(mesh)
+        batch_size = -(-self._settings.batch_size // row_ways(teacher.mesh)) * row_ways(teacher.mesh)
 
         def decoded(ids: list[int]) -> str:
             return str(tokenizer.decode(ids, skip_special_tokens=True))
@@ -62,8 +55,8 @@ class JaxBackend:
             if not any(requests[i].id in missing for i in rows):
                 continue
             written = generate(
-                model,
-                params,
+                teacher.model,
+                teacher.params,
                 [prompts[i] for i in rows],
                 max_new_tokens=sampling.max_tokens,
                 eos_ids=stop_token_ids(tokenizer, self._text),
@@ -73,7 +66,7 @@ class JaxBackend:
                 sampling=Sampling(sampling.temperature, sampling.top_p) if sampling.temperature else None,
                 streams=[requests[i].seed for i in rows],
                 stopped=stopped if sampling.stop else None,
-                batch_sharding=row_sharding(mesh),
+                batch_sharding=row_sharding(teacher.mesh),
             )
             replies = []
             for ids in written:

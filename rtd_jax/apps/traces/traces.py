@@ -123,7 +123,7 @@ def _known(path: str) -> Callable[[str], bool]:
     if not path:
         return lambda text: True
     from rtd_jax.models.from_hf import resolve
-    from rtd_jax.train.experiment import load_tokenizer
+    from rtd_jax.models.open import load_tokenizer
 
     tokenizer = load_tokenizer(resolve(path))
     return lambda text: tokenizer.unk_token_id not in tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rtd_jax.apps.reward_model import make_step_reader
+from rtd_jax.apps.distill.prepare import Experiment
 from rtd_jax.base.boundaries import shifted_labels, step_boundaries
 from rtd_jax.base.sharding import host_share, put_batch, row_sharding, row_ways, to_host
 from rtd_jax.base.types import Array, Batch, Params
@@ -21,9 +21,8 @@ from rtd_jax.data.formats import stop_token_ids
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.eval.decoding import Sampling, generate
 from rtd_jax.losses.policy import Rollouts, of_tokens, step_advantages, token_log_probs
-from rtd_jax.teacher.reward_head import step_logits
+from rtd_jax.teacher.reward_head import make_step_reader, step_logits
 from rtd_jax.train.curriculum import Stage
-from rtd_jax.train.experiment import Experiment
 from rtd_jax.train.state import TrainState
 from rtd_jax.train.update import split_rows
 

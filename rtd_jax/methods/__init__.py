@@ -1,0 +1,64 @@
+"""What a student learns from. A method is a file here: its keys of `loss`, and the term that they stand for.
+
+To add one, write such a file and name its settings among the bases of `LossSettings`.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+from rtd_jax.methods.alignment import AlignmentSettings
+from rtd_jax.methods.coherence import CoherenceSettings
+from rtd_jax.methods.intermediate import IntermediateSettings
+from rtd_jax.methods.kd import KDSettings, Labels
+from rtd_jax.methods.step_reward import StepRewardSettings
+from rtd_jax.methods.term import MethodSettings, Objective, Setup, Term
+from rtd_jax.methods.token_alignment import TokenAlignmentSettings
+
+
+@dataclass(frozen=True)
+class LossSettings(
+    KDSettings,
+    AlignmentSettings,
+    CoherenceSettings,
+    TokenAlignmentSettings,
+    IntermediateSettings,
+    StepRewardSettings,
+):
+    """L = alpha T^2 KL + (1 - alpha) CE + alignment_weight L_align + coherence_weight L_coherence, and its rivals.
+
+    With alpha and all weights 0 the teacher is not run: fine-tuning on chains of thought.
+    """
+
+    def __post_init__(self) -> None:
+        for method in _methods():
+            if check := vars(method).get("__post_init__"):
+                check(self)
+
+    def unread_settings(self) -> dict[str, str]:
+        names = () if self.teaches() else ("anchor_prompt", "transition_form", "projections")
+        return dict.fromkeys(names, "the loss has nothing of the teacher in it")
+
+    def teaches(self) -> bool:
+        """Whether the loss on the data's chains has anything of the teacher in it."""
+        return any(method.teaches(self) for method in _methods())
+
+    def terms(self, setup: Setup) -> tuple[Term, ...]:
+        """The terms of all methods."""
+        return tuple(term for method in _methods() for term in method.terms(self, setup))
+
+    def objective(self, setup: Setup) -> Objective:
+        """The sum of the terms, with coherence as the yardstick of stages, whatever its weight.
+
+        Where nothing teaches, the labels take the place of what reads the teacher.
+        """
+        terms = self.terms(setup)
+        (yardstick,) = CoherenceSettings.terms(self, setup)
+        if self.teaches():
+            return Objective(terms, yardstick)
+        labels = Labels(1.0, setup.vocab_size, self.chunk_length, setup.mesh)
+        awake = (labels, *(term for term in terms if not term.reads.teacher))
+        return Objective(awake, yardstick, tuple(term for term in terms if term.reads.teacher))
+
+
+def _methods() -> tuple[type[MethodSettings], ...]:
+    return cast(tuple[type[MethodSettings], ...], LossSettings.__bases__)

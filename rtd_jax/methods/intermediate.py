@@ -1,0 +1,82 @@
+"""A rival: intermediate layers matched at every token, by learned regressors.
+
+Source: Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", arXiv:1412.6550, equation 3; here with several pairs of
+evenly spaced layers, and each token's squared error relative to the target's square (`losses.hints`).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from rtd_jax.base.boundaries import chain_tokens
+from rtd_jax.base.means import Mean, Metrics, masked_sum
+from rtd_jax.base.types import Array, Batch, Params
+from rtd_jax.losses.hints import hint_losses
+from rtd_jax.methods.maps import AXES, init_map
+from rtd_jax.methods.term import Coefficients, MethodSettings, Outputs, Reads, Setup, Term
+from rtd_jax.models.config import layers_to_match
+
+
+@dataclass(frozen=True)
+class IntermediateSettings(MethodSettings):
+    """Keys of `loss` that the matching of intermediate layers reads."""
+
+    intermediate_weight: float = 0.0  # a baseline: intermediate layers matched at every token
+    intermediate_layers: int = 4  # pairs of evenly spaced layers; read when intermediate_weight is not 0
+
+    def __post_init__(self) -> None:
+        if self.intermediate_layers < 1:
+            raise ValueError(f"loss.intermediate_layers is {self.intermediate_layers}; FitNets-style matching uses 4")
+
+    def unread_settings(self) -> dict[str, str]:
+        return {} if self.intermediate_weight else {"intermediate_layers": "loss.intermediate_weight is 0"}
+
+    def teaches(self) -> bool:
+        return bool(self.intermediate_weight)
+
+    def terms(self, setup: Setup) -> tuple[Term, ...]:
+        if not self.intermediate_weight:
+            return ()
+        count = self.intermediate_layers
+        students, teachers = (layers_to_match(config.layers, count) for config in (setup.student, setup.teacher))
+        return (Intermediate(self.intermediate_weight, tuple(zip(students, teachers, strict=True))),)
+
+
+@dataclass(frozen=True)
+class Intermediate(Term):
+    """|W_p h_S - h_T|^2 / |h_T|^2, averaged over P pairs of layers and summed over the tokens of chains.
+
+    The regressors W_p are the entry "regressors" of the params, [P, S, D].
+    """
+
+    pairs: tuple[tuple[int, int], ...]  # (student's, teacher's) layer
+
+    name: ClassVar[str] = "intermediate"
+    setting: ClassVar[str] = "loss.intermediate_weight"
+
+    @property
+    def reads(self) -> Reads:
+        students, teachers = zip(*self.pairs, strict=True)
+        return Reads(student_tokens=tuple(students), teacher_tokens=tuple(teachers))
+
+    def init_params(self, key: Array, student_width: int, teacher_width: int) -> Params:
+        keys = jax.random.split(jax.random.fold_in(key, 1), len(self.pairs))
+        return {"regressors": jnp.stack([init_map(key, student_width, teacher_width) for key in keys])}
+
+    def param_axes(self) -> dict[str, tuple[str, ...]]:
+        return {"regressors": ("layers", *AXES)}
+
+    def denominator(self, batch: Batch) -> Array:
+        return jnp.sum(chain_tokens(batch)).astype(jnp.float32)
+
+    def sums(self, outputs: Outputs, params: Params, coefficients: Coefficients) -> tuple[Array, Metrics]:
+        student, teacher, batch = outputs
+        mask_BL, regressors_PSD = chain_tokens(batch), params["regressors"]
+        total = jnp.zeros(())
+        for pair, (of_student, of_teacher) in enumerate(self.pairs):
+            states = student.token_states[of_student], teacher.token_states[of_teacher]
+            total += masked_sum(hint_losses(*states, mask_BL, regressors_PSD[pair]), mask_BL)
+        share = total / len(self.pairs)
+        return share, {"distill/intermediate": Mean(share, jnp.sum(mask_BL).astype(jnp.float32))}

@@ -1,0 +1,46 @@
+"""Chains that the student draws itself: how many, of which problems, and how long they serve."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """How the student draws chains of its own and learns from their steps' rewards.
+
+    Read when loss.reward_weight is not 0. Every `updates_per_refresh` updates, `samples` chains of each of `prompts`
+    training problems are drawn and scored; each update takes `prompts_per_update` of these problems with all their
+    chains, in turn.
+    """
+
+    model: str = ""  # folder that launch/reward_model.py wrote (its <workdir>/model)
+    prompts: int = 32  # training problems of a refresh
+    samples: int = 4  # chains of each problem
+    prompts_per_update: int = 8  # of these problems, with all their chains
+    updates_per_refresh: int = 8  # a divisor of checkpoint_every
+    temperature: float = 1.0  # of the draws, and of the policy whose ratios are clipped
+    clip: float = 0.2  # by which a probability's ratio may leave 1 before its gradient stops
+    max_new_tokens: int = 128  # of a drawn chain
+    batch_size: int = 128  # chains drawn at one time
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "prompts_per_update", "updates_per_refresh", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"reward.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.samples < 2:
+            raise ValueError(
+                f"reward.samples is {self.samples}; advantages compare the chains of a problem, use 2 or more"
+            )
+        if self.prompts % self.prompts_per_update:
+            raise ValueError(
+                f"reward.prompts {self.prompts} is not a multiple of reward.prompts_per_update "
+                f"{self.prompts_per_update}"
+            )
+        if self.temperature <= 0 or self.clip <= 0:
+            raise ValueError(
+                f"reward.temperature is {self.temperature}, reward.clip {self.clip}; both must be positive"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Drawn chains of an update, one a row."""
+        return self.prompts_per_update * self.samples

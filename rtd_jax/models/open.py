@@ -1,0 +1,134 @@
+"""One way to open a model: its files, what they say about it, and its weights once they are asked for."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jax.sharding import Mesh
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rtd_jax.base.sharding import TABLES, activation_sharding, in_host_memory, param_shardings
+from rtd_jax.base.types import Params
+from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.decoder import AttentionKernel
+from rtd_jax.models.from_hf import load_config, load_params, resolve, weights_fingerprint
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.weights import logical_axes
+
+FloatDtype = Literal["float32", "bfloat16"]
+WeightDtype = Literal["float32", "bfloat16", "int8"]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model is opened, and how it is held and computed."""
+
+    path: str  # Hugging Face folder or hub name
+    param_dtype: WeightDtype = "bfloat16"  # of weights in memory; int8: one scale per output channel
+    compute_dtype: FloatDtype = "bfloat16"  # of matrix products and hidden states
+    attention: AttentionKernel = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's
+    sharding: Literal["fsdp", "tensor"] = "fsdp"  # what travels: "fsdp" weights, "tensor" activations
+    offload: bool = False  # layers in host memory, each copied to the devices when it runs
+
+    @property
+    def precision(self) -> str:
+        """Both dtypes in words, for reports and identities: everything here that changes the model's outputs."""
+        return f"{self.param_dtype} weights, {self.compute_dtype} arithmetic"
+
+
+@dataclass(frozen=True, eq=False)
+class OpenModel:
+    """A model whose files are known. Whatever is slow to read is read when it is first asked for, and then kept.
+
+    Attributes:
+      settings: how it is held and computed.
+      directory: the folder of its files.
+      config: its sizes.
+      mesh: the devices that hold its weights.
+      note: gets a line of text before the weights are read.
+    """
+
+    settings: ModelSettings
+    directory: Path
+    config: LlamaConfig
+    mesh: Mesh
+    note: Callable[[str], None]
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.directory)
+
+    @functools.cached_property
+    def tokenizer_fingerprint(self) -> str:
+        return tokenizer_fingerprint(self.tokenizer)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the weights' files."""
+        return weights_fingerprint(self.directory)
+
+    @functools.cached_property
+    def model(self) -> LlamaModel:
+        return make_model(self.settings, self.config, self.mesh)
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """The weights, sharded over the mesh."""
+        self.note(f"loading the weights of {self.directory}")
+        shardings = weight_shardings(self.settings, self.model, self.mesh)
+        return load_params(self.directory, self.config, dtype=self.settings.param_dtype, shardings=shardings)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return "params" in vars(self)  # where cached_property keeps a value
+
+
+def open_model(settings: ModelSettings, mesh: Mesh, note: Callable[[str], None] = print) -> OpenModel:
+    """Opens the model at `settings.path`; of its files only config.json is read at once.
+
+    Raises:
+      ValueError: there is no such folder or hub model, or its config.json is missing or is not a Llama's. Reading the
+        tokenizer or the weights later raises one too where they cannot be used.
+    """
+    directory = resolve(settings.path)
+    return OpenModel(settings, directory, load_config(directory), mesh, note)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a Hugging Face folder. Code in the folder is never run.
+
+    Raises:
+      ValueError: there is no tokenizer, or only a slow one, which gives no character offsets.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(
+            f"{directory} has no tokenizer that can be loaded ({type(error).__name__}: {error}); put "
+            "tokenizer.json and tokenizer_config.json beside the weights"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"{directory} has a slow tokenizer without character offsets; add its tokenizer.json")
+    return tokenizer
+
+
+def make_model(settings: ModelSettings, config: LlamaConfig, mesh: Mesh) -> LlamaModel:
+    """A frozen model of these sizes, without its weights. It needs no files, so a plan can ask for it too."""
+    return LlamaModel(
+        config,
+        settings.compute_dtype,
+        activation_sharding=activation_sharding(mesh, TABLES[settings.sharding]),
+        attention=settings.attention,
+        streamed=settings.offload,
+    )
+
+
+def weight_shardings(settings: ModelSettings, model: LlamaModel, mesh: Mesh) -> Params:
+    """The sharding of each weight, and its memory space: a tree like the params."""
+    abstract = model.abstract_params(settings.param_dtype)
+    shardings = param_shardings(abstract, logical_axes(abstract), mesh, TABLES[settings.sharding])
+    return shardings | {"layers": in_host_memory(shardings["layers"])} if settings.offload else shardings

@@ -1,0 +1,77 @@
+"""A model is opened in one way, and its weights are read only where somebody asks for them."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import rtd_jax.models.open
+from rtd_jax.base.sharding import MeshSettings, make_mesh
+from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
+from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
+from rtd_jax.models import LlamaConfig, LlamaModel, save_pretrained
+from rtd_jax.models.open import ModelSettings, OpenModel, open_model
+
+CONFIG = LlamaConfig(len(tiny_tokenizer()), 8, 8, layers=2, heads=1, kv_heads=1, head_dim=8)
+
+
+def write_model(directory: Path, seed: int = 0, tokenizer=None) -> Path:
+    params = LlamaModel(CONFIG).init(jax.random.key(seed))
+    return save_pretrained(directory, CONFIG, params, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def directory(tmp_path) -> Path:
+    return write_model(tmp_path / "model", tokenizer=tiny_tokenizer())
+
+
+def opened(directory: Path, notes: list[str] | None = None, **settings) -> OpenModel:
+    note = (lambda _: None) if notes is None else notes.append
+    return open_model(ModelSettings(str(directory), **settings), make_mesh(MeshSettings()), note)
+
+
+def test_weights_are_read_once_and_only_where_they_are_asked_for(directory, monkeypatch):
+    read, load = [], rtd_jax.models.open.load_params
+    monkeypatch.setattr(rtd_jax.models.open, "load_params", lambda *a, **k: read.append(a[0]) or load(*a, **k))
+    notes: list[str] = []
+    found = opened(directory, notes, param_dtype="float32", compute_dtype="float32")
+    assert found.config.layers == 2
+    assert found.model.compute_dtype == "float32"
+    assert len(found.tokenizer) == CONFIG.vocab_size
+    assert found.fingerprint
+    assert found.tokenizer_fingerprint
+    assert (found.is_loaded, read, notes) == (False, [], [])
+
+    params = found.params
+    jax.tree.map(np.testing.assert_array_equal, params, LlamaModel(CONFIG).init(jax.random.key(0)))
+    assert found.params is params
+    assert (found.is_loaded, read, notes) == (True, [directory], [f"loading the weights of {directory}"])
+
+
+def test_weights_have_the_dtype_of_the_settings(directory):
+    params = opened(directory, param_dtype="bfloat16").params
+    assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
+
+
+def test_fingerprints_tell_weights_and_tokenizers_apart(directory, tmp_path):
+    first = opened(directory)
+    copied, other = tmp_path / "copied", write_model(tmp_path / "other", seed=1, tokenizer=tiny_tokenizer())
+    shutil.copytree(directory, copied)
+    assert opened(copied).fingerprint == first.fingerprint != opened(other).fingerprint
+    assert first.tokenizer_fingerprint == opened(other).tokenizer_fingerprint == tokenizer_fingerprint(tiny_tokenizer())
+
+
+def test_a_missing_tokenizer_is_named_where_it_is_asked_for(tmp_path):
+    found = opened(write_model(tmp_path / "bare"))
+    assert found.params
+    with pytest.raises(ValueError, match=r"(?s)bare has no tokenizer that can be loaded .*; put tokenizer.json"):
+        _ = found.tokenizer
+
+
+def test_a_folder_that_is_no_model_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"config.json: no such file"):
+        opened(tmp_path)
+    with pytest.raises(ValueError, match=r"no such directory"):
+        opened(tmp_path / "nowhere")
