@@ -8,10 +8,12 @@ chains in traces/llama3_70b (launch/traces.py --config=configs/traces_llama3_70b
 train.jsonl and test.jsonl in prm800k. docs/teacher-cache.md says what a cache loses at temperature 4.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
-from configs.study_tiny import ALIGNMENT_WEIGHTS, COHERENCE_WEIGHTS, FROM_CACHE, KD, methods, weight_grid, words_of
-from rtd_jax.apps.study.study import StudyRecipe
+from configs.study_tiny import FROM_CACHE, KD, as_config, changed, methods, only, weight_grid, words_of
+from rtd_jax.apps.study.recipe import Method, StudyRecipe
 from rtd_jax.base.settings import defaults
 
 TEACHER = "meta-llama/Meta-Llama-3-70B-Instruct"
@@ -30,7 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.prepare = ConfigDict()
     c.prepare.reward = (
-        "launch/reward_model.py",
+        "reward_model",
         "--config=configs/reward_tiny.py",
         "--workdir={reward}",
         f"--config.teacher.path={TEACHER}",
@@ -45,7 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "--config.max_dropped_fraction=0.05",
     )
     c.prepare.cache = (
-        "launch/cache_teacher.py",
+        "cache_teacher",
         "--config=configs/rtd_8b.py",
         "--config.teacher.cache={cache}",
     )
@@ -58,9 +60,11 @@ def get_config(arg: str = "") -> ConfigDict:
         "evaluation.drift_problems=200",
     )
     every = methods()
-    every["kd_long"] = (*KD, "total_updates=64000")  # about RTD's time, by the article's 60%
+    every["kd_long"] = Method((*KD, "total_updates=64000"), "longer")  # about RTD's time, by the article's 60%
+    asks = {"kd_long": "is RTD better than KD with 1.6 times the updates, about its time?"}
+    every["rtd"] = dataclasses.replace(every["rtd"], compared_with=every["rtd"].compared_with | asks)
     if "grid" in words:
-        every = {"kd": every["kd"]} | weight_grid(ALIGNMENT_WEIGHTS, COHERENCE_WEIGHTS)
+        every = only(every, ["kd"]) | weight_grid(True)
     else:
         smaller = ("student.path=meta-llama/Llama-3.2-1B-Instruct",)
         c.tasks.smaller_student = (*c.tasks.gsm8k, *smaller)  # is the gain smaller below a capacity?
@@ -68,8 +72,10 @@ def get_config(arg: str = "") -> ConfigDict:
         c.task_methods.smaller_student = ("kd", "rtd", "kd_curriculum")  # of all methods
         c.smaller_than = ConfigDict({"smaller_student": "gsm8k"})  # {task of a smaller student: of the larger}
     if "cached" in words:
-        every = {n: (*of, "teacher.cache={cache}") if n in FROM_CACHE else of for n, of in every.items()}
+        for name in FROM_CACHE:
+            if name in every:
+                every[name] = changed(every[name], "teacher.cache={cache}")
         if "intermediate_kd" in every:  # a cache cannot solve problems
-            every["intermediate_kd"] += ("evaluation.teacher=True",)
-    c.methods = ConfigDict(every)  # overrides by method
+            every["intermediate_kd"] = changed(every["intermediate_kd"], "evaluation.teacher=True")
+    c.methods = as_config(every)  # by name: overrides, role, components and what it is compared with
     return c

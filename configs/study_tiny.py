@@ -13,13 +13,18 @@ validation problems, so that it is neither solved nor hopeless: docs/study.md sa
 make the same runs otherwise and need workdirs of their own; the others share the runs that they have in common.
 """
 
+import dataclasses
+from collections.abc import Iterable
+
 from ml_collections import ConfigDict
 
-from rtd_jax.apps.study.study import StudyRecipe
+from rtd_jax.apps.study.recipe import Method, StudyRecipe
 from rtd_jax.base.settings import defaults
 
 ALIGNMENT_WEIGHTS = (0.1, 0.3, 1.0)  # the article's grid search gave 0.3 ..
 COHERENCE_WEIGHTS = (0.1, 0.5, 1.0)  # .. and 0.5
+# What a method has of RTD's three components, by the weights of the base config.
+ALIGNED, COHERENT, STAGED = {"alignment": 0.3}, {"coherence": 0.5}, {"curriculum": True}
 
 FEW = 250  # problems to train on where few are to be had
 PLATEAU = 600  # updates on few problems, twice the budget
@@ -32,7 +37,7 @@ PARTS = (
     *("kd", "rtd", "rtd_no_coherence", "rtd_no_alignment", "rtd_no_curriculum"),
     *("kd_curriculum", "coherence_only", "alignment_only"),
 )
-AT_ONCE = ("kd", "alignment_only", "coherence_only", "rtd_no_curriculum")  # those without the curriculum
+AT_ONCE = ("kd", "coherence_only", "alignment_only", "rtd_no_curriculum")  # those without the curriculum
 # A cache holds all that these need. The others need the teacher online (states at every token, other boundaries, the
 # student's own chains), or not at all.
 FROM_CACHE = PARTS
@@ -62,35 +67,96 @@ SMALL = (
 )
 
 
-def methods() -> dict[str, tuple[str, ...]]:
-    """Overrides of the base config by method; configs/study_8b.py takes them too."""
+def methods() -> dict[str, Method]:
+    """The methods of the study by name; configs/study_8b.py takes them too."""
     return {
-        "kd": (*KD, "evaluation.teacher=True"),  # the teacher solves the test problems once a task: they are the same
-        "rtd": (),
-        "rtd_no_coherence": ("loss.coherence_weight=0.0",),
-        "rtd_no_alignment": ("loss.alignment_weight=0.0",),
-        "rtd_no_curriculum": ("curriculum.enabled=False",),
-        "coherence_only": (KD[0], KD[2]),
-        "alignment_only": (KD[1], KD[2]),
-        # Controls. Without the coherence loss nothing falls below its threshold: equal shares of the updates instead.
-        "kd_curriculum": (*KD[:2], "curriculum.threshold_factor=0.0", "curriculum.plateau_patience=0"),
-        "rtd_random_boundaries": ("data.segmentation=random",),
-        "random_boundaries_no_curriculum": ("data.segmentation=random", "curriculum.enabled=False"),
-        "rtd_all_tokens": ("loss.alignment_weight=0.0", "loss.token_alignment_weight=0.3"),
-        # Rivals.
-        "intermediate_kd": (*KD, "loss.intermediate_weight=1.0"),
-        "cot_ft": (*KD, "loss.alpha=0.0"),
-        "step_reward": (*KD, "loss.reward_weight=0.3", "reward.model={reward}/model"),
+        # The teacher solves the test problems once a task: they are the same for all runs.
+        "kd": Method((*KD, "evaluation.teacher=True"), "baseline", caption="logit matching", pictured=True),
+        "rtd": Method(
+            (),
+            "whole",
+            {
+                "kd_curriculum": "do the hidden-state losses add to the curriculum?",
+                "rtd_random_boundaries": "does it matter that boundaries are where steps end?",
+                "rtd_all_tokens": "are boundaries better than all tokens?",
+            },
+            **ALIGNED,
+            **COHERENT,
+            **STAGED,
+            pictured=True,
+        ),
+        "rtd_no_coherence": Method(("loss.coherence_weight=0.0",), "ablation", **ALIGNED, **STAGED),
+        "rtd_no_alignment": Method(("loss.alignment_weight=0.0",), "ablation", **COHERENT, **STAGED),
+        "rtd_no_curriculum": Method(
+            ("curriculum.enabled=False",),
+            "ablation",
+            {"random_boundaries_no_curriculum": "does it matter where there is no curriculum?"},
+            **ALIGNED,
+            **COHERENT,
+        ),
+        # Without the coherence loss nothing falls below its threshold: equal shares of the updates instead.
+        "kd_curriculum": Method(
+            (*KD[:2], "curriculum.threshold_factor=0.0", "curriculum.plateau_patience=0"),
+            "part",
+            {"kd": "is it the curriculum alone?"},
+            **STAGED,
+            pictured=True,
+        ),
+        "coherence_only": Method((KD[0], KD[2]), "part", {"kd": "does the coherence loss help plain KD?"}, **COHERENT),
+        "alignment_only": Method(
+            (KD[1], KD[2]), "part", {"kd": "does the boundary alignment help plain KD?"}, **ALIGNED
+        ),
+        "rtd_random_boundaries": Method(("data.segmentation=random",), **ALIGNED, **COHERENT, **STAGED),
+        "random_boundaries_no_curriculum": Method(
+            ("data.segmentation=random", "curriculum.enabled=False"), **ALIGNED, **COHERENT
+        ),
+        "rtd_all_tokens": Method(
+            ("loss.alignment_weight=0.0", "loss.token_alignment_weight=0.3"), **COHERENT, **STAGED
+        ),
+        "intermediate_kd": Method(
+            (*KD, "loss.intermediate_weight=1.0"), "rival", caption="intermediate-layer matching", pictured=True
+        ),
+        "cot_ft": Method(
+            (*KD, "loss.alpha=0.0"), "rival", caption="fine-tuning on the teacher's chains", pictured=True
+        ),
+        "step_reward": Method(
+            (*KD, "loss.reward_weight=0.3", "reward.model={reward}/model"),
+            "rival",
+            caption="step-level rewards",
+            pictured=True,
+        ),
     }
 
 
-def weight_grid(alignment: tuple[float, ...], coherence: tuple[float, ...]) -> dict[str, tuple[str, ...]]:
-    """RTD under every pair of weights; the report knows them by their names, in hundredths."""
+def changed(method: Method, *overrides: str) -> Method:
+    """The method with more overrides."""
+    return dataclasses.replace(method, overrides=(*method.overrides, *overrides))
+
+
+def as_config(every: dict[str, Method]) -> ConfigDict:
+    """The methods as keys of a config; their places are those in the table."""
+    placed = {name: dataclasses.replace(method, place=i) for i, (name, method) in enumerate(every.items())}
+    return ConfigDict({name: dataclasses.asdict(method) for name, method in placed.items()})
+
+
+def weight_grid(curriculum: bool, *overrides: str) -> dict[str, Method]:
+    """RTD under every pair of weights, with more overrides."""
     return {
-        f"grid_a{100 * a:.0f}_c{100 * c:.0f}": (f"loss.alignment_weight={a}", f"loss.coherence_weight={c}")
-        for a in alignment
-        for c in coherence
+        f"grid_a{100 * a:.0f}_c{100 * c:.0f}": Method(
+            (f"loss.alignment_weight={a}", f"loss.coherence_weight={c}", *overrides),
+            "grid point",
+            alignment=a,
+            coherence=c,
+            curriculum=curriculum,
+        )
+        for a in ALIGNMENT_WEIGHTS
+        for c in COHERENCE_WEIGHTS
     }
+
+
+def only(every: dict[str, Method], names: Iterable[str]) -> dict[str, Method]:
+    """Some of the methods."""
+    return {name: every[name] for name in names}
 
 
 def words_of(arg: str, known: tuple[str, ...]) -> set[str]:
@@ -110,22 +176,35 @@ CHANGED = {  # one thing about the coherence loss
     "fourfold": ("loss.coherence_weight=2.0",),
     "sixteenfold": ("loss.coherence_weight=8.0",),
 }
+STRONGER = {"fourfold": {"coherence": 2.0}, "sixteenfold": {"coherence": 8.0}}
+CHANGES_ALIGNMENT = ("no_map", "middle_layer")  # what these change is one of the alignment too
 
 
-def conditions() -> dict[str, tuple[str, ...]]:
+def conditions() -> dict[str, Method]:
     """When does the coherence loss earn its place? Changed by itself and beside the alignment, all depths at once.
 
     The curriculum's harm on few problems would hide everything else.
     """
     known = methods()
-    found = {name: known[name] for name in (*AT_ONCE, "intermediate_kd", "random_boundaries_no_curriculum")}
+    found = only(known, (*AT_ONCE, "intermediate_kd", "random_boundaries_no_curriculum"))
     # What the rival, which matches every token, has over boundaries: by the article's weight and by the rival's.
-    found["tokens_only"] = (*KD, "loss.token_alignment_weight=0.3")
-    found["tokens_strong"] = (*KD, "loss.token_alignment_weight=1.0")
-    found |= {f"coherence_{n}": (*known["coherence_only"], *of) for n, of in CHANGED.items() if n != "one_map"}
-    found |= {f"both_{n}": (*known["rtd_no_curriculum"], *of) for n, of in CHANGED.items()}
-    # What changes the alignment too is compared with the alignment changed alike.
-    found |= {f"alignment_{n}": (*known["alignment_only"], *CHANGED[n]) for n in ("no_map", "middle_layer")}
+    found["tokens_only"] = Method((*KD, "loss.token_alignment_weight=0.3"))
+    found["tokens_strong"] = Method((*KD, "loss.token_alignment_weight=1.0"))
+
+    def condition(start: str, what: str, *compared_with: str) -> Method:
+        """A part or both losses with one change; its difference is taken to a method without the coherence loss."""
+        described = {"role": "condition", "caption": what, "compared_with": dict.fromkeys(compared_with, "")}
+        return dataclasses.replace(changed(known[start], *CHANGED[what]), **described, **STRONGER.get(what, {}))
+
+    for what in CHANGED:
+        if what != "one_map":
+            found[f"coherence_{what}"] = condition("coherence_only", what, "kd")
+    for what in CHANGED:
+        # What changes the alignment too is compared with the alignment changed alike.
+        without = f"alignment_{what}" if what in CHANGES_ALIGNMENT else "alignment_only"
+        found[f"both_{what}"] = condition("rtd_no_curriculum", what, without)
+    for what in CHANGES_ALIGNMENT:
+        found[f"alignment_{what}"] = condition("alignment_only", what)
     return found
 
 
@@ -146,31 +225,31 @@ def get_config(arg: str = "") -> ConfigDict:
     c.report = ""  # where the report is written besides <workdir>/study.md
     c.only = ()  # methods that are run; () runs all
 
-    # Made once, where a run asks for it: a script and its flags; {name} is where it puts what it makes.
+    # Made once, where a run asks for it: a command of `python -m rtd_jax` and its flags; {name} is its folder.
     few = ("--config.train.limit=60", "--config.test.limit=60", "--config.epochs=2", "--config.resamples=20")
     c.prepare = ConfigDict()
     c.prepare.traces = (  # the teacher's own chains, where the answer is right
-        "launch/traces.py",
+        "traces",
         "--config=configs/traces_tiny.py",
         "--workdir={traces}",
         f"--config.problems.limit={60 if smoke else FEW}",  # as many as the other methods have
         "--config.sampling.samples=1",
     )
     c.prepare.reward = (
-        "launch/reward_model.py",
+        "reward_model",
         "--config=configs/reward_tiny.py",
         "--workdir={reward}",
         *(few if smoke else ()),
     )
     c.prepare.cups_teacher = (
-        "launch/pretrain.py",
+        "pretrain",
         "--config=configs/pretrain_tiny.py",
         "--workdir={cups_teacher}",
         "--config.train.schema=synthetic+cups",  # what helps it find a month's fact is learned on word problems
         "--config.test.schema=cups",
     )
     c.prepare.lift_teacher = (
-        "launch/pretrain.py",
+        "pretrain",
         "--config=configs/pretrain_tiny.py",
         "--workdir={lift_teacher}",
         "--config.train.schema=lift",
@@ -178,7 +257,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "--config.phases=({'updates': 1000, 'max_depth': 6, 'batch_size': 16, 'row_length': 160, 'chains_per_row': 4},)",  # noqa: E501
     )
     c.prepare.cache = (
-        "launch/cache_teacher.py",
+        "cache_teacher",
         "--config=configs/rtd_tiny.py",
         "--config.teacher.cache={cache}",
         *(f"--config.{override}" for override in (*CACHED, *(SMALL[:3] if smoke else ()))),
@@ -200,22 +279,23 @@ def get_config(arg: str = "") -> ConfigDict:
     c.about.few_problems = about  # for the report
 
     every = methods()
-    every["cot_ft"] += ("data.train.schema=stepwise", "data.train.location={traces}")
+    every["cot_ft"] = changed(every["cot_ft"], "data.train.schema=stepwise", "data.train.location={traces}")
     # The teacher's own architecture. It starts as the teacher, because the article asks whether coherence improves a
     # model without compression: at first only the labels have a gradient, and the other terms hold on to the
     # trajectory. A tenth of the learning rate, for it has nothing to learn anew; `self_kd` is the same without RTD.
-    every["self_distillation"] = ("student.layers=4", "optimizer.learning_rate=2e-4")
-    every["self_kd"] = (*KD, "student.layers=4", "optimizer.learning_rate=2e-4")
+    slowly = ("student.layers=4", "optimizer.learning_rate=2e-4")
+    asks = {"self_kd": "does coherence add to training the teacher on?"}
+    every["self_distillation"] = Method(slowly, "self-distillation", asks, **ALIGNED, **COHERENT, **STAGED)
+    every["self_kd"] = Method((*KD, *slowly))
     if smoke:
-        every = {name: every[name] for name in SMOKE}
+        every = only(every, SMOKE)
     elif "grid" in words:  # all depths at once: with the curriculum every pair stands near 2% of the deep chains
-        grid = weight_grid(ALIGNMENT_WEIGHTS, COHERENCE_WEIGHTS)
-        every = {"kd": every["kd"]} | {name: (*of, KD[2]) for name, of in grid.items()}
+        every = only(every, ["kd"]) | weight_grid(False, KD[2])
         c.about.few_problems += " The grid is without the curriculum, whose harm here would hide the weights'."
     elif "conditions" in words:
         every = conditions()
     elif "lift" in words:
-        every = {name: every[name] for name in AT_ONCE}
+        every = only(every, AT_ONCE)
         c.tasks, c.about = ConfigDict(), ConfigDict()
         _add_lift(c, whole)
         c.seeds = tuple(range(10))  # seeds differ widely there
@@ -225,8 +305,9 @@ def get_config(arg: str = "") -> ConfigDict:
             _add_cups(c, whole)
             _add_lift(c, whole)
             c.task_methods.lift = PARTS  # all combinations
-        every["kd_plateau"] = (*KD, f"total_updates={PLATEAU}")
-        every["rtd_plateau"] = (f"total_updates={PLATEAU}",)
+        updates, asks = f"total_updates={PLATEAU}", "is anything left when both have had many more updates?"
+        every["kd_plateau"] = Method((*KD, updates), "longer")
+        every["rtd_plateau"] = Method((updates,), "longer", {"kd_plateau": asks}, **ALIGNED, **COHERENT, **STAGED)
         c.about.few_problems += (
             f" `kd_plateau` and `rtd_plateau` have {PLATEAU} updates: what is left to be learned by then."
         )
@@ -234,10 +315,10 @@ def get_config(arg: str = "") -> ConfigDict:
     from_cache = FROM_CACHE if "cached" in words else ("kd",) if smoke else ()  # the smoke study tries both ways
     for name in from_cache:
         if name in every:
-            every[name] += ("teacher.cache={cache}", *CACHED)
+            every[name] = changed(every[name], "teacher.cache={cache}", *CACHED)
     if from_cache and "intermediate_kd" in every:  # a cache cannot solve problems
-        every["intermediate_kd"] += ("evaluation.teacher=True",)
-    c.methods = ConfigDict(every)  # overrides by method
+        every["intermediate_kd"] = changed(every["intermediate_kd"], "evaluation.teacher=True")
+    c.methods = as_config(every)  # by name: overrides, role, components and what it is compared with
     return c
 
 

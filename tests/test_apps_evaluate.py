@@ -9,7 +9,8 @@ import pytest
 from tiny_run import write_teacher
 
 from rtd_jax.apps.evaluate import EvaluateSettings, evaluate
-from rtd_jax.data.trace import from_math, from_strategyqa
+from rtd_jax.data.schemas.math import from_math
+from rtd_jax.data.schemas.strategyqa import from_strategyqa
 from rtd_jax.eval.answers import flexible_answer, harness_match, strict_answer
 from rtd_jax.eval.tasks import SUBJECTS, TASKS, load_problems
 

@@ -4,10 +4,12 @@ import ast
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,25 +19,24 @@ from scipy import stats
 
 from configs import rtd_8b, rtd_tiny, study_8b, study_tiny
 from rtd_jax.apps.report.sections import write_sections
-from rtd_jax.apps.study.claims import COMBINATIONS, added_by, gains_by_depth, p_and_seeds, shares, smaller_gain
+from rtd_jax.apps.study.claims import TaskRuns, added_by, gains_by_depth, p_and_seeds, shares, smaller_gain
+from rtd_jax.apps.study.recipe import Method, StudyRecipe
 from rtd_jax.apps.study.report import markdown, study_report
 from rtd_jax.apps.study.runner import Job, Preparation, prepare_once, run_jobs
 from rtd_jax.apps.study.statistics import (
     Difference,
-    Interval,
     Outcome,
     accuracy,
     difference,
-    over_seeds,
     read_outcome,
     seeds_to_find,
     share_interval,
     share_of_gain_lost,
     verdict,
 )
-from rtd_jax.apps.study.study import StudyRecipe
 from rtd_jax.apps.study.study import study as write_study
 from rtd_jax.base.settings import build
+from rtd_jax.eval.estimates import Estimate, over_seeds
 from rtd_jax.train.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,10 +51,25 @@ def everything(depths):
     return depths > 0
 
 
+# All methods of the bundled study, and those of its conditions and grid.
+METHODS = {**study_tiny.conditions(), **study_tiny.weight_grid(False), **study_tiny.methods()}
+
+
+def reported(outcomes, methods=METHODS):
+    """The report over runs of the study's methods."""
+    names = ["kd", *dict.fromkeys(outcome.method for outcome in outcomes)]
+    recipe = StudyRecipe("base", {"task": ()}, {name: methods[name] for name in names}, (0,))
+    return study_report(recipe, outcomes)
+
+
+def of_task(runs):
+    return TaskRuns(runs, METHODS, "kd", 4)
+
+
 def test_accuracy_is_the_mean_over_seeds_and_problems_of_the_depths_asked_for():
     runs = [outcome("kd", 0, [1, 0, 1, 0]), outcome("kd", 1, [1, 1, 1, 0])]
-    assert accuracy(runs, everything).mean == 5 / 8
-    assert accuracy(runs, lambda depths: depths == 4).mean == 1 / 4
+    assert accuracy(runs, everything).value == 5 / 8
+    assert accuracy(runs, lambda depths: depths == 4).value == 1 / 4
 
 
 def test_the_interval_covers_seeds_as_well_as_problems():
@@ -73,12 +89,12 @@ def test_a_difference_is_paired_by_seed_and_tested_over_seeds():
     found = difference(method, base, everything)
     by_seed = {run.seed: run.correct.mean() for run in base}
     per_seed = [run.correct.mean() - by_seed[run.seed] for run in method]
-    assert found.mean == pytest.approx(np.mean(per_seed))
+    assert found.value == pytest.approx(np.mean(per_seed))
     assert found.p_value == pytest.approx(
         stats.ttest_rel([r.correct.mean() for r in method], [by_seed[s] for s in range(5)])[1]
     )
-    assert found.low < found.mean < found.high
-    assert found.seeds == 5
+    assert found.low < found.value < found.high
+    assert found.n == 5
     assert difference(method, [outcome("kd", 9, [0] * 50)], everything) is None
 
 
@@ -89,10 +105,10 @@ def test_seeds_that_would_tell_are_those_of_the_power_tables(effect, seeds):
 
 
 def test_a_difference_that_was_found_says_nothing_of_more_seeds():
-    assert p_and_seeds(Difference(0.1, -0.1, 0.3, 5, 0.2, 21)) == ("0.200", "21")
-    assert p_and_seeds(Difference(0.1, -0.1, 0.3, 5, 0.9, 1000)) == ("0.900", "1,000 or more")
-    assert p_and_seeds(Difference(0.3, 0.1, 0.5, 5, 0.01, 4)) == ("0.010", "")
-    assert p_and_seeds(Difference(0.3, 0.1, 0.5, 1, None, None)) == ("-", "")
+    assert p_and_seeds(Difference(0.1, -0.1, 0.3, 5, p_value=0.2, seeds_needed=21)) == ("0.200", "21")
+    assert p_and_seeds(Difference(0.1, -0.1, 0.3, 5, p_value=0.9, seeds_needed=1000)) == ("0.900", "1,000 or more")
+    assert p_and_seeds(Difference(0.3, 0.1, 0.5, 5, p_value=0.01, seeds_needed=4)) == ("0.010", "")
+    assert p_and_seeds(Difference(0.3, 0.1, 0.5, 1, p_value=None, seeds_needed=None)) == ("-", "")
 
 
 def test_runs_on_different_problems_are_not_compared():
@@ -101,7 +117,7 @@ def test_runs_on_different_problems_are_not_compared():
 
 
 def test_share_of_gain_and_verdicts():
-    full, ablated, base = (Interval(mean, 0, 1, 5) for mean in (0.8, 0.5, 0.4))
+    full, ablated, base = (Estimate(mean, 0, 1, 5) for mean in (0.8, 0.5, 0.4))
     assert share_of_gain_lost(full, ablated, base) == pytest.approx(0.75)
     assert share_of_gain_lost(base, ablated, full) is None
     better = difference(
@@ -132,7 +148,7 @@ def test_a_share_of_the_gain_has_an_interval_where_there_is_a_gain():
 
 def test_numbers_of_seeds_have_students_interval():
     found = over_seeds([1.0, 2.0, 3.0])
-    assert (found.mean, found.low, found.high) == pytest.approx((2.0, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
+    assert (found.value, found.low, found.high) == pytest.approx((2.0, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
     assert verdict(1, over_seeds([1.0])) == "undecided"  # one seed says nothing about others
     assert verdict(1, over_seeds([1.0, 1.1, 1.2])) == "agrees"
 
@@ -143,8 +159,8 @@ def drift(ckas, area):
 
 
 def curve(*accuracies):
-    looks = enumerate(accuracies, start=1)
-    return tuple({"update": 10 * i, "seconds": 2.0 * i, "chain_accuracy": {"all": x}} for i, x in looks)
+    numbered = enumerate(accuracies, start=1)
+    return tuple({"update": 10 * i, "seconds": 2.0 * i, "chain_accuracy": {"all": x}} for i, x in numbered)
 
 
 def study_runs():
@@ -152,7 +168,7 @@ def study_runs():
     kd = [
         replace(
             outcome("kd", seed, [1, 0] * 20),
-            steps_of_depth={"1": 1.0, "4": 0.9 + seed / 100},
+            step_accuracy_by_depth={"1": 1.0, "4": 0.9 + seed / 100},
             perplexity=1.01 + seed / 1000,
             teacher_perplexity=1.0,
             curve=curve(0.2, 0.5),
@@ -176,8 +192,7 @@ def study_runs():
 
 def test_the_report_says_what_was_found(tmp_path):
     kd, rtd, ablated = study_runs()
-    methods = ["kd", "rtd", "rtd_no_coherence", "rtd_no_alignment"]
-    report = study_report("kd", 4, methods, [*kd, *rtd, *ablated])
+    report = reported([*kd, *rtd, *ablated])
     text, numbers = markdown(report), report.numbers
     assert (
         "| rtd | 3 | 100.0 [100, 100] | 100.0 [100, 100] | 100.0 [100, 100] | 100.0 [100, 100] | 100, 100, 100 |"
@@ -226,15 +241,15 @@ def test_the_report_says_how_stages_ended_and_what_was_solved_by_then():
     looks = (look(10, 0.9, 0.9), look(20, 0.25, 0.9), look(30, 0.75, 0.9), look(35, 0.9, 0.2))
     first = replace(outcome("rtd", 0, [1, 0]), stages=tuple(stages), curve=looks)
     second = replace(outcome("rtd", 1, [1, 0]), stages=tuple(others), curve=looks)
-    text = markdown(study_report("kd", 4, ["rtd"], [first, second]))
+    text = markdown(reported([first, second]))
     # Stages 4 end after 15 and 25 updates, looked at after 20 and 30; the second run's last one ends after its looks.
     assert "| 4 | 0.200 | 0.200 | 1 of 2 | 20 | 50.0 |" in text
     assert "| 5+ | 0.200 | 0.300 | 0 of 2 | 20 | 20.0 |" in text
     wide = replace(first, stages=({**stages[0], "depth": "4-5"}, stages[1]))
-    assert "| 4-5 | 0.200 | 0.100 | 1 of 1 | 15 | 57.5 |" in markdown(study_report("kd", 4, ["rtd"], [wide]))
+    assert "| 4-5 | 0.200 | 0.100 | 1 of 1 | 15 | 57.5 |" in markdown(reported([wide]))
     empty = replace(first, stages=(stages[0], stage("5+", 0.2, None, "budget", 0)))  # fewer updates than stages
-    assert "| 5+ | 0.200 | - | 0 of 1 | 0 | 90.0 |" in markdown(study_report("kd", 4, ["rtd"], [empty]))
-    text = markdown(study_report("kd", 4, ["rtd"], [replace(first, stages=(stages[0],))]))
+    assert "| 5+ | 0.200 | - | 0 of 1 | 0 | 90.0 |" in markdown(reported([empty]))
+    text = markdown(reported([replace(first, stages=(stages[0],))]))
     assert "How the stages" not in text  # all depths at once
 
 
@@ -242,29 +257,41 @@ def test_the_report_says_what_a_changed_coherence_loss_adds():
     right = {"kd": [1, 0], "coherence_only": [1, 1], "coherence_lengths": [1, 0], "rtd_no_curriculum": [1, 1]}
     right |= {"alignment_only": [1, 1], "both_one_map": [1, 0], "both_no_map": [1, 1], "alignment_no_map": [1, 0]}
     runs = [outcome(name, seed, of) for name, of in right.items() for seed in range(2)]
-    text = markdown(study_report("kd", 4, list(right), runs))
+    text = markdown(reported(runs))
     none, worse = "+0.0 [+0.0, +0.0] | -", "-100.0 [-100.0, -100.0] | -"
     assert f"| nothing | +100.0 [+100.0, +100.0] | - | {none} |" in text  # coherence_only, rtd_no_curriculum
     assert f"| lengths | {none} | - | - |" in text
     assert f"| one_map | - | - | {worse} |" in text
     assert "| no_map | - | - | +100.0 [+100.0, +100.0] | - |" in text  # against the alignment without a map
-    known = [run for run in runs if run.method in COMBINATIONS.values()]
-    assert "changed" not in markdown(study_report("kd", 4, list(right), known))
+    unchanged = [run for run in runs if METHODS[run.method].role != "condition"]
+    assert "changed" not in markdown(reported(unchanged))
+    # What a method is called does not matter.
+    other = {"kd": "a", "coherence_only": "b", "coherence_lengths": "c"}
+    methods = {
+        other[name]: replace(
+            METHODS[name], compared_with=dict.fromkeys(map(other.get, METHODS[name].compared_with), "")
+        )
+        for name in other
+    }
+    recipe = StudyRecipe("base", {"task": ()}, methods, (0,), baseline="a")
+    renamed = [replace(run, method=other[run.method]) for run in runs if run.method in other]
+    assert f"| lengths | {none} | - | - |" in markdown(study_report(recipe, renamed))
 
 
 def test_every_compared_line_has_a_verdict_and_shares_are_compared_as_numbers():
     kd, rtd, ablated = study_runs()
     runs = {"kd": kd, "rtd": rtd, "rtd_no_coherence": ablated}
-    (share,) = shares(runs, "kd", 4)
+    (share,) = shares(of_task(runs))
     assert share.found.startswith("50% [")
     assert share.article == "62% (from its points 62%)"
     low, high = share_interval(rtd, ablated, kd, lambda depths: depths >= 4)
     assert share.verdict == ("agrees" if low <= 0.62 <= high else "disagrees")
-    assert shares({**runs, "rtd": kd}, "kd", 4)[0].verdict == "undecided"  # no gain to share out
-    says = {claim.claim: claim.verdict for claim in gains_by_depth(runs, "kd", 4)}
+    assert shares(of_task({**runs, "rtd": kd}))[0].verdict == "undecided"  # no gain to share out
+    says = {claim.claim: claim.verdict for claim in gains_by_depth(of_task(runs))}
     assert says == {"1": "not in the article", "4": "not in the article", "4+": "agrees", "all": "not in the article"}
     equal = [outcome("rtd", seed, [1, 0] * 20) for seed in range(3)]
-    (claim,) = smaller_gain({"large": runs, "small": {"kd": kd, "rtd": equal}}, {"small": "large"}, "kd", 4)
+    tasks = {"large": of_task(runs), "small": of_task({"kd": kd, "rtd": equal})}
+    (claim,) = smaller_gain(tasks, {"small": "large"})
     assert claim.verdict == "agrees"
     assert claim.found.endswith("+100.0 [+100.0, +100.0] less")
 
@@ -276,33 +303,33 @@ def test_a_component_is_worth_the_mean_of_what_it_adds_to_each_combination():
 
     runs = {
         name: [outcome(name, seed, [1] * solved(parts) + [0] * (8 - solved(parts)), depths=[4] * 8) for seed in (0, 1)]
-        for parts, name in COMBINATIONS.items()
+        for name, parts in ((name, METHODS[name].components) for name in study_tiny.PARTS)
     }
-    rows = added_by(runs, 4)
-    means = [(component, found.mean) for component, to, found in rows if to == "mean of the 4"]
+    rows = added_by(of_task(runs))
+    means = [(component, found.value) for component, to, found in rows if to == "mean of the 4"]
     assert means == [("alignment", 1 / 8), ("coherence", 2 / 8), ("curriculum", 3 / 8)]
     assert len(rows) == 15
-    of_coherence = {to: found.mean for component, to, found in rows if component == "coherence"}
+    of_coherence = {to: found.value for component, to, found in rows if component == "coherence"}
     assert of_coherence["`kd_curriculum` (gives `rtd_no_alignment`)"] == 2 / 8
     # What a component does differs with its company; seeds that one combination lacks are left out of the mean.
     runs["rtd"] = [outcome("rtd", 0, [1] * 8, depths=[4] * 8)]
-    found = {to: found for component, to, found in added_by(runs, 4) if component == "coherence"}
-    assert found["mean of the 4"].mean == pytest.approx((2 + 2 + 2 + 3) / 4 / 8)
-    assert found["mean of the 4"].seeds == 1
+    found = {to: found for component, to, found in added_by(of_task(runs)) if component == "coherence"}
+    assert found["mean of the 4"].value == pytest.approx((2 + 2 + 2 + 3) / 4 / 8)
+    assert found["mean of the 4"].n == 1
     del runs["rtd"]  # then the two without the curriculum are left
-    rows = added_by(runs, 4)
-    assert [(x, to, found.mean) for x, to, found in rows if to.startswith("mean")] == [
+    rows = added_by(of_task(runs))
+    assert [(x, to, found.value) for x, to, found in rows if to.startswith("mean")] == [
         ("alignment", "mean of the 2", 1 / 8),
         ("coherence", "mean of the 2", 2 / 8),
     ]
     assert len(rows) == 6
     del runs["alignment_only"]
-    assert added_by(runs, 4) == []
+    assert added_by(of_task(runs)) == []
 
 
 def test_a_grid_names_its_best_weights():
     runs = [outcome(f"grid_a{a}_c50", seed, [1, good] * 20) for a, good in ((10, 0), (30, 1)) for seed in range(3)]
-    text = markdown(study_report("kd", 4, ["grid_a10_c50", "grid_a30_c50"], runs))
+    text = markdown(reported(runs))
     assert "| 0.3 | 0.5 | 100.0 [100, 100] |\n| 0.1 | 0.5 | 0.0 [0, 0] |" in text
     assert "Here 0.3 and 0.5 come out best: agrees." in text
 
@@ -310,11 +337,11 @@ def test_a_grid_names_its_best_weights():
 @pytest.fixture
 def fake_train(monkeypatch, tmp_path):
     """A trainer that counts its calls, and fails for seed 1 as long as the file `broken` is there."""
-    script = tmp_path / "launch" / "train.py"
-    script.parent.mkdir()
+    script = tmp_path / "program.py"
     script.write_text(
         "import json, os, pathlib, sys\n"
-        "flags = dict(flag.lstrip('-').split('=', 1) for flag in sys.argv[1:])\n"
+        "assert sys.argv[1] == 'train'\n"
+        "flags = dict(flag.lstrip('-').split('=', 1) for flag in sys.argv[2:])\n"
         "workdir = pathlib.Path(flags['workdir'])\n"
         "print(len(os.sched_getaffinity(0)), flags)\n"
         "assert os.environ['JAX_COMPILATION_CACHE_DIR'].endswith('compiled')\n"  # programs are shared between runs
@@ -324,7 +351,8 @@ def fake_train(monkeypatch, tmp_path):
         "report = {'student': {'chain_accuracy': {'all': {'mean': 0.25}}}}\n"
         "(workdir / 'report.json').write_text(json.dumps(report))\n"
     )
-    monkeypatch.setattr("rtd_jax.apps.study.runner.TRAIN", script)
+    monkeypatch.setattr("rtd_jax.apps.study.runner.PROGRAM", (sys.executable, str(script)))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rtd_jax.apps.study.runner.POLL_SECONDS", 0.01)
     base = tmp_path / "base.py"
     base.write_text("# a config\n")
@@ -355,20 +383,20 @@ def test_a_workdir_of_another_study_is_refused_before_anything_starts(fake_train
 
 
 def test_a_study_that_is_asked_to_stop_takes_its_runs_along(tmp_path):
-    trainer = tmp_path / "launch" / "train.py"
-    trainer.parent.mkdir()
+    trainer = tmp_path / "program.py"
     trainer.write_text(
         "import os, pathlib, sys, time\n"
-        "flags = dict(flag.lstrip('-').split('=', 1) for flag in sys.argv[1:])\n"
+        "flags = dict(flag.lstrip('-').split('=', 1) for flag in sys.argv[2:])\n"
         "pathlib.Path(flags['workdir'], 'started').write_text(str(os.getpid()))\n"
         "time.sleep(600)\n"
     )
     base, workdir = tmp_path / "base.py", tmp_path / "run"
     base.write_text("# a config\n")
     program = (
+        "import sys\n"
         "from pathlib import Path\n"
         "from rtd_jax.apps.study import runner\n"
-        f"runner.TRAIN = Path({str(trainer)!r})\n"
+        f"runner.PROGRAM = (sys.executable, {str(trainer)!r})\n"
         f"job = runner.Job('task', 'kd', 0, ('seed=0',), Path({str(workdir)!r}))\n"
         f"runner.run_jobs([job], Path({str(base)!r}), 1, print, Path({str(tmp_path / 'compiled')!r}))\n"
     )
@@ -399,9 +427,9 @@ def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, 
         methods={"kd": ("cache={cache}",), "rtd": ("model={reward}/model",), "cot": ("at={traces}",)},
         seeds=(0,),
         prepare={
-            "traces": ("make.py", "--to={traces}"),
-            "cache": ("make.py", "--to={cache}"),
-            "reward": ("make.py", "--to={reward}", "--from={traces}"),
+            "traces": ("make", "--to={traces}"),
+            "cache": ("launch/make.py", "--to={cache}"),  # as configs had it before
+            "reward": ("make", "--to={reward}", "--from={traces}"),
         },
         only=("kd", "rtd"),
         task_methods={"u": ("kd",)},
@@ -409,26 +437,37 @@ def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, 
     assert [(job.task, job.method) for job in recipe.jobs(tmp_path)] == [("t", "kd"), ("t", "rtd"), ("u", "kd")]
     assert recipe.jobs(tmp_path)[0].overrides == ("x=1", f"cache={tmp_path}/prepared/cache", "seed=0")
     made = recipe.preparations(tmp_path)
-    assert [this.name for this in made] == ["traces", "cache", "reward"]  # reward asks for traces
-    assert made[2].command == ("make.py", f"--to={tmp_path}/prepared/reward", f"--from={tmp_path}/prepared/traces")
-    assert [this.name for this in replace(recipe, only=("kd",)).preparations(tmp_path)] == ["cache"]
+    assert [preparation.name for preparation in made] == ["traces", "cache", "reward"]  # reward asks for traces
+    assert made[2].command == ("make", f"--to={tmp_path}/prepared/reward", f"--from={tmp_path}/prepared/traces")
+    (only,) = replace(recipe, only=("kd",)).preparations(tmp_path)
+    assert only.name == "cache"
 
-    (tmp_path / "make.py").write_text("import sys; open('calls', 'a').write(sys.argv[1] + '\\n')")
-    monkeypatch.setattr("rtd_jax.apps.study.runner.ROOT", tmp_path)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "if sys.argv[1] != 'make': raise SystemExit(f'error: there is no command {sys.argv[1]}')\n"
+        "open('calls', 'a').write(sys.argv[2] + '\\n')\n"
+    )
+    monkeypatch.setattr("rtd_jax.apps.study.runner.PROGRAM", (sys.executable, str(program)))
+    monkeypatch.chdir(tmp_path)  # where commands are started
     prepare_once(made[:2], lambda _: None)
+    prepare_once(made[:2], lambda _: None)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == [f"--to={tmp_path}/prepared/traces", f"--to={tmp_path}/prepared/cache"]
+    # Records of earlier versions name scripts.
+    assert json.loads(made[1].record.read_text()) == ["make", calls[1]]
+    made[0].record.write_text(json.dumps(["launch/make.py", calls[0]]))
     prepare_once(made[:2], lambda _: None)
     assert len((tmp_path / "calls").read_text().splitlines()) == 2
-    other = Preparation("cache", ("make.py", "--to=elsewhere"), made[1].folder)
+    other = Preparation("cache", ("make", "--to=elsewhere"), made[1].folder)
     with pytest.raises(ValueError, match=r"prepared/cache was made by another command"):
         prepare_once([other], print)
-    with pytest.raises(ValueError, match=r"prepare.x: there is no script launch/none.py"):
-        prepare_once([Preparation("x", ("launch/none.py",), tmp_path / "x")], print)
-    (tmp_path / "broken.py").write_text("raise SystemExit('error: no room')")
-    with pytest.raises(ValueError, match=r"preparing x failed \(error: no room\): its log is .*x.log"):
-        prepare_once([Preparation("x", ("broken.py",), tmp_path / "x")], print)
+    with pytest.raises(ValueError, match=r"preparing x failed \(error: there is no command none\): its log is .*x.log"):
+        prepare_once([Preparation("x", ("none",), tmp_path / "x")], print)
     for changes, says in (
         ({"only": ("kdd",)}, "only names 'kdd'"),
         ({"task_methods": {"v": ()}}, "names the task 'v'"),
+        ({"methods": {"kd": Method((), "whole"), "rtd": Method((), "whole")}}, "kd and rtd have the role 'whole'"),
     ):
         with pytest.raises(ValueError, match=says):
             replace(recipe, **changes)
@@ -447,6 +486,7 @@ def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, 
 def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_path):
     """Overrides as the command line applies them, and the settings that they give, for every method of every task."""
     recipe = build(StudyRecipe, config.get_config(arg).to_dict())
+    every = {name: recipe.method(name) for name in recipe.methods}
     bases = {"configs/rtd_tiny.py": rtd_tiny, "configs/rtd_8b.py": rtd_8b}
     recipes = {}
     for job in recipe.jobs(tmp_path):
@@ -461,7 +501,14 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
                 group = group[name]
             assert last in group, override
             group[last] = value
-        recipes[job.task, job.method] = build(Recipe, base.to_dict())
+        found = recipes[job.task, job.method] = build(Recipe, base.to_dict())
+        # What the report is told of a method is what the method is.
+        method = every[job.method]
+        weights = (found.loss.alignment_weight, found.loss.coherence_weight)
+        assert (*weights, found.curriculum.enabled) == (method.alignment, method.coherence, method.curriculum)
+    known = {"teacher", *every, *METHODS, "kd_plateau", "self_kd"}
+    assert all(set(method.compared_with) <= known for method in every.values())
+    assert len({method.place for method in every.values()}) == len(every)
     of = "gsm8k" if config is study_8b else "lift" if arg == "lift" else "few_problems"
     whole = {job.name: job for job in build(StudyRecipe, config.get_config().to_dict()).jobs(tmp_path)}
     shared = [job for job in recipe.jobs(tmp_path) if job.name in whole]
@@ -487,7 +534,7 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
         assert {r.curriculum.enabled for r in recipes.values()} == {False} if config is study_tiny else {False, True}
         return
     assert not recipes[of, "cot_ft"].loss.teaches()
-    made = [this.name for this in recipe.preparations(tmp_path)]
+    made = [preparation.name for preparation in recipe.preparations(tmp_path)]
     if config is study_tiny and arg == "cached":  # the cache holds word problems alone
         assert {r.data.test.schema for r in recipes.values()} == {"synthetic"}
     elif config is study_tiny and arg != "smoke":
@@ -566,6 +613,48 @@ def test_a_study_of_real_runs(tmp_path):
     command.append("--config.parallel=0")
     assert "report over 2 of 2 runs" in study().stdout
     assert (workdir / "study.md").read_text() == text
+
+
+@pytest.mark.slow
+def test_a_study_runs_from_an_installed_wheel(tmp_path):
+    """Without the clone: what is prepared and what is run are commands of the wheel's package, started in this folder.
+
+    The preparation shows its help and makes nothing, so the run says at once that there is no teacher.
+    """
+    source, installed, here = (tmp_path / name for name in ("source", "installed", "here"))
+    shutil.copytree(ROOT / "rtd_jax", source / "rtd_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "configs", here / "configs")
+    (here / "small.py").write_text(
+        "from configs import study_tiny\n"
+        "def get_config():\n"
+        "    c = study_tiny.get_config('smoke')\n"
+        "    c.only = ('rtd',)\n"
+        "    c.prepare.traces = ('traces', '--help')\n"
+        "    c.tasks.few_problems += ('teacher.path={traces}',)\n"
+        "    return c\n"
+    )
+    build_wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*build_wheel, "--wheel-dir", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(installed)
+    shutil.rmtree(source)
+
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
+    study = subprocess.run(
+        [sys.executable, "-m", "rtd_jax", "study", "--config=small.py", "--workdir=study"],
+        capture_output=True,
+        text=True,
+        cwd=here,
+        env=environment | {"PYTHONPATH": str(installed)},
+    )
+    assert study.returncode == 2
+    assert "prepared traces" in study.stdout, study.stdout + study.stderr
+    assert "1 of 1 runs failed, first few_problems rtd seed 0" in study.stderr
+    log = (here / "study" / "runs" / "few_problems" / "rtd" / "seed_0" / "log.txt").read_text()
+    assert "error: " in log.splitlines()[-1]
+    assert str(here / "study" / "prepared" / "traces") in log.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

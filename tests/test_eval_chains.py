@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 
-from rtd_jax.data.trace import Trace, from_gsm8k
+from rtd_jax.data.schemas.gsm8k import from_gsm8k
+from rtd_jax.data.trace import Trace
 from rtd_jax.eval.chains import score_chain, split_solution
-from rtd_jax.eval.estimates import by_depth, depth_key, difference, estimate
-from rtd_jax.eval.perplexity import perplexity_estimate
+from rtd_jax.eval.estimates import by_depth, depth_key, difference, estimate, perplexity_estimate
 from rtd_jax.eval.steps import independent_chain_accuracy, scored_spans, steps_correct, tokens_in_spans
 
-TRACE = Trace("q", ("48/2 = <<48/2=24>>24 clips.", "48+24 = <<48+24=72>>72 in all."), "72", "#### 72")
+TRACE = Trace.of_steps("q", ("48/2 = <<48/2=24>>24 clips.", "48+24 = <<48+24=72>>72 in all."), "72", "#### 72")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_answer_may_be_right_while_the_chain_is_wrong():
 
 
 def test_prose_chains_are_as_right_as_their_answer():
-    trace = Trace("q", ("The battle was in 1066.", "Phones came 800 years later."), "no", "#### no")
+    trace = Trace.of_steps("q", ("The battle was in 1066.", "Phones came 800 years later."), "no", "#### no")
     assert score_chain("Nobody had phones.\n#### no", trace).chain_correct
     assert score_chain("Nobody had phones.\n#### yes", trace).first_error == 1
 
@@ -58,17 +58,17 @@ def test_split_solution_drops_blank_lines():
 def test_estimate_is_the_sample_deviation_over_root_n():
     # 1, 0, 0, 1: mean 1/2, sample variance (4 * 1/4) / 3 = 1/3, stderr sqrt(1/3) / 2
     result = estimate([1, 0, 0, 1])
-    assert result["mean"] == 0.5
-    assert result["stderr"] == pytest.approx(math.sqrt(1 / 3) / 2)
-    assert result["n"] == 4
-    assert estimate([1]) == {"mean": 1.0, "stderr": None, "n": 1}
+    assert result.value == 0.5
+    assert result.stderr == pytest.approx(math.sqrt(1 / 3) / 2)
+    assert result.n == 4
+    assert estimate([1]).error_row() == {"mean": 1.0, "stderr": None, "n": 1}
     with pytest.raises(ValueError, match="at least one value"):
         estimate([])
 
 
 def test_clusters_widen_the_error_of_values_that_move_together():
     # Two chains of two equal steps carry the information of two values: 1, 0 -> sd sqrt(1/2), over root 2 = 1/2.
-    assert estimate([1, 1, 0, 0], clusters=[7, 7, 3, 3])["stderr"] == pytest.approx(0.5)
+    assert estimate([1, 1, 0, 0], clusters=[7, 7, 3, 3]).stderr == pytest.approx(0.5)
     assert estimate([1, 1, 0, 0], clusters=[0, 1, 2, 3]) == estimate([1, 1, 0, 0])
 
 
@@ -77,9 +77,9 @@ def test_depth_buckets():
     assert depth_key(9, None) == "9"
     table = by_depth([1, 0, 1, 1], [10, 1, 5, 1], open_from=5)
     assert list(table) == ["1", "5+", "all"]
-    assert table["5+"] == {"mean": 1.0, "stderr": 0.0, "n": 2}
-    assert table["1"]["mean"] == 0.5
-    assert table["all"] == {"mean": 0.75, "stderr": pytest.approx(0.25), "n": 4}
+    assert table["5+"].error_row() == {"mean": 1.0, "stderr": 0.0, "n": 2}
+    assert table["1"].value == 0.5
+    assert table["all"].error_row() == {"mean": 0.75, "stderr": pytest.approx(0.25), "n": 4}
     assert list(by_depth([1, 0], [10, 2])) == ["2", "10", "all"]
     assert by_depth([], []) == {}
     with pytest.raises(ValueError, match="2 values but 1 depths"):
@@ -104,33 +104,35 @@ def test_scored_tokens_are_those_that_cover_the_result():
 def test_independent_errors_compound():
     # The article's example: 92% of steps give 72% of four-step chains.
     found = independent_chain_accuracy([[1] * 23 + [0] * 2], [4], 4)
-    assert found == {"4+": {"mean": pytest.approx(0.7164, abs=1e-4), "stderr": None, "n": 1}}
+    assert found.keys() == {"4+"}
+    assert found["4+"].error_row() == {"mean": pytest.approx(0.7164, abs=1e-4), "stderr": None, "n": 1}
     both = independent_chain_accuracy([[1] * 12, [1] * 11 + [0] * 2], [4, 5], 4)
-    assert both["4+"]["mean"] == pytest.approx((0.92**4 + 0.92**5) / 2)
+    assert both["4+"].value == pytest.approx((0.92**4 + 0.92**5) / 2)
     assert independent_chain_accuracy([[], [1]], [1, 2], 4).keys() == {"2"}  # the first has nothing to compare
 
 
 def test_standard_error_of_step_accuracy_to_the_depth():
     # a = 3/4 of steps, a^2 = 9/16. stderr of a, by chains: residual sums are 1/2 and -1/2, over 4: 1/4. Times 2 a.
     found = independent_chain_accuracy([[1, 1], [1, 0]], [2, 2])
-    assert found["2"] == {"mean": 9 / 16, "stderr": pytest.approx(2 * 3 / 4 * 1 / 4), "n": 2}
+    assert found["2"].error_row() == {"mean": 9 / 16, "stderr": pytest.approx(2 * 3 / 4 * 1 / 4), "n": 2}
     # Two samples of one problem that make up for each other leave nothing to vary between problems.
     found = independent_chain_accuracy([[1, 1], [1, 0], [1, 0], [1, 1]], [2] * 4, clusters=[0, 0, 1, 1])
-    assert found["2"]["stderr"] == pytest.approx(0.0)
+    assert found["2"].stderr == pytest.approx(0.0)
 
 
 def test_standard_error_of_perplexity():
     # 6 nats over 4 tokens; residuals 2 - 1.5 * 2 = -1 and 4 - 1.5 * 2 = 1, over 4: sqrt(2 * (1/16 + 1/16)) = 1/2.
     found = perplexity_estimate([2.0, 4.0], [2, 2])
-    assert found == {"mean": pytest.approx(np.exp(1.5)), "stderr": pytest.approx(np.exp(1.5) / 2), "n": 2}
-    assert perplexity_estimate([3.0, 6.0], [2, 4])["stderr"] == 0.0  # the same per token
-    assert perplexity_estimate([3.0], [2])["stderr"] is None
+    assert found.error_row() == {"mean": pytest.approx(np.exp(1.5)), "stderr": pytest.approx(np.exp(1.5) / 2), "n": 2}
+    assert perplexity_estimate([3.0, 6.0], [2, 4]).stderr == 0.0  # the same per token
+    assert perplexity_estimate([3.0], [2]).stderr is None
+    assert perplexity_estimate([800.0], [1]).value == math.inf
 
 
 def test_standard_error_of_a_gap_knows_that_steps_and_chains_go_together():
     found = difference([1, 1], [0, 1], [1, 0], [0, 1])
-    assert found == {"mean": 0.5, "stderr": pytest.approx(0.5), "n": 2}
-    assert difference([1, 0], [0, 1], [1, 0], [0, 1]) == {"mean": 0.0, "stderr": 0.0, "n": 2}
+    assert found.error_row() == {"mean": 0.5, "stderr": pytest.approx(0.5), "n": 2}
+    assert difference([1, 0], [0, 1], [1, 0], [0, 1]).error_row() == {"mean": 0.0, "stderr": 0.0, "n": 2}
 
 
 @pytest.mark.parametrize("keep_marks", [True, False])

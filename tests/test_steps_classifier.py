@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from rtd_jax.data.formats import TextFormat
+from rtd_jax.eval.segmentation import boundary_scores
 from rtd_jax.steps.classifier import (
     BoundaryClassifier,
     in_rows,
     load_classifier,
     out_of_rows,
-    pack,
     row_ids,
     save_classifier,
     text_boundaries,
@@ -20,7 +20,6 @@ from rtd_jax.steps.classifier import (
 )
 from rtd_jax.steps.fit import Examples, FitSettings, Identity, fit_classifier
 from rtd_jax.steps.head import HeadSettings
-from rtd_jax.steps.scores import boundary_scores
 
 IDENTITY = Identity("a" * 64, "teacher", "b" * 64, (1, 2), TextFormat())
 
@@ -53,8 +52,8 @@ def score(classifier: BoundaryClassifier, held_out: Examples) -> float:
 
 
 def test_rows_hold_texts_whole_and_give_them_back():
-    assert pack([3, 2, 4, 1], 5) == ([(0, 0), (0, 3), (1, 0), (1, 4)], 2, 5)
-    assert pack([7, 1], 5) == ([(0, 0), (1, 0)], 2, 7)
+    np.testing.assert_array_equal(row_ids([3, 2, 4, 1], 5), [[1, 1, 1, 2, 2], [3, 3, 3, 3, 4]])
+    np.testing.assert_array_equal(row_ids([7, 1], 5), [[1] * 7, [2] + [0] * 6])
     texts = [np.arange(1, n + 1) for n in (3, 2, 4)]
     np.testing.assert_array_equal(in_rows(texts, 5), [[1, 2, 3, 1, 2], [1, 2, 3, 4, 0]])
     np.testing.assert_array_equal(row_ids([3, 2, 4], 5), [[1, 1, 1, 2, 2], [3, 3, 3, 3, 0]])

@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 
+from rtd_jax.eval.segmentation import boundary_scores, step_counts
 from rtd_jax.steps.scores import (
-    boundary_scores,
     calibration,
     line_ends,
     matches,
     precision_recall_f1,
     sentence_ends,
-    step_counts,
 )
 
 

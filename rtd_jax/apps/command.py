@@ -105,7 +105,7 @@ COMMANDS = {
     "study": Command(
         "Compares methods over seeds. Run it again to continue.",
         "rtd_jax.apps.study.study:study",
-        recipe="rtd_jax.apps.study.study:StudyRecipe",
+        recipe="rtd_jax.apps.study.recipe:StudyRecipe",
         example="--config=configs/study_tiny.py:smoke --config.parallel=1",
     ),
 }

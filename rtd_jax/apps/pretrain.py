@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from rtd_jax.apps.distill.report import evaluate_traces, first_of_each_depth, percent
+from rtd_jax.apps.report.page import percent
 from rtd_jax.base.console import Display, print_table
 from rtd_jax.base.files import check_writable, write_json
 from rtd_jax.base.means import Metrics
@@ -27,6 +27,8 @@ from rtd_jax.data.loader import BatchLoader, make_loader
 from rtd_jax.data.sources import SourceSettings, closed_words, load_traces
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.data.trace import Trace
+from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, decoding_notes, first_of_each_depth
+from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.methods.kd import Labels
 from rtd_jax.methods.term import Objective
 from rtd_jax.models.config import LlamaConfig, RopeConfig
@@ -159,20 +161,16 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
         log.close()
         save_pretrained(workdir / "model", model.config, state.params["student"], tokenizer=tokenizer)
         problems = first_of_each_depth(load_traces(recipe.test), recipe.problems_per_depth)
-        result, _ = evaluate_traces(
-            model,
-            state.params["student"],
+        last_phase = recipe.phases[-1]
+        evaluator = ChainEvaluator(
             tokenizer,
-            problems,
             recipe.text,
-            max_new_tokens=recipe.max_new_tokens,
-            batch_size=128,
-            rows=recipe.phases[-1].batch_size,
-            row_length=recipe.phases[-1].row_length,
-            mesh=mesh,
-            note=display.note,
-            name="model",
+            DecodingSettings(recipe.max_new_tokens),
+            ScoringSettings(last_phase.row_length, last_phase.batch_size),
+            mesh,
         )
+        progress = decoding_notes(display.note, "model")
+        result, _ = evaluator(model, state.params["student"], problems, progress=progress)
     report: dict[str, Any] = {
         "model": result.to_dict(),
         "updates": int(state.step),
@@ -181,7 +179,8 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
     }
     write_json(workdir / "report.json", report)
     rows = [
-        (depth, percent(chain), percent(result.step_accuracy[depth])) for depth, chain in result.chain_accuracy.items()
+        (depth, percent(chain.error_row()), percent(result.step_accuracy[depth].error_row()))
+        for depth, chain in result.chain_accuracy.items()
     ]
     print_table("Accuracy by reasoning depth (± one standard error)", ["depth", "chain %", "step %"], rows)
     print(

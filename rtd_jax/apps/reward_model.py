@@ -17,8 +17,9 @@ from rtd_jax.base.sharding import MeshSettings, check_rows, make_mesh, put_batch
 from rtd_jax.base.types import Params
 from rtd_jax.data.encoding import encode_traces
 from rtd_jax.data.formats import TextFormat
-from rtd_jax.data.labelled import LabelledChain, LabelledSettings, load_labelled
+from rtd_jax.data.labelled import LabelledSettings, load_labelled
 from rtd_jax.data.packing import fixed_batches
+from rtd_jax.data.trace import LabelledChain
 from rtd_jax.eval.drift import auroc
 from rtd_jax.eval.estimates import estimate
 from rtd_jax.models.open import OpenModel, open_model
@@ -165,7 +166,7 @@ def judge(head: Params, steps: LabelledSteps, recipe: RewardModelRecipe) -> dict
     chains = steps.chains_M
 
     def area(strata: np.ndarray | None) -> dict[str, Any]:
-        found = auroc(logits, steps.right_M, chains, strata, **options).to_dict()
+        found = auroc(logits, steps.right_M, chains, strata, **options).interval_row()
         return {name: round(x, 4) if isinstance(x, float) else x for name, x in found.items()}
 
     return {
@@ -173,7 +174,7 @@ def judge(head: Params, steps: LabelledSteps, recipe: RewardModelRecipe) -> dict
         "wrong": int(np.sum(~steps.right_M)),
         "auroc": area(None),
         "auroc_within": area(steps.places_M),
-        "accuracy": estimate((logits > 0) == steps.right_M, chains),
+        "accuracy": estimate((logits > 0) == steps.right_M, chains).error_row(),
         "always_right": float(steps.right_M.mean()),
     }
 
@@ -188,7 +189,7 @@ def _read(
     """The features of every labelled step of the chains."""
     encoded, report = encode_traces(
         teacher.tokenizer,
-        [chain.trace() for chain in chains],
+        [chain.trace for chain in chains],
         recipe.text,
         row_length=recipe.row_length,
         max_dropped_fraction=recipe.max_dropped_fraction,

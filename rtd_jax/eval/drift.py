@@ -4,7 +4,7 @@ Everything here is float64 NumPy on states at step boundaries, [C, K, D]: C chai
 i >= 1 the end of step i. Transition i (index i - 1 below) leads into step i: delta_i = h_i - h_{i-1}.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +13,8 @@ from sklearn.linear_model import RidgeCV
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from rtd_jax.eval.cka import CKA, linear_cka, resampled_cka
-from rtd_jax.eval.estimates import estimate
+from rtd_jax.eval.estimates import Estimate, bootstrap, estimate, from_resamples
 
-NORMAL_95 = 1.959964
 # Ridge strengths tried, as multiples of the mean square of a coordinate times the number of rows.
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -30,22 +29,9 @@ class BoundaryStates(NamedTuple):
     mask_CK: np.ndarray  # bool; the slots that exist, from the left
 
 
-class Interval(NamedTuple):
-    """An estimate with a 95% interval; NaN where there is too little to say."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON, None in place of NaN."""
-        return {name: None if isinstance(x, float) and not np.isfinite(x) else x for name, x in self._asdict().items()}
-
-
 def cka_by_step(
     states: BoundaryStates, *, resamples: int, seed: int, chains: np.ndarray | None = None, min_chains: int = 8
-) -> dict[int, tuple[Interval, Interval]]:
+) -> dict[int, tuple[Estimate, Estimate]]:
     """{slot: (biased, debiased) CKA over the chains that have it}, for slots that `min_chains` chains have.
 
     Intervals are normal, from the standard deviation over random halves of the chains (see `cka.resampled_cka`).
@@ -55,7 +41,7 @@ def cka_by_step(
         chains that have it: pass the deep ones alone to follow the same chains through all slots.
     """
     chosen = np.ones(len(states.mask_CK), bool) if chains is None else chains
-    found: dict[int, tuple[Interval, Interval]] = {}
+    found: dict[int, tuple[Estimate, Estimate]] = {}
     for slot in range(states.mask_CK.shape[1]):
         keep = states.mask_CK[:, slot] & chosen
         if keep.sum() < min_chains:
@@ -63,7 +49,8 @@ def cka_by_step(
         pair = states.student_CKS[keep, slot], states.teacher_CKD[keep, slot]
         value, samples = linear_cka(*pair), resampled_cka(*pair, resamples, np.random.default_rng((seed, slot)))
         found[slot] = tuple(  # type: ignore[assignment]
-            _normal(getattr(value, kind), [getattr(s, kind) for s in samples], int(keep.sum())) for kind in CKA._fields
+            from_resamples(getattr(value, kind), [getattr(s, kind) for s in samples], int(keep.sum()), most=1.0)
+            for kind in CKA._fields
         )
     return found
 
@@ -105,17 +92,17 @@ def cross_fitted(states: BoundaryStates, *, transitions: bool, seed: int) -> lis
     return [fitted[not side] for side in half.tolist()]
 
 
-def mean_by_step(values_CK: np.ndarray) -> dict[int, Interval]:
+def mean_by_step(values_CK: np.ndarray) -> dict[int, Estimate]:
     """{column: mean over the chains that have a value there}; NaN is no value."""
     found = {}
     for column in range(values_CK.shape[1]):
         values = values_CK[np.isfinite(values_CK[:, column]), column]
         if len(values):
-            found[column] = _from_estimate(values)
+            found[column] = estimate(values)
     return found
 
 
-def decline(values_CK: np.ndarray) -> Interval:
+def decline(values_CK: np.ndarray) -> Estimate:
     """Mean change of a value per step, over chains with at least two values: the slope of each chain's own line.
 
     Negative: student and teacher part ways along the chain. Chains of different depth are not compared with each other.
@@ -125,7 +112,7 @@ def decline(values_CK: np.ndarray) -> Interval:
         columns = np.flatnonzero(np.isfinite(row))
         if len(columns) > 1:
             slopes.append(float(np.polyfit(columns, row[columns], 1)[0]))
-    return _from_estimate(np.asarray(slopes)) if slopes else Interval(np.nan, np.nan, np.nan, 0)
+    return estimate(slopes) if slopes else Estimate(np.nan, np.nan, np.nan, 0)
 
 
 def drift_starts(values_CK: np.ndarray) -> int | None:
@@ -139,7 +126,7 @@ def drift_starts(values_CK: np.ndarray) -> int | None:
         drops = drops[np.isfinite(drops)]
         if len(drops) < 8:
             break
-        below.append(_from_estimate(drops).high < 0)
+        below.append(estimate(drops).high < 0)
     for column in range(len(below)):
         if all(below[column:]):
             return column + 1
@@ -154,7 +141,7 @@ def auroc(
     *,
     resamples: int,
     seed: int,
-) -> Interval:
+) -> Estimate:
     """Area under the ROC curve: how often something right scores higher than something wrong. 0.5 is chance.
 
     The interval is the percentile bootstrap over whole chains: steps of one chain are not independent.
@@ -179,7 +166,7 @@ def auroc(
                 pairs += weight
         return total / pairs if pairs else np.nan
 
-    return _bootstrap(statistic, chains, resamples, seed)
+    return bootstrap(statistic, chains, resamples=resamples, seed=seed)
 
 
 def roc_points(scores: np.ndarray, correct: np.ndarray) -> list[tuple[float, float]]:
@@ -192,7 +179,7 @@ def roc_points(scores: np.ndarray, correct: np.ndarray) -> list[tuple[float, flo
 
 def rank_correlation(
     drift: np.ndarray, failed: np.ndarray, depths: np.ndarray | None = None, *, resamples: int, seed: int
-) -> Interval:
+) -> Estimate:
     """Spearman's correlation of drift with failure, over chains; with `depths`, of the ranks within each depth.
 
     The interval is the percentile bootstrap over chains.
@@ -206,7 +193,7 @@ def rank_correlation(
             return np.nan
         return float(stats.pearsonr(x, y)[0] if depths is not None else stats.spearmanr(x, y)[0])
 
-    return _bootstrap(statistic, np.arange(len(drift)), resamples, seed)
+    return bootstrap(statistic, np.arange(len(drift)), resamples=resamples, seed=seed)
 
 
 def measure(
@@ -245,6 +232,33 @@ def measure(
         }
         for slot in range(states.mask_CK.shape[1])
     ]
+    relation, roc = _relation(transition_CK, depths, steps_right, failed, options)
+    return {
+        "chains": len(depths),
+        "steps": steps,
+        "same_chains": {"steps": deepest, "chains": int(np.sum(depths >= deepest))},
+        "decline": {
+            "boundary_cosine": decline(boundary_CK[:, 1:]).interval_row(),
+            "transition_cosine": decline(transition_CK).interval_row(),
+        },
+        "drift_starts": {
+            # Columns are counted from the first step's; None where nothing falls for good.
+            "boundary_cosine": _step(drift_starts(boundary_CK[:, 1:])),
+            "transition_cosine": _step(drift_starts(transition_CK)),
+        },
+        "relation": relation,
+        "roc": roc,
+    }
+
+
+def _relation(
+    transition_CK: np.ndarray,
+    depths: np.ndarray,
+    steps_right: Sequence[Sequence[bool | None]],
+    failed: np.ndarray,
+    options: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How transition cosines go with right and wrong steps and chains: (AUROCs and correlations, ROC curves)."""
     # One row for each transition whose own step (offset 0) or next step (offset 1) has a known outcome.
     relation: dict[str, Any] = {}
     roc: dict[str, Any] = {}
@@ -262,8 +276,8 @@ def measure(
         # The same place in chains of the same depth: neither depth nor place may stand in for the cosine.
         strata = of_depth * 1000 + index
         relation[name] = {
-            "auroc": auroc(scores, correct, chains, **options).to_dict(),
-            "auroc_within": auroc(scores, correct, chains, strata, **options).to_dict(),
+            "auroc": auroc(scores, correct, chains, **options).interval_row(),
+            "auroc_within": auroc(scores, correct, chains, strata, **options).interval_row(),
             "wrong": int(np.sum(~correct)),
         }
         roc[name] = roc_points(scores, correct)
@@ -271,31 +285,16 @@ def measure(
     known = np.isfinite(means)
     scores, right, of_depth, chains = means[known], ~failed[known], depths[known], np.arange(int(known.sum()))
     relation["chain"] = {
-        "auroc": auroc(scores, right, chains, **options).to_dict(),
-        "auroc_within": auroc(scores, right, chains, of_depth, **options).to_dict(),
+        "auroc": auroc(scores, right, chains, **options).interval_row(),
+        "auroc_within": auroc(scores, right, chains, of_depth, **options).interval_row(),
         "wrong": int(np.sum(~right)),
     }
     roc["chain"] = roc_points(scores, right)
     relation["correlation"] = {
-        "spearman": rank_correlation(1 - scores, ~right, **options).to_dict(),
-        "within_depth": rank_correlation(1 - scores, ~right, of_depth, **options).to_dict(),
+        "spearman": rank_correlation(1 - scores, ~right, **options).interval_row(),
+        "within_depth": rank_correlation(1 - scores, ~right, of_depth, **options).interval_row(),
     }
-    return {
-        "chains": len(depths),
-        "steps": steps,
-        "same_chains": {"steps": deepest, "chains": int(np.sum(depths >= deepest))},
-        "decline": {
-            "boundary_cosine": decline(boundary_CK[:, 1:]).to_dict(),
-            "transition_cosine": decline(transition_CK).to_dict(),
-        },
-        "drift_starts": {
-            # Columns are counted from the first step's; None where nothing falls for good.
-            "boundary_cosine": _step(drift_starts(boundary_CK[:, 1:])),
-            "transition_cosine": _step(drift_starts(transition_CK)),
-        },
-        "relation": relation,
-        "roc": roc,
-    }
+    return relation, roc
 
 
 def _ranks_within(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -344,39 +343,8 @@ def _cosines(student_CKS: np.ndarray, teacher_CKD: np.ndarray, mask_CK: np.ndarr
     return found
 
 
-def _normal(value: float, samples: Sequence[float], n: int) -> Interval:
-    finite = np.asarray([s for s in samples if np.isfinite(s)])
-    if not np.isfinite(value) or len(finite) < 2:
-        return Interval(value, np.nan, np.nan, n)
-    margin = NORMAL_95 * float(finite.std(ddof=1))
-    return Interval(value, value - margin, min(value + margin, 1.0), n)
-
-
-def _from_estimate(values: np.ndarray) -> Interval:
-    found = estimate(values)
-    margin = np.nan if found["stderr"] is None else NORMAL_95 * found["stderr"]
-    return Interval(found["mean"], found["mean"] - margin, found["mean"] + margin, found["n"])
-
-
-def _bootstrap(statistic: Callable[[np.ndarray], float], chains: np.ndarray, resamples: int, seed: int) -> Interval:
-    """Percentile bootstrap over chains; a statistic takes row indices, repeated where a chain is drawn twice."""
-    rows = np.arange(len(chains))
-    value = statistic(rows) if len(rows) else np.nan
-    if not np.isfinite(value):
-        return Interval(np.nan, np.nan, np.nan, len(rows))
-    rng = np.random.default_rng(seed)
-    members = [rows[chains == chain] for chain in np.unique(chains)]
-    samples = []
-    for _ in range(resamples):
-        drawn = rng.integers(0, len(members), len(members))
-        samples.append(statistic(np.concatenate([members[i] for i in drawn])))
-    finite = [s for s in samples if np.isfinite(s)]
-    low, high = np.percentile(finite, [2.5, 97.5]) if len(finite) > 1 else (np.nan, np.nan)
-    return Interval(value, float(low), float(high), len(rows))
-
-
-def _dict(found: Interval | None) -> dict[str, Any] | None:
-    return None if found is None else found.to_dict()
+def _dict(found: Estimate | None) -> dict[str, Any] | None:
+    return None if found is None else found.interval_row()
 
 
 def _step(column: int | None) -> int | None:

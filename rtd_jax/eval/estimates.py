@@ -1,20 +1,69 @@
-"""Means with standard errors, and their grouping by reasoning depth."""
+"""Estimates with their uncertainty, and how each kind is made; estimates by reasoning depth.
+
+There is one type, `Estimate`. How its interval comes about depends on what was sampled:
+
+  estimate, ratio, difference, power_mean   independent items or clusters of items: standard error, normal interval
+  bootstrap, bootstraps                     any statistic of clusters: percentiles of resampled values
+  from_resamples                            a statistic that was recomputed on parts of the data: normal interval
+  over_seeds                                one number for each of a few seeds: Student's t
+  over_seeds_and_problems                   a table [seeds, problems] of which both axes are samples: Student's t
+"""
 
 import math
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import numpy as np
+from scipy import stats
 
 Values = Sequence[float] | np.ndarray
 
+CONFIDENCE = 0.95
+NORMAL_95 = 1.959964  # standard errors from the mean to either end of a 95% interval of the normal distribution
+_TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 
-class Estimate(TypedDict):
-    """A mean, its standard error (None where one observation cannot give it), and the number of observations."""
 
-    mean: float
-    stderr: float | None
+@dataclass(frozen=True)
+class Estimate:
+    """A value, its 95% interval, and the number of observations.
+
+    Where the observations say too little, `value`, `low` or `high` is NaN. `stderr` is None where there is one
+    observation, and where the interval was not made from a standard error.
+    """
+
+    value: float
+    low: float
+    high: float
     n: int
+    stderr: float | None = None
+
+    @classmethod
+    def with_error(cls, value: float, stderr: float | None, n: int) -> "Estimate":
+        """An estimate whose interval is the normal one: value ± 1.96 standard errors."""
+        if stderr is None:
+            return cls(value, math.nan, math.nan, n)
+        return cls(value, value - NORMAL_95 * stderr, value + NORMAL_95 * stderr, n, stderr)
+
+    def error_row(self) -> dict[str, Any]:
+        """{"mean", "stderr", "n"}: how evaluation reports write it."""
+        return {"mean": self.value, "stderr": self.stderr, "n": self.n}
+
+    def interval_row(self) -> dict[str, Any]:
+        """{"value", "low", "high", "n"}, with None in place of NaN: how drift reports write it."""
+        row = {"value": self.value, "low": self.low, "high": self.high}
+        return {name: x if math.isfinite(x) else None for name, x in row.items()} | {"n": self.n}
+
+
+def error_rows(report: Any) -> Any:
+    """`dataclasses.asdict` of a report, with each estimate as its `error_row`."""
+    if isinstance(report, Estimate):
+        return report.error_row()
+    if is_dataclass(report) and not isinstance(report, type):
+        return {field.name: error_rows(getattr(report, field.name)) for field in fields(report)}
+    if isinstance(report, dict):
+        return {key: error_rows(value) for key, value in report.items()}
+    return report
 
 
 def estimate(values: Values, clusters: Values | None = None) -> Estimate:
@@ -36,8 +85,7 @@ def estimate(values: Values, clusters: Values | None = None) -> Estimate:
         raise ValueError("an estimate needs at least one value, got none")
     x = np.asarray(values, np.float64)
     mean = float(x.mean())
-    groups = np.arange(len(x)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
-    return Estimate(mean=mean, stderr=_stderr(np.bincount(groups, weights=x - mean) / len(x)), n=len(x))
+    return Estimate.with_error(mean, _stderr((x - mean) / len(x), clusters), len(x))
 
 
 def ratio(numerators: Values, denominators: Values) -> Estimate:
@@ -47,8 +95,19 @@ def ratio(numerators: Values, denominators: Values) -> Estimate:
     """
     y, x = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     total = float(x.sum())
-    mean = float(y.sum()) / total
-    return Estimate(mean=mean, stderr=_stderr((y - mean * x) / total), n=len(x))
+    value = float(y.sum()) / total
+    return Estimate.with_error(value, _stderr((y - value * x) / total), len(x))
+
+
+def perplexity_estimate(nats: Values, tokens: Values) -> Estimate:
+    """exp of the mean cross-entropy per token, of texts with so many nats over so many predicted tokens each.
+
+    Infinite where that overflows; n is the number of texts. stderr by the delta method, texts being independent:
+    perplexity times that of the mean cross-entropy per token.
+    """
+    mean = ratio(nats, tokens)
+    value = math.exp(mean.value) if mean.value < 700 else math.inf
+    return Estimate.with_error(value, None if mean.stderr is None else value * mean.stderr, mean.n)
 
 
 def difference(values: Values, clusters: Values, others: Values, clusters_of_others: Values) -> Estimate:
@@ -57,19 +116,9 @@ def difference(values: Values, clusters: Values, others: Values, clusters_of_oth
     What both do in a cluster is subtracted before squares are taken, so their correlation is in the standard error.
     """
     x, y = np.asarray(values, np.float64), np.asarray(others, np.float64)
-    groups = np.unique(np.concatenate([np.asarray(clusters), np.asarray(clusters_of_others)]), return_inverse=True)[1]
+    groups = np.concatenate([np.asarray(clusters), np.asarray(clusters_of_others)])
     influences = np.concatenate([(x - x.mean()) / len(x), -(y - y.mean()) / len(y)])
-    sums = np.bincount(groups, weights=influences)
-    return Estimate(mean=float(x.mean() - y.mean()), stderr=_stderr(sums), n=len(sums))
-
-
-def _stderr(influences_C: np.ndarray) -> float | None:
-    """Standard error of a statistic from what each independent cluster contributes to it, to first order.
-
-    sqrt(C / (C - 1) * sum_c influence_c^2); None for one cluster, which says nothing about the spread.
-    """
-    count = len(influences_C)
-    return math.sqrt(count / (count - 1) * float(np.sum(influences_C**2))) if count > 1 else None
+    return Estimate.with_error(float(x.mean() - y.mean()), _stderr(influences, groups), len(np.unique(groups)))
 
 
 def power_mean(right: Sequence[Values], powers: Values, clusters: Values | None = None) -> Estimate:
@@ -89,8 +138,115 @@ def power_mean(right: Sequence[Values], powers: Values, clusters: Values | None 
     value = float(np.mean(a**d))
     slope = float(np.mean(d * a ** (d - 1)))
     influences = (a**d - value) / len(d) + slope * (sums - a * steps) / steps.sum()
-    groups = np.arange(len(d)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
-    return Estimate(mean=value, stderr=_stderr(np.bincount(groups, weights=influences)), n=len(d))
+    return Estimate.with_error(value, _stderr(influences, clusters), len(d))
+
+
+def _stderr(influences: np.ndarray, clusters: Values | None = None) -> float | None:
+    """Standard error of a statistic from what each observation contributes to it, to first order.
+
+    sqrt(C / (C - 1) * sum_c influence_c^2), with the contributions of each of the C clusters added up; None for one
+    cluster, which says nothing about the spread.
+    """
+    if clusters is not None:
+        influences = np.bincount(np.unique(np.asarray(clusters), return_inverse=True)[1], weights=influences)
+    count = len(influences)
+    return math.sqrt(count / (count - 1) * float(np.sum(influences**2))) if count > 1 else None
+
+
+def bootstraps(
+    statistic: Callable[[np.ndarray], Sequence[float]], clusters: Values, *, resamples: int, seed: int
+) -> list[Estimate]:
+    """Percentile bootstrap of several numbers at once; clusters are drawn with replacement, whole.
+
+    Resamples whose value is not finite are left out. A number that is not finite on the data itself has no interval.
+
+    Args:
+      statistic: takes the indices of observations, those of a cluster as often as it was drawn; returns the numbers.
+      clusters: for each observation the group that is drawn as a whole; `np.arange(n)` draws observations.
+    """
+    rows, groups = np.arange(len(clusters)), np.asarray(clusters)
+    values = [float(x) for x in statistic(rows)]
+    if not np.isfinite(values).any():
+        return [Estimate(math.nan, math.nan, math.nan, len(rows)) for _ in values]
+    rng = np.random.default_rng(seed)
+    sizes = np.unique(groups, return_counts=True)[1]
+    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
+    drawn = []
+    for _ in range(resamples):
+        chosen = rng.integers(0, len(members), len(members))
+        drawn.append(statistic(np.concatenate([members[i] for i in chosen])))
+    found = []
+    for value, samples in zip(values, np.asarray(drawn, np.float64).T, strict=True):
+        finite = samples[np.isfinite(samples)]
+        known = np.isfinite(value) and len(finite) > 1
+        low, high = np.percentile(finite, [2.5, 97.5]) if known else (math.nan, math.nan)
+        found.append(Estimate(value if np.isfinite(value) else math.nan, float(low), float(high), len(rows)))
+    return found
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], clusters: Values, *, resamples: int, seed: int) -> Estimate:
+    """`bootstraps` of one number; NaN without observations."""
+    if not len(clusters):
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    return bootstraps(lambda rows: (statistic(rows),), clusters, resamples=resamples, seed=seed)[0]
+
+
+def from_resamples(value: float, samples: Sequence[float], n: int, most: float = math.inf) -> Estimate:
+    """The normal interval of a value whose standard error is the spread of `samples`; its end is `most` at the most."""
+    finite = np.asarray([x for x in samples if np.isfinite(x)])
+    if not np.isfinite(value) or len(finite) < 2:
+        return Estimate(value, math.nan, math.nan, n)
+    margin = NORMAL_95 * float(finite.std(ddof=1))
+    return Estimate(value, value - margin, min(value + margin, most), n)
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """Mean of one number a seed, with the 95% interval of Student's t; from minus to plus infinity with one seed."""
+    x = np.asarray(values, np.float64)
+    mean = float(x.mean())
+    if len(x) < 2:
+        return Estimate(mean, -math.inf, math.inf, len(x))
+    margin = float(stats.t.ppf(_TAILS[1], len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    return Estimate(mean, mean - margin, mean + margin, len(x))
+
+
+def over_seeds_and_problems(table_SP: np.ndarray) -> Estimate:
+    """Mean of a table [seeds, problems], seeds and problems both being samples of what could be; n counts the seeds.
+
+    The mean's variance is that of the seeds' means over their number plus that of the problems' means over theirs. That
+    counts twice what seeds and problems have in common, so it is rather too large; its degrees of freedom are
+    Welch-Satterthwaite's. A bootstrap over five seeds would be too sure of itself. One seed: over problems only.
+    """
+    parts = [  # (variance of the mean, degrees of freedom)
+        (float(means.var(ddof=1)) / len(means), len(means) - 1)
+        for means in (table_SP.mean(axis=1), table_SP.mean(axis=0))
+        if len(means) > 1
+    ]
+    mean, variance = float(table_SP.mean()), sum(part for part, _ in parts)
+    margin = 0.0
+    if variance:
+        freedom = variance**2 / sum(part**2 / count for part, count in parts)
+        margin = float(stats.t.ppf(_TAILS[1], freedom)) * math.sqrt(variance)
+    return Estimate(mean, mean - margin, mean + margin, len(table_SP))
+
+
+def resampled_means(table_SP: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
+    """Means of a table [seeds, problems] whose seeds and problems were drawn with replacement. float64 [resamples].
+
+    Tables of one shape are drawn alike, so that ratios and differences of their means can be taken.
+    """
+    seeds, problems = table_SP.shape
+    rng = np.random.default_rng(seed)
+    weights_RP = rng.multinomial(problems, np.full(problems, 1 / problems), resamples) / problems
+    per_seed_RS = weights_RP @ table_SP.T
+    weights_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
+    return np.sum(per_seed_RS * weights_RS, axis=1)
+
+
+def percentile_interval(samples: Values) -> tuple[float, float]:
+    """(low, high): where 95% of resampled values lie."""
+    low, high = np.quantile(np.asarray(samples), _TAILS)
+    return float(low), float(high)
 
 
 def depth_key(depth: int, open_from: int | None) -> str:
@@ -105,7 +261,11 @@ def by_depth(
     open_from: int | None = None,
     clusters: Values | None = None,
 ) -> dict[str, Estimate]:
-    """An estimate for each depth bucket that has values, shallow first, and "all" over everything; {} for no values."""
+    """An estimate for each depth bucket that has values, shallow first, and "all" over everything; {} for no values.
+
+    Raises:
+      ValueError: values and depths differ in number.
+    """
     if len(values) != len(depths):
         raise ValueError(f"{len(values)} values but {len(depths)} depths; give one depth per value")
     if not len(values):

@@ -35,8 +35,8 @@ class LossSettings(
                 check(self)
 
     def unread_settings(self) -> dict[str, str]:
-        names = () if self.teaches() else ("anchor_prompt", "transition_form", "projections")
-        return dict.fromkeys(names, "the loss has nothing of the teacher in it")
+        """Keys of any method that are not read because of others, and why."""
+        return {key: why for method in _methods() for key, why in method.unread_settings(self).items()}
 
     def teaches(self) -> bool:
         """Whether the loss on the data's chains has anything of the teacher in it."""

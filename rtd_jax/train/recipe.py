@@ -181,20 +181,24 @@ class Recipe:
             )
 
     def unread_settings(self) -> dict[str, str]:
-        """Keys of the parts that a training run does not read because of other parts, and why."""
-        unread = {} if self.loss.reward_weight else {"reward": "loss.reward_weight is 0"}
-        if not self.loss.teaches():
-            names = [f"curriculum.{name}" for name in self.curriculum.READ_BY_VALIDATION]
-            names += [] if self.teacher.cache else ["loss.temperature"]
+        """Keys that a training run does not read because of others, and why; groups say the same of their own keys."""
+        loss, unread = self.loss, {}
+        if not loss.reward_weight:
+            unread["reward"] = "loss.reward_weight is 0"
+        if not loss.teaches():
+            names = [f"loss.{name}" for name in ("anchor_prompt", "projections", "transition_form")]
+            if not self.teacher.cache:
+                names.append("loss.temperature")
             if not self.teacher.cache and not self.evaluation.drift_problems:
                 names += ["loss.hidden_layer", "loss.student_hidden_layer"]
+            names += [f"curriculum.{name}" for name in self.curriculum.READ_BY_VALIDATION]
             unread |= dict.fromkeys(names, "the loss has nothing of the teacher in it")
         if not self.teacher.cache:
-            return unread | {"cache": "teacher.cache is empty"}
+            unread["cache"] = "teacher.cache is empty"
+            return unread
         unread["cache.chains_per_shard"] = "it is read when a cache is written"
-        if not self.data.segmentation.startswith("classifier:"):
-            names = [f"teacher.{name}" for name in ("attention", "sharding", "offload")]
-            unread |= dict.fromkeys(names, "the teacher is read from teacher.cache")
+        names = [] if self.data.segmentation.startswith("classifier:") else ["attention", "sharding", "offload"]
+        unread |= {f"teacher.{name}": "the teacher is read from teacher.cache" for name in names}
         if self.evaluation.teacher:
             unread["evaluation.teacher"] = "the teacher is read from teacher.cache, which cannot solve problems"
         return unread

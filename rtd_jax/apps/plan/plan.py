@@ -18,7 +18,7 @@ from rtd_jax.apps.plan.targets import Target, find_target, prepare_backends
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import write_json
 from rtd_jax.base.sharding import make_mesh, row_sharding
-from rtd_jax.eval.decoding import PROMPT_BUCKET, greedy
+from rtd_jax.eval.decoding import PROMPT_MULTIPLE, greedy
 from rtd_jax.methods.term import reads_of
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.train.recipe import Recipe
@@ -111,8 +111,7 @@ def plan(recipe: Recipe, target: Target, note: Callable[[str], None]) -> Plans:
         plans[name] = _compile(name, *program, _resident(abstract, program[1]), len(target.devices))
     own, other = ("online", "cached") if abstract.teacher is not None else ("cached", "online")
     updates = {own: plans["update"]}
-    # A cache has no states at every token, so it cannot serve terms that read those.
-    if not reads_of(abstract.objective.terms).teacher_tokens:
+    if not reads_of(abstract.objective.terms).teacher_tokens:  # a cache has no states at every token
         note(f"compiling update with the teacher {other}")
         cache = "" if other == "online" else "planned"
         elsewhere = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, cache=cache))
@@ -152,7 +151,7 @@ def _forward_flops(config: LlamaConfig, length: int) -> float:
 def _decoding(recipe: Recipe, abstract: Abstract) -> tuple[Any, tuple, dict]:
     mesh = jax.tree.leaves(abstract.batch)[0].sharding.mesh
     batch, new_tokens = recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens
-    prompt = -(-max(1, recipe.data.row_length - new_tokens) // PROMPT_BUCKET) * PROMPT_BUCKET
+    prompt = -(-max(1, recipe.data.row_length - new_tokens) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     rows = row_sharding(mesh)
     cached = abstract.teacher is None
     arguments = (

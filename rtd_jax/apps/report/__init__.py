@@ -1,1 +1,1 @@
-"""report.json as pictures and one page."""
+"""Reports as pictures and self-contained pages, and the article's numbers to compare with."""

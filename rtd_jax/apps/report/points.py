@@ -1,4 +1,4 @@
-"""Estimates as text, and as points with error bars; what the pictures of the page share."""
+"""Estimates as text and as points with error bars, for the pictures of the page."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,14 +7,14 @@ from matplotlib.axes import Axes
 
 Colours = Mapping[str, str]
 Draw = Callable[[Axes, Colours], None]
-Evaluation = Mapping[str, Any]  # an EvaluationReport as a dict; parts that were not measured are absent or empty
+Evaluation = Mapping[str, Any]  # an EvaluationReport as a dict; what was not measured is absent or empty
 
 SERIES = ("c0", "c1", "c2", "c3")
 MARKERS = "osD^"
 
 
 def percent(estimate: Mapping[str, Any] | None) -> str:
-    """ "71.3 ± 2.1" from an estimate of a share."""
+    """An estimate of a share in percent, with its standard error: "71.3 ± 2.1"."""
     if estimate is None:
         return "–"
     error = estimate["stderr"]
@@ -22,26 +22,26 @@ def percent(estimate: Mapping[str, Any] | None) -> str:
 
 
 def plus_minus(estimate: Mapping[str, Any] | None) -> str:
-    """ "3.214 ± 0.052" from an estimate of a quantity that is no share."""
+    """An estimate with its standard error: "3.214 ± 0.052"."""
     if estimate is None:
         return "–"
     return f"{estimate['mean']:.3f}" + ("" if estimate["stderr"] is None else f" ± {estimate['stderr']:.3f}")
 
 
 def interval(found: Mapping[str, Any] | None) -> str:
-    """ "0.83 (0.79 to 0.87)" from an interval."""
+    """A value with its interval: "0.830 (0.790 to 0.870)"."""
     if found is None or found["value"] is None:
         return "–"
     return f"{found['value']:.3f}" + ("" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})")
 
 
 def line_style(colours: Colours, i: int, line: str = "-") -> dict[str, Any]:
-    """Colour and marker of the i-th series; `line` "" leaves points only."""
+    """Colour and marker of the i-th series; with `line` "" only its points are drawn."""
     return {"color": colours[SERIES[i % 4]], "marker": MARKERS[i % 4], "markersize": 4, "linestyle": line}
 
 
 def choices(models: Mapping[str, Evaluation]) -> Draw | None:
-    """acc and acc_norm of every model; None where no questions with choices were asked."""
+    """Draws acc and acc_norm of every model; None where no questions with choices were asked."""
     if not any("accuracy_norm" in evaluation for evaluation in models.values()):
         return None
 
@@ -56,7 +56,7 @@ def choices(models: Mapping[str, Evaluation]) -> Draw | None:
 
 
 def groups(models: Mapping[str, Evaluation], kind: str) -> Draw | None:
-    """Accuracy of answers by "subject" or "level" of every model; None where problems have none."""
+    """Draws each model's accuracy of answers by "subject" or "level"; None where problems have none."""
     found = {name: evaluation.get("groups", {}).get(kind, {}) for name, evaluation in models.items()}
     names = sorted({group for groups in found.values() for group in groups})
     if not names:
@@ -81,7 +81,7 @@ def groups(models: Mapping[str, Evaluation], kind: str) -> Draw | None:
 def _side_by_side(
     axes: Axes, columns: Mapping[str, Sequence[Mapping[str, Any] | None]], names: Sequence[str], colours: Colours
 ) -> None:
-    """For each name a place on the x axis, with a point and its standard error for each column (a model)."""
+    """Draws, at the place of each name on the x axis, a point with its standard error for each model (a column)."""
     for i, (label, column) in enumerate(columns.items()):
         points = [(place, entry) for place, entry in enumerate(column) if entry is not None]
         x = [place + 0.12 * (i - (len(columns) - 1) / 2) for place, _ in points]

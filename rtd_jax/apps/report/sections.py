@@ -1,4 +1,4 @@
-"""A page of sections: sentences, tables and pictures, the same as Markdown and as one self-contained report.html."""
+"""A report of sections with sentences, tables and pictures, as Markdown and as one self-contained report.html."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ LINES = ("-", "--", ":", "-.")
 
 @dataclass
 class Section:
-    """A heading, sentences, a table, and lines that end in a verdict."""
+    """A heading, sentences, and a table."""
 
     title: str
     level: int = 3  # of the heading
@@ -29,7 +29,7 @@ class Section:
 
 @dataclass
 class Picture:
-    """Lines over x, one a name; `points` are (x, y) or (x, y, low, high)."""
+    """A picture of lines over x, one for each name; points are (x, y) or (x, y, low, high)."""
 
     name: str  # of the PNG beside the page
     title: str
@@ -40,7 +40,7 @@ class Picture:
 
 
 def markdown_of(section: Section) -> list[str]:
-    """Lines of Markdown; the first column of a table is text, the others stand to the right."""
+    """Lines of Markdown; the first column of a table is aligned to the left, the others to the right."""
     lines = [f"{'#' * section.level} {section.title}", ""]
     for sentence in section.text:
         lines += [sentence, ""]
@@ -53,7 +53,7 @@ def markdown_of(section: Section) -> list[str]:
 def write_sections(
     out: Path, title: str, intro: Sequence[str], sections: Sequence[Section], pictures: Sequence[Picture] = ()
 ) -> Path:
-    """Writes report.html and one PNG a picture into `out`. Returns the page's path."""
+    """Writes report.html and a PNG for each picture into `out`. Returns the page's path."""
     figures = []
     for picture in pictures:
         draw = _draw(picture)

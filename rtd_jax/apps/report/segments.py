@@ -1,4 +1,4 @@
-"""Pictures of texts cut into steps: where the cuts are, and how right they are."""
+"""Pictures of texts that were cut into steps: where the cuts are, and how right they are."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,14 +12,15 @@ from matplotlib.patches import Rectangle
 from rtd_jax.base.files import replacing
 
 COLOURS = ("#cfe3f5", "#fbe0c4", "#d5edd0", "#e6d9f0", "#fbd5d5", "#e8e3c8")
-COLUMNS = 118  # characters of a line
+COLUMNS = 118  # characters in a line
 
 
 def plot_examples(path: Path, examples: Sequence[Mapping[str, Any]]) -> None:
-    """Each text in the colours of the steps found; a cut that is not annotated and one that was missed are marked.
+    """Draws texts with a colour for each step that was found, and marks cuts that are wrong or were missed.
 
     Args:
-      examples: `text`, and the characters at which `found` and `annotated` steps end.
+      path: of the PNG.
+      examples: each with its `text`, and the characters at which `found` and `annotated` steps end.
     """
     blocks = [_laid_out(example) for example in examples]
     lines = sum(block[-1][1] + 2 for block in blocks)
@@ -52,7 +53,7 @@ def plot_examples(path: Path, examples: Sequence[Mapping[str, Any]]) -> None:
 
 
 def plot_scores(path: Path, tests: Mapping[str, Mapping[str, Any]]) -> None:
-    """F1 of classifier and baselines on every set, with 95% intervals; and the classifier's calibration."""
+    """Draws F1 of classifier and baselines on every set, with 95% intervals, and the classifier's calibration."""
     rows = [
         (f"{name}: {segmenter}", scores, segmenter == "classifier")
         for name, result in tests.items()
@@ -65,7 +66,7 @@ def plot_scores(path: Path, tests: Mapping[str, Mapping[str, Any]]) -> None:
             f1 = scores[kind]["exact"]["f1"]
             error = [[f1["value"] - f1["low"]], [f1["high"] - f1["value"]]]
             colour = "#1f5fa8" if own else "#888888"
-            error = np.maximum(error, 0.0).tolist()  # a percentile may lie a rounding beyond the value
+            error = np.maximum(error, 0.0).tolist()  # rounding may put an end of the interval beyond the value
             left.errorbar(f1["value"], place, xerr=error, fmt=marker, color=colour, capsize=2)
     left.set_yticks(range(len(rows)), [label for label, _, _ in rows])
     left.invert_yaxis()
@@ -83,7 +84,7 @@ def plot_scores(path: Path, tests: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _laid_out(example: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """(column, line) of each character, words kept whole where a line can hold them."""
+    """(column, line) of each character; words are kept whole where a line can hold them."""
     text = example["text"]
     places: list[tuple[int, int]] = []
     column, line = 0, 0

@@ -1,4 +1,4 @@
-"""What the article reports, and whether runs agree with it.
+"""What the article reports, and whether a task's runs agree with it.
 
 Agreement is about signs and orders where models and problems differ too much for numbers to be the same: a claim
 "agrees" or "disagrees" when a 95% interval lies wholly on one side, and is "undecided" otherwise. Shares and ratios are
@@ -6,81 +6,37 @@ compared as numbers: they agree when the article's lies in the interval.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
+from rtd_jax.apps.report import article
+from rtd_jax.apps.study.recipe import Method, Role
 from rtd_jax.apps.study.statistics import (
-    CONFIDENCE,
     MOST_SEEDS,
     Difference,
-    Interval,
     Outcome,
     difference,
     mean_difference,
-    over_seeds,
     share_interval,
     verdict,
 )
 from rtd_jax.base.types import Array
+from rtd_jax.eval.estimates import CONFIDENCE, Estimate, over_seeds
 
-# Full-chain accuracy on GSM8K: RTD's gain over KD in points, by number of steps.
-ARTICLE_GAINS = {"2": 1.9, "3": 8.3, "4+": 18.7, "5+": 23.1}
-# At four steps and more, GSM8K and MATH: gain left without a component, and the share that the article states for it.
-ARTICLE_GAIN = ARTICLE_GAINS["4+"]
-ARTICLE_ABLATIONS = {"rtd_no_coherence": (7.1, 62), "rtd_no_curriculum": (11.4, 24), "rtd_no_alignment": (13.2, 14)}
-ARTICLE_CKA = {1: 0.89, 2: 0.81, 3: 0.72, 4: 0.58}
-ARTICLE_AUROC = 0.83
-ARTICLE_STEP, ARTICLE_CHAIN = 90.4, 52.6  # % of KD's student at four steps and more
-ARTICLE_OVER_TEACHER = 1.3  # points, RTD's student above the teacher at two steps
-ARTICLE_OVERHEAD = 60  # % of training time that RTD adds to KD
-ARTICLE_SMALL_GAIN = 9.3  # points, the 1B student's gain at four steps and more
+TEACHER = "teacher"  # stands among the methods, with the teacher's answers to the same problems
 NOT_SAID = "not in the article"
+# In the order of `Method.components`.
+COMPONENTS = {"alignment": "the boundary alignment", "coherence": "the coherence loss", "curriculum": "the curriculum"}
+# Every combination of the three, those with few components first.
+COMBINATIONS = sorted(itertools.product((False, True), repeat=3), key=lambda has: (sum(has), [not x for x in has]))
 
-# (method, compared with, sign of the difference that the article's account expects, what it says, the article's number)
-CLAIMS = (
-    ("rtd", "kd", 1, "RTD keeps more deep chains than logit matching", "+18.7"),
-    ("rtd", "intermediate_kd", 1, "RTD keeps more deep chains than intermediate-layer matching", "more"),
-    ("rtd", "cot_ft", 1, "RTD keeps more deep chains than fine-tuning on the teacher's chains", "more"),
-    ("rtd", "step_reward", 1, "RTD keeps more deep chains than step-level rewards", "more"),
-    ("rtd", "rtd_no_coherence", 1, "the coherence loss helps", "+11.6"),
-    ("rtd", "rtd_no_curriculum", 1, "the curriculum helps", "+7.3"),
-    ("rtd", "rtd_no_alignment", 1, "the boundary alignment helps", "+5.5"),
-    ("rtd_no_alignment", "rtd_no_coherence", 1, "coherence matters more than alignment", "+6.1"),
-    ("self_distillation", "teacher", 1, "self-distillation with coherence improves the teacher itself", "may"),
-)
-# Controls that the article lacks: no sign is expected of them.
-QUESTIONS = (
-    ("kd_curriculum", "kd", "is it the curriculum alone?"),
-    ("coherence_only", "kd", "does the coherence loss help plain KD?"),
-    ("alignment_only", "kd", "does the boundary alignment help plain KD?"),
-    ("rtd", "kd_curriculum", "do the hidden-state losses add to the curriculum?"),
-    ("rtd", "rtd_random_boundaries", "does it matter that boundaries are where steps end?"),
-    ("rtd_no_curriculum", "random_boundaries_no_curriculum", "does it matter where there is no curriculum?"),
-    ("rtd", "rtd_all_tokens", "are boundaries better than all tokens?"),
-    ("self_distillation", "self_kd", "does coherence add to training the teacher on?"),
-    ("rtd", "kd_long", "is RTD better than KD with 1.6 times the updates, about its time?"),
-    ("rtd_plateau", "kd_plateau", "is anything left when both have had many more updates?"),
-)
-
-# Every combination of the three components, (alignment, coherence, curriculum), and what it is called.
-COMPONENTS = ("alignment", "coherence", "curriculum")
-COMBINATIONS: dict[tuple[bool, ...], str] = {
-    (False, False, False): "kd",
-    (True, False, False): "alignment_only",
-    (False, True, False): "coherence_only",
-    (False, False, True): "kd_curriculum",
-    (True, True, False): "rtd_no_curriculum",
-    (True, False, True): "rtd_no_coherence",
-    (False, True, True): "rtd_no_alignment",
-    (True, True, True): "rtd",
-}
-
-Runs = dict[str, list[Outcome]]
-Chosen = Callable[[Array], Array]
+Components = tuple[bool, ...]
+Chosen = Callable[[Array], Array]  # depths -> which of the problems are taken
 
 
 @dataclass(frozen=True)
@@ -93,211 +49,280 @@ class Claim:
     verdict: str
 
 
+@dataclass(frozen=True)
+class TaskRuns:
+    """The finished runs of one task by method, and what the methods are."""
+
+    outcomes: Mapping[str, Sequence[Outcome]]  # only methods that have finished runs
+    methods: Mapping[str, Method]
+    baseline: str  # the method that differences are taken to
+    deep: int  # steps from which a problem counts as deep
+
+    @property
+    def whole(self) -> str | None:
+        """The method that the study is about; None where it has no finished runs."""
+        return next(iter(self.with_role("whole")), None)
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether both the whole method and the baseline have finished runs."""
+        return self.whole is not None and self.baseline in self.outcomes
+
+    def of(self, method: str | None) -> Sequence[Outcome]:
+        """A method's finished runs."""
+        return self.outcomes.get(method or "", ())
+
+    def with_role(self, *roles: Role) -> list[str]:
+        """Finished methods of these roles."""
+        return [name for name in self.outcomes if name in self.methods and self.methods[name].role in roles]
+
+    def combination(self, components: Components) -> str | None:
+        """The finished method that has exactly these components at the study's weights."""
+        found = self.with_role("baseline", "whole", "ablation", "part")
+        return next((name for name in found if self.methods[name].components == components), None)
+
+    def without(self, component: str) -> str | None:
+        """The finished ablation that lacks this component."""
+        lacking = tuple(name != component for name in COMPONENTS)
+        return next((name for name in self.with_role("ablation") if self.methods[name].components == lacking), None)
+
+    def difference(self, method: str | None, other: str | None, chosen: Chosen | None = None) -> Difference | None:
+        """Chain accuracy of a method less another's, on the deep problems by default; None without common seeds."""
+        runs, others = self.of(method), self.of(other)
+        return difference(runs, others, chosen or self.is_deep) if runs and others else None
+
+    def is_deep(self, depths: Array) -> Array:
+        return depths >= self.deep
+
+    def with_teacher(self) -> "TaskRuns":
+        """The runs and, as one more method, the teacher on the same problems: the same under every seed."""
+        everyone = [outcome for runs in self.outcomes.values() for outcome in runs]
+        found = next(((o, o.teacher_correct) for o in everyone if o.teacher_correct is not None), None)
+        if found is None:
+            return self
+        outcome, correct = found
+        seeds = sorted({outcome.seed for outcome in everyone})
+        taught = [dataclasses.replace(outcome, method=TEACHER, seed=seed, correct=correct) for seed in seeds]
+        return dataclasses.replace(self, outcomes={**self.outcomes, TEACHER: taught})
+
+
 def buckets(depths: Sequence[int], deep: int) -> dict[str, Chosen]:
     """Depth buckets by name: each depth, the deep ones, those one step deeper, and all."""
     found: dict[str, Chosen] = {str(depth): partial(np.equal, depth) for depth in sorted(set(depths))}
-    found[f"{deep}+"] = lambda x: x >= deep
+    found[f"{deep}+"] = lambda depths: depths >= deep
     if max(depths) > deep:
-        found[f"{deep + 1}+"] = lambda x: x > deep
-    return found | {"all": lambda x: x > 0}
+        found[f"{deep + 1}+"] = lambda depths: depths > deep
+    return found | {"all": lambda depths: depths > 0}
 
 
-def with_teacher(runs: Runs) -> Runs:
-    """The runs and, as "teacher", the teacher on the same problems: the same under every seed."""
-    everyone = [outcome for found in runs.values() for outcome in found]
-    found = next(((o, o.teacher_correct) for o in everyone if o.teacher_correct is not None), None)
-    if found is None:
-        return runs
-    taught, correct = found
-    seeds = sorted({outcome.seed for outcome in everyone})
-    return runs | {"teacher": [dataclasses.replace(taught, method="teacher", seed=s, correct=correct) for s in seeds]}
-
-
-def deep_difference(runs: Runs, method: str, other: str, deep: int) -> Difference | None:
-    return difference(runs[method], runs[other], lambda x: x >= deep)
-
-
-def gains_by_depth(runs: Runs, baseline: str, deep: int) -> list[Claim]:
-    """RTD's gain over the baseline in each depth bucket, beside the article's where it has one."""
-    if "rtd" not in runs or baseline not in runs:
+def gains_by_depth(runs: TaskRuns) -> list[Claim]:
+    """Gain of the whole method over the baseline in each depth bucket, beside the article's where it has one."""
+    if not runs.has_gain:
         return []
     claims = []
-    for name, chosen in buckets(runs["rtd"][0].depths.tolist(), deep).items():
-        found = difference(runs["rtd"], runs[baseline], chosen)
-        points = ARTICLE_GAINS.get(name)
-        says = NOT_SAID if points is None else verdict(1, found)
-        claims.append(Claim(name, with_p(found), "-" if points is None else f"{points:+.1f}", says))
+    for name, chosen in buckets(runs.of(runs.whole)[0].depths.tolist(), runs.deep).items():
+        found = runs.difference(runs.whole, runs.baseline, chosen)
+        published = article.GAINS.get(name)
+        says = NOT_SAID if published is None else verdict(1, found)
+        claims.append(Claim(name, with_p(found), "-" if published is None else f"{published:+.1f}", says))
     return claims
 
 
-def shares(runs: Runs, baseline: str, deep: int) -> list[Claim]:
-    """Share of RTD's gain that each ablation loses."""
+def shares(runs: TaskRuns) -> list[Claim]:
+    """Share of the whole method's gain that each ablation loses."""
     claims = []
-    for name, (points, stated) in ARTICLE_ABLATIONS.items():
-        if name not in runs or "rtd" not in runs or baseline not in runs:
+    for component, stated in article.SHARE_LOST.items():
+        ablation = runs.without(component)
+        if ablation is None or not runs.has_gain:
             continue
-        gain, lost = (deep_difference(runs, "rtd", other, deep) for other in (baseline, name))
-        interval = share_interval(runs["rtd"], runs[name], runs[baseline], lambda x: x >= deep)
+        gain, lost = (runs.difference(runs.whole, other) for other in (runs.baseline, ablation))
+        interval = share_interval(runs.of(runs.whole), runs.of(ablation), runs.of(runs.baseline), runs.is_deep)
         found, says = "no gain that is surely there to lose", "undecided"
-        if gain is not None and lost is not None and gain.mean > 0:
-            found = f"{100 * lost.mean / gain.mean:.0f}%" + ("" if interval is None else _percents(interval))
+        if gain is not None and lost is not None and gain.value > 0:
+            found = f"{100 * lost.value / gain.value:.0f}%" + ("" if interval is None else _percents(interval))
         if interval is not None:
             says = "agrees" if 100 * interval[0] <= stated <= 100 * interval[1] else "disagrees"
-        article = f"{stated}% (from its points {100 * (1 - points / ARTICLE_GAIN):.0f}%)"
-        claims.append(Claim(name, found, article, says))
+        from_points = 100 * (1 - article.GAIN_WITHOUT[component] / article.DEEP_GAIN)
+        claims.append(Claim(ablation, found, f"{stated}% (from its points {from_points:.0f}%)", says))
     return claims
 
 
-def claims_of(runs: Runs, baseline: str, deep: int) -> list[Claim]:
+def claims_of(runs: TaskRuns) -> list[Claim]:
     """The article's claims that these runs can speak to."""
-    claims = []
-    known = with_teacher(runs)
-    for method, other, sign, says, article in CLAIMS:
-        if method in known and other in known:
-            found = deep_difference(known, method, other, deep)
-            shown = f"`{method}` - `{other}` = {with_p(found)}"
-            claims.append(Claim(says, shown, article, verdict(sign, found)))
-    if "rtd" in known and "teacher" in known and 2 in known["rtd"][0].depths:
-        found = difference(known["rtd"], known["teacher"], lambda x: x == 2)
-        shown = f"`rtd` - `teacher` = {with_p(found)}"
-        article = f"{ARTICLE_OVER_TEACHER:+.1f}"
-        claims.append(Claim("the student is better than the teacher at two steps", shown, article, verdict(1, found)))
-    return claims + _grows_with_depth(runs, baseline, deep) + _hidden(runs, baseline, deep) + _drifts(runs, baseline)
-
-
-def questions(runs: Runs, deep: int) -> list[Claim]:
-    """Controls that the article does not have."""
-    return [
-        Claim(asks, f"`{method}` - `{other}` = {with_p(deep_difference(runs, method, other, deep))}", "-", NOT_SAID)
-        for method, other, asks in QUESTIONS
-        if method in runs and other in runs
+    known = runs.with_teacher()
+    claims = [
+        Claim(text, _shown(known, method, other), published, verdict(1, known.difference(method, other)))
+        for method, other, text, published in _expected(known)
+        if known.of(method) and known.of(other)
     ]
+    whole = known.whole
+    if whole and TEACHER in known.outcomes and 2 in known.of(whole)[0].depths:
+        found = known.difference(whole, TEACHER, lambda depths: depths == 2)
+        shown = f"`{whole}` - `{TEACHER}` = {with_p(found)}"
+        text = "the student is better than the teacher at two steps"
+        claims.append(Claim(text, shown, f"{article.OVER_TEACHER:+.1f}", verdict(1, found)))
+    return claims + _grows_with_depth(runs) + _hidden(runs) + _drifts(runs)
 
 
-def added_by(runs: Runs, deep: int) -> list[tuple[str, str, Difference | None]]:
+def _expected(runs: TaskRuns) -> list[tuple[str | None, str | None, str, str]]:
+    """(method, other, what the article says of their difference, its number); all differences should be positive."""
+    left = article.GAIN_WITHOUT
+    expected: list[tuple[str | None, str | None, str, str]] = []
+    for rival in sorted(runs.with_role("baseline", "rival"), key=lambda name: runs.methods[name].place):
+        text = f"RTD keeps more deep chains than {runs.methods[rival].caption or rival}"
+        published = f"{article.DEEP_GAIN:+.1f}" if runs.methods[rival].role == "baseline" else "more"
+        expected.append((runs.whole, rival, text, published))
+    for component, points_left in left.items():
+        published = f"{article.DEEP_GAIN - points_left:+.1f}"
+        expected.append((runs.whole, runs.without(component), f"{COMPONENTS[component]} helps", published))
+    published = f"{left['alignment'] - left['coherence']:+.1f}"
+    pair = runs.without("alignment"), runs.without("coherence")
+    expected.append((*pair, "coherence matters more than alignment", published))
+    text = "self-distillation with coherence improves the teacher itself"
+    expected += [(name, TEACHER, text, "may") for name in runs.with_role("self-distillation")]
+    return expected
+
+
+def questions(runs: TaskRuns) -> list[Claim]:
+    """The differences that methods ask for with a question; no sign of them is in the article.
+
+    First come questions about the baseline. Others stand where the later of their two methods stands.
+    """
+    asked = [
+        (method, other, question)
+        for method in runs.outcomes
+        for other, question in runs.methods[method].compared_with.items()
+        if question and other in runs.outcomes
+    ]
+    asked.sort(key=lambda row: (row[1] != runs.baseline, max(runs.methods[name].place for name in row[:2])))
+    return [Claim(question, _shown(runs, method, other), "-", NOT_SAID) for method, other, question in asked]
+
+
+def added_by(runs: TaskRuns) -> list[tuple[str, str, Difference | None]]:
     """(component, added to what, difference in deep chain accuracy) over all combinations of the three components.
 
     Where those with the curriculum were not run, over those of the other two. First of each component is the mean of
     its differences, its main effect. [] where a combination was not run.
     """
-    whole = all(name in runs for name in COMBINATIONS.values())
-    known = {parts: name for parts, name in COMBINATIONS.items() if whole or not parts[2]}
-    if not all(name in runs for name in known.values()):
+    found = {has: name for has in COMBINATIONS if (name := runs.combination(has)) is not None}
+    complete = len(found) == len(COMBINATIONS)
+    names = {has: name for has, name in found.items() if complete or not has[2]}
+    if len(names) < (8 if complete else 4):
         return []
-    rows = []
-    for i, component in enumerate(COMPONENTS if whole else COMPONENTS[:2]):
-        pairs = {name: known[(*parts[:i], True, *parts[i + 1 :])] for parts, name in known.items() if not parts[i]}
-        mean = mean_difference([(runs[b], runs[a]) for a, b in pairs.items()], lambda x: x >= deep)
+    rows: list[tuple[str, str, Difference | None]] = []
+    for i, component in enumerate(COMPONENTS if complete else list(COMPONENTS)[:2]):
+        pairs = [(name, names[(*has[:i], True, *has[i + 1 :])]) for has, name in names.items() if not has[i]]
+        mean = mean_difference([(runs.of(b), runs.of(a)) for a, b in pairs], runs.is_deep)
         rows.append((component, f"mean of the {len(pairs)}", mean))
-        rows += [(component, f"`{a}` (gives `{b}`)", deep_difference(runs, b, a, deep)) for a, b in pairs.items()]
+        rows += [(component, f"`{a}` (gives `{b}`)", runs.difference(b, a)) for a, b in pairs]
     return rows
 
 
-def changed_coherence(runs: Runs, deep: int) -> list[tuple[str, Difference | None, Difference | None]]:
-    """(what was changed about the coherence loss, what it adds to KD, what it adds to the alignment), in deep chains.
+def changed_coherence(runs: TaskRuns) -> list[tuple[str, Difference | None, Difference | None]]:
+    """(what was changed about the coherence loss, what it adds by itself, what it adds to the alignment), deep chains.
 
-    By name: `coherence_x` against `kd`; `both_x` against `alignment_x`, or `alignment_only` where x does not change the
-    alignment. All depths at once. First the loss as it is. None where a run is missing; [] where nothing was changed.
+    Each condition is compared with the method that it names, all depths at once. First the loss as it is. None where a
+    run is missing; [] where there are no conditions.
     """
-
-    def adds(method: str, other: str) -> Difference | None:
-        return deep_difference(runs, method, other, deep) if method in runs and other in runs else None
-
-    kinds = [name.partition("_") for name in runs if name not in COMBINATIONS.values()]
-    changed = dict.fromkeys(what for kind, _, what in kinds if kind in ("coherence", "both"))
+    changed: dict[str, list[Difference | None]] = {}
+    for name in runs.with_role("condition"):
+        alignment, coherence, _ = runs.methods[name].components
+        if not coherence:
+            continue  # it is there to be compared with
+        row = changed.setdefault(runs.methods[name].caption, [None, None])
+        for other in runs.methods[name].compared_with:
+            row[alignment] = runs.difference(name, other)
     if not changed:
         return []
-    found = []
-    for what in changed:
-        without = f"alignment_{what}" if f"alignment_{what}" in runs else "alignment_only"
-        found.append((what, adds(f"coherence_{what}", "kd"), adds(f"both_{what}", without)))
-    return [("nothing", adds("coherence_only", "kd"), adds("rtd_no_curriculum", "alignment_only")), *found]
+    baseline, alone, aligned, both = (
+        runs.combination((alignment, coherence, False)) for alignment in (False, True) for coherence in (False, True)
+    )
+    unchanged = ("nothing", runs.difference(alone, baseline), runs.difference(both, aligned))
+    return [unchanged, *((what, by_itself, beside) for what, (by_itself, beside) in changed.items())]
 
 
-def smaller_gain(of_task: dict[str, Runs], smaller_than: dict[str, str], baseline: str, deep: int) -> list[Claim]:
-    """Is RTD's gain smaller for a task's student than for the larger student of the task it is paired with?"""
+def smaller_gain(tasks: Mapping[str, TaskRuns], smaller_than: Mapping[str, str]) -> list[Claim]:
+    """Is the gain smaller for a task's student than for the larger student of the task it is paired with?"""
     claims = []
     for task, larger in smaller_than.items():
-        if not all(name in of_task.get(x, {}) for x in (task, larger) for name in ("rtd", baseline)):
+        if not all(name in tasks and tasks[name].has_gain for name in (task, larger)):
             continue
-        whole, part = (deep_difference(of_task[x], "rtd", baseline, deep) for x in (larger, task))
+        whole, part = (tasks[name].difference(tasks[name].whole, tasks[name].baseline) for name in (larger, task))
         if whole is None or part is None:
             continue
         margin = math.hypot(*((x.high - x.low) / 2 for x in (whole, part)))  # the two tasks' runs are independent
-        mean = whole.mean - part.mean
-        gap = Interval(mean, mean - margin, mean + margin, part.seeds)
+        mean = whole.value - part.value
+        gap = Estimate(mean, mean - margin, mean + margin, part.n)
         found = f"{points(whole)} for `{larger}`, {points(part)} for `{task}`: {points(gap)} less"
-        article = f"{ARTICLE_GAIN:+.1f} and {ARTICLE_SMALL_GAIN:+.1f}"
-        claims.append(Claim("the gain is smaller for a smaller student", found, article, verdict(1, gap)))
+        published = f"{article.DEEP_GAIN:+.1f} and {article.SMALL_STUDENT_GAIN:+.1f}"
+        claims.append(Claim("the gain is smaller for a smaller student", found, published, verdict(1, gap)))
     return claims
 
 
-def _grows_with_depth(runs: Runs, baseline: str, deep: int) -> list[Claim]:
-    if "rtd" not in runs or baseline not in runs:
-        return []
-    deep_gain = deep_difference(runs, "rtd", baseline, deep)
-    shallow_gain = difference(runs["rtd"], runs[baseline], lambda x: x < deep)
-    if deep_gain is None or shallow_gain is None:
+def _grows_with_depth(runs: TaskRuns) -> list[Claim]:
+    deep = runs.difference(runs.whole, runs.baseline)
+    shallow = runs.difference(runs.whole, runs.baseline, lambda depths: depths < runs.deep)
+    if deep is None or shallow is None:
         return []
     outcome = "undecided"
-    if shallow_gain.high < deep_gain.low:
+    if shallow.high < deep.low:
         outcome = "agrees"
-    elif deep_gain.high < shallow_gain.low:
+    elif deep.high < shallow.low:
         outcome = "disagrees"
-    found = f"{points(shallow_gain)} below {deep} steps, {points(deep_gain)} from there on"
-    return [Claim("the gain over KD grows with depth", found, "+1.9 at 2 steps to +23.1 at 5+", outcome)]
+    found = f"{points(shallow)} below {runs.deep} steps, {points(deep)} from there on"
+    published = f"{article.GAINS['2']:+.1f} at 2 steps to {article.GAINS['5+']:+.1f} at 5+"
+    return [Claim("the gain over KD grows with depth", found, published, outcome)]
 
 
-def _hidden(runs: Runs, baseline: str, deep: int) -> list[Claim]:
-    """What perplexity and step accuracy do not show, and what RTD costs."""
+def _hidden(runs: TaskRuns) -> list[Claim]:
+    """What perplexity and step accuracy do not show, and what the whole method costs."""
     claims: list[Claim] = []
-    base = runs.get(baseline, [])
+    baseline = runs.of(runs.baseline)
     gaps = []
-    for outcome in base:
-        keys = [key for key in outcome.steps_of_depth if key != "all" and int(key.rstrip("+")) >= deep]
-        chains = outcome.correct[outcome.depths >= deep]
+    for outcome in baseline:
+        table = outcome.step_accuracy_by_depth
+        keys = [key for key in table if key != "all" and int(key.rstrip("+")) >= runs.deep]
+        chains = outcome.correct[runs.is_deep(outcome.depths)]
         if keys and len(chains):
-            gaps.append(float(np.mean([outcome.steps_of_depth[key] for key in keys])) - float(chains.mean()))
+            gaps.append(float(np.mean([table[key] for key in keys])) - float(chains.mean()))
     if gaps:
         gap = over_seeds(gaps)
-        article = f"{ARTICLE_STEP} - {ARTICLE_CHAIN} = {ARTICLE_STEP - ARTICLE_CHAIN:.1f}"
-        text = f"`{baseline}`: single steps are right far more often than whole deep chains"
-        claims.append(Claim(text, points(gap), article, verdict(1, gap)))
-    ratios = [o.perplexity / o.teacher_perplexity - 1 for o in base if o.teacher_perplexity]
+        steps, whole_chains = article.DEEP_STEP_ACCURACY, article.DEEP_CHAIN_ACCURACY
+        text = f"`{runs.baseline}`: single steps are right far more often than whole deep chains"
+        claims.append(Claim(text, points(gap), f"{steps} - {whole_chains} = {article.GAP:.1f}", verdict(1, gap)))
+    ratios = [o.perplexity / o.teacher_perplexity - 1 for o in baseline if o.teacher_perplexity]
     if ratios:
-        ratio = over_seeds(ratios)
-        inside = "agrees" if ratio.high <= 0.03 else "disagrees" if ratio.low > 0.03 else "undecided"
-        text = f"`{baseline}`'s perplexity is within 3% of the teacher's"
-        claims.append(Claim(text, _share(ratio), "within 3%", inside if len(ratios) > 1 else "undecided"))
-    costs = [a.seconds / b.seconds - 1 for a in runs.get("rtd", []) for b in base if a.seed == b.seed and b.seconds]
-    if costs:
-        cost = over_seeds(costs)
-        inside = "agrees" if cost.low <= ARTICLE_OVERHEAD / 100 <= cost.high else "disagrees"
-        says = inside if len(costs) > 1 else "undecided"
-        claims.append(Claim("RTD adds to the training time of KD", _share(cost), f"+{ARTICLE_OVERHEAD}%", says))
+        ratio, most = over_seeds(ratios), article.PERPLEXITY_ABOVE_TEACHER / 100
+        says = "agrees" if ratio.high <= most else "disagrees" if ratio.low > most else "undecided"
+        text = f"`{runs.baseline}`'s perplexity is within {article.PERPLEXITY_ABOVE_TEACHER}% of the teacher's"
+        published = f"within {article.PERPLEXITY_ABOVE_TEACHER}%"
+        claims.append(Claim(text, _share(ratio), published, says if len(ratios) > 1 else "undecided"))
+    pairs = [(a, b) for a in runs.of(runs.whole) for b in baseline if a.seed == b.seed and b.seconds]
+    if pairs:
+        cost = over_seeds([a.seconds / b.seconds - 1 for a, b in pairs])
+        says = "agrees" if cost.low <= article.OVERHEAD / 100 <= cost.high else "disagrees"
+        text, published = "RTD adds to the training time of KD", f"+{article.OVERHEAD}%"
+        claims.append(Claim(text, _share(cost), published, says if len(pairs) > 1 else "undecided"))
     return claims
 
 
-def _drifts(runs: Runs, baseline: str) -> list[Claim]:
+def _drifts(runs: TaskRuns) -> list[Claim]:
     claims: list[Claim] = []
-    falls = []
-    for outcome in runs.get(baseline, []):
-        curve = cka_curve(outcome)
-        if len(curve) > 1:
-            falls.append(curve[min(curve)] - curve[max(curve)])
-    if falls:
-        fall = over_seeds(falls)
-        article = f"{ARTICLE_CKA[1]:.2f} - {ARTICLE_CKA[4]:.2f} = {ARTICLE_CKA[1] - ARTICLE_CKA[4]:.2f}"
+    curves = [curve for outcome in runs.of(runs.baseline) if len(curve := cka_curve(outcome)) > 1]
+    if curves:
+        fall = over_seeds([curve[min(curve)] - curve[max(curve)] for curve in curves])
+        first, last = article.CKA[1], article.CKA[4]
         text = (
-            f"`{baseline}`: likeness to the teacher (debiased CKA, same chains) falls from the first step to the last"
+            f"`{runs.baseline}`: likeness to the teacher (debiased CKA, same chains) falls from the first step to the "
+            "last"
         )
-        claims.append(Claim(text, _plain(fall), article, verdict(1, fall)))
-    areas = [area - 0.5 for outcome in runs.get("rtd", []) if (area := auroc_within(outcome)) is not None]
+        claims.append(Claim(text, _plain(fall), f"{first:.2f} - {last:.2f} = {first - last:.2f}", verdict(1, fall)))
+    areas = [area for outcome in runs.of(runs.whole) if (area := auroc_within(outcome)) is not None]
     if areas:
-        above = over_seeds(areas)
+        above = over_seeds([area - 0.5 for area in areas])
         found = f"{_plain(above)} above 0.5, among steps of the same place and depth"
-        text = "the cosine of a transition tells whether the next step is right (`rtd`)"
-        claims.append(Claim(text, found, f"AUROC {ARTICLE_AUROC}", verdict(1, above)))
+        text = f"the cosine of a transition tells whether the next step is right (`{runs.whole}`)"
+        claims.append(Claim(text, found, f"AUROC {article.AUROC}", verdict(1, above)))
     return claims
 
 
@@ -313,20 +338,19 @@ def auroc_within(outcome: Outcome) -> float | None:
     return outcome.drift["relation"]["next_step"]["auroc_within"]["value"] if outcome.drift else None
 
 
-def points(value: Interval | None) -> str:
+def points(value: Estimate | None) -> str:
     """A difference of accuracies in points with its interval."""
-    if value is None:
-        return "no common seed"
-    low, high = (f"{100 * x:+.1f}" if math.isfinite(x) else "?" for x in (value.low, value.high))
-    return f"{100 * value.mean:+.1f} [{low}, {high}]"
+    return "no common seed" if value is None else f"{100 * value.value:+.1f}{_interval(value, 100, '+.1f')}"
 
 
 def with_p(value: Difference | None) -> str:
+    """`points`, and the p-value where there is one."""
     shown = p_value(value)
     return points(value) if shown == "-" else f"{points(value)}, p {shown if shown[0] == '<' else f'= {shown}'}"
 
 
 def p_value(value: Difference | None) -> str:
+    """The p-value as text, "-" where there is none."""
     if value is None or value.p_value is None:
         return "-"
     return f"{value.p_value:.3f}" if value.p_value >= 0.001 else "< 0.001"
@@ -339,14 +363,22 @@ def p_and_seeds(value: Difference | None) -> tuple[str, str]:
     return p_value(value), f"{value.seeds_needed:,}" if value.seeds_needed < MOST_SEEDS else f"{MOST_SEEDS:,} or more"
 
 
-def _share(value: Interval) -> str:
-    low, high = (f"{100 * x:+.1f}" if math.isfinite(x) else "?" for x in (value.low, value.high))
-    return f"{100 * value.mean:+.1f}% [{low}, {high}]"
+def _shown(runs: TaskRuns, method: str | None, other: str | None) -> str:
+    return f"`{method}` - `{other}` = {with_p(runs.difference(method, other))}"
 
 
-def _plain(value: Interval) -> str:
-    low, high = (f"{x:.3f}" if math.isfinite(x) else "?" for x in (value.low, value.high))
-    return f"{value.mean:.3f} [{low}, {high}]"
+def _share(value: Estimate) -> str:
+    return f"{100 * value.value:+.1f}%{_interval(value, 100, '+.1f')}"
+
+
+def _plain(value: Estimate) -> str:
+    return f"{value.value:.3f}{_interval(value, 1, '.3f')}"
+
+
+def _interval(value: Estimate, factor: int, form: str) -> str:
+    """ " [low, high]", with a question mark for an end that is not known."""
+    low, high = (f"{factor * x:{form}}" if math.isfinite(x) else "?" for x in (value.low, value.high))
+    return f" [{low}, {high}]"
 
 
 def _percents(interval: tuple[float, float]) -> str:

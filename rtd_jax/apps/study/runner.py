@@ -1,4 +1,8 @@
-"""Many runs of the trainer, each a process of its own: side by side, killed anywhere, continued where they were."""
+"""Many training runs, each a process of its own: side by side, and continued where they stopped when killed.
+
+Every process is `python -m rtd_jax <command>` of the package that this module belongs to, installed or not, started in
+the current working directory: relative paths of configs and data mean the same to it as to the study.
+"""
 
 import hashlib
 import os
@@ -8,12 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from rtd_jax.base.files import read_json, write_json
 
-ROOT = Path(__file__).resolve().parents[3]
-TRAIN = ROOT / "launch" / "train.py"
+PROGRAM = (sys.executable, "-m", "rtd_jax")
 POLL_SECONDS = 0.5
 
 
@@ -41,7 +44,7 @@ class Job:
 
     def command(self, base: Path) -> list[str]:
         flags = [f"--config.{override}" for override in self.overrides]
-        return [sys.executable, str(TRAIN), f"--config={base}", f"--workdir={self.workdir}", *flags]
+        return [*PROGRAM, "train", f"--config={base}", f"--workdir={self.workdir}", *flags]
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Preparation:
     """Something that is made once for many runs."""
 
     name: str
-    command: tuple[str, ...]  # a script, from the repository's root, and its flags
-    folder: Path  # where it puts what it makes
+    command: tuple[str, ...]  # a command of `python -m rtd_jax` and its flags
+    folder: Path  # where the command puts what it makes
 
     @property
     def record(self) -> Path:
@@ -65,44 +68,39 @@ def prepare_once(preparations: Sequence[Preparation], note: Callable[[str], None
     """Makes what is not made yet, one after the other, each with all cores.
 
     Raises:
-      ValueError: one was made by another command, its script does not exist, or it failed; names its log.
+      ValueError: a preparation was made by another command, or it failed; names its log.
     """
-    for this in preparations:
-        if this.record.exists():
-            if read_json(this.record) != list(this.command):
+    for preparation in preparations:
+        command = _without_script(preparation.command)
+        if preparation.record.exists():
+            if _without_script(read_json(preparation.record)) != command:
                 raise ValueError(
-                    f"{this.folder} was made by another command ({this.record} differs); give the study another "
-                    "--workdir, or delete that folder and its .json"
+                    f"{preparation.folder} was made by another command ({preparation.record} differs); give the study "
+                    "another --workdir, or delete that folder and its .json"
                 )
             continue
-        if not (ROOT / this.command[0]).is_file():
-            raise ValueError(f"prepare.{this.name}: there is no script {this.command[0]} in {ROOT}")
-        this.folder.parent.mkdir(parents=True, exist_ok=True)
-        note(f"preparing {this.name}: {' '.join(this.command)}")
+        preparation.folder.parent.mkdir(parents=True, exist_ok=True)
+        note(f"preparing {preparation.name}: {' '.join(command)}")
         started = time.monotonic()
-        with this.log.open("a") as log:
+        with preparation.log.open("a") as log:
             done = subprocess.run(
-                [sys.executable, *this.command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
+                [*PROGRAM, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=_environment()
             )
         if done.returncode:
-            last = this.log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+            last = preparation.log.read_text(encoding="utf-8").strip().splitlines()[-1:]
             raise ValueError(
-                f"preparing {this.name} failed ({' '.join(last)[:300]}): its log is {this.log}. Run the same command "
-                "again to continue"
+                f"preparing {preparation.name} failed ({' '.join(last)[:300]}): its log is {preparation.log}. Run the "
+                "same command again to continue"
             )
-        write_json(this.record, list(this.command))
-        note(f"prepared {this.name} in {time.monotonic() - started:.0f} s")
+        write_json(preparation.record, command)
+        note(f"prepared {preparation.name} in {time.monotonic() - started:.0f} s")
 
 
 def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, note: Callable[[str], None], compiled: Path) -> None:
-    """Runs what is not finished, `parallel` at a time, each on its own share of the cores.
+    """Runs the jobs that are not finished, `parallel` at a time, each on its own share of the cores.
 
-    A job that was begun is continued by the trainer itself; one whose report is there is not run again. Programs
-    compiled by one are kept in the folder `compiled` for the others: methods under other seeds are the same programs.
+    A job that was begun is continued by the trainer itself; one that has a report is not run again. Programs that one
+    job compiled are kept in the folder `compiled` for the others: a method is the same program under every seed.
 
     Raises:
       ValueError: a workdir holds a run with other settings (before anything starts), or jobs failed (after all others
@@ -116,7 +114,8 @@ def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, note: Callable[[str
     failed: list[Job] = []
     started, done = time.monotonic(), 0
     total = len(waiting)
-    asked_to_stop = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through the `finally`
+    # A request to stop becomes SystemExit, so that the `finally` below stops the jobs too.
+    previous_handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         while waiting or running:
             for slot in range(parallel):
@@ -129,11 +128,11 @@ def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, note: Callable[[str
                     continue
                 del running[slot]
                 done += 1
-                ok = process.returncode == 0 and job.report.exists()
-                if not ok:
+                succeeded = process.returncode == 0 and job.report.exists()
+                if not succeeded:
                     failed.append(job)
                 left = (time.monotonic() - started) / done * (total - done)
-                outcome = _headline(job) if ok else f"FAILED, see {job.log}"
+                outcome = _headline(job) if succeeded else f"FAILED, see {job.log}"
                 note(
                     f"[{done}/{total}] {job.name}: {outcome}, {time.monotonic() - since:.0f} s; ETA {left / 60:.0f} min"
                 )
@@ -142,7 +141,7 @@ def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, note: Callable[[str
             process.terminate()
         for _, process, _ in running.values():
             process.wait()
-        signal.signal(signal.SIGTERM, asked_to_stop)
+        signal.signal(signal.SIGTERM, previous_handler)
     if failed:
         raise ValueError(
             f"{len(failed)} of {total} runs failed, first {failed[0].name}: its log is {failed[0].log}. The others are "
@@ -151,7 +150,7 @@ def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, note: Callable[[str
 
 
 def claim_jobs(jobs: Sequence[Job], base: Path) -> None:
-    """Notes in each job's workdir what it is.
+    """Writes into each job's workdir what it is.
 
     Raises:
       ValueError: a workdir was begun as something else.
@@ -159,37 +158,48 @@ def claim_jobs(jobs: Sequence[Job], base: Path) -> None:
     digest = hashlib.sha256(base.read_bytes()).hexdigest()
     for job in jobs:
         path = job.workdir / "job.json"
-        mine = {"base_sha256": digest, "overrides": list(job.overrides)}
+        identity = {"base_sha256": digest, "overrides": list(job.overrides)}
         if not path.exists():
             job.workdir.mkdir(parents=True, exist_ok=True)
-            write_json(path, mine)
-        elif read_json(path) != mine:
+            write_json(path, identity)
+        elif read_json(path) != identity:
             raise ValueError(
                 f"{job.workdir} was begun with other settings ({path} differs: the base config's text or the "
                 "overrides); give the study another --workdir, or delete that run"
             )
 
 
+def _without_script(command: Sequence[str]) -> list[str]:
+    """The command with "traces" in place of "launch/traces.py", as configs and records of earlier versions have it."""
+    name, *flags = command
+    path = PurePosixPath(name)
+    return [path.stem if path.parent.name == "launch" else name, *flags]
+
+
+def _environment() -> dict[str, str]:
+    """The environment of this process; from a clone that is not installed, jobs find the package by PYTHONPATH."""
+    environment = dict(os.environ)
+    clone = Path(__file__).resolve().parents[3]
+    if (clone / "pyproject.toml").is_file():
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(clone), environment.get("PYTHONPATH"))))
+    return environment
+
+
 def _start(job: Job, base: Path, cores: set[int], compiled: Path) -> subprocess.Popen:
-    environment = os.environ | {
+    environment = _environment() | {
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    everything = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)  # inherited; set in the child it would come after its first threads
+    all_cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)  # the child inherits it; set in the child it would come after its first threads
     try:
         with job.log.open("a") as log:
             return subprocess.Popen(
-                job.command(base),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=TRAIN.parents[1],
-                env=environment,
+                job.command(base), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
             )
     finally:
-        os.sched_setaffinity(0, everything)
+        os.sched_setaffinity(0, all_cores)
 
 
 def _core_shares(parallel: int) -> list[set[int]]:

@@ -1,9 +1,9 @@
-"""From finished runs to numbers with intervals, over seeds and over problems."""
+"""From finished runs to estimates over seeds and problems, and numbers from the curves of a run."""
 
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +12,57 @@ from scipy import stats
 
 from rtd_jax.base.files import read_json
 from rtd_jax.base.types import Array
+from rtd_jax.eval.estimates import (
+    CONFIDENCE,
+    Estimate,
+    over_seeds_and_problems,
+    percentile_interval,
+    resampled_means,
+)
 
 RESAMPLES = 2_000
-CONFIDENCE = 0.95
 POWER = 0.8
-MOST_SEEDS = 1_000  # beyond, a difference of this size is not to be found by adding seeds
-SETTLED = 0.95  # of a curve's best: where it counts as having reached its plateau
+MOST_SEEDS = 1_000  # a difference that needs more is not to be found by adding seeds
+SETTLED = 0.95  # share of a curve's best at which it counts as having reached its plateau
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """One finished run on its test problems; the same problems in the same order for every run of a task."""
+    """One finished run on its test problems, which are the same in the same order for every run of a task."""
 
     task: str
     method: str
     seed: int
     depths: np.ndarray  # int [problems]
-    correct: np.ndarray  # bool [problems]; every intermediate result and the answer right, free-running
+    correct: np.ndarray  # bool [problems]: every intermediate result and the answer are right, free-running
     teacher_correct: np.ndarray | None  # bool [problems]
     step_accuracy: float  # teacher-forced, over all depths
     perplexity: float
     updates: int
-    seconds: float  # of training, calibration and compilation included; without evaluation and looks
-    steps_of_depth: dict[str, float] = field(default_factory=dict)  # teacher-forced step accuracy by depth
+    seconds: float  # of training, with calibration and compilation, without evaluations
+    step_accuracy_by_depth: dict[str, float] = field(default_factory=dict)  # teacher-forced
     teacher_perplexity: float | None = None
     drift: dict[str, Any] | None = None  # see `rtd_jax.eval.drift.measure`
-    curve: tuple[dict[str, Any], ...] = ()  # {"update", "seconds", "chain_accuracy": {depth: mean}}, on validation
+    curve: tuple[
+        dict[str, Any], ...
+    ] = ()  # mid-run evaluations: {"update", "seconds", "chain_accuracy": {depth: mean}}
     stages: tuple[dict[str, Any], ...] = ()  # see `rtd_jax.train.curriculum.StageRecord`
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean over seeds and problems with its 95% interval."""
+class Difference(Estimate):
+    """A paired difference of two methods over seeds and problems; `n` counts the seeds."""
 
-    mean: float
-    low: float
-    high: float
-    seeds: int
+    p_value: float | None = None  # of a two-sided t-test over seeds; None where that is undefined
+    seeds_needed: int | None = None  # see `seeds_to_find`; None where there is no p-value
 
 
-@dataclass(frozen=True)
-class Difference(Interval):
-    """A paired difference of two methods; `p_value` of a two-sided t-test over seeds, None where that is undefined."""
-
-    p_value: float | None
-    seeds_needed: int | None  # see `seeds_to_find`; None where there is no p-value
+def json_row(found: Estimate) -> dict[str, Any]:
+    """How study.json writes an estimate over seeds."""
+    row: dict[str, Any] = {"mean": found.value, "low": found.low, "high": found.high, "seeds": found.n}
+    if isinstance(found, Difference):
+        row |= {"p_value": found.p_value, "seeds_needed": found.seeds_needed}
+    return row
 
 
 def read_outcome(task: str, method: str, seed: int, workdir: Path) -> Outcome:
@@ -97,10 +103,10 @@ def read_outcome(task: str, method: str, seed: int, workdir: Path) -> Outcome:
     )
 
 
-def accuracy(outcomes: Sequence[Outcome], chosen: Callable[[Array], Array]) -> Interval:
+def accuracy(outcomes: Sequence[Outcome], chosen: Callable[[Array], Array]) -> Estimate:
     """Chain accuracy of one method over its seeds, on the problems whose depth `chosen` keeps."""
-    mean, low, high = _interval(_table(outcomes, chosen))
-    return Interval(mean, max(low, 0.0), min(high, 1.0), len(outcomes))
+    found = over_seeds_and_problems(_table(outcomes, chosen))
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
 
 def difference(
@@ -127,7 +133,8 @@ def mean_difference(
     p_value = needed = None
     if len(per_seed) > 1 and np.ptp(per_seed) > 0:
         p_value, needed = float(stats.ttest_1samp(per_seed, 0.0).pvalue), seeds_to_find(per_seed)
-    return Difference(*_interval(table_SP), len(seeds), p_value, needed)
+    found = over_seeds_and_problems(table_SP)
+    return Difference(found.value, found.low, found.high, found.n, p_value=p_value, seeds_needed=needed)
 
 
 def seeds_to_find(per_seed: Array) -> int:
@@ -143,10 +150,10 @@ def seeds_to_find(per_seed: Array) -> int:
     return MOST_SEEDS
 
 
-def share_of_gain_lost(full: Interval, ablated: Interval, baseline: Interval) -> float | None:
+def share_of_gain_lost(full: Estimate, ablated: Estimate, baseline: Estimate) -> float | None:
     """(full - ablated) / (full - baseline); None where there is no gain to lose."""
-    gain = full.mean - baseline.mean
-    return (full.mean - ablated.mean) / gain if gain > 0 else None
+    gain = full.value - baseline.value
+    return (full.value - ablated.value) / gain if gain > 0 else None
 
 
 def share_interval(
@@ -155,9 +162,9 @@ def share_interval(
     baseline: Sequence[Outcome],
     chosen: Callable[[Array], Array],
 ) -> tuple[float, float] | None:
-    """95% interval of (full - ablated) / (full - baseline): seeds and problems drawn alike for all three.
+    """95% interval of (full - ablated) / (full - baseline), by a bootstrap of seeds and problems alike for all three.
 
-    By bootstrap. None without a common seed, or where the gain's own interval does not lie above 0: a share of nothing.
+    None without a common seed, or where the gain's own interval does not lie above 0: there is nothing to share out.
     """
     seeds = sorted({o.seed for o in full} & {o.seed for o in ablated} & {o.seed for o in baseline})
     whole = difference(full, baseline, chosen)
@@ -166,48 +173,40 @@ def share_interval(
     tables = [
         _table([next(o for o in runs if o.seed == s) for s in seeds], chosen) for runs in (full, ablated, baseline)
     ]
-    of_full, of_ablated, of_baseline = (_resampled(table) for table in tables)
+    of_full, of_ablated, of_baseline = (resampled_means(table, RESAMPLES) for table in tables)
     gain = of_full - of_baseline
-    there = gain > 0  # all but a few draws
-    low, high = np.quantile((of_full - of_ablated)[there] / gain[there], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
-
-
-def over_seeds(values: Sequence[float]) -> Interval:
-    """Mean of one number a seed, with the 95% interval of Student's t; from minus to plus infinity with one seed."""
-    x = np.asarray(values, np.float64)
-    mean = float(x.mean())
-    if len(x) < 2:
-        return Interval(mean, -math.inf, math.inf, len(x))
-    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
-    return Interval(mean, mean - margin, mean + margin, len(x))
+    positive = gain > 0  # in all but a few draws
+    return percentile_interval((of_full - of_ablated)[positive] / gain[positive])
 
 
 def solved_after_stage(outcome: Outcome, number: int) -> float | None:
-    """Mean over a stage's depths ("3", "5+", "1-2") at the first look not before its end; None without such a look."""
+    """Chain accuracy of the first mid-run evaluation at or after a stage's end: the mean over the stage's depths.
+
+    Depths are written "3", "5+" or "1-2". None without such an evaluation.
+    """
     end = sum(record["updates"] for record in outcome.stages[: number + 1])
     low, _, high = outcome.stages[number]["depth"].rstrip("+").partition("-")
     last = math.inf if outcome.stages[number]["depth"].endswith("+") else int(high or low)
-    seen: dict[str, float] = next((look["chain_accuracy"] for look in outcome.curve if look["update"] >= end), {})
-    chosen = [x for key, x in seen.items() if key.isdigit() and int(low) <= int(key) <= last]
+    found: dict[str, float] = next((at["chain_accuracy"] for at in outcome.curve if at["update"] >= end), {})
+    chosen = [x for key, x in found.items() if key.isdigit() and int(low) <= int(key) <= last]
     return float(np.mean(chosen)) if chosen else None
 
 
 def settled_at(outcome: Outcome) -> tuple[int, float]:
-    """(update, seconds) of the first look at which a curve has SETTLED of its best."""
-    best = max(look["chain_accuracy"]["all"] for look in outcome.curve)
-    look = next(look for look in outcome.curve if look["chain_accuracy"]["all"] >= SETTLED * best)
-    return look["update"], look["seconds"]
+    """(update, seconds) of the first mid-run evaluation with at least SETTLED of the curve's best accuracy."""
+    best = max(at["chain_accuracy"]["all"] for at in outcome.curve)
+    first = next(at for at in outcome.curve if at["chain_accuracy"]["all"] >= SETTLED * best)
+    return first["update"], first["seconds"]
 
 
 def accuracy_at(outcome: Outcome, seconds: float) -> float:
-    """Accuracy at the last look not after `seconds`; 0 before the first."""
-    looks = [look["chain_accuracy"]["all"] for look in outcome.curve if look["seconds"] <= seconds]
-    return looks[-1] if looks else 0.0
+    """Accuracy of the last mid-run evaluation not later than `seconds`; 0 before the first."""
+    accuracies = [at["chain_accuracy"]["all"] for at in outcome.curve if at["seconds"] <= seconds]
+    return accuracies[-1] if accuracies else 0.0
 
 
 def _table(outcomes: Sequence[Outcome], chosen: Callable[[Array], Array]) -> np.ndarray:
-    """float64 [seeds, problems].
+    """Right (1) or wrong (0) by seed and problem, float64 [seeds, problems].
 
     Raises:
       ValueError: the runs were not tested on the same problems.
@@ -223,38 +222,11 @@ def _table(outcomes: Sequence[Outcome], chosen: Callable[[Array], Array]) -> np.
     return np.stack([outcome.correct[keep] for outcome in outcomes]).astype(np.float64)
 
 
-def _interval(table_SP: np.ndarray) -> tuple[float, float, float]:
-    """(mean, low, high), seeds and problems both being samples of what could be.
+def verdict(expected_sign: int, found: Estimate | None) -> str:
+    """Whether a difference has the sign that the article reports: "agrees", "disagrees" or "undecided".
 
-    The mean's variance is that of the seeds' means over their number plus that of the problems' means over theirs. That
-    counts twice what seeds and problems have in common, so it is rather too large; its degrees of freedom are
-    Welch-Satterthwaite's. A bootstrap over five seeds would be too sure of itself. One seed: over problems only.
+    It is undecided where the interval holds 0, and with one seed.
     """
-    parts = [  # (variance of the mean, degrees of freedom)
-        (float(means.var(ddof=1)) / len(means), len(means) - 1)
-        for means in (table_SP.mean(axis=1), table_SP.mean(axis=0))
-        if len(means) > 1
-    ]
-    mean, variance = float(table_SP.mean()), sum(part for part, _ in parts)
-    if not variance:
-        return mean, mean, mean
-    freedom = variance**2 / sum(part**2 / count for part, count in parts)
-    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
-    return mean, mean - margin, mean + margin
-
-
-def _resampled(table_SP: np.ndarray) -> np.ndarray:
-    """Means of resampled tables, [RESAMPLES]; tables of one shape are drawn alike."""
-    seeds, problems = table_SP.shape
-    rng = np.random.default_rng(0)
-    weights_RP = rng.multinomial(problems, np.full(problems, 1 / problems), RESAMPLES) / problems
-    per_seed_RS = weights_RP @ table_SP.T
-    weights_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
-    return np.sum(per_seed_RS * weights_RS, axis=1)
-
-
-def verdict(expected_sign: int, found: Interval | None) -> str:
-    """Whether a difference has the sign the article reports: "agrees", "disagrees" or "undecided"; so is one seed."""
-    if found is None or found.seeds < 2 or not math.isfinite(found.low) or found.low <= 0.0 <= found.high:
+    if found is None or found.n < 2 or not math.isfinite(found.low) or found.low <= 0.0 <= found.high:
         return "undecided"
-    return "agrees" if math.copysign(1, found.mean) == expected_sign else "disagrees"
+    return "agrees" if math.copysign(1, found.value) == expected_sign else "disagrees"

@@ -1,1 +1,1 @@
-"""Chains of thought written by a teacher, kept where their answer is right (launch/traces.py)."""
+"""Chains of thought that a teacher writes, kept where their answer is right (launch/traces.py)."""

@@ -1,6 +1,6 @@
-"""Replies on disk, one line each as they come: what is in the log is never asked again, and never changes.
+"""Replies on disk, one line each as they arrive: a request with a reply in the log is never sent again.
 
-<folder>/requests.json     what is asked of whom; a folder holds the replies to one such question
+<folder>/requests.json     which teacher is asked, and how; a folder holds the replies to requests of one such identity
 <folder>/responses.jsonl   {"id", "sample", "text", "finish", "crc32"}, appended and synced to the disk
 """
 
@@ -20,14 +20,14 @@ FORMAT = 1
 
 
 class ResponseLog:
-    """The replies of a folder, open for more; use it as a context manager.
+    """The replies in a folder, to which more can be added; use it as a context manager.
 
-    A last line that a kill tore is dropped. One process writes at a time: a lock, which the system takes back from a
-    process that was killed, says who.
+    A last line that is incomplete, because the process was killed while writing it, is dropped. One process writes at a
+    time; it holds a lock on the file, which the system releases when the process ends.
 
     Raises:
-      ValueError: the folder holds replies to other requests (naming what differs) or something else, a line is
-        damaged (naming it), or another process is writing.
+      ValueError: the folder holds replies to other requests (the message names what differs) or other files, a line is
+        damaged (the message names it), or another process is writing.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ class ResponseLog:
         return replies
 
     def add(self, replies: Sequence[tuple[Request, Reply]]) -> None:
-        """Appends replies; they are on the disk when this returns."""
+        """Appends replies and waits until they are on the disk."""
         for request, reply in replies:
             row = {"id": request.id, "sample": request.sample, "text": reply.text, "finish": reply.finish}
             line = json.dumps({**row, "crc32": _checksum(row)}) + "\n"

@@ -1,4 +1,4 @@
-"""What is asked of a teacher: one request a problem and sample, named by everything that decides its reply."""
+"""What is asked of a teacher: a request for each problem and sample, with an id made of all that decides its reply."""
 
 import hashlib
 import json
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 from rtd_jax.base.sharding import MeshSettings
-from rtd_jax.data.sources import Problem
+from rtd_jax.data.trace import Problem
 
-Finish = Literal["stop", "length", "refused"]  # ended by itself or at a stop text; cut at max_tokens; never answered
+Finish = Literal["stop", "length", "refused"]  # ended by itself or at a stop text; cut at max_tokens; not answered
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How chains are drawn."""
+    """How chains are sampled."""
 
-    samples: int = 4  # chains of each problem
+    samples: int = 4  # chains for each problem
     temperature: float = 0.7  # 0 is greedy
     top_p: float = 0.95  # smallest set of ids that reaches this probability; 1 keeps all
-    max_tokens: int = 512  # of a chain; what reaches it is unfinished
-    stop: tuple[str, ...] = ()  # texts that end a chain, themselves not part of it
-    seed: int = 0  # each request has its own, made from this and its id
+    max_tokens: int = 512  # of a chain; a chain that reaches it is unfinished
+    stop: tuple[str, ...] = ()  # texts that end a chain and are not part of it
+    seed: int = 0  # each request has its own seed, made from this one and the request's id
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.max_tokens < 1:
@@ -38,27 +38,27 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class JaxSettings:
-    """A teacher in this process, spread over its devices. Read with backend "jax"."""
+    """A teacher in this process, spread over its devices; for backend "jax"."""
 
     path: str = ""  # Hugging Face folder or hub name
     param_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"  # of weights in memory; int8: a scale per channel
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products and hidden states
     sharding: Literal["fsdp", "tensor"] = "tensor"  # what travels: "fsdp" weights, "tensor" activations
-    batch_size: int = 64  # chains written at one time; what a kill can cost at most
+    batch_size: int = 64  # chains decoded together; an interrupted run loses at most so many
     mesh: MeshSettings = MeshSettings()
 
 
 @dataclass(frozen=True)
 class OpenAISettings:
-    """A server of OpenAI's completions API: vLLM, SGLang, `transformers serve`. Read with backend "openai"."""
+    """A server with OpenAI's completions API (vLLM, SGLang, `transformers serve`); for backend "openai"."""
 
     base_url: str = "http://localhost:8000/v1"  # of the server
     model: str = ""  # as the server names it
     api_key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key; unset where none is needed
-    concurrency: int = 32  # requests under way; what a kill can cost at most
-    requests_per_minute: int = 0  # started at most; 0 is no limit
+    concurrency: int = 32  # requests sent side by side; an interrupted run loses at most so many
+    requests_per_minute: int = 0  # at most so many are started; 0 is no limit
     timeout: float = 600.0  # seconds for one reply
-    retries: int = 8  # of a request, 0.5 to 8 s apart or as the server says, when it fails in a way that may pass
+    retries: int = 8  # of a request with a temporary failure, 0.5 to 8 s apart or as the server says
     extra_body: str = ""  # further fields of a request as a JSON object, such as '{"top_k": 50}'
     skip_refused: bool = False  # count a request that the server refuses (400, 413, 422) instead of stopping
 
@@ -82,7 +82,7 @@ class OpenAISettings:
 
 
 class Request(NamedTuple):
-    """One chain that is wanted."""
+    """One chain that the teacher is asked for."""
 
     id: str  # 32 hex digits
     problem: Problem
@@ -101,23 +101,23 @@ Record = Callable[[Sequence[tuple[Request, Reply]]], None]
 
 
 class Backend(Protocol):
-    """Something that writes chains."""
+    """A teacher that writes chains."""
 
     def identity(self) -> dict[str, Any]:
-        """What it is that writes: JSON, equal where replies are interchangeable."""
+        """What decides the replies, as JSON: equal for two backends whose replies are interchangeable."""
         ...
 
     def complete(self, requests: Sequence[Request], missing: Set[str], record: Record) -> None:
-        """Gives `record` every request whose id is in `missing` once, in any order, as soon as its reply is there.
+        """Calls `record` with each request whose id is in `missing`, once and in any order, as its reply arrives.
 
         Raises:
-          ValueError: the teacher cannot be had, or refuses; what was recorded before stays.
+          ValueError: the teacher cannot be reached, or refuses; what was recorded before stays.
         """
         ...
 
 
 def make_requests(problems: Sequence[Problem], samples: int, seed: int, identity: dict[str, Any]) -> list[Request]:
-    """All requests, the samples of a problem together. More samples or problems leave the others' ids as they are."""
+    """All requests, with the samples of a problem together. More samples or problems do not change the other ids."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     requests = []
     for problem in problems:

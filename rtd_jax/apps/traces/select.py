@@ -1,4 +1,4 @@
-"""Which chains are kept: those that end by themselves in the right answer, once each, no depth too often. Pure."""
+"""Which chains are kept: those that end by themselves in the right answer, without duplicates, balanced by depth."""
 
 import hashlib
 import re
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rtd_jax.apps.traces.requests import Reply, Request
-from rtd_jax.data.trace import Problem, sentences
+from rtd_jax.data.sentences import sentences
+from rtd_jax.data.trace import Problem
 from rtd_jax.eval.answers import answer_matches, boxed, flexible_answer, parse_number, strict_answer
 from rtd_jax.eval.chains import split_solution
 from rtd_jax.eval.estimates import depth_key
@@ -19,13 +20,13 @@ OUTCOMES = ("kept", "wrong", "duplicate", "unfinished", "unparsable", "surplus",
 
 @dataclass(frozen=True)
 class SelectionSettings:
-    """What is kept of the replies. Another selection is made from the same log without asking again."""
+    """Which replies are kept. Another selection can be made from the same log without asking the teacher again."""
 
-    reading: Literal["strict", "flexible"] = "strict"  # strict: the answer stands behind ####; MATH wants flexible
+    reading: Literal["strict", "flexible"] = "strict"  # strict: the answer follows ####; MATH needs flexible
     steps: Literal["lines", "sentences"] = "lines"  # what a step is; sentences are cut as those of MATH
-    per_problem: int = 0  # chains of one problem at most; 0 keeps all
-    max_depth_share: float = 1.0  # of all kept chains, that one depth (1, 2, 3, 4, 5+) may have
-    tokenizer: str = ""  # Hugging Face folder: a chain that has tokens unknown to it is unparsable; "" asks none
+    per_problem: int = 0  # chains kept for one problem at most; 0 keeps all
+    max_depth_share: float = 1.0  # share of all kept chains that one depth (1, 2, 3, 4, 5+) may have
+    tokenizer: str = ""  # Hugging Face folder: a chain with tokens that it does not know is unparsable; "": no check
 
     def __post_init__(self) -> None:
         if self.per_problem < 0 or not 0 < self.max_depth_share <= 1:
@@ -37,10 +38,10 @@ class SelectionSettings:
 
 @dataclass(frozen=True)
 class Selected:
-    """The kept rows of the `stepwise` schema in the order of the requests, and what became of every request.
+    """The kept rows of the `stepwise` schema in the order of the requests, and the outcomes of all requests.
 
-    `counts[depth][outcome]` goes by the depth of the problem's own reference chain ("0": it has none), with "all";
-    `kept_by_depth` by the depth of the chain that was kept.
+    `counts[depth][outcome]` is by the depth of the problem's own reference chain ("0": it has none), and for "all";
+    `kept_by_depth` is by the depth of the kept chain.
     """
 
     rows: list[dict[str, Any]]
@@ -54,21 +55,23 @@ def select(
     settings: SelectionSettings,
     known: Callable[[str], bool] = lambda text: True,
 ) -> Selected:
-    """Sorts every reply into one of `OUTCOMES`; `known` says of a chain's text whether a tokenizer can write it.
+    """Sorts every reply into one of `OUTCOMES`; `known` says whether the tokenizer knows all tokens of a text.
 
-    wrong: it states another answer; unfinished: cut at max_tokens; unparsable: it has no step, or states no answer, or
-    is not `known`;
-    duplicate: right, but the same text as an earlier one of its problem, up to white space and case; surplus: right,
-    but beyond `per_problem` or `max_depth_share`; refused: the server did not take the request.
+      wrong: it states another answer
+      unfinished: it was cut at max_tokens
+      unparsable: it has no step, states no answer, or is not `known`
+      duplicate: right, but the same text as an earlier chain of its problem, up to white space and case
+      surplus: right, but beyond `per_problem` or `max_depth_share`
+      refused: the server did not take the request
 
     Raises:
-      ValueError: `max_depth_share` cannot hold with the depths there are.
+      ValueError: the right chains have too few depths for `max_depth_share`.
     """
     outcomes: list[str] = []
     steps_of: list[list[str]] = []
     seen: set[tuple[str, str]] = set()
     kept_of_problem: Counter[str] = Counter()
-    ranks: list[int] = []  # the how-manieth kept chain of its problem
+    ranks: list[int] = []  # for each request, how many chains of its problem were kept before it
     for request in requests:
         outcome, steps = judge(request.problem, replies[request.id], settings)
         if outcome == "kept" and not known("\n".join(steps)):
@@ -91,7 +94,7 @@ def select(
             by_depth.setdefault(depth_key(len(steps), OPEN_FROM), []).append(i)
     cap = depth_cap([len(places) for places in by_depth.values()], settings.max_depth_share)
     for places in by_depth.values():
-        # First chains of many problems before second ones of few; among equals by id, which is as good as chance.
+        # The first chain of every problem comes before the second of any; equals are in random order, by a hash.
         places.sort(key=lambda i: (ranks[i], hashlib.sha256(requests[i].id.encode()).digest()))
         for i in places[cap:]:
             outcomes[i] = "surplus"
@@ -116,7 +119,7 @@ def judge(problem: Problem, reply: Reply, settings: SelectionSettings) -> tuple[
     steps = [" ".join(step.split()) for step in steps]
     if reply.finish == "length":
         return "unfinished", steps
-    # What a model writes behind its answer line is not part of the chain.
+    # What a model writes after its answer line is not part of the chain.
     text = "\n".join([*lines, answer_line]) if answer_line else reply.text
     if not steps or not states_answer(problem, text, settings.reading):
         return "unparsable", steps
@@ -126,7 +129,7 @@ def judge(problem: Problem, reply: Reply, settings: SelectionSettings) -> tuple[
 
 
 def states_answer(problem: Problem, text: str, reading: str) -> bool:
-    """Whether there is an answer to be right or wrong, of the kind that the problem asks for."""
+    """Whether the text states an answer of the kind that the problem asks for, right or wrong."""
     numeric = parse_number(problem.answer) is not None
     if numeric and strict_answer(text) is not None:
         return True
@@ -136,10 +139,10 @@ def states_answer(problem: Problem, text: str, reading: str) -> bool:
 
 
 def depth_cap(counts: Sequence[int], share: float) -> int:
-    """The largest c such that, of chains cut to c a depth, no depth has more than `share`.
+    """The largest number c such that no depth has more than `share` of the chains when c are kept for each depth.
 
     Raises:
-      ValueError: not even equal numbers would do.
+      ValueError: even with equal numbers for all depths, each has more than `share`.
     """
     counts = [count for count in counts if count]
     if not counts or share >= 1:

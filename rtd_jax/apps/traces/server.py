@@ -1,4 +1,4 @@
-"""Chains from a server of OpenAI's completions API: vLLM, SGLang, `transformers serve`, or a hosted one."""
+"""Chains from a server with OpenAI's completions API: vLLM, SGLang, `transformers serve`, or a hosted one."""
 
 import asyncio
 import os
@@ -8,14 +8,14 @@ from typing import Any
 from rtd_jax.apps.traces.requests import OpenAISettings, Record, Reply, Request, SamplingSettings, before_stop
 from rtd_jax.data.formats import TextFormat
 
-BACKOFF, LONGEST_BACKOFF = 0.5, 8.0  # seconds before a reply that could not be read is asked for again
+BACKOFF, LONGEST_BACKOFF = 0.5, 8.0  # seconds before a request is sent again whose reply could not be read
 
 
 class OpenAIBackend:
-    """Requests side by side, each tried again when it fails in a way that may pass.
+    """Sends requests side by side, and sends one again after a temporary failure.
 
-    The official client waits and retries on 408, 409, 429 (as Retry-After says), 5xx, timeouts and broken connections,
-    a reply that breaks off among them. What arrives whole and is not a completion is asked for again here.
+    The official client waits and retries after status 408, 409, 429 (as Retry-After says) and 5xx, timeouts and broken
+    connections, also in the middle of a reply. A complete reply that is not a completion is retried here.
     """
 
     def __init__(self, settings: OpenAISettings, text: TextFormat, sampling: SamplingSettings) -> None:
@@ -30,7 +30,7 @@ class OpenAIBackend:
         asyncio.run(self._complete([request for request in requests if request.id in missing], record))
 
     async def _complete(self, requests: Sequence[Request], record: Record) -> None:
-        from openai import AsyncOpenAI  # slow to import, and the other backend needs none of it
+        from openai import AsyncOpenAI  # slow to import, and the other backend does not need it
 
         settings, pace = self._settings, _Pace(self._settings.requests_per_minute)
         waiting = iter(requests)
@@ -65,7 +65,7 @@ class OpenAIBackend:
                 ValueError,
                 openai.APIResponseValidationError,
                 _NoCompletion,
-            ) as error:  # not UTF-8, JSON or a reply
+            ) as error:  # not UTF-8, not JSON, or not a completion
                 problem = str(error)
             except openai.APIStatusError as error:
                 if error.status_code in (400, 413, 422) and settings.skip_refused:
@@ -102,7 +102,7 @@ class OpenAIBackend:
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
             "seed": request.seed,
-            "extra_headers": {"X-Request-Id": request.id},  # finds a chain in the server's own log
+            "extra_headers": {"X-Request-Id": request.id},  # to find the chain in the server's own log
         }
         if extra := self._settings.extra():
             options["extra_body"] = extra
@@ -123,17 +123,17 @@ class OpenAIBackend:
             return Reply("", "refused")
         if not isinstance(text, str) or finish not in ("stop", "length"):
             raise _NoCompletion(f"text is {str(text)[:60]!r} and finish_reason {finish!r}")
-        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is JSON, and no file takes it
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is valid JSON, but cannot be written
         text, stopped = before_stop(text, self._sampling.stop)
         return Reply(text, "stop" if stopped else finish)
 
 
 class _NoCompletion(Exception):
-    """The server's answer is whole and no completion."""
+    """The server's reply is complete, but not a completion."""
 
 
 class _Pace:
-    """Lets so many through a minute, evenly."""
+    """Lets a number of requests a minute through, evenly spaced."""
 
     def __init__(self, per_minute: int) -> None:
         self._interval, self._next = 60 / per_minute if per_minute else 0.0, 0.0

@@ -1,4 +1,4 @@
-"""From prompts to a teacher's own chains of thought: asked for, judged, and written as shards that `datasets` reads."""
+"""From problems to a teacher's own chains of thought: requested, judged and written as shards that `datasets` reads."""
 
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ from rtd_jax.data.manifest import begin_manifest, finish_manifest
 from rtd_jax.data.sources import SourceSettings, load_problems, load_traces
 from rtd_jax.data.trace import Problem
 
-PROGRESS_INTERVAL = 5.0  # seconds between two lines
+PROGRESS_INTERVAL = 5.0  # seconds between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class OutputSettings:
 
 @dataclass(frozen=True)
 class TracesRecipe:
-    """Which problems are put to which teacher, how, and what is kept of its chains."""
+    """Which problems a teacher solves, how it is asked, and which of its chains are kept."""
 
     problems: SourceSettings
     backend: Literal["jax", "openai"]  # a teacher in this process, or a server of OpenAI's completions API
@@ -62,14 +62,14 @@ class TracesRecipe:
 
 
 def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:
-    """Asks for what the log in `workdir` has not, then writes shards and manifest from the log. Returns the manifest.
+    """Requests the chains that the log in `workdir` lacks, then writes shards and a manifest from the log.
 
-    The shards are a function of the log, the recipe and the problems alone: a run that was killed, anywhere and however
-    often, ends with the bytes of one that was not, provided that the teacher's replies are the same.
+    Returns the manifest's path. The shards depend only on the log, the recipe and the problems: a run that was killed
+    and continued, however often, writes the same bytes as one that was not, if the teacher's replies are the same.
 
     Raises:
-      ValueError: problems, teacher, server, settings or files that cannot be used; the message has the way out. What
-        was answered before is in the log.
+      ValueError: problems, teacher, server, settings or files that cannot be used; the message has the way out. Replies
+        that arrived before are in the log.
     """
     check_writable(workdir)
     problems = load_problems(recipe.problems)
@@ -82,7 +82,7 @@ def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:
     text = dataclasses.replace(recipe.text, context=recipe.text.context + context)
     backend = _backend(recipe, text)
     sampling = dataclasses.asdict(recipe.sampling)
-    samples = sampling.pop("samples")  # more of them are added to those that are there
+    samples = sampling.pop("samples")  # not part of the identity: more samples are added to those in the log
     sampling["stop"] = list(sampling["stop"])
     asks = {"kind": text.kind, "prompt": text.fill("{prompt}")}
     identity = {**backend.identity(), "sampling": sampling, "text": asks}
@@ -119,7 +119,7 @@ def _all_alike(requests: Sequence[Request], replies: Mapping[str, Reply]) -> boo
 
 
 def _known(path: str) -> Callable[[str], bool]:
-    """Whether a text has only tokens that the tokenizer at `path` knows."""
+    """A function that says whether the tokenizer at `path` knows all tokens of a text."""
     if not path:
         return lambda text: True
     from rtd_jax.models.from_hf import resolve
@@ -130,7 +130,7 @@ def _known(path: str) -> Callable[[str], bool]:
 
 
 def _backend(recipe: TracesRecipe, text: TextFormat) -> Backend:
-    # Each is slow to import, and asking a server needs none of the models.
+    # Each is slow to import, and a server as teacher needs no models here.
     if recipe.backend == "jax":
         from rtd_jax.apps.traces.local import JaxBackend
 
@@ -147,7 +147,7 @@ def _about(
     replies: Mapping[str, Reply],
     selected: Selected,
 ) -> dict[str, Any]:
-    """What the manifest says of the shards, beside their hashes."""
+    """What the manifest says about the shards, beside their hashes."""
     digest = hashlib.sha256()
     for request_id, reply in sorted(replies.items()):
         digest.update(json.dumps([request_id, *reply]).encode())
@@ -188,7 +188,7 @@ def _write_shards(recipe: TracesRecipe, workdir: Path, selected: Selected, about
 
 
 class _Progress:
-    """A line now and then: how many, how fast, how long still."""
+    """Prints, now and then, how many chains there are, how fast they come, and the time that is left."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done = total, 0

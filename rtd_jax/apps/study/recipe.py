@@ -1,0 +1,166 @@
+"""What a study is: its methods, tasks, seeds and preparations, as settings; the runs that follow from them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rtd_jax.apps.study.runner import Job, Preparation
+
+Overrides = tuple[str, ...]  # of a config, as on the command line but without "--config.": "loss.alpha=0.7"
+Role = Literal[
+    "baseline",  # no alignment, no coherence loss, no curriculum: what the whole method has to beat
+    "whole",  # the method that the study is about, with all three components
+    "ablation",  # the whole method without one component
+    "part",  # the baseline with one component
+    "rival",  # another method of the literature
+    "control",  # what the whole method could owe its gain to
+    "condition",  # a part or both hidden-state losses, with one thing about them changed
+    "grid point",  # the whole method with other weights
+    "longer",  # another method with more updates
+    "self-distillation",  # the teacher's own architecture as student
+]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of a study: the overrides that make it, and what the report needs to know about it.
+
+    The report takes the difference in deep chain accuracy between this method and each of `compared_with`; where the
+    text beside a name is not empty, the difference is listed as the answer to that question. Methods that have no
+    finished runs are left out. Differences that follow from roles need not be named here: the whole method is compared
+    with the baseline, the rivals and its ablations, and self-distillation with the teacher.
+    """
+
+    overrides: Overrides  # of the study's base config
+    role: Role = "control"  # what it is to the others
+    compared_with: dict[str, str] = field(default_factory=dict)  # {other method: question}
+    alignment: float = 0.0  # weight of the boundary alignment
+    coherence: float = 0.0  # weight of the coherence loss
+    curriculum: bool = False
+    caption: str = ""  # in words: of a baseline or rival what it does, of a condition what it changes
+    pictured: bool = False  # whether the report's pictures have a line for it
+    place: int = 0  # order of claims, questions and lines in pictures; a ConfigDict does not keep the order of its keys
+
+    @property
+    def components(self) -> tuple[bool, bool, bool]:
+        """Whether it has (alignment, coherence, curriculum)."""
+        return bool(self.alignment), bool(self.coherence), self.curriculum
+
+
+@dataclass(frozen=True)
+class StudyRecipe:
+    """Which runs are made. Methods and tasks are overrides of one base config.
+
+    `prepare` names what is made once, before the runs, and shared by them: a command of `python -m rtd_jax` and its
+    flags. Where overrides or other preparations have `{name}`, the folder of that preparation is put in its place; only
+    preparations that are asked for in this way are made. Relative paths, in `base` as in overrides and flags, are
+    relative to the current working directory.
+    """
+
+    base: str  # config file of every run
+    tasks: dict[str, Overrides]  # overrides of the base config that make each task
+    methods: dict[
+        str, Method | Overrides
+    ]  # overrides of the base config alone make a method that is reported and not compared
+    seeds: tuple[int, ...]  # of params and data order; the same for every method
+    baseline: str = "kd"  # what differences are taken to
+    parallel: int = 1  # runs side by side on equal shares of the cores; 0: only the report of finished runs
+    deep: int = 4  # steps from which a problem counts as deep in the summary
+    report: str = ""  # where the report is written besides <workdir>/study.md; "" nowhere
+    prepare: dict[str, Overrides] = field(default_factory=dict)  # {"cache": ("cache_teacher", "--config=..", ..)}
+    only: tuple[str, ...] = ()  # methods that are run; () runs all
+    task_methods: dict[str, Overrides] = field(default_factory=dict)  # methods of a task that does not have all of them
+    about: dict[str, str] = field(default_factory=dict)  # what a task is, in words, for the report
+    smaller_than: dict[str, str] = field(default_factory=dict)  # {task of a smaller student: task of the larger one}
+
+    def __post_init__(self) -> None:
+        if self.baseline not in self.methods:
+            raise ValueError(f"baseline is {self.baseline!r}; it must be one of the methods {', '.join(self.methods)}")
+        for name in ("tasks", "methods", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; give at least one")
+        whole = [name for name in self.methods if self.method(name).role == "whole"]
+        if len(whole) > 1:
+            raise ValueError(f"methods {' and '.join(whole)} have the role 'whole'; a study is about one of them")
+        chosen = {"only": self.only} | {f"task_methods.{task}": names for task, names in self.task_methods.items()}
+        for key, names in chosen.items():
+            unknown = [name for name in names if name not in self.methods]
+            if unknown:
+                raise ValueError(f"{key} names {unknown[0]!r}; the methods are {', '.join(self.methods)}")
+        named = {
+            "task_methods": (*self.task_methods,),
+            "about": (*self.about,),
+            "smaller_than": (*self.smaller_than, *self.smaller_than.values()),
+        }
+        for key, tasks in named.items():
+            unknown = [task for task in tasks if task not in self.tasks]
+            if unknown:
+                raise ValueError(f"{key} names the task {unknown[0]!r}; the tasks are {', '.join(self.tasks)}")
+        for name, command in self.prepare.items():
+            if not command:
+                raise ValueError(f"prepare.{name} is empty; give a command of `python -m rtd_jax` and its flags")
+
+    def method(self, name: str) -> Method:
+        """The method of that name."""
+        found = self.methods[name]
+        return found if isinstance(found, Method) else Method(found)
+
+    def jobs(self, workdir: Path) -> list[Job]:
+        """All runs, seed by seed, so that an unfinished study compares all methods on the seeds that it has."""
+        return [
+            Job(
+                task,
+                method,
+                seed,
+                self._filled((*self.tasks[task], *self.method(method).overrides, f"seed={seed}"), workdir),
+                workdir.absolute() / "runs" / task / method / f"seed_{seed}",
+            )
+            for seed in self.seeds
+            for task, method in self._pairs()
+        ]
+
+    def preparations(self, workdir: Path) -> list[Preparation]:
+        """What the runs ask for, each after what it asks for itself.
+
+        Raises:
+          ValueError: preparations ask for one another in a circle.
+        """
+        asked = {
+            name: {other for other in self.prepare if other != name and any(f"{{{other}}}" in x for x in command)}
+            for name, command in self.prepare.items()
+        }
+        texts = [text for task, name in self._pairs() for text in (*self.tasks[task], *self.method(name).overrides)]
+        needed = {name for name in self.prepare if any(f"{{{name}}}" in text for text in texts)}
+        while more := set().union(*(asked[name] for name in needed)) - needed:
+            needed |= more
+        ordered: list[str] = []
+        while len(ordered) < len(needed):
+            ready = [name for name in self.prepare if name in needed - set(ordered) and asked[name] <= set(ordered)]
+            if not ready:
+                raise ValueError(f"the preparations {', '.join(sorted(needed - set(ordered)))} ask for one another")
+            ordered += ready
+        return [
+            Preparation(name, self._filled(self.prepare[name], workdir), prepared_folder(workdir) / name)
+            for name in ordered
+        ]
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        """(task, method) of the runs; tasks that have every method come first: the others are compared with them."""
+        tasks = sorted(self.tasks, key=lambda task: task in self.task_methods)
+        return [
+            (task, method)
+            for task in tasks
+            for method in self.task_methods.get(task, tuple(self.methods))
+            if not self.only or method in self.only
+        ]
+
+    def _filled(self, texts: Overrides, workdir: Path) -> Overrides:
+        """The texts with folders of preparations in place of their names."""
+        for name in self.prepare:
+            texts = tuple(text.replace(f"{{{name}}}", str(prepared_folder(workdir) / name)) for text in texts)
+        return texts
+
+
+def prepared_folder(workdir: Path) -> Path:
+    """The folder of a study's preparations."""
+    return workdir.absolute() / "prepared"
