@@ -129,6 +129,9 @@ VALUES = {
     "segmentation": ("random", "annotated"),
     "openai.extra_body": ('{"top_k": 50}', "{}"),
     "baseline": ("rtd", "kd"),
+    "role": ("control", "part"),
+    "compared_with": ("{'kd': 'why?'}",),
+    "about": ("{'gsm8k': 'x'}",),
     "only": ("('kd',)", "('rtd',)"),
     **{
         f"task_methods.{task}": ("('kd',)", "('rtd',)")
@@ -164,7 +167,7 @@ def other(setting: Setting) -> str:
         return str(2 * value if value and value > 0 else 1)
     if kind is float:
         return str(value / 2 if value else 0.25)
-    return {bool: str(not value), dict: "{}"}.get(kind, "elsewhere")
+    return str(not value) if kind is bool else "elsewhere"
 
 
 def needed_with(setting: Setting, text: str, recipe: typing.Any) -> tuple[str, ...]:
@@ -207,6 +210,10 @@ def test_every_setting_can_be_overridden_on_the_command_line(name):
 
 def test_groups_of_any_names_are_overridden_as_a_whole():
     assert built("study_tiny", "smaller_than={'few_problems': 'cups'}").smaller_than == {"few_problems": "cups"}
+    assert built("study_tiny", "methods={'kd': ('seed=1',)}", "task_methods={}", "only=('kd',)").methods["kd"] == (
+        "seed=1",
+    )
+    assert built("study_tiny", "methods.rtd.overrides=('seed=1',)").methods["rtd"].overrides == ("seed=1",)
     assert built("boundaries_tiny", "tests.synthetic.source.limit=7").tests["synthetic"].source.limit == 7
 
 

@@ -50,8 +50,8 @@ def defaults(cls: type, values: Mapping[str, Any] | None = None, path: str = "co
 
 def _entry(hint: Any, value: Any, path: str) -> Any:
     """`value` as ml_collections keeps it, so that overrides of the setting's type are taken and others refused."""
-    group = _group(hint)
-    if group is not None and (value is None or _is_group(value) or dataclasses.is_dataclass(value)):
+    group, is_only = _group(hint), len(value_types(hint)) == 1
+    if group is not None and (_is_group(value) or dataclasses.is_dataclass(value) or (value is None and is_only)):
         return defaults(group, vars(value) if dataclasses.is_dataclass(value) else value, path)
     if typing.get_origin(hint) is dict and (value is None or _is_group(value)):
         item = typing.get_args(hint)[1]
@@ -85,9 +85,8 @@ def value_types(hint: Any) -> list[Any]:
 
 
 def _group(hint: Any) -> type | None:
-    """The dataclass of a group, optional or not; None for what is no group."""
-    options = value_types(hint)
-    return typing.cast(type, options[0]) if len(options) == 1 and dataclasses.is_dataclass(options[0]) else None
+    """The dataclass among the types that a setting may have; None where there is none."""
+    return next((typing.cast(type, option) for option in value_types(hint) if dataclasses.is_dataclass(option)), None)
 
 
 def _is_group(value: Any) -> bool:
@@ -129,8 +128,10 @@ def settings_of(cls: type, values: Mapping[str, Any], default: Mapping | None = 
         elif typing.get_origin(hints[name]) is dict and value:
             group, meaning = _group(typing.get_args(hints[name])[1]), comments(cls).get(name, "")
             for key, entry in value.items():
-                own = settings_of(group, entry, None, f"{path}{name}.{key}.") if group is not None else None
-                found += own or [Setting(f"{path}{name}.{key}", entry, None, meaning, cls)]
+                if group is not None and _is_group(entry):
+                    found += settings_of(group, entry, None, f"{path}{name}.{key}.")
+                else:
+                    found.append(Setting(f"{path}{name}.{key}", entry, None, meaning, cls))
         else:
             found.append(Setting(path + name, value, default[name], comments(cls).get(name, ""), cls))
     return found

@@ -31,8 +31,8 @@ class Method:
     with the baseline, the rivals and its ablations, and self-distillation with the teacher.
     """
 
-    overrides: Overrides
-    role: Role = "control"
+    overrides: Overrides  # of the study's base config
+    role: Role = "control"  # what it is to the others
     compared_with: dict[str, str] = field(default_factory=dict)  # {other method: question}
     alignment: float = 0.0  # weight of the boundary alignment
     coherence: float = 0.0  # weight of the coherence loss
@@ -58,8 +58,10 @@ class StudyRecipe:
     """
 
     base: str  # config file of every run
-    tasks: dict[str, Overrides]
-    methods: dict[str, Method | Overrides]  # overrides alone make a method that is reported and not compared
+    tasks: dict[str, Overrides]  # overrides of the base config that make each task
+    methods: dict[
+        str, Method | Overrides
+    ]  # overrides of the base config alone make a method that is reported and not compared
     seeds: tuple[int, ...]  # of params and data order; the same for every method
     baseline: str = "kd"  # what differences are taken to
     parallel: int = 1  # runs side by side on equal shares of the cores; 0: only the report of finished runs
