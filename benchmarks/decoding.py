@@ -28,15 +28,14 @@ Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 def ours(model: Path) -> Generate:
     """rtd_jax, float32."""
-    from rtd_jax.eval.decoding import generate
+    from rtd_jax.eval.decoding import GenerateSettings, generate
     from rtd_jax.models import LlamaModel, load_config, load_params
 
     config = load_config(model)
     llama, params = LlamaModel(config), load_params(model, config)
 
     def run(prompts: list[list[int]], tokens: int) -> list[list[int]]:
-        options: dict[str, Any] = {"eos_ids": (), "vocab_size": config.vocab_size, "batch_size": len(prompts)}
-        return generate(llama, params, prompts, max_new_tokens=tokens, **options)
+        return generate(llama, params, prompts, GenerateSettings(tokens, (), config.vocab_size, len(prompts)))
 
     return run
 

@@ -7,38 +7,26 @@ The weights in rtd_jax/bundled/tiny_teacher/ are its <workdir>/model; its metric
 
 from ml_collections import ConfigDict
 
+from rtd_jax.apps.pretrain import PretrainRecipe
+from rtd_jax.base.settings import defaults
+
 
 def get_config() -> ConfigDict:
-    c = ConfigDict()
-    c.seed = 0  # of params, data order and few-shot choices
-
-    c.model = ConfigDict()
+    c = defaults(PretrainRecipe)
     c.model.layers = 4  # transformer blocks
     c.model.width = 128  # hidden units
     c.model.mlp_width = 384  # hidden units of the SwiGLU
     c.model.heads = 4  # query heads
-    c.model.kv_heads = 2  # key/value heads, each shared by heads / kv_heads query heads
+    c.model.kv_heads = 2  # key/value heads, each shared by two query heads
     c.model.head_dim = 32  # units of one head
-    c.model.rope_theta = 10_000.0  # base of the rotary angles
-    c.model.max_positions = 1024  # tokens; written to config.json
 
-    c.train = ConfigDict()
-    c.train.schema = "synthetic"  # the generator
-    c.train.split = "train"  # of the generator
-    c.train.limit = 60_000  # problems
-    c.train.depths = (1, 2, 3, 4, 5, 6)  # reasoning steps, equally often
-    c.train.seed = 0  # of the generator
-
-    c.test = ConfigDict()
-    c.test.schema = "synthetic"  # the generator
-    c.test.split = "test"  # disjoint from train
-    c.test.limit = 1_200  # problems
-    c.test.depths = (1, 2, 3, 4, 5, 6)  # reasoning steps
-    c.test.seed = 0  # of the generator
-
-    c.text = ConfigDict()
+    for split, limit in (("train", 60_000), ("test", 1_200)):
+        c[split].schema = "synthetic"  # the generator
+        c[split].split = split  # the generator's splits are disjoint
+        c[split].limit = limit  # problems
+        c[split].depths = (1, 2, 3, 4, 5, 6)  # reasoning steps, equally often
     c.text.prompt_template = "Question: {prompt}\nAnswer:\n"  # what the tiny tokenizer is made for
-    c.text.completion_prefix = ""  # between prompt and completion
+    c.text.completion_prefix = ""  # the tiny tokenizer's words have no space in front
 
     # One after the other under one learning-rate schedule: updates; reasoning steps of the deepest problem; rows per
     # update; tokens of a row; chains of a row, at most.
@@ -47,15 +35,8 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     c.shot_fraction = 0.05  # share of chains that stand behind a solved example
 
-    c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = 2e-3  # peak
-    c.optimizer.warmup_updates = 100  # optimizer updates
-    c.optimizer.b2 = 0.98  # decay of the second moment, per update
+    c.optimizer.learning_rate = 2e-3  # peak; models of this size take more
+    c.optimizer.warmup_updates = 100  # optimizer updates, of 2,400
+    c.optimizer.b2 = 0.98  # decay per update, for a run this short
     c.optimizer.weight_decay = 0.01  # on matrices
-    c.optimizer.clip_norm = 1.0  # global norm of the gradient
-
-    c.log_every = 20  # updates
-    c.checkpoint_every = 250  # updates
-    c.problems_per_depth = 200  # of the final evaluation
-    c.max_new_tokens = 128  # of a generated solution
     return c

@@ -3,130 +3,54 @@
     python launch/train.py --config=configs/rtd_8b.py --config.data.train.location=/data/traces
 
 `data.train.location` is a folder of stepwise JSONL (`prompt`, `completions`, `answer`), the teacher's own chains: the
-article trains on 50,000 of them. Kept to the letter: temperature 4.0, alpha 0.7, weights 0.3 and 0.5, batch 64,
-learning rate 2e-5 with cosine annealing, 40,000 updates over the stages. The article gives no weight decay, betas,
-warm-up or row length; those here are ours.
+article trains on 50,000 of them. Kept to the letter: temperature 4.0, alpha 0.7, weights 0.3 and 0.5, learning rate
+2e-5 with cosine annealing (these are the settings' defaults), batch 64, 40,000 updates over the stages. The article
+gives no weight decay, betas, warm-up or row length; those of the defaults are ours.
 """
 
 from ml_collections import ConfigDict
 
+from rtd_jax.base.settings import defaults
+from rtd_jax.train.recipe import Recipe
+
 
 def get_config() -> ConfigDict:
-    c = ConfigDict()
-    c.seed = 0  # of projections and data order
-
-    c.teacher = ConfigDict()
-    c.teacher.path = "meta-llama/Meta-Llama-3-70B-Instruct"  # hub name or local Hugging Face folder
-    c.teacher.param_dtype = "bfloat16"  # 141 GB over the mesh; int8 takes 71
-    c.teacher.compute_dtype = "bfloat16"  # of matrix products and states
-    c.teacher.attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's; xla or cudnn force one
-    c.teacher.sharding = "fsdp"  # what travels between devices: fsdp the weights, tensor the activations
-    c.teacher.offload = False  # True: layers lie in host memory and come to the devices one by one
-    c.teacher.cache = ""  # folder of launch/cache_teacher.py: train from it, without the teacher's weights
-
-    c.cache = ConfigDict()
-    c.cache.top_k = 64  # most probable tokens kept of each prediction; the others' mass is one number
-    c.cache.predictions = "compact"  # storage of log-probabilities: compact (8 bits) or float32
-    c.cache.states = "int8"  # storage of boundary states: int8 with a scale per vector, bfloat16 or float32
-    c.cache.layers = ()  # whose states are kept beside loss.hidden_layer's, to be matched by other recipes
-    c.cache.chains_per_shard = 512  # what a kill can cost at most
-
-    c.student = ConfigDict()
-    c.student.init = "pretrained"  # random, teacher_layers or pretrained
+    c = defaults(Recipe)
+    c.teacher.path = "meta-llama/Meta-Llama-3-70B-Instruct"  # in bfloat16 141 GB over the mesh; in int8 71
+    c.student.init = "pretrained"  # the article starts from the released student
     c.student.path = "meta-llama/Meta-Llama-3-8B-Instruct"  # hub name or local Hugging Face folder
-    c.student.compute_dtype = "bfloat16"  # params and optimizer stay float32
-    c.student.attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's; xla or cudnn force one
     c.student.remat = "full"  # keep one state per layer, recompute the rest
 
-    c.data = ConfigDict()
-    c.data.train = ConfigDict()
     c.data.train.schema = "stepwise"  # prompt, completions (list of steps), answer
     c.data.train.location = "traces/llama3_70b"  # folder of train.jsonl or parquet, or a hub name
-    c.data.train.split = "train"  # of the data set
-    c.data.validation_fraction = 0.02  # of the training traces, held out by a stable hash of the prompt
-    c.data.test = ConfigDict()
+    c.data.validation_fraction = 0.02  # of the training traces: 1,000 of 50,000
     c.data.test.schema = "gsm8k"  # see rtd_jax/data/sources.py
     c.data.test.location = "openai/gsm8k"  # hub name, or a folder with test.jsonl
     c.data.test.subset = "main"  # the hub's configuration name
     c.data.test.split = "test"  # of the data set
-    c.data.text = ConfigDict()
     c.data.text.kind = "chat"  # the tokenizer's own chat template
-    c.data.segmentation = "annotated"  # where steps end; classifier:<folder> finds them, random is a control
-    c.data.steps_cache = "runs/steps"  # folder that keeps the steps a classifier found
-    c.data.row_length = 1024  # tokens
-    c.data.chains_per_row = 1  # 1 is the article's batch of 64 problems; more packs several chains into a row
+    c.data.chains_per_row = 1  # the article's batch of 64 problems; more packs several chains into a row
     c.data.max_dropped_fraction = 0.02  # of chains longer than a row; more is an error
 
     c.batch_size = 64  # rows per update
-    c.micro_batches = 1  # per update; raise it when memory is short, the update stays the same
     c.total_updates = 40_000  # optimizer updates over all stages
 
-    c.loss = ConfigDict()
-    c.loss.temperature = 4.0  # T of the soft loss
-    c.loss.alpha = 0.7  # share of the soft loss; the labels' cross-entropy gets 1 - alpha
-    c.loss.alignment_weight = 0.3  # of the boundary alignment
-    c.loss.coherence_weight = 0.5  # of the reasoning coherence
-    c.loss.anchor_prompt = True  # the prompt's end is h_0; False is the article's formula to the letter
-    c.loss.hidden_layer = -1  # of the teacher, matched at the boundaries; -1 is the final normed state
-    c.loss.student_hidden_layer = -1  # of the student; -1 is the final normed state
-    c.loss.projections = "separate"  # separate: f and g; shared: one map for both; none: states as they are
-    c.loss.transition_form = "direction"  # what of transitions is compared; difference: their lengths count too
-    c.loss.chunk_length = 32  # positions of each row whose logits exist at one time: 64 x 32 x 128,256 over the mesh
-    c.loss.token_alignment_weight = 0.0  # a control: alignment at every token of a completion
-    c.loss.intermediate_weight = 0.0  # a baseline: intermediate layers matched at every token
-    c.loss.intermediate_layers = 4  # pairs of evenly spaced layers, when intermediate_weight is not 0
-    c.loss.reward_weight = 0.0  # a baseline: rewards of the steps of the student's own chains
-
-    c.reward = ConfigDict()  # the student's own chains; read when loss.reward_weight is not 0
-    c.reward.model = ""  # folder that launch/reward_model.py wrote (its <workdir>/model)
+    # The student's own chains, where loss.reward_weight is set.
     c.reward.prompts = 64  # training problems of a refresh
-    c.reward.samples = 4  # chains of each problem
-    c.reward.prompts_per_update = 16  # of these problems, with all their chains
-    c.reward.updates_per_refresh = 20  # a divisor of checkpoint_every
-    c.reward.temperature = 1.0  # of the draws
-    c.reward.clip = 0.2  # by which a probability's ratio may leave 1 before its gradient stops
-    c.reward.max_new_tokens = 400  # of a drawn chain
+    c.reward.prompts_per_update = 16  # of these problems: 64 rows with all their chains
+    c.reward.updates_per_refresh = 20  # optimizer updates; a divisor of checkpoint_every
+    c.reward.max_new_tokens = 400  # of a drawn chain, as in the evaluation
     c.reward.batch_size = 64  # chains drawn at one time
 
-    c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = 2e-5  # peak; cosine to zero over total_updates
-    c.optimizer.warmup_updates = 500  # optimizer updates
-    c.optimizer.final_fraction = 0.0  # of the peak, at the last update
-    c.optimizer.b1 = 0.9  # decay of the first moment, per update
-    c.optimizer.b2 = 0.95  # decay of the second moment, per update
-    c.optimizer.weight_decay = 0.0  # on matrices
-    c.optimizer.clip_norm = 1.0  # global norm of the gradient
-    c.optimizer.offload = False  # True: moments lie in host memory and come to the devices for the update
-
-    c.curriculum = ConfigDict()
-    c.curriculum.enabled = True  # False: all depths at once (the article's ablation)
-    c.curriculum.depths = (1, 2, 3, 4, 5)  # reasoning steps, one stage each; the last means 5 and more
-    c.curriculum.replay = 0.3  # share of chains from the earlier stages
     c.curriculum.threshold_factor = 1.5  # x the teacher's coherence loss against itself under another context
     c.curriculum.calibration_shots = 2  # solved problems put before the prompt to change the teacher's context
-    c.curriculum.validate_every = 250  # updates
+    c.curriculum.validate_every = 250  # optimizer updates
     c.curriculum.validation_chains = 256  # per stage
     c.curriculum.min_updates = 500  # before a stage may end by threshold or plateau
     c.curriculum.plateau_patience = 6  # validations without improvement
     c.curriculum.plateau_tolerance = 0.01  # relative improvement that counts
-    c.curriculum.spend_budget = True  # the last stage trains to update 40,000
 
-    c.mesh = ConfigDict()
-    c.mesh.data = 1  # devices: replicas
-    c.mesh.fsdp = -1  # devices that share rows and weights; -1: all that are left (8)
-    c.mesh.tensor = 1  # devices that share heads, MLP and vocabulary
-
-    c.evaluation = ConfigDict()
     c.evaluation.problems_per_depth = 200  # test problems
     c.evaluation.max_new_tokens = 400  # of a generated solution
-    c.evaluation.batch_size = 64  # problems decoded at one time
-    c.evaluation.teacher = True  # evaluate the teacher beside the student
-    c.evaluation.every = 0  # updates between looks at validation problems: accuracy against updates and time; 0: none
-    c.evaluation.curve_problems = 20  # validation problems of each depth for these looks
-    c.evaluation.drift_problems = 0  # validation problems of each depth for CKA and cosines at the end; 0: none
-
-    c.log_every = 20  # updates
-    c.checkpoint_every = 500  # updates between rolling checkpoints
-    c.keep_checkpoints = 2  # rolling ones; stage checkpoints are all kept
-    c.resume_from = ""  # a stage checkpoint of another run
+    c.log_every = 20  # optimizer updates
     return c

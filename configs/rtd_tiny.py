@@ -10,128 +10,47 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from rtd_jax.base.settings import defaults
+from rtd_jax.train.recipe import Recipe
+
 BUNDLED_TEACHER = Path(__file__).resolve().parents[1] / "rtd_jax" / "bundled" / "tiny_teacher"
 
 
 def get_config() -> ConfigDict:
-    c = ConfigDict()
-    c.seed = 0  # of params and data order
+    c = defaults(Recipe)
+    c.teacher.path = str(BUNDLED_TEACHER)  # 4 layers, width 128
+    c.teacher.param_dtype = "float32"  # CPUs have no fast bfloat16
+    c.teacher.compute_dtype = "float32"  # likewise
+    c.student.init = "teacher_layers"  # of the same tokenizer and width, so it starts with something learned
+    c.student.layers = 2  # of the teacher's 4
+    c.student.compute_dtype = "float32"  # CPUs have no fast bfloat16
 
-    c.teacher = ConfigDict()
-    c.teacher.path = str(BUNDLED_TEACHER)  # Hugging Face folder or hub name; 4 layers, width 128
-    c.teacher.param_dtype = "float32"  # of the weights in memory
-    c.teacher.compute_dtype = "float32"  # of matrix products and states
-    c.teacher.attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's; xla or cudnn force one
-    c.teacher.sharding = "fsdp"  # what travels between devices: fsdp the weights, tensor the activations
-    c.teacher.offload = False  # True: layers lie in host memory and come to the devices one by one
-    c.teacher.cache = ""  # folder of launch/cache_teacher.py: train from it, without the teacher's weights
-
-    c.cache = ConfigDict()
-    c.cache.top_k = 64  # most probable tokens kept of each prediction; the others' mass is one number
-    c.cache.predictions = "compact"  # storage of log-probabilities: compact (8 bits) or float32
-    c.cache.states = "int8"  # storage of boundary states: int8 with a scale per vector, bfloat16 or float32
-    c.cache.layers = ()  # whose states are kept beside loss.hidden_layer's, to be matched by other recipes
-    c.cache.chains_per_shard = 512  # what a kill can cost at most
-
-    c.student = ConfigDict()
-    c.student.init = "teacher_layers"  # random, teacher_layers or pretrained
-    c.student.layers = 2  # transformer blocks; of teacher_layers, evenly spaced ones of the teacher
-    c.student.width = 0  # hidden units; from here to head_dim read by init=random, 0 otherwise
-    c.student.mlp_width = 0  # hidden units of the SwiGLU
-    c.student.heads = 0  # query heads
-    c.student.kv_heads = 0  # key/value heads
-    c.student.head_dim = 0  # units of one head
-    c.student.compute_dtype = "float32"  # of matrix products and states; params stay float32
-    c.student.attention = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's; xla or cudnn force one
-    c.student.remat = "none"  # what the backward pass recomputes: none, dots, full
-
-    c.data = ConfigDict()
     for split, limit in (("train", 12_000), ("validation", 600), ("test", 600)):
-        c.data[split] = ConfigDict()
-        c.data[split].schema = "synthetic"  # the generator; its splits are disjoint
-        c.data[split].location = ""  # of other schemas: a folder, a file or a hub name
-        c.data[split].split = split  # of the data set
+        c.data[split].schema = "synthetic"  # the generator
+        c.data[split].split = split  # the generator's splits are disjoint
         c.data[split].limit = limit  # problems
         c.data[split].depths = (1, 2, 3, 4, 5, 6)  # reasoning steps, equally often
-        c.data[split].seed = 0  # of the generator
-    c.data.text = ConfigDict()
     c.data.text.prompt_template = "Question: {prompt}\nAnswer:\n"  # what the tiny tokenizer is made for
-    c.data.text.completion_prefix = ""  # between prompt and completion
-    c.data.segmentation = "annotated"  # where steps end; classifier:<folder> finds them, random is a control
-    c.data.steps_cache = "runs/steps"  # folder that keeps the steps a classifier found
+    c.data.text.completion_prefix = ""  # the tiny tokenizer's words have no space in front
     c.data.row_length = 160  # tokens; the longest chain has about 150
     c.data.chains_per_row = 4  # at most
 
     c.batch_size = 16  # rows per update
-    c.micro_batches = 1  # per update; changes memory, not the update
-    c.total_updates = 600  # optimizer updates over all stages
+    c.total_updates = 600  # optimizer updates over all stages: a few minutes
+    c.loss.chunk_length = 160  # positions: the whole row, for the vocabulary has 445 tokens only
+    c.reward.updates_per_refresh = 10  # optimizer updates; a divisor of checkpoint_every
 
-    c.loss = ConfigDict()
-    c.loss.temperature = 4.0  # T of the soft loss
-    c.loss.alpha = 0.7  # share of the soft loss; the labels' cross-entropy gets 1 - alpha
-    c.loss.alignment_weight = 0.3  # of the boundary alignment
-    c.loss.coherence_weight = 0.5  # of the reasoning coherence
-    c.loss.anchor_prompt = True  # the prompt's end is h_0, so that a one-step problem has a transition
-    c.loss.hidden_layer = -1  # of the teacher, matched at the boundaries; -1 is the final normed state
-    c.loss.student_hidden_layer = -1  # of the student; -1 is the final normed state
-    c.loss.projections = "separate"  # separate: f and g; shared: one map for both; none: states as they are
-    c.loss.transition_form = "direction"  # what of transitions is compared; difference: their lengths count too
-    c.loss.chunk_length = 160  # positions of each row whose logits exist at one time
-    c.loss.token_alignment_weight = 0.0  # a control: alignment at every token of a completion
-    c.loss.intermediate_weight = 0.0  # a baseline: intermediate layers matched at every token
-    c.loss.intermediate_layers = 4  # pairs of evenly spaced layers, when intermediate_weight is not 0
-    c.loss.reward_weight = 0.0  # a baseline: rewards of the steps of the student's own chains
-
-    c.reward = ConfigDict()  # the student's own chains; read when loss.reward_weight is not 0
-    c.reward.model = ""  # folder that launch/reward_model.py wrote (its <workdir>/model)
-    c.reward.prompts = 32  # training problems of a refresh
-    c.reward.samples = 4  # chains of each problem
-    c.reward.prompts_per_update = 8  # of these problems, with all their chains
-    c.reward.updates_per_refresh = 10  # a divisor of checkpoint_every
-    c.reward.temperature = 1.0  # of the draws
-    c.reward.clip = 0.2  # by which a probability's ratio may leave 1 before its gradient stops
-    c.reward.max_new_tokens = 128  # of a drawn chain
-    c.reward.batch_size = 128  # chains drawn at one time
-
-    c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = 2e-3  # peak
-    c.optimizer.warmup_updates = 50  # optimizer updates
-    c.optimizer.final_fraction = 0.0  # of the peak, at the last update
-    c.optimizer.b1 = 0.9  # decay of the first moment, per update
-    c.optimizer.b2 = 0.98  # decay of the second moment, per update
+    c.optimizer.learning_rate = 2e-3  # peak; models of this size take more
+    c.optimizer.warmup_updates = 50  # optimizer updates, of 600
+    c.optimizer.b2 = 0.98  # decay per update, for a run this short
     c.optimizer.weight_decay = 0.01  # on matrices
-    c.optimizer.clip_norm = 1.0  # global norm of the gradient
-    c.optimizer.offload = False  # True: moments lie in host memory and come to the devices for the update
 
-    c.curriculum = ConfigDict()
-    c.curriculum.enabled = True  # False: all depths at once (an ablation)
-    c.curriculum.depths = (1, 2, 3, 4, 5)  # reasoning steps, one stage each; the last means 5 and more
-    c.curriculum.replay = 0.3  # share of chains from the earlier stages
-    c.curriculum.threshold_factor = 1.0  # x the teacher's coherence loss against itself under another context
-    c.curriculum.calibration_shots = 1  # solved problems put before the prompt to change the teacher's context
-    c.curriculum.validate_every = 20  # updates
-    c.curriculum.validation_chains = 96  # per stage
-    c.curriculum.min_updates = 40  # before a stage may end by threshold or plateau
+    c.curriculum.validate_every = 20  # optimizer updates
+    c.curriculum.validation_chains = 96  # per stage; of 600 over six depths
+    c.curriculum.min_updates = 40  # two validations
     c.curriculum.plateau_patience = 4  # validations without improvement
-    c.curriculum.plateau_tolerance = 0.02  # relative improvement that counts
-    c.curriculum.spend_budget = True  # the last stage trains to the last update
 
-    c.mesh = ConfigDict()
-    c.mesh.data = 1  # devices: replicas
-    c.mesh.fsdp = -1  # devices that share rows and weights; -1: all that are left
-    c.mesh.tensor = 1  # devices that share heads, MLP and vocabulary
-
-    c.evaluation = ConfigDict()
-    c.evaluation.problems_per_depth = 100  # test problems
     c.evaluation.max_new_tokens = 128  # of a generated solution
     c.evaluation.batch_size = 100  # problems decoded at one time
-    c.evaluation.teacher = True  # evaluate the teacher beside the student
-    c.evaluation.every = 0  # updates between looks at validation problems: accuracy against updates and time; 0: none
-    c.evaluation.curve_problems = 20  # validation problems of each depth for these looks
-    c.evaluation.drift_problems = 0  # validation problems of each depth for CKA and cosines at the end; 0: none
-
-    c.log_every = 10  # updates
-    c.checkpoint_every = 100  # updates between rolling checkpoints
-    c.keep_checkpoints = 2  # rolling ones; stage checkpoints are all kept
-    c.resume_from = ""  # a stage checkpoint of another run, e.g. runs/rtd_tiny/checkpoints/stages/2
+    c.checkpoint_every = 100  # optimizer updates
     return c

@@ -13,14 +13,15 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from configs.study_tiny import FROM_CACHE, KD, as_config, changed, methods, only, weight_grid, words_of
-from rtd_jax.apps.study.recipe import Method
+from rtd_jax.apps.study.recipe import Method, StudyRecipe
+from rtd_jax.base.settings import defaults
 
 TEACHER = "meta-llama/Meta-Llama-3-70B-Instruct"
 
 
 def get_config(arg: str = "") -> ConfigDict:
     words = words_of(arg, ("grid", "cached"))
-    c = ConfigDict()
+    c = defaults(StudyRecipe)
     c.base = "configs/rtd_8b.py"  # config of every run; all methods train on the teacher's chains
     c.parallel = 1  # a run takes all devices
     c.seeds = (0, 1, 2)  # of projections and data order; the same for every method

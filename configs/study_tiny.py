@@ -18,7 +18,8 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from rtd_jax.apps.study.recipe import Method
+from rtd_jax.apps.study.recipe import Method, StudyRecipe
+from rtd_jax.base.settings import defaults
 
 ALIGNMENT_WEIGHTS = (0.1, 0.3, 1.0)  # the article's grid search gave 0.3 ..
 COHERENCE_WEIGHTS = (0.1, 0.5, 1.0)  # .. and 0.5
@@ -215,7 +216,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if "cached" in words and words & {"conditions", "lift"}:
         raise ValueError(f"{arg}: a cache has the bundled teacher's states of one layer; give one of the words")
 
-    c = ConfigDict()
+    c = defaults(StudyRecipe)
     c.base = "configs/rtd_tiny.py"  # config of every run
     c.parallel = 2  # runs side by side, on equal shares of the cores; 0: only the report of finished runs
     c.seeds = (0,) if smoke else (0, 1, 2, 3, 4)  # of params and data order; the same for every method

@@ -3,9 +3,7 @@
 python launch/boundaries.py --config=configs/boundaries_smollm2.py --config.train.location=/data/gsm8k
 """
 
-import entry
-
-from rtd_jax.apps.boundaries import BoundaryRecipe, boundaries
+from entry import run
 
 if __name__ == "__main__":
-    entry.run(BoundaryRecipe, boundaries)
+    run("boundaries")

@@ -4,10 +4,7 @@ python launch/cache_teacher.py --config=configs/rtd_tiny.py --config.teacher.cac
 python launch/train.py --config=configs/rtd_tiny.py --config.teacher.cache=runs/cache    # never loads the teacher
 """
 
-import entry
-
-from rtd_jax.apps.cache import cache_teacher
-from rtd_jax.train.recipe import Recipe
+from entry import run
 
 if __name__ == "__main__":
-    entry.run(Recipe, cache_teacher)
+    run("cache_teacher")

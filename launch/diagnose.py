@@ -4,9 +4,7 @@ python launch/diagnose.py --teacher=rtd_jax/bundled/tiny_teacher --student=runs/
 python launch/diagnose.py --teacher=MODEL --student=MODEL --student_dtype=int8 --data=/data/gsm8k --schema=gsm8k
 """
 
-import flag_entry
-
-from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings, diagnose
+from entry import run
 
 if __name__ == "__main__":
-    flag_entry.run(DiagnoseSettings, diagnose)
+    run("diagnose")

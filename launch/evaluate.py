@@ -5,9 +5,7 @@ python launch/evaluate.py --model=MODEL --tasks=gsm8k,math,strategyqa,arc_challe
 python launch/evaluate.py --generations=runs/evaluation/generations.jsonl --out=runs/rescored
 """
 
-import flag_entry
-
-from rtd_jax.apps.evaluate import EvaluateSettings, evaluate
+from entry import run
 
 if __name__ == "__main__":
-    flag_entry.run(EvaluateSettings, evaluate)
+    run("evaluate")

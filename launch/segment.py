@@ -3,9 +3,7 @@
 python launch/segment.py --teacher=MODEL --classifier=runs/boundaries_smollm2/classifier --data=texts.jsonl
 """
 
-import flag_entry
-
-from rtd_jax.apps.segment import SegmentSettings, segment
+from entry import run
 
 if __name__ == "__main__":
-    flag_entry.run(SegmentSettings, segment)
+    run("segment")

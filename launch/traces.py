@@ -4,9 +4,7 @@ python launch/traces.py --config=configs/traces_tiny.py
 python launch/traces.py --config=configs/traces_llama3_70b.py --config.openai.base_url=http://gpu-host:8000/v1
 """
 
-import entry
-
-from rtd_jax.apps.traces.traces import TracesRecipe, write_traces
+from entry import run
 
 if __name__ == "__main__":
-    entry.run(TracesRecipe, write_traces)
+    run("traces")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from rtd_jax.apps import boundaries as module
 from rtd_jax.apps.boundaries import BoundaryRecipe, HeldOut, boundaries
-from rtd_jax.apps.boundaries import boundaries as module
 from rtd_jax.data.sources import SourceSettings
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT
 from rtd_jax.steps.classifier import load_classifier

@@ -18,7 +18,7 @@ from tiny_run import recipe, write_teacher
 import rtd_jax.models.open
 from rtd_jax.apps.cache import cache_teacher
 from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings, diagnose, readable
-from rtd_jax.apps.diagnose.findings import ARTICLE, measure, verdict
+from rtd_jax.apps.diagnose.findings import ARTICLE, verdict
 from rtd_jax.apps.distill.run import train
 from rtd_jax.apps.report.page import write_report
 from rtd_jax.data.encoding import encode_traces
@@ -26,13 +26,14 @@ from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT
 from rtd_jax.eval.cka import linear_cka
-from rtd_jax.eval.drift import BoundaryStates, cross_fitted
+from rtd_jax.eval.drift import BoundaryStates, cross_fitted, measure
+from rtd_jax.eval.states import boundary_states
 from rtd_jax.models.config import layers_to_copy
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.teacher.cache import CacheSettings
-from rtd_jax.train.subjects import boundary_states, load_model
+from rtd_jax.train.subjects import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "rtd_jax" / "bundled" / "tiny_teacher"
@@ -97,11 +98,11 @@ def test_a_checkpoint_is_the_student_that_the_run_wrote(teacher, finished):
     # The stage checkpoint's student and the exported folder are the same model: the same states at the same tokens.
     stage, exported = (load_model(str(path)) for path in (finished, finished / "student"))
     chains, _ = encode_traces(stage.tokenizer, generate(9, (1, 2, 3)), TINY_FORMAT, row_length=256)
-    (ours, mask), (theirs, _) = (boundary_states(model, chains, batch_size=4) for model in (stage, exported))
+    (ours, mask), (theirs, _) = (boundary_states(model, chains) for model in (stage, exported))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert mask.sum(1).tolist() == [2, 3, 4] * 3
     # And the state of a boundary is that of the token, whatever the batch: read alone, it is the same.
-    alone, _ = boundary_states(stage, [chains[4]], batch_size=1)
+    alone, _ = boundary_states(stage, [chains[4]])
     np.testing.assert_allclose(alone[0], ours[4, :3], atol=1e-5)
 
 
@@ -196,14 +197,14 @@ def test_a_cache_of_something_else_is_refused_by_name(teacher, caches, tmp_path)
 
 def final_cka(folder, chains, reference_CD):
     """Debiased CKA of a model's states at the last boundary with the teacher's."""
-    states_CKD, mask_CK = boundary_states(load_model(str(folder)), chains, batch_size=32)
+    states_CKD, mask_CK = boundary_states(load_model(str(folder)), chains)
     return linear_cka(states_CKD[np.arange(len(chains)), mask_CK.sum(1) - 1], reference_CD).debiased
 
 
 def test_cka_falls_the_more_of_the_teacher_is_pruned(tmp_path):
     whole = load_model(str(BUNDLED))
     chains, _ = encode_traces(whole.tokenizer, generate(96, (1, 2, 3)), TINY_FORMAT, row_length=256)
-    states_CKD, mask_CK = boundary_states(whole, chains, batch_size=32)
+    states_CKD, mask_CK = boundary_states(whole, chains)
     reference_CD = states_CKD[np.arange(len(chains)), mask_CK.sum(1) - 1]
 
     def without_small(share):

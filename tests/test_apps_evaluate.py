@@ -1,6 +1,5 @@
 """Evaluation of folders with models in them, scoring again without one, and agreement with lm-evaluation-harness."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -9,9 +8,9 @@ from pathlib import Path
 import pytest
 from tiny_run import write_teacher
 
-from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings
 from rtd_jax.apps.evaluate import EvaluateSettings, evaluate
-from rtd_jax.data.trace import from_math, from_strategyqa
+from rtd_jax.data.schemas.math import from_math
+from rtd_jax.data.schemas.strategyqa import from_strategyqa
 from rtd_jax.eval.answers import flexible_answer, harness_match, strict_answer
 from rtd_jax.eval.tasks import SUBJECTS, TASKS, load_problems
 
@@ -202,19 +201,6 @@ def test_few_shot_needs_rows_to_draw_from(tmp_path):
         load_problems("gsm8k", data_root=str(tmp_path))
     with pytest.raises(ValueError, match=r"arc_challenge: no such folder; --data_root needs arc_challenge/test.jsonl"):
         load_problems("arc_challenge", data_root=str(tmp_path))
-
-
-def test_every_flag_says_what_it_is():
-    sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
-    try:
-        import flag_entry
-    finally:
-        sys.path.pop(0)
-    for settings in (EvaluateSettings, DiagnoseSettings):
-        comments = flag_entry.field_comments(settings)
-        assert list(comments) == [field.name for field in dataclasses.fields(settings)]
-        assert all(len(comment) > 5 for comment in comments.values())
-    assert flag_entry.field_comments(EvaluateSettings)["levels"] == "of MATH, 1 to 5"
 
 
 @pytest.mark.slow

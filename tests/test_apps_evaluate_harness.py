@@ -159,7 +159,7 @@ def _prompts_are_the_harness_own(data, model_dir, shots, chat, count):
 def test_math_verdicts_are_those_of_minerva_math(tmp_path):
     # The harness' process_results of minerva_math: verify(gold=parse(solution), target=parse(text)).
     math_verify = pytest.importorskip("math_verify")
-    from rtd_jax.data.trace import from_math
+    from rtd_jax.data.schemas.math import from_math
     from rtd_jax.eval.answers import answer_matches
 
     solution = "Adding gives $2x = 7$. So the answer is $\\boxed{\\frac{7}{2}}$."

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "rtd_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. A room may import from itself and from the rooms before it.
-ROOMS = ("base", "data", "models", "losses", "methods", "teacher", "steps", "eval", "train", "apps")
+ROOMS = ("base", "data", "models", "losses", "methods", "teacher", "steps", "eval", "train", "apps", "__main__")
 # What the rebuilding has still to undo.
 TO_DO = {
     ("rtd_jax.data.encoding", "rtd_jax.steps.annotated"),

@@ -7,11 +7,12 @@ import jax
 import pytest
 
 import rtd_jax
-from rtd_jax.apps.distill.report import evaluate_traces
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
+from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings
+from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import load_tokenizer
@@ -43,20 +44,9 @@ def test_it_solves_problems_that_the_log_did_not_see():
     # Another seed of the test split: neither trained on nor in the report. 3 wrong of 60 would be a 95% teacher.
     config = load_config(TEACHER)
     tokenizer = load_tokenizer(TEACHER)
-    report, _ = evaluate_traces(
-        LlamaModel(config),
-        load_params(TEACHER, config),
-        tokenizer,
-        generate(60, split="test", seed=7),
-        TINY_FORMAT,
-        max_new_tokens=128,
-        batch_size=60,
-        rows=16,
-        row_length=160,
-        mesh=make_mesh(MeshSettings(fsdp=1, data=1), jax.devices()[:1]),
-        note=print,
-        name="teacher",
-    )
+    mesh = make_mesh(MeshSettings(fsdp=1, data=1), jax.devices()[:1])
+    evaluator = ChainEvaluator(tokenizer, TINY_FORMAT, DecodingSettings(128, 60), ScoringSettings(160, 16), mesh)
+    report, _ = evaluator(LlamaModel(config), load_params(TEACHER, config), generate(60, split="test", seed=7))
     assert report.chain_accuracy["all"].value >= 0.95
     assert report.step_accuracy["all"].value >= 0.97
     assert report.unfinished == 0

@@ -10,6 +10,7 @@ import pytest
 from rtd_jax.data.encoding import encode_traces
 from rtd_jax.data.generators import word_problems as synthetic
 from rtd_jax.data.generators.cups import closed_words, generate
+from rtd_jax.data.generators.streams import SPLITS, split_of
 from rtd_jax.data.sources import SourceSettings, load_traces
 from rtd_jax.data.sources import closed_words as closed_words_of
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
@@ -73,10 +74,10 @@ def test_depth_is_told_by_the_month_alone_and_most_swaps_move_the_ball():
 
 
 def test_splits_are_disjoint_and_the_stream_is_fixed():
-    prompts = {split: {t.prompt for t in generate(120, split=split)} for split in synthetic.SPLITS}
+    prompts = {split: {t.prompt for t in generate(120, split=split)} for split in SPLITS}
     assert not prompts["train"] & prompts["test"]
     assert not prompts["train"] & prompts["validation"]
-    assert all(synthetic.split_of(prompt) == split for split, found in prompts.items() for prompt in found)
+    assert all(split_of(prompt) == split for split, found in prompts.items() for prompt in found)
     assert [t.prompt for t in generate(60)] == [t.prompt for t in TRACES[:60]]
     assert generate(12, seed=1)[0].prompt != TRACES[0].prompt
     assert load_traces(SourceSettings("cups", limit=12)) == TRACES[:12]

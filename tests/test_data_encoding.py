@@ -1,5 +1,6 @@
 """Boundary positions, loss weights and lengths, whatever the tokenizer merges. Expected by decoding, not by offsets."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,16 +9,18 @@ from llama3_like import llama3_like
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rtd_jax.data.encoding import chains_fingerprint, encode_prompt, encode_trace, encode_traces
+from rtd_jax.data.encoding import chains_fingerprint, encode_trace, encode_traces
 from rtd_jax.data.formats import TextFormat, render, stop_token_ids
 from rtd_jax.data.generators.word_problems import generate
+from rtd_jax.data.schemas.gsm8k import from_gsm8k
+from rtd_jax.data.schemas.prose import from_prose
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
-from rtd_jax.data.trace import Trace, from_gsm8k
+from rtd_jax.data.trace import Trace
 
 PLAIN, CHAT = TextFormat(), TextFormat("chat")
 LINE_PROMPT = TextFormat(prompt_template="Question: {prompt}\nAnswer:\n", completion_prefix="")
 # Hand-made difficulties: no full stop, an emoji of several tokens at a step's end, a repeated step, a ".\n" merge.
-AWKWARD = Trace(
+AWKWARD = Trace.of_steps(
     "What is π plus {x}?", ("Take π.", "Add it 🙂", "Take π.", "So it is <<3+4=7>>7"), "7", "#### 7", "awkward:1"
 )
 
@@ -30,6 +33,11 @@ def bpe():
 @pytest.fixture(scope="module")
 def tiny():
     return tiny_tokenizer()
+
+
+def texts_up_to_boundaries(tokenizer, chain) -> list[str]:
+    """The completion up to the end of each step."""
+    return [tokenizer.decode(chain.tokens[chain.prompt_length : boundary + 1]) for boundary in chain.boundaries[1:]]
 
 
 def assert_boundaries(tokenizer, trace, chain):
@@ -64,6 +72,36 @@ def test_boundaries_with_byte_pairs(text_format, trim_offsets):
 def test_boundaries_with_the_tiny_tokenizer(tiny):
     for trace in generate(80, (1, 2, 7, 8), "validation"):
         assert_boundaries(tiny, trace, encode_trace(tiny, trace, text_format=TINY_FORMAT))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ("So it is 4.", "So it is 4.", "So it is 4."),  # the same step again
+        ("Then 2 and 2 are 4.", "2 and 2 are 4.", "4.", "are 4.", "4."),  # parts of earlier ones
+        ("4.", "24. 4. 4.", "4.", "4. 4."),  # an earlier one within it
+    ],
+)
+def test_steps_that_repeat_have_boundaries_in_their_own_places(bpe, steps):
+    trace = Trace.of_steps("What is it?", steps, "4", "#### 4")
+    expected = ["\n".join(steps[: i + 1]) for i in range(len(steps))]
+    assert trace.steps == steps
+    for text_format in (PLAIN, CHAT):
+        found = texts_up_to_boundaries(bpe, encode_trace(bpe, trace, text_format))
+        assert [text.strip() for text in found] == expected
+
+
+def test_repeated_sentences_of_prose_have_boundaries_in_their_own_places(bpe):
+    text = "4 is even. So 4 is even. 4 is even.  4 is even. So"
+    trace = from_prose({"prompt": "Is it?", "text": f"{text}\n#### yes"})
+    assert trace.steps == (text,)
+    # Cut behind the second, third and last sentence: "4 is even." as a step stands twice in the step before it.
+    cut = dataclasses.replace(trace, spans=((0, 24), (25, 35), (37, 50)))
+    assert cut.steps == ("4 is even. So 4 is even.", "4 is even.", "4 is even. So")
+    assert cut.completion == trace.completion
+    for text_format in (PLAIN, CHAT):
+        found = texts_up_to_boundaries(bpe, encode_trace(bpe, cut, text_format))
+        assert [text.strip() for text in found] == [text[:24], text[:35], text]
 
 
 def test_boundaries_of_published_problems(shared_data, bpe):
@@ -130,7 +168,9 @@ def test_generation_starts_from_the_prompt_that_training_saw(bpe):
     for text_format in (PLAIN, CHAT):
         for trace in generate(20):
             chain = encode_trace(bpe, trace, text_format=text_format)
-            assert encode_prompt(bpe, trace, text_format).tolist() == chain.tokens[: chain.prompt_length].tolist()
+            prompt = render(bpe, trace.prompt, trace.completion, text_format).prompt
+            ids = bpe(prompt, add_special_tokens=False)["input_ids"]
+            assert ids == chain.tokens[: chain.prompt_length].tolist()
 
 
 @pytest.mark.parametrize("trim_offsets", [True, False])
@@ -212,7 +252,7 @@ def test_steps_that_share_a_token_are_refused():
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
     with pytest.raises(ValueError, match="expected each step to end on a token of its own"):
-        encode_trace(tokenizer, Trace("p", ("a", "b"), "b"), text_format=TextFormat("plain", "{prompt} ", ""))
+        encode_trace(tokenizer, Trace.of_steps("p", ("a", "b"), "b"), text_format=TextFormat("plain", "{prompt} ", ""))
 
 
 def test_fingerprint_follows_content(tiny):

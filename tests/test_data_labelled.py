@@ -6,15 +6,12 @@ import re
 
 import pytest
 
+from rtd_jax.data.generators.corruption import corrupt
 from rtd_jax.data.generators.word_problems import generate
-from rtd_jax.data.labelled import (
-    LabelledSettings,
-    corrupt,
-    from_prm800k,
-    from_processbench,
-    from_stepwise,
-    load_labelled,
-)
+from rtd_jax.data.labelled import LabelledSettings, load_labelled
+from rtd_jax.data.schemas.prm800k import labelled_from_prm800k
+from rtd_jax.data.schemas.processbench import labelled_from_processbench
+from rtd_jax.data.schemas.stepwise import labelled_from_stepwise
 from rtd_jax.data.trace import Trace
 
 CHAINS = load_labelled(LabelledSettings("synthetic", limit=1_200, corruption=0.3))
@@ -31,10 +28,10 @@ def is_right(step: str, said: str, value: int, fact: Trace | None = None) -> boo
 def test_a_step_is_labelled_by_whether_it_is_right_itself():
     """Re-derived from the problem: the fact that is due, applied to the value that the line before states."""
     for chain in CHAINS:
-        facts = [step.split(": <<")[0] for step in REFERENCE[chain.prompt].steps]
-        value = int(re.search(r"<<(\d+)", REFERENCE[chain.prompt].steps[0])[1])
+        facts = [step.split(": <<")[0] for step in REFERENCE[chain.trace.prompt].steps]
+        value = int(re.search(r"<<(\d+)", REFERENCE[chain.trace.prompt].steps[0])[1])
         due = 0
-        for step, label in zip(chain.steps, chain.labels, strict=True):
+        for step, label in zip(chain.trace.steps, chain.labels, strict=True):
             assert is_right(step, facts[due], value) == label, (chain, step)
             said = step.split(": <<")[0]
             # A skipped fact is gone; the chain goes on behind the one that took its place.
@@ -46,34 +43,34 @@ def test_all_kinds_of_error_are_there_and_right_steps_follow_wrong_ones():
     labels = [label for chain in CHAINS for label in chain.labels]
     assert 0.2 < labels.count(False) / len(labels) < 0.4
     assert any(right and not all(chain.labels[:i]) for chain in CHAINS for i, right in enumerate(chain.labels))
-    shorter = sum(len(chain.steps) < REFERENCE[chain.prompt].depth for chain in CHAINS)
+    shorter = sum(len(chain.trace.steps) < REFERENCE[chain.trace.prompt].depth for chain in CHAINS)
     assert shorter > 50  # skipped facts
     said = [
         (step.split(": <<")[0], label)
         for chain in CHAINS
-        for step, label in zip(chain.steps, chain.labels, strict=True)
+        for step, label in zip(chain.trace.steps, chain.labels, strict=True)
     ]
     texts = {s.split(": <<")[0] for trace in REFERENCE.values() for s in trace.steps}
     assert sum(not label and text in texts for text, label in said) > 100  # wrong results
-    assert all(chain.trace().depth == len(chain.labels) for chain in CHAINS)
+    assert all(chain.trace.depth == len(chain.labels) for chain in CHAINS)
 
 
 def test_the_same_settings_give_the_same_chains_and_a_chain_of_others_is_refused():
     settings = LabelledSettings("synthetic", limit=20, corruption=0.3)
     assert load_labelled(settings) == CHAINS[:20]
     with pytest.raises(ValueError, match=r"mine:3: step 1 is 'So 5\.'; expected one that the generator wrote"):
-        corrupt(Trace("p", ("So 5.",), "5", source="mine:3"), random.Random(0), 0.5)
+        corrupt(Trace.of_steps("p", ("So 5.",), "5", source="mine:3"), random.Random(0), 0.5)
 
 
 def test_processbench_labels_end_at_the_first_error():
     row = {"problem": "p", "steps": ["a", "b\nc", "d"], "label": 1}
-    (chain,) = from_processbench(row, "x:1")
-    assert chain.steps == ("a", "b c", "d")
+    (chain,) = labelled_from_processbench(row, "x:1")
+    assert chain.trace.steps == ("a", "b c", "d")
     assert chain.labels == (True, False, None)
-    assert from_processbench(row | {"label": -1})[0].labels == (True, True, True)
+    assert labelled_from_processbench(row | {"label": -1})[0].labels == (True, True, True)
     for label in (3, "1", None, True):
         with pytest.raises(ValueError, match=r"x:1: field 'label' is .*; expected the index of the first wrong of 3"):
-            from_processbench(row | {"label": label}, "x:1")
+            labelled_from_processbench(row | {"label": label}, "x:1")
 
 
 def test_prm800k_gives_the_chosen_chain_and_every_rated_completion_beside_it():
@@ -91,7 +88,7 @@ def test_prm800k_gives_the_chosen_chain_and_every_rated_completion_beside_it():
             ]
         },
     }
-    found = [(chain.steps, chain.labels) for chain in from_prm800k(row, "x:1")]
+    found = [(chain.trace.steps, chain.labels) for chain in labelled_from_prm800k(row, "x:1")]
     assert found == [
         (("good", "mine"), (True, None)),
         (("bad",), (False,)),
@@ -99,9 +96,9 @@ def test_prm800k_gives_the_chosen_chain_and_every_rated_completion_beside_it():
         (("good", "mine", "no"), (None, None, False)),
     ]
     with pytest.raises(ValueError, match="x:1: step 1: rating is 2; expected -1, 0, 1 or null"):
-        from_prm800k({**row, "label": {"steps": [{"completions": [{"text": "a", "rating": 2}]}]}}, "x:1")
+        labelled_from_prm800k({**row, "label": {"steps": [{"completions": [{"text": "a", "rating": 2}]}]}}, "x:1")
     with pytest.raises(ValueError, match="x:1: expected PRM800K's fields"):
-        from_prm800k({"problem": "p"}, "x:1")
+        labelled_from_prm800k({"problem": "p"}, "x:1")
 
 
 def test_files_are_read_and_refusals_name_file_and_row(tmp_path):
@@ -110,7 +107,7 @@ def test_files_are_read_and_refusals_name_file_and_row(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     chains = load_labelled(LabelledSettings("stepwise", str(tmp_path)))
     assert [chain.labels for chain in chains] == [(True, False)] * 2
-    assert chains[1].source.endswith("train.jsonl:2")
+    assert chains[1].trace.source.endswith("train.jsonl:2")
     assert len(load_labelled(LabelledSettings("stepwise", str(path), limit=1))) == 1
     path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0] | {"labels": [True]}) + "\n")
     with pytest.raises(ValueError, match=r"train.jsonl:2: field 'labels' is \[True\]; expected one for each of the 2"):
@@ -119,7 +116,7 @@ def test_files_are_read_and_refusals_name_file_and_row(tmp_path):
     with pytest.raises(ValueError, match="none of its 1 chains has a labelled step"):
         load_labelled(LabelledSettings("stepwise", str(tmp_path)))
     with pytest.raises(ValueError, match="label 1 is 'yes'; expected true, false or null"):
-        from_stepwise({"prompt": "p", "completions": ["a"], "labels": ["yes"]})
+        labelled_from_stepwise({"prompt": "p", "completions": ["a"], "labels": ["yes"]})
 
 
 @pytest.mark.parametrize(

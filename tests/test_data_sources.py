@@ -7,8 +7,8 @@ import huggingface_hub
 import pytest
 
 from rtd_jax.data.generators.word_problems import generate, generate_rows
+from rtd_jax.data.schemas.gsm8k import from_gsm8k
 from rtd_jax.data.sources import SourceSettings, load_traces
-from rtd_jax.data.trace import from_gsm8k
 
 ROWS = generate_rows(12, (1, 2, 3))
 

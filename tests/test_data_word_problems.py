@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from rtd_jax.data.generators import word_problems as synthetic
-from rtd_jax.data.generators.word_problems import MAX_DEPTH, MAX_VALUE, NAMES, SPLITS, generate, generate_rows, split_of
+from rtd_jax.data.generators.streams import SPLITS, split_of
+from rtd_jax.data.generators.word_problems import MAX_DEPTH, MAX_VALUE, NAMES, generate, generate_rows
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
 
 ALL_DEPTHS = tuple(range(1, MAX_DEPTH + 1))

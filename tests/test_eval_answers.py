@@ -19,7 +19,7 @@ from rtd_jax.eval.answers import (
 
 
 def problem(answer: str, steps: tuple[str, ...] = ("a step",)) -> Trace:
-    return Trace("question", steps, answer, f"#### {answer}")
+    return Trace.of_steps("question", steps, answer, f"#### {answer}")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_answers_match_by_kind(answer, text, strict, flexible):
 
 
 def test_a_chain_without_an_answer_answers_with_its_last_result():
-    trace = Trace("question", ("2+2=4", "4*3=12"), "", "")
+    trace = Trace.of_steps("question", ("2+2=4", "4*3=12"), "", "")
     assert answer_matches(trace, "2+2=4\n4*3 is 12.")[:2] == (True, True)
     assert answer_matches(trace, "2+2=4\n4*3=11")[:2] == (False, False)
     assert answer_matches(trace, "")[:2] == (False, False)
@@ -161,13 +161,13 @@ MATH_TEXTS = [
 @pytest.mark.parametrize(("text", "strict", "flexible", "verified"), MATH_TEXTS)
 def test_a_number_that_a_solution_boxes_is_an_expression(text, strict, flexible, verified):
     # MATH has no #### line, also where its answer is a number.
-    trace = Trace("problem", (r"So $480/30 = \boxed{16}$.",), "16")
+    trace = Trace.of_steps("problem", (r"So $480/30 = \boxed{16}$.",), "16")
     assert answer_matches(trace, text) == (strict, flexible, verified)
 
 
 def test_an_answer_that_sympy_cannot_finish_is_wrong_after_a_while(monkeypatch):
     monkeypatch.setattr(answers, "_VERIFY_SECONDS", 1)
-    trace = Trace("problem", (r"So $\boxed{\frac{1}{2}}$.",), r"\frac{1}{2}")
+    trace = Trace.of_steps("problem", (r"So $\boxed{\frac{1}{2}}$.",), r"\frac{1}{2}")
     start = time.monotonic()
     assert answer_matches(trace, r"$\boxed{9^{9^{9^{9}}} + \frac{1}{2}}$") == (False, False, False)
     assert time.monotonic() - start < 30

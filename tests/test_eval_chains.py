@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 
-from rtd_jax.data.trace import Trace, from_gsm8k
+from rtd_jax.data.schemas.gsm8k import from_gsm8k
+from rtd_jax.data.trace import Trace
 from rtd_jax.eval.chains import score_chain, split_solution
-from rtd_jax.eval.estimates import by_depth, depth_key, difference, estimate
-from rtd_jax.eval.perplexity import perplexity_estimate
+from rtd_jax.eval.estimates import by_depth, depth_key, difference, estimate, perplexity_estimate
 from rtd_jax.eval.steps import independent_chain_accuracy, scored_spans, steps_correct, tokens_in_spans
 
-TRACE = Trace("q", ("48/2 = <<48/2=24>>24 clips.", "48+24 = <<48+24=72>>72 in all."), "72", "#### 72")
+TRACE = Trace.of_steps("q", ("48/2 = <<48/2=24>>24 clips.", "48+24 = <<48+24=72>>72 in all."), "72", "#### 72")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_answer_may_be_right_while_the_chain_is_wrong():
 
 
 def test_prose_chains_are_as_right_as_their_answer():
-    trace = Trace("q", ("The battle was in 1066.", "Phones came 800 years later."), "no", "#### no")
+    trace = Trace.of_steps("q", ("The battle was in 1066.", "Phones came 800 years later."), "no", "#### no")
     assert score_chain("Nobody had phones.\n#### no", trace).chain_correct
     assert score_chain("Nobody had phones.\n#### yes", trace).first_error == 1
 
@@ -126,6 +126,7 @@ def test_standard_error_of_perplexity():
     assert found.error_row() == {"mean": pytest.approx(np.exp(1.5)), "stderr": pytest.approx(np.exp(1.5) / 2), "n": 2}
     assert perplexity_estimate([3.0, 6.0], [2, 4]).stderr == 0.0  # the same per token
     assert perplexity_estimate([3.0], [2]).stderr is None
+    assert perplexity_estimate([800.0], [1]).value == math.inf
 
 
 def test_standard_error_of_a_gap_knows_that_steps_and_chains_go_together():

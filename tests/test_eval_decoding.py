@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rtd_jax.eval import decoding as decode
-from rtd_jax.eval.decoding import Sampling, generate, greedy, nucleus
+from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate, greedy, nucleus
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.model import LlamaModel
 
@@ -52,7 +52,9 @@ def _hidden(params, tokens_BL):
 
 
 def options(**changes):
-    return {"max_new_tokens": 12, "eos_ids": (), "vocab_size": VOCAB, "batch_size": 3, "pad_id": 0, **changes}
+    settings = {"max_new_tokens": 12, "eos_ids": (), "vocab_size": VOCAB, "batch_size": 3, "pad_id": 0, **changes}
+    others = {name: settings.pop(name) for name in ("stopped", "progress", "batch_sharding") if name in settings}
+    return {"settings": GenerateSettings(**settings), **others}
 
 
 def test_cached_equals_uncached_and_order_is_restored(params, prompts):
@@ -73,7 +75,7 @@ def test_rows_end_at_their_own_end(params, prompts):
 
 def test_a_bucket_boundary_changes_nothing(params, prompts, monkeypatch):
     expected = generate(MODEL, params, prompts, **options())
-    monkeypatch.setattr(decode, "PROMPT_BUCKET", 7)  # prompts of 7 fill their bucket, 9 and 14 need two
+    monkeypatch.setattr(decode, "PROMPT_MULTIPLE", 7)  # prompts of 7 fill their bucket, 9 and 14 need two
     assert generate(MODEL, params, prompts, **options()) == expected
 
 

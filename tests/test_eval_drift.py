@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rtd_jax.eval.cka import StreamingCKA, linear_cka, resampled_cka
+from rtd_jax.eval.cka import linear_cka, resampled_cka
 from rtd_jax.eval.drift import (
     BoundaryStates,
     auroc,
@@ -59,15 +59,7 @@ def test_cka_worked_by_hand():
 @pytest.mark.parametrize("sizes", [(40, 7, 11), (12, 30, 50), (4, 3, 3)])
 def test_cka_equals_the_float64_reference(sizes):
     x, y = related(3, *sizes)
-    for found in (linear_cka(x, y), streamed(x, y, 5)):
-        np.testing.assert_allclose(found, reference_cka(x, y), atol=1e-6)
-
-
-def streamed(x, y, batch):
-    sums = StreamingCKA(x.shape[1], y.shape[1])
-    for start in range(0, len(x), batch):
-        sums.add(x[start : start + batch], y[start : start + batch])
-    return sums.value()
+    np.testing.assert_allclose(linear_cka(x, y), reference_cka(x, y), atol=1e-6)
 
 
 def test_cka_does_not_see_rotation_scale_shift_or_order():
@@ -123,8 +115,6 @@ def test_bad_states_are_named():
         linear_cka(x, y)
     with pytest.raises(ValueError, match="expected \\[examples, width\\]"):
         linear_cka(x[:5], y)
-    with pytest.raises(ValueError, match="sums are for"):
-        StreamingCKA(3, 11).add(*related())
 
 
 def chains(seed=0, count=60, slots=5, student=6, teacher=9, drift=0.0):

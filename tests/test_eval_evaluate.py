@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from rtd_jax.data.encoding import encode_traces
-from rtd_jax.data.formats import render, stop_token_ids
+from rtd_jax.data.formats import render
 from rtd_jax.data.generators.word_problems import generate as problems
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
-from rtd_jax.eval.evaluate import evaluate_model, score_texts
+from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, first_of_each_depth
+from rtd_jax.eval.scoring import ScoringSettings
+from rtd_jax.eval.text_scores import score_texts
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.model import LlamaModel
 
@@ -77,17 +79,10 @@ def oracle(tokenizer, traces, written, wrong_ids=()):
     return Oracle(len(tokenizer)), params
 
 
-def run(model, params, tokenizer, traces, **changes):
-    options = {"max_new_tokens": 90, "text_format": "plain", "batch_size": 5, "scoring_batch_size": 2}
-    return evaluate_model(
-        model,
-        params,
-        tokenizer,
-        traces,
-        render=lambda trace: render(tokenizer, trace.prompt, trace.completion, FORMAT),
-        stop_ids=stop_token_ids(tokenizer, FORMAT),
-        **{**options, **changes},
-    )
+def run(model, params, tokenizer, traces, *, open_from=None, progress=None, **changes):
+    decoding = DecodingSettings(**{"max_new_tokens": 90, "batch_size": 5, **changes})
+    evaluator = ChainEvaluator(tokenizer, FORMAT, decoding, ScoringSettings(batch_size=2), open_from=open_from)
+    return evaluator(model, params, traces, progress=progress)
 
 
 def test_perfect_model_is_perfect(tokenizer, traces):
@@ -217,7 +212,7 @@ def test_texts_are_scored_without_a_model(traces):
 def test_stop_texts_end_a_generation_and_samples_are_grouped(tokenizer, traces):
     written = [trace.completion + "\n\nQuestion: How many" for trace in traces]
     model, params = oracle(tokenizer, traces, written)
-    report, records = run(model, params, tokenizer, traces, stop_texts=["\n\nQuestion:"], samples=2)
+    report, records = run(model, params, tokenizer, traces, stop_texts=("\n\nQuestion:",), samples=2)
     assert (report.problems, report.samples, report.unfinished, len(records)) == (12, 2, 0, 24)
     assert report.chain_accuracy["all"].value == 1.0
     assert [record["text"] for record in records[::2]] == [trace.completion for trace in traces]
@@ -228,3 +223,7 @@ def test_stop_texts_end_a_generation_and_samples_are_grouped(tokenizer, traces):
         "stderr": pytest.approx(0.0),
         "n": 4,
     }
+
+
+def test_the_first_problems_of_each_depth_shallow_first(traces):
+    assert first_of_each_depth(traces[::-1], 2) == [traces[i] for i in (9, 6, 10, 7, 11, 8)]

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rtd_jax.base.types import Batch
-from rtd_jax.eval.perplexity import Perplexity, perplexity
-from rtd_jax.eval.scoring import score_chains, token_scores
+from rtd_jax.eval.scoring import ScoringSettings, score_chains, token_scores
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.model import LlamaModel
 
@@ -56,9 +54,7 @@ def dense(params, chains):
 
 @pytest.mark.parametrize(("row_length", "batch_size", "chunk"), [(64, 2, 512), (64, 2, 14), (10, 3, 1), (192, 1, 50)])
 def test_packed_and_chunked_equals_dense(params, chains, dense, row_length, batch_size, chunk):
-    scores = score_chains(
-        MODEL, params, chains, vocab_size=VOCAB, row_length=row_length, batch_size=batch_size, chunk_tokens=chunk
-    )
+    scores = score_chains(MODEL, params, chains, ScoringSettings(row_length, batch_size, chunk), vocab_size=VOCAB)
     assert sum(chosen.sum() for _, chosen in dense) > 0  # an all-False answer would not be told from a right one
     for score, (log_probs, chosen) in zip(scores, dense, strict=True):
         np.testing.assert_allclose(score.log_probs, log_probs, atol=2e-5, rtol=0)
@@ -69,10 +65,14 @@ def test_long_chains_have_rows_of_their_own_beside_others_of_their_length(params
     # 70 and 130 tokens do not fit into rows of 64: rows of 128 and 192, the rest packed as before.
     long = [np.arange(70) % VOCAB, np.arange(130) % VOCAB, np.arange(69) % VOCAB]
     mixed = [long[0], *chains, *long[1:]]
-    options = {"vocab_size": VOCAB, "batch_size": 2}
     seen = []
-    scores = score_chains(MODEL, params, mixed, row_length=64, progress=lambda *done: seen.append(done), **options)
-    whole = score_chains(MODEL, params, mixed, row_length=192, **options)
+    scores, whole = (
+        score_chains(
+            MODEL, params, mixed, ScoringSettings(length, 2), vocab_size=VOCAB, progress=lambda *done: seen.append(done)
+        )
+        for length in (64, 192)
+    )
+    seen = seen[: seen.index((len(mixed), len(mixed))) + 1]
     for score, other in zip(scores, whole, strict=True):
         np.testing.assert_allclose(score.log_probs, other.log_probs, atol=2e-5, rtol=2e-5)
     for score, (log_probs, _) in zip(scores[1:-2], dense, strict=True):
@@ -103,9 +103,10 @@ def _equations(jaxpr):
 
 def test_sharded_batch_scores_the_same(params, chains):
     rows = NamedSharding(Mesh(np.asarray(jax.devices()[:2]), ("data",)), PartitionSpec("data", None))
-    options = {"vocab_size": VOCAB, "row_length": 64, "batch_size": 2}
-    plain = score_chains(MODEL, params, chains, **options)
-    sharded = score_chains(MODEL, params, chains, batch_sharding=rows, **options)
+    plain, sharded = (
+        score_chains(MODEL, params, chains, ScoringSettings(64, 2), vocab_size=VOCAB, batch_sharding=sharding)
+        for sharding in (None, rows)
+    )
     for a, b in zip(plain, sharded, strict=True):
         np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5, rtol=0)
 
@@ -118,34 +119,7 @@ def test_bad_chains_are_named(params):
     assert score_chains(MODEL, params, [], vocab_size=VOCAB) == []
 
 
-def packed(chains, prompt: int, length: int = 64) -> Batch:
-    tokens, positions, ids = np.zeros((3, 1, length), np.int32)
-    weights = np.zeros((1, length), np.float32)
-    start = 0
-    for number, chain in enumerate(chains, start=1):
-        place = slice(start, start + len(chain))
-        tokens[0, place], positions[0, place], ids[0, place] = chain, np.arange(len(chain)), number
-        weights[0, start + prompt : start + len(chain)] = 1.0
-        start += len(chain)
-    boundaries = np.zeros((1, 1, 1), np.int32)
-    return Batch(tokens, positions, ids, weights, boundaries, boundaries > 0)
-
-
-def test_perplexity_is_exp_of_the_mean_over_all_predicted_tokens(params, chains, dense):
-    # Batches with unequal counts: a mean of batch means would differ.
-    batches = [packed([chains[1], chains[3]], prompt=4), packed([chains[0]], prompt=4)]
-    log_probs = np.concatenate([dense[i][0][4:] for i in (1, 3, 0)])
-    result = perplexity(MODEL, params, batches, vocab_size=VOCAB)
-    assert result.tokens == len(log_probs) == 26 + 13 + 5
-    assert result.value == pytest.approx(np.exp(-log_probs.mean()), rel=1e-5)
-
-
-def test_a_uniform_model_has_the_vocabulary_as_perplexity(params, chains):
+def test_a_uniform_model_gives_each_word_of_the_vocabulary_the_same_probability(params, chains):
     flat = dict(params, head=jnp.zeros_like(params["head"]))
-    result = perplexity(MODEL, flat, [packed([chains[1]], prompt=1)], vocab_size=VOCAB)
-    assert result.value == pytest.approx(VOCAB, rel=1e-5)
-
-
-def test_perplexity_of_nothing_and_of_too_much():
-    assert np.isnan(Perplexity(0.0, 0.0).value)
-    assert Perplexity(1e6, 1.0).value == np.inf
+    (score,) = score_chains(MODEL, flat, [chains[1]], vocab_size=VOCAB)
+    np.testing.assert_allclose(score.log_probs[1:], -np.log(VOCAB), rtol=1e-6)  # the padding has no part

@@ -18,7 +18,7 @@ from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.encoding import encode_traces
 from rtd_jax.data.generators.word_problems import generate
-from rtd_jax.data.trace import Trace, from_prose
+from rtd_jax.data.trace import Trace
 from rtd_jax.models.open import ModelSettings, OpenModel, open_model
 from rtd_jax.steps.classifier import load_classifier, text_boundaries, text_probabilities
 from rtd_jax.steps.detector import Detector, detect
@@ -53,7 +53,7 @@ def problems() -> list[Trace]:
 
 
 def prose(trace: Trace) -> Trace:
-    return Trace(trace.prompt, (joined_steps(trace)[0],), trace.answer, trace.final, trace.source)
+    return Trace.of_steps(trace.prompt, (joined_steps(trace)[0],), trace.answer, trace.final, trace.source)
 
 
 def test_the_bundled_classifier_is_small_and_belongs_to_the_bundled_teacher(detector, loaded):
@@ -79,7 +79,7 @@ def test_marks_neither_help_nor_hinder(detector, problems):
 
 def test_a_mark_behind_a_step_stays_with_it(detector, problems):
     trace = next(trace for trace in problems if trace.depth == 4)
-    steps = [f"{joined_steps(dataclasses.replace(trace, steps=(step,)))[0]}<<1=1>>" for step in trace.steps]
+    steps = [f"{joined_steps(Trace.of_steps(trace.prompt, (step,), trace.answer))[0]}<<1=1>>" for step in trace.steps]
     text = "\n".join(f"{i}. {step}" for i, step in enumerate(steps, start=1))
     (spans,) = detector.spans([(trace.prompt, text, "x")])
     assert [text[a:b] for a, b in spans] == [f"{i}. {step}" for i, step in enumerate(steps, start=1)]
@@ -178,14 +178,6 @@ def test_prose_needs_a_classifier():
     with pytest.raises(ValueError, match=r"'annotated', but the texts of x\.jsonl have no marked steps"):
         tiny_recipe(train=source)
     assert tiny_recipe(train=source, segmentation="classifier:x").data.train.schema == "prose"
-
-
-def test_rows_of_prose():
-    assert from_prose({"prompt": "p", "text": "One. Two.\n#### 7"}) == Trace("p", ("One. Two.",), "7", "#### 7", "row")
-    assert from_prose({"prompt": "p", "text": " One.\nTwo. ", "answer": 3}).completion == "One.\nTwo.\n#### 3"
-    assert from_prose({"prompt": "p", "text": "One."}).final == ""
-    with pytest.raises(ValueError, match="expected a chain of reasoning"):
-        from_prose({"prompt": "p", "text": "#### 7"})
 
 
 def test_segment_writes_stepwise_rows(tmp_path, problems):

@@ -27,19 +27,19 @@ def test_marks_and_line_ends_go_and_numbers_that_mean_something_stay(text, expec
 
 
 def test_steps_become_one_text_with_a_span_each():
-    trace = Trace("p", ("2 + 2 = <<2+2=4>>4", "<<>>", "So 4."), "4", "#### 4")
+    trace = Trace.of_steps("p", ("2 + 2 = <<2+2=4>>4", "<<>>", "So 4."), "4", "#### 4")
     text, spans = joined_steps(trace)  # a step of marks alone has nothing left; the answer's line is no step
     assert text == "2 + 2 = 4 So 4."
     assert spans == ((0, 9), (10, 15))
     assert joined_steps(trace, marked=True)[0] == "2 + 2 = <<2+2=4>>4\n<<>>\nSo 4."
-    assert bare_steps(Trace("p", ("He has 3.5 apples.", "So, 4!"), ""))[0] == "he has 3.5 apples so 4"
+    assert bare_steps(Trace.of_steps("p", ("He has 3.5 apples.", "So, 4!"), ""))[0] == "he has 3.5 apples so 4"
     with pytest.raises(ValueError, match="nothing is left of its steps"):
-        joined_steps(Trace("p", ("<<2=2>>",), "", source="x:3"))
+        joined_steps(Trace.of_steps("p", ("<<2=2>>",), "", source="x:3"))
 
 
 def test_a_boundary_is_the_token_that_covers_the_last_character_of_a_step():
     tokenizer = tiny_tokenizer()
-    text, spans = joined_steps(Trace("How many?", ("March 3 lost: <<5-3=2>>2.", "April 12 earned: 14."), "14"))
+    text, spans = joined_steps(Trace.of_steps("How many?", ("March 3 lost: <<5-3=2>>2.", "April 12 earned: 14."), "14"))
     reading = read(tokenizer, "March 3 lost.", text, TINY_FORMAT, spans)
     own = [tokenizer.decode([i]) for i in reading.tokens_L[reading.prompt_length :]]
     assert own == ["March", " ", "3", " lost", ": ", "2", ". ", "April", " ", "12", " earned", ": ", "14", "."] or (

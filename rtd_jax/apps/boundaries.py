@@ -20,11 +20,10 @@ from rtd_jax.base.files import check_writable, write_json
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings, load_traces
-from rtd_jax.data.trace import Trace
+from rtd_jax.data.trace import Span, Trace
 from rtd_jax.eval.segmentation import boundary_scores, step_counts
 from rtd_jax.models.open import OpenModel, open_model
 from rtd_jax.models.quantized import as_float
-from rtd_jax.steps.annotated import Span
 from rtd_jax.steps.classifier import BoundaryClassifier, save_classifier, text_boundaries, text_probabilities
 from rtd_jax.steps.fit import Examples, FitSettings, Identity, fit_classifier
 from rtd_jax.steps.head import HeadSettings

@@ -11,20 +11,23 @@ from rtd_jax.apps.report.page import gap_lines, percent, plus_minus, write_repor
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import check_writable, write_json, write_jsonl
 from rtd_jax.base.sharding import row_sharding, row_ways
-from rtd_jax.data.formats import render, stop_token_ids
-from rtd_jax.data.trace import ChoiceQuestion, Trace
+from rtd_jax.data.formats import render
+from rtd_jax.data.schemas.arc import ChoiceQuestion
+from rtd_jax.data.trace import Trace, answer_line
 from rtd_jax.eval.choices import choice_log_likelihoods, score_choices
 from rtd_jax.eval.decoding import Sampling
 from rtd_jax.eval.estimates import error_rows
-from rtd_jax.eval.evaluate import Record, evaluate_model, full_report, score_texts
+from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, Progress, full_report
+from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.eval.tasks import EXAMPLES_SEED, TASKS, Problems, load_problems, question_of
+from rtd_jax.eval.text_scores import Record, score_texts
 from rtd_jax.models.open import FloatDtype, WeightDtype
 from rtd_jax.train.subjects import LoadedModel, load_model
 
 OPEN_FROM = 5  # depths 1, 2, 3, 4, 5+
 SCORING_ROWS = 8  # of 512 tokens, read together on each device
 NOTE_SECONDS = 10.0  # between two progress lines of one kind
-# What a record keeps beside what its text says, so that a file of them gives the whole report again.
+# Fields of a record that do not follow from its text: with them a file of records gives the whole report again.
 KEPT = ("teacher_forced", "reference_nats", "reference_tokens", "max_new_tokens", "text_format", "decoding")
 
 
@@ -96,7 +99,7 @@ Found = tuple[dict[str, Any], list[Record], dict[str, Any]]  # sections, records
 
 
 def _measured(settings: EvaluateSettings, note: Callable[[str], None]) -> Found:
-    """One model after the other, so that memory holds one at a time."""
+    """Evaluates one model after the other, so that memory holds one at a time."""
     sections: dict[str, Any] = {task: {} for task in settings.tasks}
     records: list[Record] = []
     protocol: dict[str, Any] = {}
@@ -129,27 +132,30 @@ def _solve(
 ) -> tuple[dict[str, Any], list[Record]]:
     """Problems that are solved in steps: decoded freely, and their reference chains read."""
     traces = [item for item in problems.items if isinstance(item, Trace)]
-    rendered = {
-        trace.source: render(loaded.tokenizer, trace.prompt, trace.completion, text, turns)
+    rendered = [
+        render(loaded.tokenizer, trace.prompt, trace.completion, text, turns)
         for trace, text, turns in zip(traces, problems.texts, problems.turns, strict=True)
-    }
-    ways = row_ways(loaded.mesh)
-    report, records = evaluate_model(
+    ]
+    evaluator = ChainEvaluator(
+        loaded.tokenizer,
+        problems.texts[0],
+        DecodingSettings(
+            settings.max_new_tokens,
+            settings.batch_size,
+            Sampling(settings.temperature, settings.top_p, settings.seed) if settings.temperature > 0 else None,
+            settings.samples,
+            TASKS[task].stops,
+        ),
+        ScoringSettings(batch_size=SCORING_ROWS * row_ways(loaded.mesh)),
+        loaded.mesh,
+        OPEN_FROM,
+        problems.text_format,
+    )
+    report, records = evaluator(
         loaded.model,
         loaded.params,
-        loaded.tokenizer,
         traces,
-        render=lambda trace: rendered[trace.source],
-        stop_ids=stop_token_ids(loaded.tokenizer, problems.texts[0]),
-        max_new_tokens=settings.max_new_tokens,
-        text_format=problems.text_format,
-        stop_texts=TASKS[task].stops,
-        sampling=Sampling(settings.temperature, settings.top_p, settings.seed) if settings.temperature > 0 else None,
-        samples=settings.samples,
-        open_from=OPEN_FROM,
-        batch_size=-(-settings.batch_size // ways) * ways,
-        scoring_batch_size=SCORING_ROWS * ways,
-        batch_sharding=row_sharding(loaded.mesh),
+        rendered,
         progress=_progress(note, f"{loaded.name}, {task}: %d of %d texts decoded"),
         scoring_progress=_progress(note, f"{loaded.name}, {task}: %d of %d reference chains read"),
     )
@@ -171,7 +177,7 @@ def _choose(
         loaded.params,
         loaded.tokenizer,
         pairs,
-        batch_size=SCORING_ROWS * row_ways(loaded.mesh),
+        ScoringSettings(batch_size=SCORING_ROWS * row_ways(loaded.mesh)),
         batch_sharding=row_sharding(loaded.mesh),
         progress=_progress(note, f"{loaded.name}, {task}: %d of %d choices read"),
     )
@@ -179,7 +185,8 @@ def _choose(
     return report.to_dict(), records
 
 
-def _progress(note: Callable[[str], None], line: str) -> Callable[[int, int], None]:
+def _progress(note: Callable[[str], None], line: str) -> Progress:
+    """Lines of progress, at most one in `NOTE_SECONDS`; `line` holds %d twice, for what is done and for all."""
     last = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -192,9 +199,10 @@ def _progress(note: Callable[[str], None], line: str) -> Callable[[int, int], No
 
 
 def _rescored(settings: EvaluateSettings) -> Found:
-    """Scores of a JSONL file: texts (prompt, reference, answer, text), or choices (prompt, choices, answer,
+    """Scores the rows of a JSONL file; from records that this program wrote it makes the whole report again.
 
-    log_likelihoods); and model, task. Of records that this program wrote, the whole report.
+    A row holds a text (prompt, reference, answer, text) or choices (prompt, choices, answer, log_likelihoods), and may
+    name its model and task.
     """
     path = Path(settings.generations).expanduser()
     groups: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {}
@@ -261,13 +269,15 @@ def _row(row: Any, place: str) -> tuple[Trace, str]:
     answer = str(row["answer"])
     # MATH's reference states its answer in a box and has no line for it; that decides how its answers are read.
     in_box = any("\\boxed" in step or "\\fbox" in step for step in row["reference"])
-    final = f"#### {answer}" if answer and not in_box else ""
+    final = answer_line(answer) if answer and not in_box else ""
     text = row["text"] if "text" in row else "\n".join([*row["completions"], row.get("final", "")])
     subject, level = row.get("subject", ""), row.get("level", 0)
-    return Trace(row["prompt"], tuple(row["reference"]), answer, final, place, subject, level), text
+    trace = Trace.of_steps(row["prompt"], row["reference"], answer, final, place, subject=subject, level=level)
+    return trace, text
 
 
 def _print(task: str, models: dict[str, Any]) -> None:
+    """Prints the tables of one task."""
     keys: Sequence[str] = ("chain_accuracy", "answer_strict", "answer_flexible", "step_accuracy", "step_accuracy_free")
     for name, found in models.items():
         if "accuracy_norm" in found:

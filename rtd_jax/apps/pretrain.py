@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from rtd_jax.apps.distill.report import evaluate_traces, first_of_each_depth, percent
+from rtd_jax.apps.report.page import percent
 from rtd_jax.base.console import Display, print_table
 from rtd_jax.base.files import check_writable, write_json
 from rtd_jax.base.means import Metrics
@@ -27,6 +27,8 @@ from rtd_jax.data.loader import BatchLoader, make_loader
 from rtd_jax.data.sources import SourceSettings, closed_words, load_traces
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.data.trace import Trace
+from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, decoding_notes, first_of_each_depth
+from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.methods.kd import Labels
 from rtd_jax.methods.term import Objective
 from rtd_jax.models.config import LlamaConfig, RopeConfig
@@ -44,14 +46,14 @@ from rtd_jax.train.update import make_train_step
 class SizeSettings:
     """Shape of the network."""
 
-    layers: int
-    width: int
-    mlp_width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rope_theta: float = 10_000.0
-    max_positions: int = 1024  # tokens
+    layers: int  # transformer blocks
+    width: int  # hidden units
+    mlp_width: int  # hidden units of the SwiGLU
+    heads: int  # query heads
+    kv_heads: int  # key/value heads, each shared by heads / kv_heads query heads
+    head_dim: int  # units of one head
+    rope_theta: float = 10_000.0  # base of the rotary angles
+    max_positions: int = 1024  # tokens; written to config.json
 
 
 @dataclass(frozen=True)
@@ -76,18 +78,16 @@ class PretrainRecipe:
     model: SizeSettings
     train: SourceSettings
     test: SourceSettings
-    phases: tuple[Phase, ...]
+    phases: tuple[Phase, ...]  # one after the other, each a dict with updates, max_depth, batch_size, row_length, ..
     optimizer: OptimizerSettings
     text: TextFormat = TextFormat()
-    shot_fraction: float = (
-        0.1  # of chains that come behind a solved example, so that the model can read few-shot prompts
-    )
+    shot_fraction: float = 0.1  # of chains that come behind a solved example: the model can then read few-shot prompts
     mesh: MeshSettings = MeshSettings()
     problems_per_depth: int = 200  # of the final evaluation
-    max_new_tokens: int = 128
+    max_new_tokens: int = 128  # of a generated solution
     log_every: int = 20  # updates
     checkpoint_every: int = 250  # updates
-    seed: int = 0
+    seed: int = 0  # of params, data order and few-shot choices
 
     def __post_init__(self) -> None:
         if "prose" in (self.train.schema, self.test.schema):
@@ -161,20 +161,16 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
         log.close()
         save_pretrained(workdir / "model", model.config, state.params["student"], tokenizer=tokenizer)
         problems = first_of_each_depth(load_traces(recipe.test), recipe.problems_per_depth)
-        result, _ = evaluate_traces(
-            model,
-            state.params["student"],
+        last_phase = recipe.phases[-1]
+        evaluator = ChainEvaluator(
             tokenizer,
-            problems,
             recipe.text,
-            max_new_tokens=recipe.max_new_tokens,
-            batch_size=128,
-            rows=recipe.phases[-1].batch_size,
-            row_length=recipe.phases[-1].row_length,
-            mesh=mesh,
-            note=display.note,
-            name="model",
+            DecodingSettings(recipe.max_new_tokens),
+            ScoringSettings(last_phase.row_length, last_phase.batch_size),
+            mesh,
         )
+        progress = decoding_notes(display.note, "model")
+        result, _ = evaluator(model, state.params["student"], problems, progress=progress)
     report: dict[str, Any] = {
         "model": result.to_dict(),
         "updates": int(state.step),

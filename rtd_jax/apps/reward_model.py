@@ -17,8 +17,9 @@ from rtd_jax.base.sharding import MeshSettings, check_rows, make_mesh, put_batch
 from rtd_jax.base.types import Params
 from rtd_jax.data.encoding import encode_traces
 from rtd_jax.data.formats import TextFormat
-from rtd_jax.data.labelled import LabelledChain, LabelledSettings, load_labelled
+from rtd_jax.data.labelled import LabelledSettings, load_labelled
 from rtd_jax.data.packing import fixed_batches
+from rtd_jax.data.trace import LabelledChain
 from rtd_jax.eval.drift import auroc
 from rtd_jax.eval.estimates import estimate
 from rtd_jax.models.open import OpenModel, open_model
@@ -43,9 +44,9 @@ class RewardModelRecipe:
     epochs: int = 30  # over the labelled steps
     steps_per_update: int = 512  # labelled steps
     learning_rate: float = 3e-3  # peak; cosine to zero
-    weight_decay: float = 1e-2
+    weight_decay: float = 1e-2  # on the head
     resamples: int = 200  # for intervals
-    seed: int = 0
+    seed: int = 0  # of the head and of the order of steps
     mesh: MeshSettings = MeshSettings()
 
     def __post_init__(self) -> None:
@@ -188,7 +189,7 @@ def _read(
     """The features of every labelled step of the chains."""
     encoded, report = encode_traces(
         teacher.tokenizer,
-        [chain.trace() for chain in chains],
+        [chain.trace for chain in chains],
         recipe.text,
         row_length=recipe.row_length,
         max_dropped_fraction=recipe.max_dropped_fraction,

@@ -26,7 +26,7 @@ class SegmentSettings:
     text_field: str = "text"  # what is cut
     prompt_field: str = "prompt"  # what it answers; "" where rows have none
     param_dtype: FloatDtype = "float32"  # of the teacher's weights in memory
-    compute_dtype: FloatDtype = "float32"
+    compute_dtype: FloatDtype = "float32"  # of matrix products and hidden states
     batch_size: int = 16  # rows that the teacher reads at one time
     keep: str = "runs/steps"  # folder of what was found already: a run that was killed goes on; "" keeps nothing
 

@@ -14,9 +14,9 @@ PLAIN_INTERVAL = 5.0  # seconds between progress lines when not a terminal
 
 
 class Display:
-    """Progress over global updates. Use as a context manager; `note` prints a line that stays.
+    """Progress over a run's updates; a context manager. `note` prints a line that stays on the screen.
 
-    `silent`: for all but one of several processes, which would say the same.
+    With several processes all but one are `silent`, because they would print the same lines.
     """
 
     def __init__(self, total_updates: int, done: int = 0, console: Console | None = None, silent: bool = False):
@@ -50,10 +50,11 @@ class Display:
             self._live.stop()
 
     def note(self, text: str) -> None:
+        """Prints a line."""
         self._console.print(text, highlight=False, markup=False)
 
     def update(self, done: int, place: str, values: dict[str, str]) -> None:
-        """`done` global updates; `place` says where we are ("stage 3"); `values` are shown as they are."""
+        """Shows the number of finished updates, the place in the run ("stage 3"), and values formatted as text."""
         if self._live:
             self._progress.update(self._task, completed=done, description=place)
             table = Table.grid(padding=(0, 2))
@@ -71,16 +72,14 @@ class Display:
         self.note(f"{place}  update {done}/{self._total}  {shown}  {eta}")
 
 
-def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], console: Console | None = None
-) -> None:
-    """A table at the end of a run."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table with a title; columns after the first are aligned to the right."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    console = console or Console()
+    console = Console()
     if not console.is_terminal and console.width < 120:  # in a log file nothing forces a cell to be cut
         console = Console(width=120, file=console.file)
     console.print(table)

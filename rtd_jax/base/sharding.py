@@ -43,9 +43,9 @@ TABLES = {"fsdp": FSDP, "tensor": TENSOR}
 class MeshSettings:
     """Size of each mesh axis, in devices. One of them may be -1: whatever is left."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: int = 1  # devices: replicas of everything
+    fsdp: int = -1  # devices that share rows and weights
+    tensor: int = 1  # devices that share heads, MLP and vocabulary
 
 
 def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -> Mesh:
@@ -74,16 +74,17 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def activation_sharding(mesh: Mesh, table: LogicalToMesh = FSDP) -> NamedSharding:
-    """Of the states between layers, [B, L, D], where weights lie as the table says."""
+    """Sharding of the [B, L, D] activations between layers, for a given weight-sharding table."""
     return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in ROW_AXES if axis not in _names(table["mlp"]))))
 
 
 def row_ways(mesh: Mesh) -> int:
-    """Into how many equal parts the rows of a batch are cut."""
+    """Number of equal parts into which the mesh cuts the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -149,9 +150,9 @@ def in_host_memory(shardings: Any) -> Any:
 
 
 def host_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which of `count` equal, contiguous parts of a batch's rows this process feeds.
+    """(index, count): this process feeds part `index` of the `count` equal, contiguous parts of a batch's rows.
 
-    Not (process index, process count): processes that differ along `tensor` only feed the same rows.
+    It differs from (process index, process count): processes that differ only along `tensor` feed the same rows.
 
     Raises:
       ValueError: the mesh gives this process rows that are not contiguous.
@@ -169,7 +170,7 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Each process's own rows (its `host_share`) -> one global array per field, rows spread over (data, fsdp)."""
+    """Makes global arrays, rows spread over (data, fsdp), from the rows that each process holds (its `host_share`)."""
     sharding = row_sharding(mesh)
     _, parts = host_share(mesh)
 
@@ -181,9 +182,9 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def put_same(tree: Any, sharding: NamedSharding | None) -> Any:
-    """Host arrays that every process holds whole -> global arrays; unchanged without a sharding.
+    """Makes global arrays from host arrays that every process holds whole; returns them unchanged without a sharding.
 
-    Of a spec for [batch, length], an array of fewer dimensions takes the first entries.
+    An array of fewer dimensions than the sharding's spec takes the first entries of the spec.
     """
     if sharding is None:
         return tree
@@ -192,7 +193,7 @@ def put_same(tree: Any, sharding: NamedSharding | None) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """Global arrays -> NumPy arrays, whole, on every process; all processes must call it."""
+    """Copies global arrays to whole NumPy arrays on every process; all processes must call it."""
 
     def fetch(x: Any) -> np.ndarray:
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):

@@ -1,1 +1,1 @@
-"""From text to batches: traces, sources, the synthetic generator, tokens and boundaries, packing, the grain loader."""
+"""From text to batches: traces, sources, generators, tokens and boundaries, packing, batching by length, the loader."""

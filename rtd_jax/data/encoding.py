@@ -1,8 +1,9 @@
-"""From a trace's text to token ids and boundary positions.
+"""Turns a trace into token ids and boundary positions.
 
-The whole text is tokenised once, with character offsets. Boundary i is the token that covers the last non-space
-character of step i: byte-pair tokenizers merge across a step's end (Llama-3 has ".\\n" as one token), so steps
-tokenised one by one would give other ids than the model ever sees. Boundary 0 is the last token of the prompt.
+The whole text is tokenised once, with character offsets. Boundary i is the token that covers the last character of step
+i. Steps are not tokenised one by one, because byte-pair tokenizers merge across the end of a step (Llama-3 has ".\\n"
+as one token), and the model would see ids that it never meets in whole texts. Boundary 0 is the last token of the
+prompt.
 """
 
 import hashlib
@@ -13,27 +14,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.data.formats import Rendered, TextFormat, render
-from rtd_jax.data.tokenizer_match import compare_tokenizers, tokenizer_fingerprint
 from rtd_jax.data.trace import Trace
-from rtd_jax.steps.annotated import AnnotatedSegmenter, Segmenter, Span, check_spans
-
-__all__ = [
-    "EncodedChain",
-    "EncodingReport",
-    "chains_fingerprint",
-    "compare_tokenizers",
-    "encode_prompt",
-    "encode_trace",
-    "encode_traces",
-    "tokenizer_fingerprint",
-]
 
 _TOKENISE_AT_ONCE = 512  # texts
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedChain:
-    """One chain as ids. `boundaries[0]` is `prompt_length - 1`; `boundaries[i]` closes step i."""
+    """One chain as token ids. `boundaries[0]` is `prompt_length - 1`, `boundaries[i]` the last token of step i."""
 
     tokens: np.ndarray  # int32 [L]
     prompt_length: int  # tokens
@@ -52,7 +40,7 @@ class EncodedChain:
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What did not fit. Nothing is ever cut: a chain is taken whole or dropped and counted here."""
+    """Which chains did not fit into a row. A chain is kept whole, or dropped and counted here, never cut short."""
 
     total: int
     dropped: tuple[int, ...]  # indices of the traces left out, in order
@@ -66,14 +54,10 @@ class EncodingReport:
 
 
 def encode_trace(
-    tokenizer: PreTrainedTokenizerBase,
-    trace: Trace,
-    spans: tuple[Span, ...] | None = None,
-    text_format: TextFormat | None = None,
+    tokenizer: PreTrainedTokenizerBase, trace: Trace, text_format: TextFormat | None = None
 ) -> EncodedChain:
-    """One chain. `spans` are the steps in characters of `trace.completion`; by default, the annotated ones."""
-    spans = AnnotatedSegmenter().spans(trace) if spans is None else spans
-    return next(_encode(tokenizer, [(trace, spans)], text_format or TextFormat()))
+    """One chain. Raises ValueError as `encode_traces`, whatever its length."""
+    return next(_encode(tokenizer, [trace], text_format or TextFormat()))
 
 
 def encode_traces(
@@ -82,23 +66,27 @@ def encode_traces(
     text_format: TextFormat | None = None,
     *,
     row_length: int,
-    segmenter: Segmenter | None = None,
     max_boundaries: int = 0,
     max_dropped_fraction: float = 0.0,
 ) -> tuple[list[EncodedChain], EncodingReport]:
-    """Encode all traces; drop those longer than `row_length` tokens or with more than `max_boundaries` (0: any number).
+    """Encodes traces. Those longer than `row_length` tokens or with more than `max_boundaries` are dropped.
 
-    Raises ValueError where more than `max_dropped_fraction` of them would be dropped, naming the first, its length and
-    the row length that would fit all; and where a trace cannot be encoded faithfully (see `encode_trace`).
+    Args:
+      text_format: how prompt and completion become one text; the plain form by default.
+      max_boundaries: of a chain, the prompt's end included; 0 allows any number.
+      max_dropped_fraction: share of the chains that may be dropped.
+
+    Raises:
+      ValueError: more chains would be dropped (the error names the first one, its length, and the row length that would
+        hold all), or a trace cannot be encoded faithfully: a token is unknown to the tokenizer, prompt and completion
+        share a token, or two steps end on the same token.
     """
     if not 0.0 <= max_dropped_fraction <= 1.0:
         raise ValueError(f"max_dropped_fraction is {max_dropped_fraction}; expected 0 to 1")
-    segmenter = segmenter or AnnotatedSegmenter()
     kept: list[EncodedChain] = []
     first_dropped, longest, most_boundaries = "", 0, 0
-    pairs = [(trace, segmenter.spans(trace)) for trace in traces]
     dropped: list[int] = []
-    for index, chain in enumerate(_encode(tokenizer, pairs, text_format or TextFormat())):
+    for index, chain in enumerate(_encode(tokenizer, traces, text_format or TextFormat())):
         longest, most_boundaries = max(longest, len(chain)), max(most_boundaries, len(chain.boundaries))
         reason = ""
         if len(chain) > row_length:
@@ -120,14 +108,6 @@ def encode_traces(
     return kept, report
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, trace: Trace, text_format: TextFormat | None = None
-) -> np.ndarray:
-    """The ids that a generation starts from: the first `prompt_length` tokens of the encoded chain. int32 [L]."""
-    text = render(tokenizer, trace.prompt, trace.completion, text_format or TextFormat()).prompt
-    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
-
-
 def chains_fingerprint(chains: Sequence[EncodedChain]) -> str:
     """SHA-256 over ids, boundaries and weights of the chains in order: a data set as the model sees it."""
     digest = hashlib.sha256()
@@ -139,27 +119,25 @@ def chains_fingerprint(chains: Sequence[EncodedChain]) -> str:
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[Trace, tuple[Span, ...]]], text_format: TextFormat
+    tokenizer: PreTrainedTokenizerBase, traces: Sequence[Trace], text_format: TextFormat
 ) -> Iterator[EncodedChain]:
     if not tokenizer.is_fast:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} has no fast form, so it gives no character offsets; save it "
             "with a tokenizer.json"
         )
-    for start in range(0, len(pairs), _TOKENISE_AT_ONCE):
-        block = pairs[start : start + _TOKENISE_AT_ONCE]
-        texts = [render(tokenizer, trace.prompt, trace.completion, text_format) for trace, _ in block]
-        # verbose=False: rows longer than the model's window are the caller's business, and reported there.
+    for start in range(0, len(traces), _TOKENISE_AT_ONCE):
+        block = traces[start : start + _TOKENISE_AT_ONCE]
+        texts = [render(tokenizer, trace.prompt, trace.completion, text_format) for trace in block]
+        # verbose=False: the caller compares lengths with its rows and reports what is too long.
         whole = tokenizer(
             [text.text for text in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         prompts = tokenizer([text.prompt for text in texts], add_special_tokens=False, verbose=False)
-        for index, ((trace, spans), text) in enumerate(zip(block, texts, strict=True)):
-            check_spans(spans, trace.completion, trace.source)
+        for index, (trace, text) in enumerate(zip(block, texts, strict=True)):
             yield _chain(
                 tokenizer,
                 trace,
-                spans,
                 text,
                 np.asarray(whole["input_ids"][index], np.int32),
                 np.asarray(whole["offset_mapping"][index], np.int64).reshape(-1, 2),
@@ -170,7 +148,6 @@ def _encode(
 def _chain(
     tokenizer: PreTrainedTokenizerBase,
     trace: Trace,
-    spans: tuple[Span, ...],
     text: Rendered,
     tokens: np.ndarray,
     offsets: np.ndarray,
@@ -181,14 +158,14 @@ def _chain(
     if not prompt_length:
         raise ValueError(f"{source}: the prompt {text.prompt!r} has no tokens")
     if not np.array_equal(tokens[:prompt_length], prompt_tokens):
-        # Offsets alone would miss it: some tokenizers leave white space out of them.
+        # Ids are compared, because the offsets of some tokenizers leave white space out.
         raise ValueError(
             f"{source}: the end of the prompt {text.prompt[-20:]!r} and the start of the completion "
             f"{text.completion[:20]!r} share a token, so a generation would start from other ids than training saw; "
             "move the white space between them to the other side (prompt_template / completion_prefix)"
         )
     base = len(text.prompt) + text.completion_offset
-    last_characters = np.array([base + end - 1 for _, end in spans], np.int64)
+    last_characters = np.array([base + end - 1 for _, end in trace.spans], np.int64)
     boundaries = np.array([prompt_length - 1, *_covering_tokens(offsets, last_characters)], np.int32)
     if np.any(np.diff(boundaries) <= 0):
         raise ValueError(
@@ -201,12 +178,12 @@ def _chain(
 
 
 def _covering_tokens(offsets: np.ndarray, characters: np.ndarray) -> list[int]:
-    """Index of the last token that covers each character; a character spread over several tokens ends with the last."""
+    """For each character the index of the last token that covers it (one character can take several tokens)."""
     starts, ends = offsets[:, 0], offsets[:, 1]
     found = []
     for character in characters:
         index = int(np.searchsorted(starts, character, side="right")) - 1
-        while index >= 0 and ends[index] <= character:  # tokens of no width, as some tokenizers write
+        while index >= 0 and ends[index] <= character:  # some tokenizers have tokens of no width
             index -= 1
         assert index >= 0, (character, offsets)
         found.append(index)

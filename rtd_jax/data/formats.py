@@ -1,8 +1,9 @@
-"""How a trace becomes one text: a plain prompt, or the tokenizer's own chat template.
+"""Makes one text of a prompt and a completion: as plain text, or by the tokenizer's chat template.
 
-Either way the text is prompt + completion + closing. The closing ends the turn: the end-of-sequence token of a plain
-text, or what the chat template writes after an assistant's message. Special tokens are part of the text, and the text
-is tokenised with `add_special_tokens=False`, so a beginning-of-sequence token cannot be doubled.
+Either way the text is prompt + completion + closing. The closing ends the turn: it is the end-of-sequence token of a
+plain text, or what the chat template writes after an assistant's message. Special tokens are written into the text,
+which is then tokenised with `add_special_tokens=False`, so that the beginning-of-sequence token cannot stand there
+twice.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,24 +13,26 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 _SENTINEL = "@@completion@@"
-# Llama-3.1's template writes today's date unless told one: the same data would differ from day to day.
+# Llama-3.1's template writes today's date unless it is given one, and the data would differ from day to day.
 _TEMPLATE_ARGUMENTS: dict[str, Any] = {"date_string": "26 Jul 2024"}
 
 
 @dataclass(frozen=True)
 class TextFormat:
-    """`kind` is 'plain' or 'chat'.
+    """The form of a text.
 
-    `prompt_template` holds {prompt} (of a chat: the user's message). `completion_prefix` (plain only) stands between
-    prompt and completion and is predicted as part of the completion: with byte-pair tokenizers the separating space
-    belongs there, because it is one token with the word that follows. `context` is put in front of the prompt as it is:
-    an instruction, or solved examples.
+    Attributes:
+      kind: 'plain' or 'chat'.
+      prompt_template: has {prompt} in it, once; of a chat it is the user's message. "" takes the default of the kind.
+      completion_prefix: stands between prompt and completion of a plain text and is predicted with the completion. With
+        byte-pair tokenizers the separating space belongs here, because it is one token with the word that follows.
+      context: stands before the prompt as it is: an instruction, or solved examples.
     """
 
-    kind: str = "plain"
-    prompt_template: str = ""
-    completion_prefix: str = " "
-    context: str = ""
+    kind: str = "plain"  # or "chat": the tokenizer's own chat template
+    prompt_template: str = ""  # holds {prompt}; "" is the kind's own
+    completion_prefix: str = " "  # between prompt and completion; "plain" only
+    context: str = ""  # in front of every prompt, as it is
 
     def __post_init__(self) -> None:
         if self.kind not in ("plain", "chat"):
@@ -37,14 +40,17 @@ class TextFormat:
         if self.prompt_template and self.prompt_template.count("{prompt}") != 1:
             raise ValueError(f"prompt_template is {self.prompt_template!r}; expected {{prompt}} in it exactly once")
 
+    def unread_settings(self) -> dict[str, str]:
+        return {"completion_prefix": "the text's kind is 'chat'"} if self.kind == "chat" else {}
+
     @property
     def template(self) -> str:
-        """The prompt template in use; each kind has its default."""
+        """The prompt template in use: the given one, or the default of the kind."""
         return self.prompt_template or {"plain": "Question: {prompt}\nAnswer:", "chat": "{prompt}"}[self.kind]
 
     @property
     def identity(self) -> str:
-        """Equal for two formats that make the same texts."""
+        """A text that is equal for two formats if they make the same texts."""
         prefix = self.completion_prefix if self.kind == "plain" else ""
         return repr((self.kind, self.context, self.template, prefix))
 
@@ -54,7 +60,7 @@ class TextFormat:
 
 
 class Rendered(NamedTuple):
-    """The three pieces of a text; the model is trained on `completion` and `closing`."""
+    """The three pieces of a text. The model is trained on `completion` and `closing`."""
 
     prompt: str
     completion: str
@@ -73,9 +79,13 @@ def render(
     text_format: TextFormat,
     turns: Sequence[tuple[str, str]] = (),
 ) -> Rendered:
-    """The whole text of a chain. Raises ValueError where the chat template is missing or cannot be continued.
+    """The whole text of a chain.
 
-    `turns` (chat only) are pairs of a user's and an assistant's message that go before: solved examples.
+    Args:
+      turns: of a chat, pairs of a user's and an assistant's message that come first: solved examples.
+
+    Raises:
+      ValueError: the tokenizer has no chat template, or an assistant's message does not continue its generation prompt.
     """
     if text_format.kind == "plain":
         prefix = text_format.completion_prefix
@@ -96,18 +106,18 @@ def render(
             f"the chat template of {tokenizer.name_or_path!r} does not continue its generation prompt: it ends with "
             f"{opening[-40:]!r}, but an assistant's message begins after {before[-40:]!r}; use format kind 'plain'"
         )
-    # White space after the end-of-turn token is never generated: decoding has stopped there.
+    # White space after the end-of-turn token is never generated, because decoding stops at that token.
     return Rendered(opening, completion, closing.rstrip(), 0)
 
 
 def solved_examples(text_format: TextFormat, examples: Iterable[tuple[str, str]]) -> str:
-    """(prompt, completion) pairs as one text to put before a prompt: a few-shot `context`."""
+    """Pairs of prompt and completion as one text that stands before a prompt: the `context` of few-shot prompting."""
     joined = text_format.completion_prefix if text_format.kind == "plain" else "\n"
     return "".join(f"{text_format.fill(prompt)}{joined}{completion}\n\n" for prompt, completion in examples)
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> tuple[int, ...]:
-    """Token ids that end a generation in this format: the first token of the closing, and the end-of-sequence token."""
+    """The token ids that end a generation: the first token of the closing, and the end-of-sequence token."""
     closing = render(tokenizer, "x", "x", text_format).closing
     ids = tokenizer(closing, add_special_tokens=False)["input_ids"][:1] if closing else []
     if tokenizer.eos_token_id is not None:
@@ -116,7 +126,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) 
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The beginning-of-sequence token as text where the tokenizer itself would put it, else nothing."""
+    """The beginning-of-sequence token as text if the tokenizer itself would put it there, else ""."""
     ids = tokenizer("x")["input_ids"]
     starts = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
     return str(tokenizer.bos_token) if starts else ""

@@ -1,7 +1,7 @@
-"""The training stream: shuffled, endless, packed, and resumable at any batch.
+"""The stream of training batches: shuffled, endless, packed, and resumable at any batch.
 
-Every process computes the same global batches and keeps its own rows, so the data does not depend on how many processes
-there are, and a run can be resumed on another number of them.
+Every process computes the same global batches and keeps its own rows. So the data does not depend on the number of
+processes, and a run can be resumed with another number.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain, chains_fingerprint
 from rtd_jax.data.packing import check_fit, host_rows, pack, to_batch, token_features
 
-Pool = tuple[Sequence[EncodedChain], float]  # chains and the weight they are drawn with
+Pool = tuple[Sequence[EncodedChain], float]  # chains, and the weight with which they are drawn
 
 
 class BatchLoader:
-    """Endless iterator of Batch; `set_state()` continues bit for bit where `get_state()` (JSON-able) was taken."""
+    """Endless iterator of Batch. `set_state` continues bit for bit where `get_state` was called."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class BatchLoader:
         return host_rows(batch, self._share)
 
     def get_state(self) -> dict[str, Any]:
-        """Position after the last batch given out, and the identity of the stream it is a position in."""
+        """The position after the last batch, and the fingerprint of the stream; can be written as JSON."""
         return {"fingerprint": self.fingerprint, "iterator": self._iterator.get_state()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -64,12 +64,17 @@ def make_loader(
     *,
     share: tuple[int, int] = (0, 1),
 ) -> BatchLoader:
-    """Mix the pools by weight, chain by chain, e.g. 0.7 of the stage's depth and 0.3 of earlier ones.
+    """Mixes the pools by weight, chain by chain: e.g. 0.7 of the stage's depth and 0.3 of earlier depths.
 
-    Each pool is reshuffled at each of its epochs. Pools without chains are left out and their weight falls to the
-    others. `rows` counts the rows of all hosts, `share` (index, count) says which of them are given out (see
-    `rtd_jax.base.sharding.host_share`). Raises ValueError where no pool has chains, a weight is not
-    positive, or the chains do not fit (see `check_fit`).
+    Each pool is shuffled anew in each of its epochs. Pools without chains are left out, and the others share their
+    weight.
+
+    Args:
+      rows: of a batch, over all hosts.
+      share: (index, count), the part of a batch's rows that is given out (see `rtd_jax.base.sharding.host_share`).
+
+    Raises:
+      ValueError: no pool has chains, a weight is not positive, or the chains do not fit (see `check_fit`).
     """
     for index, (chains, weight) in enumerate(pools):
         if not weight > 0:
@@ -84,14 +89,14 @@ def make_loader(
         for index, (chains, _) in enumerate(filled)
     ]
     mixed = grain.MapDataset.mix(streams, [weight for _, weight in filled]) if len(streams) > 1 else streams[0]
-    # No reader threads: the chains are in memory, and packing is a few copies.
+    # Reader threads would not help: the chains are in memory, and packing only copies them.
     source = mixed.to_iter_dataset(grain.ReadOptions(num_threads=0))
     batches = pack(source, rows, row_length, chains_per_row).batch(rows, drop_remainder=True)
     return BatchLoader(batches, fingerprint, (chains_per_row, max_boundaries), share)
 
 
 def _pool_seed(seed: int, index: int) -> int:
-    # grain adds the epoch to the seed: neighbouring seeds would repeat one another's order an epoch later.
+    # grain adds the epoch to the seed, so neighbouring seeds would repeat each other's order one epoch later.
     return int.from_bytes(hashlib.sha256(f"pool/{seed}/{index}".encode()).digest()[:4])
 
 

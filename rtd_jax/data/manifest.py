@@ -1,4 +1,4 @@
-"""The list beside generated shards: what they are, and a hash of each, so that no other file passes for one."""
+"""The manifest beside generated shards: what they are, and the hash of each, so that a changed file is noticed."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ KIND, FORMAT = "rtd_jax traces", 1
 
 
 def begin_manifest(folder: Path, names: Sequence[str]) -> None:
-    """Says that shards of these names are being written: until `finish_manifest`, they are refused.
+    """Notes that shards of these names are being written. Until `finish_manifest` is called they are refused.
 
-    Shards of an earlier manifest that have other names are removed.
+    Shards that an earlier manifest lists under other names are removed.
 
     Raises:
       ValueError: the folder has a manifest of something else.
@@ -28,7 +28,7 @@ def begin_manifest(folder: Path, names: Sequence[str]) -> None:
 
 
 def finish_manifest(folder: Path, shards: Sequence[tuple[Path, int]], about: dict[str, Any]) -> Path:
-    """Lists the shards (path, rows) with size and SHA-256, and what they are."""
+    """Lists the shards, given as (path, rows), with size and SHA-256, and adds `about`: what they are."""
     listed = [
         {"name": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": file_digest(path)}
         for path, rows in shards
@@ -39,7 +39,7 @@ def finish_manifest(folder: Path, shards: Sequence[tuple[Path, int]], about: dic
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises ValueError where the file is no manifest of generated shards, or they are not complete."""
+    """The manifest of a folder. Raises ValueError where it is none of generated shards, or they are not complete."""
     found = _read(folder)
     if found.get("complete") is not True:
         raise ValueError(f"{folder / NAME}: the shards beside it are not complete; {_REMEDY}")
@@ -61,9 +61,10 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def check_shards(folder: Path, shards: Sequence[Path]) -> None:
-    """Raises ValueError where a folder has a manifest and its shards are not those listed there, naming the file.
+    """Compares the shards of a folder with its manifest. A folder without one was made elsewhere and is not checked.
 
-    A folder without manifest was made elsewhere and is taken as it is.
+    Raises:
+      ValueError: a shard is missing, not listed, or was changed; the error names the file.
     """
     if not (folder / NAME).exists():
         return

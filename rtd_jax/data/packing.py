@@ -1,7 +1,7 @@
-"""Several chains into one row, and rows into a Batch of fixed shapes.
+"""Packs several chains into a row, and rows into a Batch of fixed shapes.
 
-grain packs; what is ours is a per-token feature that carries boundary numbers along (0: none; i + 1: boundary i of its
-chain), so that boundary positions in the packed row can be read off wherever a chain was put.
+grain does the packing. Each token carries the number of its boundary (i + 1 for boundary i of its chain, 0 for none),
+so that boundary positions can be read off the packed row wherever a chain lies in it.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain
 
 Features = dict[str, np.ndarray]
+CHAIN_FEATURES = ("tokens", "loss_weights", "boundary_numbers")
 
 
 def token_features(chain: EncodedChain) -> Features:
@@ -20,28 +21,57 @@ def token_features(chain: EncodedChain) -> Features:
     numbers = np.zeros(len(chain), np.int32)
     numbers[chain.boundaries] = np.arange(1, len(chain.boundaries) + 1)
     weights = chain.loss_weights.astype(np.float32)
-    weights[0] = 0.0  # nothing before it in its chain predicts it
+    weights[0] = 0.0  # no token of its chain comes before it to predict it
     return {"tokens": chain.tokens.astype(np.int32), "loss_weights": weights, "boundary_numbers": numbers}
 
 
 def pack(
-    chains: "grain.IterDataset[Features]", rows: int, row_length: int, chains_per_row: int
+    chains: "grain.IterDataset[Features]",
+    rows: int,
+    row_length: int,
+    chains_per_row: int | None,
+    names: Sequence[str] = CHAIN_FEATURES,
 ) -> "grain.IterDataset[Features]":
-    """First-fit into `rows` open rows; all are emitted, in order, as soon as a chain fits into none of them.
+    """Puts each chain into the first of `rows` open rows that has room for it.
 
-    One filling is thus `rows` rows: one batch, except for the last filling of a finite data set.
+    When a chain fits into none of them, all rows are given out in order and new ones are opened. So the rows of one
+    batch are filled together, except for the last ones of a finite data set.
+
+    Args:
+      chains: features [T, ...] of one length T each.
+      chains_per_row: at most; None sets no limit.
+      names: of the features.
     """
     return grain.experimental.FirstFitPackIterDataset(
         chains,
-        length_struct={"tokens": row_length, "loss_weights": row_length, "boundary_numbers": row_length},
+        length_struct=dict.fromkeys(names, row_length),
         num_packing_bins=rows,
         shuffle_bins=False,
         max_sequences_per_bin=chains_per_row,
     )
 
 
+def packed_rows(
+    items: Sequence[Features], row_length: int, *, open_rows: int, chains_per_row: int | None = None
+) -> list[Features]:
+    """Every item once: the rows that `pack` makes of features at hand.
+
+    Args:
+      items: features [T, ...] of one length T <= `row_length` each, all of the same names.
+      open_rows: 1 keeps the items in order; as many as there are items puts each into the first row with room.
+
+    Returns:
+      Rows [L, ...] of each feature, zeros behind the last item; with `<name>_segment_ids`, the item's number in its row
+      from 1 on and 0 where there is none, and `<name>_positions`, which start at 0 in each item. int32 [L].
+    """
+    if not items:
+        return []
+    source = grain.MapDataset.source(items).to_iter_dataset(grain.ReadOptions(num_threads=0))
+    return list(pack(source, open_rows, row_length, chains_per_row, tuple(items[0])))
+
+
 def to_batch(packed: Features, chains_per_row: int, max_boundaries: int) -> Batch:
-    """Packed features [B, L] each, with grain's segment ids and positions, as a Batch."""
+    """Makes a Batch of packed features, [B, L] each, which have grain's segment ids and positions."""
     chain_ids_BL = packed["tokens_segment_ids"].astype(np.int32)
     numbers_BL = packed["boundary_numbers"]
     shape = (len(chain_ids_BL), chains_per_row, max_boundaries)
@@ -70,15 +100,15 @@ def fixed_batches(
     *,
     share: tuple[int, int] = (0, 1),
 ) -> list[Batch]:
-    """Every chain once, in order, for validation; the last batch is filled up with empty rows (chain id 0).
+    """Every chain once, in order, for validation. The last batch is filled up with empty rows (chain id 0).
 
-    With several processes each gets its `share` of every batch's rows, as from `make_loader`.
+    With several processes each gets its `share` of the rows of every batch, as from `make_loader`.
     """
     check_fit(chains, rows, row_length, chains_per_row, max_boundaries, share)
     if not chains:
         return []
-    source = grain.MapDataset.source(chains).map(token_features).to_iter_dataset(grain.ReadOptions(num_threads=0))
-    packed = list(pack(source, rows, row_length, chains_per_row))
+    items = [token_features(chain) for chain in chains]
+    packed = packed_rows(items, row_length, open_rows=rows, chains_per_row=chains_per_row)
     empty = {name: np.zeros_like(value) for name, value in packed[0].items()}
     packed += [empty] * (-len(packed) % rows)
     batches = []
@@ -89,7 +119,7 @@ def fixed_batches(
 
 
 def host_rows(batch: Batch, share: tuple[int, int]) -> Batch:
-    """The rows of a global batch that one process feeds: part `index` of `count` equal, contiguous ones."""
+    """The rows of a global batch that one process feeds. `share` is (index, count) of equal, contiguous parts."""
     index, count = share
     rows = len(batch.tokens_BL) // count
     return Batch(*(array[index * rows : (index + 1) * rows] for array in batch))

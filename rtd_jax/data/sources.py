@@ -1,23 +1,38 @@
-"""Traces from where they are: the generator, a local folder or file, or the Hugging Face hub."""
+"""Reads traces from where they are: a generator, a local folder or file, or the Hugging Face hub."""
 
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from rtd_jax.data.generators import cups as synthetic_cups
-from rtd_jax.data.generators import lift as synthetic_lift
-from rtd_jax.data.generators import word_problems as synthetic
+from rtd_jax.data.generators import GENERATORS
+from rtd_jax.data.generators.streams import DEPTHS
 from rtd_jax.data.manifest import check_shards
-from rtd_jax.data.trace import PARSERS, Problem, Trace, arc_problem
+from rtd_jax.data.schemas import SCHEMAS
+from rtd_jax.data.schemas.schema import Row
+from rtd_jax.data.trace import Problem, Trace
 
-GENERATED = ("synthetic", "cups", "lift", "synthetic+cups")  # schemas without files; the last takes from both in turn
+_GENERATED = (*GENERATORS, "synthetic+cups")  # schemas without files; the last takes problems from both in turn
+_READ = {name: schema for name, schema in SCHEMAS.items() if schema.trace is not None}
+_PLACE = ("location", "subset", "revision")  # settings that generated problems do not read
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class Location(Protocol):
+    """The settings that say where rows are; see `SourceSettings`."""
+
+    @property
+    def location(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def subset(self) -> str: ...
+    @property
+    def revision(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -30,54 +45,64 @@ class SourceSettings:
     """
 
     schema: str  # synthetic, cups, lift, synthetic+cups (generated), gsm8k, math, strategyqa, arc, stepwise or prose
-    location: str = ""  # unused by generated ones
-    split: str = "train"
+    location: str = ""  # generated problems need none
+    split: str = "train"  # of the data set; those of generated problems are disjoint
     subset: str = ""  # the hub's configuration name ("main" of openai/gsm8k)
     revision: str = ""  # the hub's commit or tag; "" is the newest
-    limit: int = 0  # traces; 0 takes all (generated ones need a number)
-    keep_marks: bool = True  # the <<48/2=24>> of gsm8k and synthetic
+    limit: int = 0  # traces; 0 takes all (generated problems need a number)
+    keep_marks: bool = True  # keep the <<48/2=24>> of gsm8k and synthetic
     reasoning_field: str = "reasoning"  # of arc
     facts_only: bool = False  # of strategyqa: the steps are the facts, without the sub-questions
     depths: tuple[int, ...] = ()  # keep only chains of these depths; () keeps all (generated: 1 to 6)
     levels: tuple[int, ...] = ()  # of math: keep only problems of these levels, 1 to 5; () keeps all
-    seed: int = 0  # of generated ones
+    seed: int = 0  # of generated problems
 
     def __post_init__(self) -> None:
-        known = (*GENERATED, *PARSERS)
+        known = (*_GENERATED, *_READ)
         if self.schema not in known:
             raise ValueError(f"schema {self.schema!r} is unknown; use one of {', '.join(known)}")
-        if self.levels and (self.schema != "math" or not set(self.levels) <= {1, 2, 3, 4, 5}):
-            raise ValueError(f"levels are {self.levels} of schema {self.schema!r}; math has the levels 1 to 5")
+        graded = [name for name, schema in _READ.items() if schema.has_levels]
+        if self.levels and not (self.schema in graded and set(self.levels) <= {1, 2, 3, 4, 5}):
+            raise ValueError(
+                f"levels are {self.levels} of schema {self.schema!r}; {', '.join(graded)} has the levels 1 to 5"
+            )
         if self.limit < 0:
             raise ValueError(f"limit is {self.limit}; expected 0 (all) or more traces")
-        if self.schema in GENERATED and not self.limit:
+        if self.schema in _GENERATED and not self.limit:
             raise ValueError(
                 f"limit is 0; the {self.schema} source is endless and needs the number of problems to make"
             )
-        if self.schema not in GENERATED and not self.location:
+        if self.schema not in _GENERATED and not self.location:
             raise ValueError(f"schema {self.schema!r} needs a location: a local folder or file, or a hub name")
+
+    def unread_settings(self) -> dict[str, str]:
+        generated = self.schema in _GENERATED
+        kinds = [GENERATORS[name] for name in self.schema.split("+")] if generated else [_READ[self.schema]]
+        read = {name for kind in kinds for name in kind.options} | ({"seed"} if generated else set(_PLACE))
+        options = (*_PLACE, "keep_marks", "reasoning_field", "facts_only", "seed")
+        return {name: f"schema is {self.schema!r}" for name in options if name not in read}
+
+    def options(self, names: Iterable[str]) -> dict[str, Any]:
+        """The fields that a schema or a generator reads, as keyword arguments."""
+        return {name: getattr(self, name) for name in names}
 
 
 def load_traces(settings: SourceSettings) -> list[Trace]:
     """All traces of a split, in order.
 
-    Raises ValueError naming file and row where a row is damaged or no trace; naming what is there where a file is
-    missing; and saying how to point to a folder where the hub cannot be reached.
+    Raises:
+      ValueError: a row is damaged or cannot be a trace (the error names its file and number), a file is missing (it
+        lists the files that are there), or the hub cannot be reached (it says how to name a folder instead).
     """
-    if settings.schema in GENERATED:
-        return _generated(settings)
-    options: dict[str, Any] = {}
-    if settings.schema == "gsm8k":
-        options["keep_marks"] = settings.keep_marks
-    if settings.schema == "arc":
-        options["reasoning_field"] = settings.reasoning_field
-    if settings.schema == "strategyqa":
-        options["facts_only"] = settings.facts_only
-    parse = PARSERS[settings.schema]
+    if settings.schema in _GENERATED:
+        return _generate(settings)
+    schema = _READ[settings.schema]
+    assert schema.trace is not None
+    options = settings.options(schema.options)
     traces: list[Trace] = []
     count = 0
     for count, (place, row) in enumerate(read_rows(settings), start=1):  # noqa: B007
-        trace = parse(row, place, **options)
+        trace = schema.trace(row, place, **options)
         if settings.depths and trace.depth not in settings.depths:
             continue
         if settings.levels and trace.level not in settings.levels:
@@ -95,33 +120,29 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
 
 def closed_words(schema: str) -> list[str]:
     """Every word that a generated source can write, sorted."""
-    words = {
-        "synthetic": synthetic.closed_words,
-        "cups": synthetic_cups.closed_words,
-        "lift": synthetic_lift.closed_words,
-    }
-    return sorted({word for part in schema.split("+") for word in words[part]()})
+    return sorted({word for part in schema.split("+") for word in GENERATORS[part].words()})
 
 
-def _generated(settings: SourceSettings) -> list[Trace]:
-    depths = settings.depths or (1, 2, 3, 4, 5, 6)
-    makers: dict[str, Callable[..., list[Trace]]] = {
-        "synthetic": partial(synthetic.generate, keep_marks=settings.keep_marks),
-        "cups": synthetic_cups.generate,
-        "lift": synthetic_lift.generate,
-    }
-    parts = settings.schema.split("+")
-    made = [
-        makers[part]((settings.limit - i + len(parts) - 1) // len(parts), depths, settings.split, settings.seed)
-        for i, part in enumerate(parts)
+def _generate(settings: SourceSettings) -> list[Trace]:
+    generators = [GENERATORS[name] for name in settings.schema.split("+")]
+    parts = [
+        generator.generate(
+            (settings.limit - i + len(generators) - 1) // len(generators),
+            settings.depths or DEPTHS,
+            settings.split,
+            settings.seed,
+            **settings.options(generator.options),
+        )
+        for i, generator in enumerate(generators)
     ]
-    return [made[i % len(parts)][i // len(parts)] for i in range(settings.limit)]
+    return [parts[i % len(parts)][i // len(parts)] for i in range(settings.limit)]
 
 
-def load_rows(settings: SourceSettings) -> list[tuple[str, Mapping[str, Any]]]:
+def load_rows(settings: SourceSettings) -> list[tuple[str, Row]]:
     """The first `limit` rows of a split as they are published, each with its place ("test.jsonl:17").
 
-    Raises ValueError as `load_traces` does, except that rows are not checked.
+    Raises:
+      ValueError: as `load_traces`, except that rows are not parsed.
     """
     return list(itertools.islice(read_rows(settings), settings.limit or None))
 
@@ -133,15 +154,19 @@ def _unmet(settings: SourceSettings) -> str:
 
 
 def load_problems(settings: SourceSettings) -> list[Problem]:
-    """Prompts and answers of a split, in order, each prompt once; ARC needs no reasoning for it.
+    """Prompts and answers of a split, in order, each prompt once. Rows of ARC need no reasoning for this.
 
-    Raises ValueError as `load_traces` does, and where a row has no answer.
+    Raises:
+      ValueError: as `load_traces`, or a row has no answer.
     """
-    if settings.schema == "arc" and settings.depths:
-        raise ValueError("depths are given, but ARC's problems have no chains to count the steps of; leave depths out")
-    if settings.schema == "arc":
-        problems = [arc_problem(row, place) for place, row in read_rows(settings)]
-        problems = problems[: settings.limit or None]
+    schema = SCHEMAS.get(settings.schema)
+    if schema is not None and schema.problem is not None:
+        if settings.depths:
+            raise ValueError(
+                f"depths are given, but the problems of {settings.schema} have no chains to count the steps of; leave "
+                "depths out"
+            )
+        problems = [schema.problem(row, place) for place, row in load_rows(settings)]
     else:
         traces = load_traces(settings)
         problems = [Problem(trace.prompt, trace.answer, trace.depth, trace.source) for trace in traces]
@@ -152,8 +177,8 @@ def load_problems(settings: SourceSettings) -> list[Problem]:
     return list({problem.prompt: problem for problem in reversed(problems)}.values())[::-1]
 
 
-def read_rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, row) pairs, unparsed; place is "file:row", rows counted from 1. Raises ValueError as `load_traces`."""
+def read_rows(settings: Location) -> Iterator[tuple[str, Row]]:
+    """(place, row) pairs, not parsed. A place is "file:number", counted from 1. Raises ValueError as `load_rows`."""
     path = Path(settings.location).expanduser()
     if path.exists():
         for file in [path] if path.is_file() else _split_files(path, settings):
@@ -167,7 +192,7 @@ def read_rows(settings: SourceSettings) -> Iterator[tuple[str, Mapping[str, Any]
         yield f"{place}:{index + 1}", row
 
 
-def _split_files(folder: Path, settings: SourceSettings) -> list[Path]:
+def _split_files(folder: Path, settings: Location) -> list[Path]:
     places = [folder / settings.subset, folder / "data", folder] if settings.subset else [folder, folder / "data"]
     for place in places:
         for suffix in _SUFFIXES:
@@ -184,8 +209,8 @@ def _split_files(folder: Path, settings: SourceSettings) -> list[Path]:
     )
 
 
-def _read_file(file: Path) -> Iterable[Mapping[str, Any]]:
-    import datasets  # slow to import, and the generator needs none of it
+def _read_file(file: Path) -> Iterable[Row]:
+    import datasets  # slow to import, and generated problems do not need it
 
     if file.suffix not in _SUFFIXES:
         raise ValueError(f"{file}: unknown kind of file; expected one of {', '.join(_SUFFIXES)}")
@@ -225,7 +250,7 @@ def _diagnosis(file: Path, error: Exception) -> str:
     return f"{file}: could not be read: {error.__cause__ or error}"
 
 
-def _read_hub(settings: SourceSettings) -> Iterable[Mapping[str, Any]]:
+def _read_hub(settings: Location) -> Iterable[Row]:
     import datasets
 
     try:

@@ -1,4 +1,4 @@
-"""The word-level tokenizer of the bundled tiny teacher, built from the generator's closed word list."""
+"""The word-level tokenizer of the bundled tiny teacher, built from all words that a generator can write."""
 
 from collections.abc import Sequence
 
@@ -26,9 +26,9 @@ _PUNCTUATION = [
 
 
 def tiny_tokenizer(known_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """Fast tokenizer whose decode gives the text back exactly; a word outside the closed list becomes `<unk>`.
+    """A fast tokenizer whose `decode` gives the text back exactly. A word that it does not know becomes `<unk>`.
 
-    The list is that of the word problems, or `known_words` of another generator.
+    It knows the words of the word problems, or the `known_words` of another generator.
     """
     words = [*FRAME_WORDS, *(known_words or closed_words())]
     forms = [before + word + after for word in words for before in ("", " ") for after in ("", " ")]

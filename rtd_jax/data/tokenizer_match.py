@@ -1,7 +1,7 @@
-"""Whether two tokenizers are the same one, judged by content.
+"""Compares two tokenizers by their content.
 
-Distillation compares the two models' distributions token by token, so an id must mean the same text on both sides.
-Names prove nothing: the comparison reads what the fast tokenizer would write to tokenizer.json.
+Distillation compares the distributions of two models token by token, so an id must stand for the same text in both.
+Equal names prove nothing, so the comparison reads what a fast tokenizer would write to tokenizer.json.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 _RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>|<unused_?\d+>|\[unused\d+\]")
-_SHOWN = 5  # differing ids that an error lists
+_SHOWN = 5  # as many differing ids as an error lists
 # What maps text to ids. Padding, truncation and chat template do not; the post-processor only adds special tokens,
 # which rtd_jax writes itself.
 _TEXT_PARTS = ("normalizer", "pre_tokenizer", "decoder")

@@ -2,20 +2,19 @@
 
 from rtd_jax.eval.chains import ChainScore, score_chain
 from rtd_jax.eval.estimates import Estimate, by_depth, estimate
-from rtd_jax.eval.evaluate import EvaluationReport, evaluate_model
-from rtd_jax.eval.perplexity import Perplexity, perplexity
-from rtd_jax.eval.scoring import TokenScores, score_chains, token_scores
+from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, EvaluationReport
+from rtd_jax.eval.scoring import ScoringSettings, TokenScores, score_chains, token_scores
 
 __all__ = [
+    "ChainEvaluator",
     "ChainScore",
+    "DecodingSettings",
     "Estimate",
     "EvaluationReport",
-    "Perplexity",
+    "ScoringSettings",
     "TokenScores",
     "by_depth",
     "estimate",
-    "evaluate_model",
-    "perplexity",
     "score_chain",
     "score_chains",
     "token_scores",

@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.base.types import Params
 from rtd_jax.eval.estimates import Estimate, error_rows, estimate
-from rtd_jax.eval.scoring import PackedModel, score_chains
+from rtd_jax.eval.scoring import PackedModel, ScoringSettings, score_chains
 
 Record = dict[str, Any]
 
 
 class Question(Protocol):
-    """A question with its choices, as `rtd_jax.data.trace.ChoiceQuestion`."""
+    """A question with its choices, as `rtd_jax.data.schemas.arc.ChoiceQuestion`."""
 
     @property
     def question(self) -> str: ...
@@ -95,8 +95,8 @@ def choice_log_likelihoods(
     params: Params,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[str, Sequence[str]]],
+    settings: ScoringSettings = ScoringSettings(),
     *,
-    batch_size: int = 8,
     batch_sharding: jax.sharding.NamedSharding | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[float]]:
@@ -108,7 +108,7 @@ def choice_log_likelihoods(
 
     Args:
       pairs: a prompt, with its special tokens as text, and its continuations.
-      batch_size, batch_sharding, progress: see `scoring.score_chains`.
+      settings, batch_sharding, progress: see `scoring.score_chains`.
 
     Raises:
       ValueError: a continuation that adds no token.
@@ -132,8 +132,8 @@ def choice_log_likelihoods(
         model,
         params,
         chains,
+        settings,
         vocab_size=len(tokenizer),
-        batch_size=batch_size,
         batch_sharding=batch_sharding,
         progress=progress,
     )

@@ -11,88 +11,19 @@ arXiv:2010.15327, use it so); it may be slightly negative for unrelated models. 
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 
 class CKA(NamedTuple):
-    """Both estimates; NaN where one of the models has no variance, or, debiased, with fewer than four examples."""
+    """The biased and the debiased estimate.
+
+    Both are NaN where one of the models has no variance; the debiased one also with fewer than four examples.
+    """
 
     biased: float
     debiased: float
-
-
-class StreamingCKA:
-    """CKA over batches of examples that are never held together: sums of first to fourth order are enough.
-
-    Memory is that of [S, D], [S, S] and [D, D] float64 matrices, whatever the number of examples.
-    """
-
-    def __init__(self, student_width: int, teacher_width: int):
-        self.n = 0
-        self._widths = (student_width, teacher_width)
-        self._shifts: tuple[np.ndarray, np.ndarray] | None = None
-        self._sums: dict[str, Any] = {}
-
-    def add(self, student_NS: np.ndarray, teacher_ND: np.ndarray) -> None:
-        """Takes one more batch; row i of both is the same example.
-
-        Raises:
-          ValueError: the rows do not pair up, have another width, or are not finite.
-        """
-        x, y = (np.asarray(rows, np.float64) for rows in (student_NS, teacher_ND))
-        _check(x, y)
-        if (x.shape[1], y.shape[1]) != self._widths:
-            raise ValueError(f"states are {x.shape[1]} and {y.shape[1]} wide, the sums are for {self._widths}")
-        if not len(x):
-            return
-        if self._shifts is None:
-            # CKA does not see a shift, but sums of squares of states far from zero would lose digits.
-            self._shifts = (x.mean(0), y.mean(0))
-        x, y = x - self._shifts[0], y - self._shifts[1]
-        xx, yy = (np.einsum("nd,nd->n", z, z) for z in (x, y))
-        new = {
-            "x": x.sum(0),
-            "y": y.sum(0),
-            "xy": x.T @ y,
-            "xx": x.T @ x,
-            "yy": y.T @ y,
-            "x|x|": xx @ x,
-            "x|y|": yy @ x,
-            "y|x|": xx @ y,
-            "y|y|": yy @ y,
-            "|x||x|": xx @ xx,
-            "|x||y|": xx @ yy,
-            "|y||y|": yy @ yy,
-        }
-        self.n += len(x)
-        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in new.items()}
-
-    def value(self) -> CKA:
-        """CKA of everything added so far."""
-        pairs = (("x", "y", "xy"), ("x", "x", "xx"), ("y", "y", "yy"))
-        return CKA(_ratio(*(self._biased(*pair) for pair in pairs)), _ratio(*(self._unbiased(*pair) for pair in pairs)))
-
-    def _biased(self, a: str, b: str, ab: str) -> float:
-        """(n - 1)^2 HSIC_0 = || A^T H B ||^2."""
-        if not self.n:
-            return math.nan
-        centred = self._sums[ab] - np.outer(self._sums[a], self._sums[b]) / self.n
-        return float(np.sum(centred**2))
-
-    def _unbiased(self, a: str, b: str, ab: str) -> float:
-        """n (n - 3) HSIC_1 of the kernels K = A A^T and L = B B^T with their diagonals cleared."""
-        if self.n < 4:
-            return math.nan
-        s = self._sums
-        diagonals = s[f"|{a}||{b}|"]
-        trace = np.sum(s[ab] ** 2) - diagonals
-        total_k = s[a] @ s[a] - np.trace(s[a + a])
-        total_l = s[b] @ s[b] - np.trace(s[b + b])
-        # 1^T K L 1 = sum_i (a_i . sum a - |a_i|^2)(b_i . sum b - |b_i|^2)
-        mixed = s[a] @ s[ab] @ s[b] - s[a] @ s[f"{a}|{b}|"] - s[f"{b}|{a}|"] @ s[b] + diagonals
-        return _song(self.n, trace, total_k, total_l, mixed)
 
 
 def linear_cka(student_NS: np.ndarray, teacher_ND: np.ndarray) -> CKA:

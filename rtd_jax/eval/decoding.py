@@ -1,8 +1,8 @@
 """Greedy or sampled decoding in batches, with a key/value cache.
 
-One program per (batch, prompt bucket, max_new_tokens): the right-padded prompts are read at once, then a while-loop
-adds one token a row until every row has ended. Rows that ended early emit the pad id and cost nothing but their seat,
-so prompts are sorted by length and padded to few buckets: neighbours end at similar times and little is compiled.
+One program per (batch, padded prompt length, max_new_tokens): the right-padded prompts are read at once, then a
+while-loop adds one token a row until every row has ended. Rows that have ended emit the pad id until then, so prompts
+are sorted by length and padded to few lengths: a batch's rows end at similar times, and few programs are compiled.
 """
 
 import dataclasses
@@ -17,9 +17,11 @@ import numpy as np
 
 from rtd_jax.base.sharding import put_same, to_host
 from rtd_jax.base.types import Array, Params
+from rtd_jax.data.by_length import LengthBatch, batches_by_length
+from rtd_jax.losses.divergences import mask_padding
 
-PROMPT_BUCKET = 64  # tokens; prompt lengths are rounded up to a multiple of this, one compiled program each
-STOP_INTERVAL = 16  # tokens between two looks at what has been written, where a text can end a generation
+PROMPT_MULTIPLE = 64  # tokens; prompts are padded to a multiple of this, and each length compiles a program
+STOP_INTERVAL = 16  # tokens after which it is checked again whether the text written so far ends a generation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +45,20 @@ class Sampling:
         return f"temperature {self.temperature:g}, top-p {self.top_p:g}, seed {self.seed}"
 
 
+@dataclasses.dataclass(frozen=True)
+class GenerateSettings:
+    """How prompts are continued."""
+
+    max_new_tokens: int  # most tokens added to a prompt, the ending id included
+    eos_ids: Sequence[int]  # ids that end a row
+    vocab_size: int  # ids from here on are padding of the vocabulary and are never chosen
+    batch_size: int = 128  # rows decoded together
+    pad_id: int = 0  # fills prompts on the right, and rows that have ended
+    sampling: Sampling | None = None  # None takes the most probable token; for several samples, repeat the prompt
+
+
 class Decoding(NamedTuple):
-    """Where a batch stands: `step` new tokens a row."""
+    """The state of a batch that is being decoded, after `step` new tokens in each row."""
 
     step: Array  # int32
     cache: Any
@@ -70,13 +84,8 @@ def generate(
     model: CachedModel,
     params: Params,
     prompts: Sequence[Sequence[int]],
+    settings: GenerateSettings,
     *,
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-    vocab_size: int,
-    batch_size: int = 128,
-    pad_id: int = 0,
-    sampling: Sampling | None = None,
     streams: Sequence[int] | None = None,
     stopped: Callable[[list[int]], bool] | None = None,
     batch_sharding: jax.sharding.NamedSharding | None = None,
@@ -88,12 +97,7 @@ def generate(
       model: see `CachedModel`; static under jit.
       params: the model's parameters, on whatever devices and shardings they live; neither changed nor donated.
       prompts: token ids, each at least one.
-      max_new_tokens: most tokens added to a prompt, the ending id included.
-      eos_ids: ids that end a row.
-      vocab_size: ids from here on are padding of the vocabulary and are never chosen.
-      batch_size: rows decoded together.
-      pad_id: fills prompts on the right, and rows that have ended.
-      sampling: None takes the most probable token. For several samples of a prompt, give it several times.
+      settings: how they are continued.
       streams: for each prompt the number of its stream of draws, in [0, 2^31); None takes its place in the list. Given,
         a draw does not depend on what else is in the list.
       stopped: called every `STOP_INTERVAL` tokens with a row's new ids; True ends the row. Such a row may have ids
@@ -107,49 +111,53 @@ def generate(
     Raises:
       ValueError: an empty prompt, an id outside the vocabulary, or a limit below one.
     """
-    _check(prompts, max_new_tokens, batch_size, vocab_size)
-    of_prompt = np.arange(len(prompts)) if streams is None else np.asarray(streams)
-    eos = tuple(sorted({int(i) for i in eos_ids}))
-    if batch_sharding is None:
-        batch_size = min(batch_size, max(1, len(prompts)))
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    _check(prompts, settings)
+    stream_of = np.arange(len(prompts)) if streams is None else np.asarray(streams)
+    rows = settings.batch_size if batch_sharding is not None else min(settings.batch_size, max(1, len(prompts)))
     results: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(prompts), batch_size):
-        rows = by_length[start : start + batch_size]
-        bucket = -(-max(len(prompts[i]) for i in rows) // PROMPT_BUCKET) * PROMPT_BUCKET
-        tokens_BP = np.full((batch_size, bucket), pad_id, np.int32)
-        lengths_B = np.ones(batch_size, np.int32)  # rows that only fill the batch read one pad and are never active
-        for row, i in enumerate(rows):
-            tokens_BP[row, : len(prompts[i])] = prompts[i]
-            lengths_B[row] = len(prompts[i])
-        active_B = np.arange(batch_size) < len(rows)
-        placed, lengths, active = put_same((tokens_BP, lengths_B, active_B), batch_sharding)
-        options: dict[str, Any] = {"eos_ids": eos, "vocab_size": vocab_size, "pad_id": pad_id}
-        if sampling is None and stopped is None:
-            outputs = greedy(model, params, placed, lengths, active, max_new_tokens=max_new_tokens, **options)
-        else:
-            options |= {"sampling": sampling}
-            prompt_B = np.zeros(batch_size, np.int32)
-            prompt_B[: len(rows)] = of_prompt[rows]
-            (prompt_B,) = put_same((prompt_B,), batch_sharding)
-            state = _start(model, params, placed, lengths, active, prompt_B, max_new_tokens=max_new_tokens, **options)
-            interval = max_new_tokens if stopped is None else STOP_INTERVAL
-            while int(state.step) < max_new_tokens and np.any(alive_B := np.array(to_host(state.alive_B))):
-                if stopped is not None:
-                    new_BN = to_host(state.new_BN)
-                    alive_B &= [
-                        not (on and stopped(new_BN[b, : int(state.step)].tolist())) for b, on in enumerate(alive_B)
-                    ]
-                    state = state._replace(alive_B=put_same((alive_B,), batch_sharding)[0])
-                until = jnp.int32(min(int(state.step) + interval, max_new_tokens))
-                state = _advance(model, params, lengths, prompt_B, state, until, **options)
-            outputs = state.new_BN, state.counts_B
-        new_BN, counts_B = to_host(outputs)
-        for row, i in enumerate(rows):
+    done = 0
+    for batch in batches_by_length(prompts, rows, PROMPT_MULTIPLE, settings.pad_id):
+        stream_B = np.zeros(rows, np.int32)
+        stream_B[: len(batch.indices)] = stream_of[batch.indices]
+        new_BN, counts_B = to_host(_continued(model, params, batch, stream_B, settings, stopped, batch_sharding))
+        for row, i in enumerate(batch.indices):
             results[i] = new_BN[row, : counts_B[row]].tolist()
+        done += len(batch.indices)
         if progress is not None:
-            progress(start + len(rows), len(prompts))
+            progress(done, len(prompts))
     return results
+
+
+def _continued(
+    model: CachedModel,
+    params: Params,
+    batch: LengthBatch,
+    stream_B: np.ndarray,
+    settings: GenerateSettings,
+    stopped: Callable[[list[int]], bool] | None,
+    batch_sharding: jax.sharding.NamedSharding | None,
+) -> tuple[Array, Array]:
+    """New ids [B, N] of a batch of prompts, and how many of them [B] came before each row's end."""
+    # A row that holds no prompt reads one pad and is never active.
+    arrays = (batch.tokens_BL, np.maximum(batch.lengths_B, 1), batch.lengths_B > 0)
+    tokens, lengths, active = put_same(arrays, batch_sharding)
+    most = settings.max_new_tokens
+    eos_ids = tuple(sorted({int(i) for i in settings.eos_ids}))
+    options: dict[str, Any] = {"eos_ids": eos_ids, "vocab_size": settings.vocab_size, "pad_id": settings.pad_id}
+    if settings.sampling is None and stopped is None:
+        return greedy(model, params, tokens, lengths, active, max_new_tokens=most, **options)
+    options |= {"sampling": settings.sampling}
+    (stream,) = put_same((stream_B,), batch_sharding)
+    state = _start(model, params, tokens, lengths, active, stream, max_new_tokens=most, **options)
+    interval = most if stopped is None else STOP_INTERVAL
+    while int(state.step) < most and np.any(alive_B := np.array(to_host(state.alive_B))):
+        if stopped is not None:
+            new_BN = to_host(state.new_BN)
+            alive_B &= [not (on and stopped(new_BN[b, : int(state.step)].tolist())) for b, on in enumerate(alive_B)]
+            state = state._replace(alive_B=put_same((alive_B,), batch_sharding)[0])
+        until = jnp.int32(min(int(state.step) + interval, most))
+        state = _advance(model, params, lengths, stream, state, until, **options)
+    return state.new_BN, state.counts_B
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "eos_ids", "vocab_size", "pad_id"))
@@ -235,8 +243,8 @@ def _record(
 ) -> Decoding:
     """Chooses the next token of each row and writes it down."""
     head_DV = model.head(params).astype(hidden_BD.dtype)
-    logits_BV = jnp.einsum("bd,dv->bv", hidden_BD, head_DV, preferred_element_type=jnp.float32)
-    logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1])[None, :] < vocab_size, logits_BV, -jnp.inf)
+    raw_BV = jnp.einsum("bd,dv->bv", hidden_BD, head_DV, preferred_element_type=jnp.float32)
+    logits_BV = mask_padding(raw_BV, vocab_size)
     if sampling is None:
         chosen_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     else:
@@ -267,7 +275,8 @@ _start = jax.jit(_first, static_argnames=_STATIC)
 _advance = jax.jit(_loop, static_argnames=_STATIC, donate_argnums=4)
 
 
-def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, vocab_size: int) -> None:
+def _check(prompts: Sequence[Sequence[int]], settings: GenerateSettings) -> None:
+    max_new_tokens, batch_size, vocab_size = settings.max_new_tokens, settings.batch_size, settings.vocab_size
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}; both must be at least 1")
     for i, prompt in enumerate(prompts):

@@ -232,6 +232,33 @@ def measure(
         }
         for slot in range(states.mask_CK.shape[1])
     ]
+    relation, roc = _relation(transition_CK, depths, steps_right, failed, options)
+    return {
+        "chains": len(depths),
+        "steps": steps,
+        "same_chains": {"steps": deepest, "chains": int(np.sum(depths >= deepest))},
+        "decline": {
+            "boundary_cosine": decline(boundary_CK[:, 1:]).interval_row(),
+            "transition_cosine": decline(transition_CK).interval_row(),
+        },
+        "drift_starts": {
+            # Columns are counted from the first step's; None where nothing falls for good.
+            "boundary_cosine": _step(drift_starts(boundary_CK[:, 1:])),
+            "transition_cosine": _step(drift_starts(transition_CK)),
+        },
+        "relation": relation,
+        "roc": roc,
+    }
+
+
+def _relation(
+    transition_CK: np.ndarray,
+    depths: np.ndarray,
+    steps_right: Sequence[Sequence[bool | None]],
+    failed: np.ndarray,
+    options: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How transition cosines go with right and wrong steps and chains: (AUROCs and correlations, ROC curves)."""
     # One row for each transition whose own step (offset 0) or next step (offset 1) has a known outcome.
     relation: dict[str, Any] = {}
     roc: dict[str, Any] = {}
@@ -267,22 +294,7 @@ def measure(
         "spearman": rank_correlation(1 - scores, ~right, **options).interval_row(),
         "within_depth": rank_correlation(1 - scores, ~right, of_depth, **options).interval_row(),
     }
-    return {
-        "chains": len(depths),
-        "steps": steps,
-        "same_chains": {"steps": deepest, "chains": int(np.sum(depths >= deepest))},
-        "decline": {
-            "boundary_cosine": decline(boundary_CK[:, 1:]).interval_row(),
-            "transition_cosine": decline(transition_CK).interval_row(),
-        },
-        "drift_starts": {
-            # Columns are counted from the first step's; None where nothing falls for good.
-            "boundary_cosine": _step(drift_starts(boundary_CK[:, 1:])),
-            "transition_cosine": _step(drift_starts(transition_CK)),
-        },
-        "relation": relation,
-        "roc": roc,
-    }
+    return relation, roc
 
 
 def _ranks_within(values: np.ndarray, groups: np.ndarray) -> np.ndarray:

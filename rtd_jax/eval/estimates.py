@@ -99,6 +99,17 @@ def ratio(numerators: Values, denominators: Values) -> Estimate:
     return Estimate.with_error(value, _stderr((y - value * x) / total), len(x))
 
 
+def perplexity_estimate(nats: Values, tokens: Values) -> Estimate:
+    """exp of the mean cross-entropy per token, of texts with so many nats over so many predicted tokens each.
+
+    Infinite where that overflows; n is the number of texts. stderr by the delta method, texts being independent:
+    perplexity times that of the mean cross-entropy per token.
+    """
+    mean = ratio(nats, tokens)
+    value = math.exp(mean.value) if mean.value < 700 else math.inf
+    return Estimate.with_error(value, None if mean.stderr is None else value * mean.stderr, mean.n)
+
+
 def difference(values: Values, clusters: Values, others: Values, clusters_of_others: Values) -> Estimate:
     """Mean of one sample less the mean of another, which share clusters; n is the number of clusters.
 

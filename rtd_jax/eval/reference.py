@@ -1,4 +1,4 @@
-"""What a model makes of the reference chains, read with the right prefix throughout: steps right, and perplexity."""
+"""Scores of reference chains under teacher forcing: which steps are right, and perplexity."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -9,9 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.base.types import Params
 from rtd_jax.eval.answers import Reference
-from rtd_jax.eval.estimates import Estimate, by_depth, depth_key
-from rtd_jax.eval.perplexity import perplexity_estimate
-from rtd_jax.eval.scoring import PackedModel, score_chains
+from rtd_jax.eval.estimates import Estimate, by_depth, depth_key, perplexity_estimate
+from rtd_jax.eval.scoring import PackedModel, ScoringSettings, score_chains
 from rtd_jax.eval.steps import independent_chain_accuracy, scored_spans, steps_correct, tokens_in_spans
 
 
@@ -40,10 +39,8 @@ def score_references(
     tokenizer: PreTrainedTokenizerBase,
     traces: Sequence[Reference],
     texts: Sequence[RenderedText],
+    settings: ScoringSettings = ScoringSettings(),
     *,
-    row_length: int = 512,
-    batch_size: int = 8,
-    chunk_tokens: int = 512,
     batch_sharding: jax.sharding.NamedSharding | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ReferenceScore]:
@@ -56,10 +53,8 @@ def score_references(
         model,
         params,
         encoded["input_ids"],
+        settings,
         vocab_size=len(tokenizer),
-        row_length=row_length,
-        batch_size=batch_size,
-        chunk_tokens=chunk_tokens,
         batch_sharding=batch_sharding,
         progress=progress,
     )
@@ -67,12 +62,8 @@ def score_references(
     for trace, text, prompt, offsets, score in zip(
         traces, texts, prompts, encoded["offset_mapping"], token_scores, strict=True
     ):
-        starts: list[int] = []
-        end = len(text.prompt) + text.completion_offset
-        for step in trace.steps:  # between them may be more than one line end, where a classifier cut them
-            starts.append(text.text.index(step, end))
-            end = starts[-1] + len(step)
-        spans = scored_spans(trace.steps, starts)
+        offset = len(text.prompt) + text.completion_offset
+        spans = scored_spans(trace.steps, [offset + start for start, _ in trace.spans])
         predicted = np.asarray(score.log_probs, np.float64)[len(prompt) :]
         right = steps_correct(np.asarray(score.chosen), tokens_in_spans(offsets, spans))
         scores.append(ReferenceScore(right, -float(predicted.sum()), len(predicted)))
@@ -82,7 +73,7 @@ def score_references(
 def reference_fields(
     scores: Sequence[ReferenceScore], depths: Sequence[int], open_from: int | None = None
 ) -> dict[str, Any]:
-    """The fields of `evaluate.EvaluationReport` that reference chains give, of scores and depths of the same chains."""
+    """The fields of `evaluate.EvaluationReport` that come from reference chains, given their scores and depths."""
     steps = [(right, i) for i, score in enumerate(scores) for right in score.steps]
     buckets: dict[str, list[int]] = {}
     for i in np.argsort(np.asarray(depths), kind="stable"):

@@ -4,6 +4,7 @@ One jitted pass serves perplexity and step accuracy. The head is applied to a sl
 logits never exist and a 128k vocabulary fits.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,12 @@ import numpy as np
 
 from rtd_jax.base.sharding import put_same, to_host
 from rtd_jax.base.types import Array, Params
+from rtd_jax.data.by_length import round_up
+from rtd_jax.data.packing import Features, packed_rows
+from rtd_jax.losses.fused import map_logits
 
 ROW_MULTIPLE = 64  # tokens; row lengths are rounded up to it, so few programs are compiled
+FEATURES = ("tokens", "tokens_positions", "tokens_segment_ids", "chain")  # of a packed row; `chain` is its number
 
 
 class PackedModel(Protocol):
@@ -28,6 +33,15 @@ class PackedModel(Protocol):
     def hidden(self, params: Params, tokens_BL: Array, positions_BL: Array, chain_ids_BL: Array) -> Array: ...
 
     def head(self, params: Params) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringSettings:
+    """The shape of the batches in which given text is scored."""
+
+    row_length: int = 512  # tokens of a packed row
+    batch_size: int = 8  # rows of that length scored together; fewer where rows are longer
+    chunk_tokens: int = 512  # tokens whose float32 logits exist at one time
 
 
 class TokenScores(NamedTuple):
@@ -63,28 +77,21 @@ def token_scores(
     chex.assert_type([tokens_BL, positions_BL, chain_ids_BL], int)
     rows, length = tokens_BL.shape
     hidden_BLD = model.hidden(params, tokens_BL, positions_BL, chain_ids_BL)
-    head_DV = model.head(params).astype(hidden_BLD.dtype)
-    real_11V = jnp.arange(head_DV.shape[1])[None, None, :] < vocab_size
     labels_BL = jnp.roll(tokens_BL, -1, axis=1)
 
-    def score(chunk: tuple[Array, Array]) -> TokenScores:
-        hidden_BcD, labels_Bc = chunk
-        logits_BcV = jnp.einsum("bcd,dv->bcv", hidden_BcD, head_DV, preferred_element_type=jnp.float32)
-        logits_BcV = jnp.where(real_11V, logits_BcV, -jnp.inf)
+    def score(logits_BcV: Array, labels_Bc: Array) -> TokenScores:
         label_Bc = jnp.take_along_axis(logits_BcV, labels_Bc[..., None], axis=-1)[..., 0]
         log_probs_Bc = label_Bc - jax.nn.logsumexp(logits_BcV, axis=-1)
         return TokenScores(log_probs_Bc, jnp.argmax(logits_BcV, axis=-1) == labels_Bc)
 
-    # Cut along the row, not along rows x row: a batch sharded over devices stays where it is.
-    columns = min(length, max(1, chunk_tokens // rows))
-    padding = -length % columns
-
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(rows, -1, columns, *x.shape[2:]), 1, 0)
-
-    chunks = jax.lax.map(score, (cut(hidden_BLD), cut(labels_BL)))
-    made_BL = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :length], chunks)
+    made_BL = map_logits(
+        score,
+        hidden_BLD,
+        model.head(params),
+        (labels_BL,),
+        vocab_size=vocab_size,
+        chunk_length=max(1, chunk_tokens // rows),
+    )
     # From the place that makes a prediction to the token that it predicts.
     same_chain_BL = (chain_ids_BL == jnp.roll(chain_ids_BL, 1, axis=1)) & (chain_ids_BL > 0)
     predicted_BL = same_chain_BL & (jnp.arange(length)[None, :] > 0)
@@ -95,23 +102,21 @@ def score_chains(
     model: PackedModel,
     params: Params,
     chains: Sequence[Sequence[int]],
+    settings: ScoringSettings = ScoringSettings(),
     *,
     vocab_size: int,
-    row_length: int = 512,
-    batch_size: int = 8,
-    chunk_tokens: int = 512,
     batch_sharding: jax.sharding.NamedSharding | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[TokenScores]:
     """Scores every token of every chain; NumPy arrays as long as the chain, in the order given.
 
-    Short chains share rows of `row_length` tokens. A longer one has a row of its own, beside others of about its
-    length: batches are as long as their longest row, and hold about as many tokens, whatever that length is.
+    Short chains share rows of `settings.row_length` tokens. A longer one has a row of its own, beside others of about
+    its length: batches are as long as their longest row, and hold about as many tokens, whatever that length is.
 
     Args:
       chains: token ids, each at least one.
-      row_length: tokens of a packed row.
-      batch_size: rows of that length scored together; fewer where rows are longer.
+      settings: the shape of the batches.
+      vocab_size: ids from here on are padding of the vocabulary and get no probability.
       batch_sharding: where to put [batch] and [batch, length] arrays; None leaves it to the compiler. Batches are a
         multiple of the devices that it spreads rows over.
       progress: called with (chains scored, chains in all) after each batch.
@@ -127,59 +132,51 @@ def score_chains(
                 f"chain {i} has token ids from {min(chain)} to {max(chain)}, but the vocabulary has {vocab_size}; "
                 "encode it with the tokenizer that came with this model"
             )
-    lengths = [len(chain) for chain in chains]
-    row_length = -(-row_length // ROW_MULTIPLE) * ROW_MULTIPLE
+    row_length = round_up(settings.row_length, ROW_MULTIPLE)
     devices = 1 if batch_sharding is None else batch_sharding.num_devices
     ways = 1 if batch_sharding is None else devices // batch_sharding.shard_shape((devices, 1))[0]
     scores: list[TokenScores] = [TokenScores(np.empty(0), np.empty(0))] * len(chains)
     done = 0
-    for batch, size, length in _batches(lengths, row_length, batch_size, ways):
-        tokens_BL, positions_BL, chain_ids_BL = np.zeros((3, size, length), np.int32)
-        for row, members in enumerate(batch):
-            for number, (i, start) in enumerate(members, start=1):
-                place = slice(start, start + lengths[i])
-                tokens_BL[row, place] = chains[i]
-                positions_BL[row, place] = np.arange(lengths[i])
-                chain_ids_BL[row, place] = number
-        placed = put_same((tokens_BL, positions_BL, chain_ids_BL), batch_sharding)
-        result = token_scores(model, params, *placed, vocab_size=vocab_size, chunk_tokens=chunk_tokens)
+    for rows, size, length in _batches(_packed(chains, row_length), row_length, settings.batch_size, ways):
+        arrays_BL = np.zeros((len(FEATURES), size, length), np.int32)
+        for row, features in enumerate(rows):
+            for array_BL, name in zip(arrays_BL, FEATURES, strict=True):
+                kept = features[name][:length]
+                array_BL[row, : len(kept)] = kept
+        *fed, chain_BL = arrays_BL
+        placed = put_same(tuple(fed), batch_sharding)
+        result = token_scores(model, params, *placed, vocab_size=vocab_size, chunk_tokens=settings.chunk_tokens)
         log_probs_BL, chosen_BL = to_host((result.log_probs, result.chosen))
-        for row, members in enumerate(batch):
-            for i, start in members:
-                place = slice(start, start + lengths[i])
-                scores[i] = TokenScores(log_probs_BL[row, place], chosen_BL[row, place])
-        done += sum(len(members) for members in batch)
+        for row, numbers in enumerate(chain_BL):
+            for number in np.unique(numbers[numbers > 0]):
+                of_chain = numbers == number
+                scores[number - 1] = TokenScores(log_probs_BL[row, of_chain], chosen_BL[row, of_chain])
+                done += 1
         if progress is not None:
             progress(done, len(chains))
     return scores
 
 
-Row = list[tuple[int, int]]  # (chain, where in the row it starts)
-
-
-def _pack(lengths: Sequence[int], row_length: int) -> tuple[list[Row], list[int]]:
-    """Rows and how much of each is used: longest chain first, each into the first row with room."""
-    rows: list[Row] = []
-    used: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, taken in enumerate(used) if taken + lengths[i] <= row_length), len(rows))
-        if row == len(rows):
-            rows.append([])
-            used.append(0)
-        rows[row].append((i, used[row]))
-        used[row] += lengths[i]
-    return rows, used
+def _packed(chains: Sequence[Sequence[int]], row_length: int) -> list[Features]:
+    """Rows of `FEATURES`, long ones first: a chain longer than a row has its own, others share the first with room."""
+    items = [
+        {"tokens": np.asarray(chain, np.int32), "chain": np.full(len(chain), number, np.int32)}
+        for number, chain in sorted(enumerate(chains, start=1), key=lambda pair: -len(pair[1]))
+    ]
+    short = [item for item in items if len(item["tokens"]) <= row_length]
+    long = [packed_rows([item], len(item["tokens"]), open_rows=1)[0] for item in items[: len(items) - len(short)]]
+    return long + packed_rows(short, row_length, open_rows=len(short))
 
 
 def _batches(
-    lengths: Sequence[int], row_length: int, batch_size: int, ways: int
-) -> Iterator[tuple[list[Row], int, int]]:
+    rows: Sequence[Features], row_length: int, batch_size: int, ways: int
+) -> Iterator[tuple[Sequence[Features], int, int]]:
     """(rows, size, length) of each batch, long rows first; a few sizes and lengths only, one compiled program each."""
-    rows, used = _pack(lengths, row_length)
+    used = [int(np.count_nonzero(row["chain"])) for row in rows]
     start = 0
     while start < len(rows):
         # Rows with room for several chains are all full enough; giving them one length saves programs.
-        length = -(-max(used[start], min(row_length, max(used))) // ROW_MULTIPLE) * ROW_MULTIPLE
+        length = round_up(max(used[start], min(row_length, max(used))), ROW_MULTIPLE)
         most = max(1, batch_size * row_length // length // ways) * ways
         left = len(rows) - start
         size = min(most, ways * 2 ** math.ceil(math.log2(max(1, left / ways))))

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from rtd_jax.data.formats import TextFormat
+from rtd_jax.data.schemas import SCHEMAS
+from rtd_jax.data.schemas.arc import ChoiceQuestion, choices_from_arc
 from rtd_jax.data.sources import SourceSettings, load_rows, load_traces
-from rtd_jax.data.trace import PARSERS, ChoiceQuestion, Trace, choices_from_arc
+from rtd_jax.data.trace import Trace
 
 SUBJECTS = (
     "algebra",
@@ -133,7 +135,7 @@ def load_problems(
     if name == "synthetic" and trained_on is not None:
         text = trained_on
     sources = _sources(name, data_root, revision or task.revision)
-    parse = choices_from_arc if task.is_choice else PARSERS.get(task.schema)
+    parse = choices_from_arc if task.is_choice else SCHEMAS[task.schema].trace if task.schema in SCHEMAS else None
     if name == "synthetic":
         items: list[Item] = [*load_traces(SourceSettings("synthetic", split="test", limit=limit or SYNTHETIC_PROBLEMS))]
     elif task.is_choice:
@@ -152,7 +154,7 @@ def load_problems(
     if shots:
         turns, pool = _examples(task, sources, items, text, shots, seed, parse)
     drawn = f"drawn for each problem from {task.examples} ({pool} rows) by random.Random({seed}).sample, in order"
-    asked = "".join(repr(dataclasses.replace(item, source="")) for item in items)
+    asked = "".join(_identity(item) for item in items)
     protocol = {
         "data": [f"{source.location}{':' * bool(source.subset)}{source.subset}" for source in sources],
         "revision": sources[0].revision or None,
@@ -235,6 +237,18 @@ def _examples(
         examples = [example(i) for i in draw.sample(range(len(pool)), shots + same)]
         found.append([solved for other, solved in examples if other != item][:shots])
     return found, len(pool)
+
+
+def _identity(item: Item) -> str:
+    """What the fingerprint of the problems is made from. Its form stays as it is, so that reports can be compared."""
+    if isinstance(item, ChoiceQuestion):
+        return repr(dataclasses.replace(item, source=""))
+    names = ("prompt", "steps", "answer", "final", "subject", "level")
+    shown = {name: repr(getattr(item, name)) for name in names}
+    return (
+        "Trace(prompt={prompt}, steps={steps}, answer={answer}, final={final}, source='', subject={subject}, "
+        "level={level}, text='')"
+    ).format(**shown)
 
 
 def _completion(item: Item) -> str:

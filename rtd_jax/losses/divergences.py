@@ -147,6 +147,7 @@ def _below_largest(logits: Array) -> Array:
 
 
 def mask_padding(logits: Array, vocab_size: int) -> Array:
+    """The logits with -1e30 for the vocabulary's padding, the entries from `vocab_size` on."""
     if logits.shape[-1] == vocab_size:
         return logits
     # A large finite number instead of -inf: p * (log p - log q) at p = 0 would be 0 * (-inf + inf).

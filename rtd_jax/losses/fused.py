@@ -1,7 +1,8 @@
-"""Sums of losses on logits, a chunk of tokens at a time, with the LM head applied inside.
+"""Functions of logits, a chunk of positions at a time, with the LM head applied inside; and sums of losses on them.
 
-While a chunk's logits exist, their gradient is formed as well and carried on to the states and the head: the backward
-pass only scales what is there. What a loss has to give is its value and its gradient with respect to the logits.
+The logits of a batch, [B, L, V], never exist. In `fused_sums` the gradient with respect to a chunk's logits is formed
+while they exist, and is carried on to the states and the head: the backward pass only scales what is there. What a loss
+has to give is its value and its gradient with respect to the logits.
 """
 
 import functools
@@ -14,9 +15,77 @@ from jax.sharding import Mesh
 
 from rtd_jax.base.sharding import ROW_AXES, constrain, row_ways
 from rtd_jax.base.types import Array
+from rtd_jax.losses.divergences import mask_padding
 
 # (logits, constants, chunk of arrays) -> (sum of losses, other sums, gradient of the first with respect to the logits)
 LogitLosses = Callable[[Array, tuple, tuple], tuple[Array, Any, Array]]
+
+
+def over_chunks(
+    part: Callable[..., tuple[Any, Any]], arrays_BL: tuple[Array, ...], chunk_length: int
+) -> tuple[Any, Any]:
+    """Applies `part` to chunks of positions: the sum of its first results, and its second results joined along L.
+
+    Chunks run along L and keep B whole, so that a batch sharded over rows stays where it is. The last chunk is filled
+    up with zeros, which are tokens of weight 0.
+
+    Args:
+      part: (chunks of the arrays, [B, chunk_length, ...] each) -> (sums, results [B, chunk_length, ...]).
+      arrays_BL: arrays [B, L, ...].
+      chunk_length: positions of each row that are handled at one time.
+    """
+    rows, length = arrays_BL[0].shape[:2]
+    chunk_length = min(chunk_length, length)
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, -length % chunk_length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, -1, chunk_length, *x.shape[2:]), 1, 0)
+
+    def joined(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length]
+
+    def body(sums: Any, chunk: tuple[Array, ...]) -> tuple[Any, Any]:
+        of_chunk, results = part(*chunk)
+        return jax.tree.map(jnp.add, sums, of_chunk), results
+
+    chunks = tuple(split(x) for x in arrays_BL)
+    shapes, _ = jax.eval_shape(part, *(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in chunks))
+    sums, results = jax.lax.scan(body, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), chunks)
+    return sums, jax.tree.map(joined, results)
+
+
+def map_logits(
+    function: Callable[..., Any],
+    hidden_BLD: Array,
+    head_DV: Array,
+    arrays_BL: tuple[Array, ...] = (),
+    *,
+    vocab_size: int,
+    chunk_length: int = 32,
+    weights_BL: Array | None = None,
+) -> Any:
+    """`function(logits, *arrays)` at every position, [B, L, ...], where only a chunk's logits exist at one time.
+
+    Not meant to be differentiated: the backward pass would keep the logits (see `fused_sums`).
+
+    Args:
+      function: (float32 logits [B, chunk_length, V], chunks of the arrays) -> arrays [B, chunk_length, ...]. The logits
+        of the vocabulary's padding are -1e30.
+      hidden_BLD: states that the head reads.
+      head_DV: LM head; products accumulate in float32.
+      arrays_BL: what else the function reads at each position.
+      vocab_size: real vocabulary entries; the rest of V is padding.
+      chunk_length: positions of each row whose logits exist at one time.
+      weights_BL: where 0, the states are replaced by zeros, so that a state that is not finite has no effect.
+    """
+    head_DV = head_DV.astype(hidden_BLD.dtype)
+    if weights_BL is not None:
+        hidden_BLD = _cleared(hidden_BLD, weights_BL)
+
+    def part(hidden: Array, *chunk: Array) -> tuple[tuple[()], Any]:
+        return (), function(mask_padding(_logits(hidden, head_DV), vocab_size), *chunk)
+
+    return over_chunks(part, (hidden_BLD, *arrays_BL), chunk_length)[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -31,8 +100,7 @@ def fused_sums(
 ) -> tuple[Array, Any]:
     """Sums of `losses` over chunks of logits; the first of `arrays_BL` are the loss weights.
 
-    Differentiable in its first result, with respect to `hidden_BLD` and `head_DV`. Chunks run along L and keep B whole,
-    so that a batch sharded over rows stays where it is.
+    Differentiable in its first result, with respect to `hidden_BLD` and `head_DV`.
     """
     head_DV = whole_columns(head_DV, hidden_BLD, mesh)
 
@@ -40,7 +108,7 @@ def fused_sums(
         loss, others, _ = losses(chunk_logits(hidden, head_DV, rest[0], mesh), constants, rest)
         return (loss, others), None
 
-    return _sum_over(part, _chunks((hidden_BLD, *arrays_BL), chunk_length))[0]
+    return over_chunks(part, (hidden_BLD, *arrays_BL), chunk_length)[0]
 
 
 def _fused_forward(
@@ -53,7 +121,7 @@ def _fused_forward(
     arrays_BL: tuple[Array, ...],
 ) -> tuple[tuple[Array, Any], tuple[Array, Array]]:
     """The sums, and the gradients of the first one: of the states [B, L, D], and of the head."""
-    length, head_dtype = hidden_BLD.shape[1], head_DV.dtype
+    head_dtype = head_DV.dtype
     shards = 1 if mesh is None else row_ways(mesh)
     head_DV = whole_columns(head_DV, hidden_BLD, mesh)
 
@@ -71,8 +139,7 @@ def _fused_forward(
         d_head = constrain(d_head, mesh, ROW_AXES, None, "tensor")
         return ((loss, others), d_head), _cleared(d_hidden.astype(hidden.dtype), rest[0])
 
-    (sums, d_head_RDV), d_hidden = _sum_over(part, _chunks((hidden_BLD, *arrays_BL), chunk_length))
-    d_hidden_BLD = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden_BLD.shape[0], -1, hidden_BLD.shape[2])[:, :length]
+    (sums, d_head_RDV), d_hidden_BLD = over_chunks(part, (hidden_BLD, *arrays_BL), chunk_length)
     return sums, (d_hidden_BLD, jnp.sum(d_head_RDV, axis=0).astype(head_dtype))
 
 
@@ -89,10 +156,7 @@ fused_sums.defvjp(_fused_forward, _fused_backward)
 
 def chunk_logits(hidden_BLD: Array, head_DV: Array, weights_BL: Array, mesh: Mesh | None) -> Array:
     """hidden @ head in float32, [B, L, V], where the vocabulary lies; zero at tokens of weight 0."""
-    logits_BLV = jnp.einsum(
-        "bld,dv->blv", _cleared(hidden_BLD, weights_BL), head_DV, preferred_element_type=jnp.float32
-    )
-    return constrain(logits_BLV, mesh, ROW_AXES, None, "tensor")
+    return constrain(_logits(_cleared(hidden_BLD, weights_BL), head_DV), mesh, ROW_AXES, None, "tensor")
 
 
 def whole_columns(head_DV: Array, hidden_BLD: Array, mesh: Mesh | None) -> Array:
@@ -100,33 +164,13 @@ def whole_columns(head_DV: Array, hidden_BLD: Array, mesh: Mesh | None) -> Array
     return constrain(head_DV.astype(hidden_BLD.dtype), mesh, None, "tensor")
 
 
+def _logits(hidden_BLD: Array, head_DV: Array) -> Array:
+    return jnp.einsum("bld,dv->blv", hidden_BLD, head_DV, preferred_element_type=jnp.float32)
+
+
 def _cleared(hidden_BLD: Array, weights_BL: Array) -> Array:
     """Zero at tokens of weight 0: a non-finite state there must not reach any gradient."""
     return jnp.where((weights_BL > 0)[..., None], hidden_BLD, jnp.zeros((), hidden_BLD.dtype))
-
-
-def _chunks(arrays_BL: tuple[Array, ...], chunk_length: int) -> tuple[Array, ...]:
-    """[B, L, ...] -> [L / chunk, B, chunk, ...], padded with zeros (tokens of weight 0) to whole chunks."""
-    length = arrays_BL[0].shape[1]
-    chunk_length = min(chunk_length, length)
-    padding = -length % chunk_length
-
-    def split(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk_length, *x.shape[2:]), 1, 0)
-
-    return tuple(split(x) for x in arrays_BL)
-
-
-def _sum_over(part: Callable[..., tuple[Any, Any]], chunks: tuple[Array, ...]) -> tuple[Any, Any]:
-    """Sums the first result of `part` over chunks, and stacks the second."""
-    shapes, _ = jax.eval_shape(part, *(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in chunks))
-
-    def body(sums: Any, chunk: tuple[Array, ...]) -> tuple[Any, Any]:
-        own, output = part(*chunk)
-        return jax.tree.map(jnp.add, sums, own), output
-
-    return jax.lax.scan(body, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), chunks)
 
 
 def _padded(d_logits: Array, size: int) -> Array:

@@ -13,7 +13,7 @@ equation 7), over tokens t, with rho_t the ratio of the probabilities now and wh
     L_policy = -mean_t min(rho_t A_t, clip(rho_t, 1 - c, 1 + c) A_t)
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -24,7 +24,7 @@ from rtd_jax.base.boundaries import step_tokens
 from rtd_jax.base.means import masked_sum, safe_divide
 from rtd_jax.base.types import Array, Batch
 from rtd_jax.losses.divergences import mask_padding
-from rtd_jax.losses.fused import chunk_logits, fused_sums
+from rtd_jax.losses.fused import fused_sums, map_logits
 
 
 class Rollouts(NamedTuple):
@@ -153,21 +153,11 @@ def token_log_probs(
 
     Arguments as in `policy_sums`; not differentiated.
     """
-    rows, length = labels_BL.shape
-    chunk_length = min(chunk_length, length)
 
-    def split(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, -length % chunk_length)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(rows, -1, chunk_length, *x.shape[2:]), 1, 0)
-
-    head_SV = head_SV.astype(hidden_BLS.dtype)
-
-    def of_chunk(chunk: tuple[Array, Array, Array]) -> Array:
-        hidden, labels, weights = chunk
-        logits = mask_padding(chunk_logits(hidden, head_SV, weights, None), vocab_size)
+    def of_labels(logits: Array, labels: Array, weights: Array) -> Array:
         log_probs = jax.nn.log_softmax(logits / temperature)
         found = jnp.take_along_axis(log_probs, jnp.where(weights > 0, labels, 0)[..., None], axis=-1)[..., 0]
         return jnp.where(weights > 0, found, 0.0)
 
-    found = jax.lax.map(of_chunk, (split(hidden_BLS), split(labels_BL), split(weights_BL)))
-    return jnp.moveaxis(found, 0, 1).reshape(rows, -1)[:, :length]
+    options: Any = {"vocab_size": vocab_size, "chunk_length": chunk_length, "weights_BL": weights_BL}
+    return map_logits(of_labels, hidden_BLS, head_SV, (labels_BL, weights_BL), **options)

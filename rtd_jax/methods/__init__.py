@@ -34,6 +34,10 @@ class LossSettings(
             if check := vars(method).get("__post_init__"):
                 check(self)
 
+    def unread_settings(self) -> dict[str, str]:
+        """Keys of any method that are not read because of others, and why."""
+        return {key: why for method in _methods() for key, why in method.unread_settings(self).items()}
+
     def teaches(self) -> bool:
         """Whether the loss on the data's chains has anything of the teacher in it."""
         return any(method.teaches(self) for method in _methods())

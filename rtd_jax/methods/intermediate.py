@@ -30,6 +30,9 @@ class IntermediateSettings(MethodSettings):
         if self.intermediate_layers < 1:
             raise ValueError(f"loss.intermediate_layers is {self.intermediate_layers}; FitNets-style matching uses 4")
 
+    def unread_settings(self) -> dict[str, str]:
+        return {} if self.intermediate_weight else {"intermediate_layers": "loss.intermediate_weight is 0"}
+
     def teaches(self) -> bool:
         return bool(self.intermediate_weight)
 

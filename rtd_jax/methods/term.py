@@ -118,6 +118,10 @@ class Setup:
 class MethodSettings:
     """The keys of a recipe's `loss` that one method reads, and the terms that they stand for."""
 
+    def unread_settings(self) -> dict[str, str]:
+        """The method's keys that are not read because of others, and why."""
+        return {}
+
     def teaches(self) -> bool:
         """Whether the method puts anything of the teacher into the loss on the data's chains."""
         raise NotImplementedError

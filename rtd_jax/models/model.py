@@ -90,10 +90,6 @@ class LlamaModel:
             return final_BLD
         return final_BLD, tuple(final_BLD if layer == count else kept[inner.index(layer)] for layer in wanted)
 
-    def layer_index(self, layer: int) -> int:
-        """See `LlamaConfig.layer_index`."""
-        return self.config.layer_index(layer)
-
     def head(self, params: Params) -> jax.Array:
         """The matrix from hidden states to logits, [D, V], in the dtype of the params (of int8: `compute_dtype`)."""
         head = params["embedding"] if self.config.tied_embeddings else params["head"]

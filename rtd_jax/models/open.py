@@ -27,10 +27,10 @@ class ModelSettings:
     """Which model is opened, and how it is held and computed."""
 
     path: str  # Hugging Face folder or hub name
-    param_dtype: WeightDtype = "bfloat16"  # int8: one scale per output channel
-    compute_dtype: FloatDtype = "bfloat16"
+    param_dtype: WeightDtype = "bfloat16"  # of weights in memory; int8: a scale per channel
+    compute_dtype: FloatDtype = "bfloat16"  # of matrix products and hidden states
     attention: AttentionKernel = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's
-    sharding: Literal["fsdp", "tensor"] = "fsdp"  # what travels: "fsdp" weights, "tensor" activations
+    sharding: Literal["fsdp", "tensor"] = "fsdp"  # what travels between devices: "fsdp" weights, "tensor" activations
     offload: bool = False  # layers in host memory, each copied to the devices when it runs
 
     @property

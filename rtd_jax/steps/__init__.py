@@ -1,1 +1,1 @@
-"""Where the steps of a chain begin and end, in characters of its completion."""
+"""Where the steps of a chain begin and end, where the data set does not say so itself."""

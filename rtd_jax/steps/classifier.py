@@ -1,7 +1,7 @@
 """A fitted boundary classifier: the network, what it was fitted to, and its folder on disk.
 
-A folder holds `classifier.json` (everything but numbers in bulk) and `head.safetensors`. A classifier belongs to one
-teacher: it is refused with another, because it reads that teacher's states.
+A folder holds `classifier.json` (settings and fingerprints) and `head.safetensors` (the weights). A classifier reads
+the states of one teacher, so it is refused with any other.
 """
 
 import dataclasses
@@ -22,23 +22,22 @@ from safetensors.numpy import load_file, save_file
 from rtd_jax.base.files import read_json, replacing, write_json
 from rtd_jax.base.types import Array, Params
 from rtd_jax.data.formats import TextFormat
+from rtd_jax.data.packing import packed_rows
 from rtd_jax.steps.decoder import decode
 from rtd_jax.steps.head import HeadSettings, Scale, boundary_logits, init_head
 
 FORMAT = 1
 JSON, WEIGHTS = "classifier.json", "head.safetensors"
 ROW_LENGTH = 512  # tokens of a packed row
-ROWS = 8  # at one time
-
-Places = list[tuple[int, int]]  # (row, first token) of each text
+ROWS = 8  # that the head reads at one time
 
 
 @dataclass(frozen=True, eq=False)
 class BoundaryClassifier:
-    """Whether a step ends at a token, from one teacher's states.
+    """Says whether a step ends at a token, from the states of one teacher.
 
-    Probability = sigmoid(slope * logit + intercept): the slope and intercept undo the weight that boundaries had in the
-    loss (Platt scaling on the validation chains), so that a probability of 0.9 is right nine times in ten.
+    Probability = sigmoid(slope * logit + intercept). Slope and intercept (Platt scaling on the validation chains) undo
+    the weight that boundaries had in the loss, so that of tokens with probability 0.9 nine in ten end a step.
     """
 
     teacher: str  # fingerprint of its weights
@@ -51,7 +50,7 @@ class BoundaryClassifier:
     scale: Scale
     slope: float = 1.0
     intercept: float = 0.0
-    threshold: float = 0.5  # probability from which on a step may end
+    threshold: float = 0.5  # a step may end at this probability or more
     min_tokens: int = 1  # of a step
     fitted: dict[str, Any] = dataclasses.field(default_factory=dict)  # data, settings and scores, for people to read
 
@@ -67,7 +66,7 @@ class BoundaryClassifier:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all that decides where it cuts."""
+        """SHA-256 over everything that decides where it cuts."""
         digest = hashlib.sha256(repr(sorted(self._decisive().items())).encode())
         for name, array in sorted(_arrays(self).items()):
             digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
@@ -105,44 +104,30 @@ def _probabilities(
     return jax.nn.sigmoid(slope * boundary_logits(head, params, scale, states_BLND, chain_ids_BL) + intercept)
 
 
-def pack(lengths: Sequence[int], row_length: int = ROW_LENGTH) -> tuple[Places, int, int]:
-    """Where texts of these many tokens lie in rows, one behind the other, how many rows, and the tokens of a row.
-
-    Rows are as long as asked for, or as the longest text.
-    """
-    row_length = max(row_length, *lengths) if lengths else row_length
-    places: Places = []
-    row, used = 0, 0
-    for length in lengths:
-        if used + length > row_length:
-            row, used = row + 1, 0
-        places.append((row, used))
-        used += length
-    return places, row + 1, row_length
-
-
 def in_rows(texts: Sequence[np.ndarray], row_length: int = ROW_LENGTH, rows: int = 1) -> np.ndarray:
-    """Arrays [T, ...] of texts laid into rows as `pack` says, zeros elsewhere: [B, L, ...], B a multiple of `rows`."""
-    places, count, length = pack([len(text) for text in texts], row_length)
-    found = np.zeros((-(-count // rows) * rows, length, *texts[0].shape[1:]), texts[0].dtype)
-    for text, (row, start) in zip(texts, places, strict=True):
-        found[row, start : start + len(text)] = text
-    return found
+    """Arrays [T, ...] of texts packed into rows in order, with zeros elsewhere: [B, L, ...], B a multiple of `rows`.
+
+    Returns the place of each text, the number of rows, and the tokens of a row: `row_length`, or as many as the longest
+    text has.
+    """
+    items = [{"text": text} for text in texts]
+    packed = [row["text"] for row in packed_rows(items, max(row_length, *map(len, texts)), open_rows=1)]
+    return np.stack(packed + [np.zeros_like(packed[0])] * (-len(packed) % rows))
 
 
 def row_ids(lengths: Sequence[int], row_length: int = ROW_LENGTH, rows: int = 1) -> np.ndarray:
-    """Chain ids that go with `in_rows`: 1, 2, .. in the order of the texts, 0 where there is none. int32 [B, L]."""
+    """Chain ids that go with `in_rows`: 1, 2, ... in the order of the texts, 0 between texts. int32 [B, L]"""
     return in_rows([np.full(length, i + 1, np.int32) for i, length in enumerate(lengths)], row_length, rows)
 
 
 def out_of_rows(array_BL: np.ndarray, lengths: Sequence[int], row_length: int = ROW_LENGTH) -> list[np.ndarray]:
     """The texts of `in_rows` again: [T, ...] each."""
-    places, _, _ = pack(lengths, row_length)
-    return [array_BL[row, start : start + length] for (row, start), length in zip(places, lengths, strict=True)]
+    ids_BL = row_ids(lengths, row_length)
+    return np.split(array_BL[: len(ids_BL)][ids_BL > 0], np.cumsum(lengths)[:-1])
 
 
 def text_probabilities(classifier: BoundaryClassifier, states: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Probabilities at every token of texts whose states are at hand. [T, N, D] -> float32 [T] each."""
+    """The calibrated probability at every token, from the states of each text. [T, N, D] -> float32 [T]"""
     lengths = [len(x) for x in states]
     ids_BL = row_ids(lengths, rows=ROWS)
     states_BLND = in_rows(states, rows=ROWS)
@@ -156,14 +141,14 @@ def text_probabilities(classifier: BoundaryClassifier, states: Sequence[np.ndarr
 def text_boundaries(
     probabilities: Sequence[np.ndarray], candidates: Sequence[np.ndarray], threshold: float, min_tokens: int
 ) -> list[np.ndarray]:
-    """Decoded boundaries of texts whose probabilities are at hand. float32 [T], bool [T] -> bool [T] each."""
+    """The boundaries that `decode` finds, from the probabilities of each text. float32 [T], bool [T] -> bool [T]"""
     lengths = [len(x) for x in probabilities]
     arrays = in_rows(probabilities), in_rows(candidates), row_ids(lengths)
     return out_of_rows(np.asarray(decode(*arrays, threshold, min_tokens=min_tokens)), lengths)
 
 
 def save_classifier(folder: Path, classifier: BoundaryClassifier) -> Path:
-    """Writes the folder; the JSON comes last and names the weights by their digest, so half a folder is refused."""
+    """Writes the folder. The JSON comes last and has the digest of the weights, so an unfinished folder is refused."""
     arrays = _arrays(classifier)
     with replacing(folder / WEIGHTS) as temporary:
         save_file(arrays, temporary)
@@ -221,7 +206,7 @@ def load_classifier(folder: Path) -> BoundaryClassifier:
 
 
 def _arrays(classifier: BoundaryClassifier) -> dict[str, np.ndarray]:
-    """Names with dots; the matrices of the input layer in float16, like the states that they read."""
+    """Arrays by dotted names. The matrices of the input layer are float16, like the states that they read."""
     flat = {".".join(map(str, path)): np.asarray(x) for path, x in flatten_dict(classifier.params).items()}
     flat |= {name: flat[name].astype(np.float16) for name in ("of_state.kernel", "of_difference.kernel")}
     scale = classifier.scale

@@ -1,4 +1,4 @@
-"""From a probability at every token to steps."""
+"""Turns the probability that a step ends at each token into steps."""
 
 import functools
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rtd_jax.base.types import Array
-from rtd_jax.steps.annotated import Span
+from rtd_jax.data.trace import Span
 from rtd_jax.steps.head import neighbours
 
 
@@ -27,7 +27,7 @@ def decode(
     candidates_BL = jnp.asarray(candidates_BL) & (chain_ids_BL > 0)
     later_BL = _any_later(candidates_BL, chain_ids_BL)
     last_BL = candidates_BL & ~later_BL
-    # The chain's end wins against whatever lies close before it.
+    # The end of the chain wins against every candidate close before it.
     scores_BL = jnp.where(candidates_BL, jnp.where(last_BL, 2.0, probabilities_BL), -1.0)
     best_BL = candidates_BL & ((probabilities_BL >= threshold) | last_BL)
     first_BL = neighbours(chain_ids_BL, chain_ids_BL, -1) == 0
@@ -40,19 +40,19 @@ def decode(
 
 
 def _any_later(x_BL: Array, chain_ids_BL: Array) -> jax.Array:
-    """Whether x holds at a later token of the same chain (a chain's tokens lie together). bool [B, L]."""
+    """Whether x is True at a later token of the same chain, whose tokens are neighbours. bool [B, L]"""
     rows, length = x_BL.shape
     places_BL = jnp.where(x_BL, jnp.arange(length), length)
-    # The next place after each token; `length` stands for none, where the ids below end with a 0.
+    # The next place after each token. Where there is none it is `length`, at which the ids below have a 0.
     next_BL = jnp.pad(jax.lax.cummin(places_BL, axis=1, reverse=True)[:, 1:], ((0, 0), (0, 1)), constant_values=length)
     ids_BL = jnp.concatenate([chain_ids_BL, jnp.zeros((rows, 1), chain_ids_BL.dtype)], axis=1)
     return (jnp.take_along_axis(ids_BL, next_BL, axis=1) == chain_ids_BL) & (chain_ids_BL > 0)
 
 
 def spans_of(text: str, ends: np.ndarray) -> tuple[Span, ...]:
-    """Steps of `text` that end before the characters `ends` (ascending). Only white space belongs to none.
+    """Spans of the steps of `text` that end before the characters `ends` (ascending).
 
-    What follows the last end becomes part of the last step.
+    Text behind the last end becomes part of the last step, so that only white space belongs to no step.
     """
     spans: list[Span] = []
     start = len(text) - len(text.lstrip())

@@ -1,7 +1,7 @@
-"""Cuts chains into steps with a boundary classifier: the teacher reads them, the head says where steps end.
+"""Cuts chains into steps with a boundary classifier: the teacher reads them, and the head says where steps end.
 
-Text in, spans out, in one compiled program a batch; hidden states never leave the device. What was found is kept on
-disk, because a data set is cut once and read by every run.
+One compiled program takes a batch of texts and gives their boundaries, so hidden states never leave the device. The
+steps are kept on disk, because a data set is cut once and then read by every run.
 """
 
 import hashlib
@@ -18,25 +18,25 @@ from transformers import PreTrainedTokenizerBase
 from rtd_jax.base.files import read_json, write_json
 from rtd_jax.base.sharding import put_same, row_sharding, row_ways, to_host
 from rtd_jax.base.types import Array, Params
-from rtd_jax.data.trace import Trace
+from rtd_jax.data.by_length import batches_by_length, rows_at_once
+from rtd_jax.data.trace import Span, Trace, check_spans
 from rtd_jax.models.model import LlamaModel
-from rtd_jax.steps.annotated import Span, check_spans
 from rtd_jax.steps.classifier import BoundaryClassifier, find_boundaries
 from rtd_jax.steps.decoder import spans_of
 from rtd_jax.steps.prose import Reading, read, unmarked
-from rtd_jax.steps.token_states import LENGTH_BUCKET, unit_states
+from rtd_jax.steps.token_states import LENGTH_MULTIPLE, unit_states
 
 SHARD = 256  # chains whose steps lie in one file; what a kill can cost at most
 
 
 @dataclass(frozen=True, eq=False)
 class Detector:
-    """A classifier and how to get the teacher whose states it reads. The teacher is asked for when it is needed first.
+    """A boundary classifier, and a way to get the teacher whose states it reads.
 
     Attributes:
-      teacher: () -> (model, params); called only where steps are not kept already.
-      described: what else decides what the teacher computes: the dtypes of its weights and arithmetic.
-      folder: where found steps are kept; None keeps none.
+      teacher: () -> (model, params); called only when the steps of some chain are not on disk yet.
+      described: the dtypes of the teacher's weights and arithmetic, which decide what it computes.
+      folder: where the steps that were found are kept; None keeps none.
     """
 
     classifier: BoundaryClassifier
@@ -49,19 +49,16 @@ class Detector:
     note: Callable[[str], None] = print
 
     def cut(self, traces: Sequence[Trace]) -> list[Trace]:
-        """The same chains with the steps that the classifier finds; their text stays as it is, line ends included.
+        """The same chains with the steps that the classifier finds. Their text stays as it is, line ends included.
 
         Raises:
-          ValueError: a chain has no text, or what is kept on disk is damaged.
+          ValueError: the steps that are kept on disk are damaged.
         """
-        spans = self.find([(trace.prompt, trace.body, trace.source) for trace in traces])
-        return [
-            replace(trace, steps=tuple(trace.body[a:b] for a, b in of_trace), text=trace.body)
-            for trace, of_trace in zip(traces, spans, strict=True)
-        ]
+        found = self.find([(trace.prompt, trace.body, trace.source) for trace in traces])
+        return [replace(trace, spans=spans) for trace, spans in zip(traces, found, strict=True)]
 
     def find(self, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:
-        """As `spans`, in parts that are kept on disk, with a line of progress for each."""
+        """As `spans`, in parts that are kept on disk, with a line of progress for each part."""
         found: list[tuple[Span, ...]] = []
         for start in range(0, len(texts), SHARD):
             found += self._kept(texts[start : start + SHARD])
@@ -70,7 +67,7 @@ class Detector:
         return found
 
     def spans(self, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:
-        """Steps of (prompt, text, source) in characters of the text. Raises ValueError for a blank text."""
+        """The steps of each (prompt, text, source), in characters of the text. Raises ValueError for a blank text."""
         proses = [unmarked(text) for _, text, _ in texts]
         readings = [
             read(self.tokenizer, prompt, prose.text, self.classifier.text, source=source)
@@ -78,10 +75,9 @@ class Detector:
         ]
         boundaries = detect(self.classifier, *self.teacher(), self.mesh, readings, batch_size=self.batch_size)
         found = []
-        for (_, text, source), prose, reading, at_T in zip(texts, proses, readings, boundaries, strict=True):
+        for (_, text, _), prose, reading, at_T in zip(texts, proses, readings, boundaries, strict=True):
             ends = prose.origin[reading.ends_T[at_T] - 1] + 1  # behind the step's last character
             spans = spans_of(text, np.array([_behind_word(text, end) for end in ends]))
-            check_spans(spans, text, source)
             found.append(spans)
         return found
 
@@ -108,7 +104,7 @@ class Detector:
 
 
 def _behind_word(text: str, end: int) -> int:
-    """A mark that was taken away from a word's end ("24<<48/2=24>>") belongs to that word."""
+    """The end of the word at `end`: a mark that was taken away from it ("24<<48/2=24>>") belongs to the word."""
     while end < len(text) and not text[end].isspace():
         end += 1
     return end
@@ -128,30 +124,20 @@ def detect(
     Args:
       batch_size: rows at one time, rounded up to the devices; neighbours in length go together.
     """
-    sharding, ways = row_sharding(mesh), row_ways(mesh)
-    batch_size = -(-min(batch_size, len(readings)) // ways) * ways
+    rows = rows_at_once(batch_size, len(readings), row_ways(mesh))
     found: list[np.ndarray] = [np.zeros(0, bool)] * len(readings)
-    by_length = sorted(range(len(readings)), key=lambda i: len(readings[i].tokens_L))
-    for start in range(0, len(readings), batch_size):
-        rows = by_length[start : start + batch_size]
-        arrays = detection_arrays([readings[i] for i in rows], batch_size)
-        found_BL = to_host(detect_batch(classifier, model, params, *put_same(arrays, sharding)))
-        for row, i in enumerate(rows):
-            found[i] = found_BL[row, readings[i].prompt_length : len(readings[i].tokens_L)]
+    for batch in batches_by_length([reading.tokens_L for reading in readings], rows, LENGTH_MULTIPLE):
+        parts_BL = batch.mask_BL.astype(np.int32)
+        candidates_BL = np.zeros(parts_BL.shape, bool)
+        texts = [slice(readings[i].prompt_length, len(readings[i].tokens_L)) for i in batch.indices]
+        for row, (i, text) in enumerate(zip(batch.indices, texts, strict=True)):
+            parts_BL[row, text] = 2
+            candidates_BL[row, text] = readings[i].candidates_T
+        placed = put_same((batch.tokens_BL, parts_BL, candidates_BL), row_sharding(mesh))
+        found_BL = to_host(detect_batch(classifier, model, params, *placed))
+        for row, (i, text) in enumerate(zip(batch.indices, texts, strict=True)):
+            found[i] = found_BL[row, text]
     return found
-
-
-def detection_arrays(readings: Sequence[Reading], batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, parts (0 padding, 1 prompt, 2 the text) and candidates of one reading a row. [B, L] each."""
-    length = -(-max(len(reading.tokens_L) for reading in readings) // LENGTH_BUCKET) * LENGTH_BUCKET
-    tokens_BL, parts_BL = np.zeros((2, batch_size, length), np.int32)
-    candidates_BL = np.zeros((batch_size, length), bool)
-    for row, reading in enumerate(readings):
-        count = len(reading.tokens_L)
-        tokens_BL[row, :count] = reading.tokens_L
-        parts_BL[row, :count] = np.where(np.arange(count) < reading.prompt_length, 1, 2)
-        candidates_BL[row, reading.prompt_length : count] = reading.candidates_T
-    return tokens_BL, parts_BL, candidates_BL
 
 
 def detect_batch(
@@ -162,6 +148,12 @@ def detect_batch(
     parts_BL: Array,
     candidates_BL: Array,
 ) -> jax.Array:
-    """Where steps end, by one forward pass of the teacher and the head. bool [B, L]."""
+    """Where steps end, by one forward pass of the teacher and the head. bool [B, L].
+
+    Args:
+      tokens_BL: int32, one text behind its prompt a row.
+      parts_BL: int32, 0 padding, 1 the prompt, 2 the text.
+      candidates_BL: bool, the tokens at which a step may end.
+    """
     states_BLND = unit_states(model, classifier.layers, params, tokens_BL, parts_BL > 0)
     return find_boundaries(classifier, states_BLND, candidates_BL, jnp.where(parts_BL == 2, 2, 0))

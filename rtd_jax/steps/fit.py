@@ -30,14 +30,14 @@ from rtd_jax.steps.scores import counts, precision_recall_f1
 class FitSettings:
     """How the head is fitted. The epoch with the best average precision on the validation texts is kept."""
 
-    epochs: int = 4
+    epochs: int = 4  # over the training texts
     rows: int = 8  # of 512 tokens, per update
     learning_rate: float = 1e-3  # peak; linear warm-up over a twentieth of the updates, then a cosine to 0
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01  # of AdamW, per unit of the learning rate
     positive_weight: float = 3.0  # of a boundary in the loss; other candidates have 1
     thresholds: tuple[float, ...] = tuple(i / 20 for i in range(1, 20))  # tried on the validation texts
     min_tokens: tuple[int, ...] = (1, 3, 5, 7)  # tried likewise
-    seed: int = 0
+    seed: int = 0  # of the head and the order of the data
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.rows < 1 or self.positive_weight <= 0 or not self.thresholds or not self.min_tokens:
@@ -46,7 +46,7 @@ class FitSettings:
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Texts whose steps are known. One array a text: states [T, N, D], labels and candidates bool [T]."""
+    """Texts whose steps are known, with one array for each text: states [T, N, D], labels and candidates bool [T]."""
 
     states: Sequence[np.ndarray]
     labels: Sequence[np.ndarray]
@@ -54,7 +54,7 @@ class Examples:
 
     @property
     def counted(self) -> list[np.ndarray]:
-        """The candidates that have to be told apart: all but each text's last, which is a boundary by construction."""
+        """The candidates that count in the loss: all but the last of each text, which is a boundary by construction."""
         kept = [x.copy() for x in self.candidates]
         for x in kept:
             x[np.flatnonzero(x)[-1:]] = False
@@ -62,13 +62,13 @@ class Examples:
 
     @property
     def right(self) -> list[np.ndarray]:
-        """Tokens at which steps end, of each text."""
+        """The tokens of each text at which steps end."""
         return [np.flatnonzero(x) for x in self.labels]
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a classifier belongs to."""
+    """The teacher, tokenizer, layers and form of text that a classifier is fitted to."""
 
     teacher: str
     teacher_name: str
@@ -85,7 +85,7 @@ def fit_classifier(
     validation: Examples,
     note: Callable[[str], None] = print,
 ) -> BoundaryClassifier:
-    """Fits on `train`; epoch, calibration, threshold and minimum step length are chosen on `validation`.
+    """Fits to `train`. Epoch, calibration, threshold and minimum length of a step are chosen on `validation`.
 
     Raises:
       ValueError: there are no texts, or no boundary inside any of them.
@@ -144,10 +144,11 @@ def fit_classifier(
 
 
 def calibrated(classifier: BoundaryClassifier, settings: FitSettings, validation: Examples) -> BoundaryClassifier:
-    """With the slope, intercept, threshold and minimum step length that suit the validation texts best.
+    """The classifier with the slope, intercept, threshold and minimum length of a step that fit the validation texts.
 
-    Slope and intercept by maximum likelihood (Platt scaling), then threshold and minimum length by exact F1. That is
-    flat where the head is sure: of thresholds within a thousandth of the best, the one nearest to one half is taken.
+    Slope and intercept are fitted by maximum likelihood (Platt scaling). Then threshold and minimum length are chosen
+    by the F1 of exact boundaries. Where the head is sure, F1 hardly depends on the threshold; so of all thresholds
+    within a thousandth of the best one, the nearest to one half is taken.
     """
     chosen = np.concatenate(validation.counted)
     raw = text_probabilities(dataclasses.replace(classifier, slope=1.0, intercept=0.0), validation.states)

@@ -1,8 +1,8 @@
-"""Where does the representation turn? Features of hidden states, and a small network that reads a few tokens around.
+"""A small network that reads hidden states around a token and says whether a step ends there.
 
-The teacher is causal: the state at a step's last token cannot know that a new step follows, but the states of the next
-tokens can. Chains are whole when they are cut, so the network looks both ways: each block sees its own token and the
-two `dilation` tokens away, within the chain.
+The teacher is causal: the state at the last token of a step cannot know that a new step follows, but the states of the
+next tokens can. Chains are complete when they are cut, so the network looks both ways: each block sees its own token
+and the two tokens that are `dilation` away, within the chain.
 
 Further axis: P, the hidden units of the network.
 """
@@ -57,8 +57,8 @@ def neighbours(x_BLP: Array, chain_ids_BL: Array, offset: int) -> jax.Array:
 def turns(states_BLND: Array, chain_ids_BL: Array) -> tuple[jax.Array, jax.Array]:
     """Differences to the previous state, d_t = h_t - h_{t-1} [B, L, N, D], and cos(d_t, d_{t+1}) [B, L, N].
 
-    The cosine is how far the trajectory goes straight on through token t: 1 ahead, -1 back. Where a chain begins or
-    ends, the difference and the cosine that do not exist are 0.
+    The cosine says how straight the trajectory runs through token t: 1 is straight on, -1 is back. Where a chain begins
+    or ends, the difference and the cosine that do not exist are 0.
     """
     chex.assert_rank([states_BLND, chain_ids_BL], [4, 2])
     chex.assert_equal_shape_prefix([states_BLND, chain_ids_BL], 2)
@@ -68,13 +68,13 @@ def turns(states_BLND: Array, chain_ids_BL: Array) -> tuple[jax.Array, jax.Array
     d_BLND = jnp.where(first_BL[..., None, None], 0.0, d_BLND)
     next_BLND = neighbours(d_BLND, chain_ids_BL, 1)
     squares_BLN = jnp.sum(d_BLND**2, -1) * jnp.sum(next_BLND**2, -1)
-    # The root is taken of a cleared operand: its gradient at 0 is not a number.
+    # The gradient of the root at 0 is not a number, so zeros are replaced before it is taken.
     norms_BLN = jnp.sqrt(jnp.where(squares_BLN > 0, squares_BLN, 1.0))
     return d_BLND, jnp.sum(d_BLND * next_BLND, -1) / norms_BLN
 
 
 class BoundaryHead(nnx.Module):
-    """Logit that a step ends at each token. The output layer begins at zero: every token starts at even odds."""
+    """Logit that a step ends at each token. The output layer begins at zero, so every token starts at even odds."""
 
     def __init__(self, layers: int, width: int, settings: HeadSettings, rngs: nnx.Rngs):
         hidden = settings.width
@@ -89,7 +89,7 @@ class BoundaryHead(nnx.Module):
         self.dropout = nnx.Dropout(settings.dropout)
 
     def __call__(self, states_BLND: Array, chain_ids_BL: Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Without `rngs` nothing is dropped."""
+        """Logits, float32 [B, L]. There is dropout only if `rngs` are given."""
 
         def drop(x: jax.Array) -> jax.Array:
             return self.dropout(x, deterministic=rngs is None, rngs=rngs)
@@ -118,12 +118,12 @@ def boundary_logits(
     chain_ids_BL: Array,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Logits that a step ends at each token of packed rows; chains do not see each other. float32 [B, L].
+    """Logits that a step ends at each token of packed rows; chains do not see each other. float32 [B, L]
 
     Args:
       states_BLND: of unit root mean square, as `token_states` gives them.
-      chain_ids_BL: 0 on padding; what is computed there means nothing.
-      dropout_key: while fitting.
+      chain_ids_BL: 0 on padding, where the logits have no meaning.
+      dropout_key: given while fitting.
     """
     chex.assert_rank([states_BLND, chain_ids_BL], [4, 2])
     layers, width = states_BLND.shape[2], states_BLND.shape[3]
@@ -137,8 +137,8 @@ def boundary_logits(
 def boundary_loss(logits_BL: Array, labels_BL: Array, counted_BL: Array, positive_weight: Array | float) -> jax.Array:
     """Weighted binary cross-entropy per counted token, in nats.
 
-    Boundaries are one candidate in ten: each weighs `positive_weight`, other candidates 1, and the sum is divided by
-    the weights' sum.
+    Only about one candidate in ten is a boundary, so a boundary has the weight `positive_weight` and another candidate
+    has 1. The weighted sum is divided by the sum of the weights.
     """
     chex.assert_equal_shape([logits_BL, labels_BL, counted_BL])
     weights_BL = jnp.where(counted_BL, jnp.where(labels_BL, positive_weight, 1.0), 0.0)

@@ -1,7 +1,7 @@
-"""Text without the marks that give its steps away, and where each of its characters was before.
+"""Texts as a boundary classifier reads them: without the marks that give steps away.
 
-A classifier that saw line ends would learn to count them. So it never sees any: calculator marks, list numbers and
-bullets go, and every run of white space is one space, in training, in evaluation and in use.
+A classifier that saw line ends would learn to look for them. So calculator marks, list numbers and bullets are removed
+and every run of white space becomes one space, when a classifier is fitted, when it is evaluated and when it is used.
 """
 
 import re
@@ -12,11 +12,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.data.formats import TextFormat, render
-from rtd_jax.data.trace import Trace
-from rtd_jax.steps.annotated import Span
+from rtd_jax.data.trace import Span, Trace
 
-# <<48/2=24>>; and at the beginning of a line "1. ", "2) ", "Step 3: ", "- ", "* ". White space has to follow, or
-# "3.5 miles" and "-4 degrees" would lose their beginning.
+# "<<48/2=24>>" anywhere, and "1. ", "2) ", "Step 3: ", "- ", "* " at the beginning of a line. White space has to follow
+# these, so that "3.5 miles" and "-4 degrees" keep their beginning.
 _MARKS = re.compile(
     r"<<[^<>\n]*>>|^[ \t]*(?:(?:step\s+)?\d{1,2}[.):](?=\s)|step\s+\d{1,2}\b(?=\s)|[-*•](?=\s))",
     re.MULTILINE | re.IGNORECASE,
@@ -25,14 +24,14 @@ _MARKS = re.compile(
 
 @dataclass(frozen=True, eq=False)
 class Prose:
-    """`text` has no marks; its character i is character `origin[i]` (int32) of the text that it was made from."""
+    """A text without marks. Its character i was character `origin[i]` (int32) of the text that it was made from."""
 
     text: str
     origin: np.ndarray
 
 
 def unmarked(text: str) -> Prose:
-    """Without marks, and with one space for each run of white space; none at either end."""
+    """Removes the marks from a text, and makes each run of white space one space, with none at either end."""
     kept = np.ones(len(text), bool)
     for match in _MARKS.finditer(text):
         kept[match.start() : match.end()] = False
@@ -53,33 +52,32 @@ def unmarked(text: str) -> Prose:
 
 
 def joined_steps(trace: Trace, *, marked: bool = False) -> tuple[str, tuple[Span, ...]]:
-    """The annotated steps as one text, without the line of the answer, and the span of each in it.
+    """The steps of a trace as one text without marks, and the span of each step in it.
 
     Args:
-      marked: leave every mark in, one step a line: how much easier is it with them?
+      marked: leave all marks in and write one step a line, to measure how much easier the marks make it.
 
     Raises:
       ValueError: nothing is left of the steps.
     """
-    pieces = list(trace.steps) if marked else [unmarked(step).text for step in trace.steps]
-    if not any(piece.strip() for piece in pieces):
-        raise ValueError(f"{trace.source or 'trace'}: nothing is left of its steps without marks; leave it out")
-    return _joined([piece.strip() for piece in pieces], "\n" if marked else " ")
+    pieces = trace.steps if marked else [unmarked(step).text for step in trace.steps]
+    return _join(pieces, "\n" if marked else " ", trace.source)
 
 
 def bare_steps(trace: Trace) -> tuple[str, tuple[Span, ...]]:
-    """As `joined_steps`, in lower case and without . ! ? , ; : at the ends of words: little is left but the words.
+    """As `joined_steps`, in lower case and without . ! ? , ; : at the ends of words.
 
-    A control: what a classifier reads is then neither a capital nor a full stop.
+    A control: here a classifier can find steps neither by capital letters nor by full stops.
     """
     pieces = [re.sub(r"[.!?,;:]+(?=\s|$)", "", unmarked(step).text.lower()).strip() for step in trace.steps]
-    if not any(pieces):
-        raise ValueError(f"{trace.source or 'trace'}: nothing is left of its steps without marks; leave it out")
-    return _joined(pieces, " ")
+    return _join(pieces, " ", trace.source)
 
 
-def _joined(pieces: Sequence[str], separator: str) -> tuple[str, tuple[Span, ...]]:
+def _join(pieces: Sequence[str], separator: str, source: str) -> tuple[str, tuple[Span, ...]]:
+    """The pieces that are not empty as one text, and the span of each. The separator is one character."""
     pieces = [piece for piece in pieces if piece]
+    if not pieces:
+        raise ValueError(f"{source or 'trace'}: nothing is left of its steps without marks; leave it out")
     ends = np.cumsum([len(piece) + 1 for piece in pieces]) - 1
     spans = tuple((int(end) - len(piece), int(end)) for piece, end in zip(pieces, ends, strict=True))
     return separator.join(pieces), spans
@@ -87,20 +85,21 @@ def _joined(pieces: Sequence[str], separator: str) -> tuple[str, tuple[Span, ...
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A text as the teacher reads it, behind its prompt: L tokens, the last T of them the text's own.
+    """A text as the teacher reads it, behind its prompt: L tokens, of which the last T belong to the text.
 
-    A boundary can be where a word ends: at a token that covers the character before white space or the end.
+    A token is a candidate for a boundary where a word ends: it covers the last character before white space, or the
+    last character of the text.
     """
 
     tokens_L: np.ndarray  # int32
-    ends_T: np.ndarray  # int32: characters of the text up to the last non-space one that the token covers
+    ends_T: np.ndarray  # int32: where the token ends in the text, white space at its end left out
     candidates_T: np.ndarray  # bool: a word ends here
     labels_T: np.ndarray  # bool: a step ends here; all False where the steps are not known
     source: str = ""
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the text."""
+        """Number of tokens before the text."""
         return len(self.tokens_L) - len(self.ends_T)
 
 
@@ -112,7 +111,7 @@ def read(
     spans: tuple[Span, ...] = (),
     source: str = "text",
 ) -> Reading:
-    """Tokenises prompt and text as one, and finds the tokens at which words and, given spans, steps end.
+    """Tokenises prompt and text as one, and finds the tokens at which words end and, given spans, at which steps end.
 
     Raises:
       ValueError: the text is blank, or a step ends inside a token.
@@ -129,7 +128,7 @@ def read(
     first = int(np.argmax(offsets[:, 1] > 0))
     ends_T = np.zeros(len(tokens) - first, np.int32)
     candidates_T, labels_T = np.zeros((2, len(ends_T)), bool)
-    closing: dict[int, int] = {}  # characters of the text up to here -> the last token that covers the last of them
+    closing: dict[int, int] = {}  # where tokens end in the text -> the last token that ends there
     for place, (start, end) in enumerate(offsets[first:]):
         start = max(int(start), 0)
         covered = text[start:end].rstrip()

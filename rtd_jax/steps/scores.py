@@ -1,4 +1,4 @@
-"""How right a segmentation is: matched boundaries, their precision, recall and F1, calibration; and two rules.
+"""Measures of a segmentation: matched boundaries, their precision, recall and F1, calibration; and two rules.
 
 What has an interval is in `rtd_jax.eval.segmentation`.
 """
@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-Places = Sequence[np.ndarray]  # for each chain the indices of the tokens at which steps end, ascending
+Places = Sequence[np.ndarray]  # for each chain the tokens at which steps end, ascending
 
 
 def matches(found: np.ndarray, right: np.ndarray, tolerance: int = 0) -> int:
-    """The most pairs (found, right) that are at most `tolerance` tokens apart; a boundary is in one pair at most."""
+    """How many found and right boundaries can be paired, at most `tolerance` tokens apart and each in one pair only."""
     count, i, j = 0, 0, 0
     while i < len(found) and j < len(right):
         if abs(int(found[i]) - int(right[j])) <= tolerance:
@@ -25,18 +25,18 @@ def matches(found: np.ndarray, right: np.ndarray, tolerance: int = 0) -> int:
 
 
 def counts(found: Places, right: Places, tolerance: int = 0) -> np.ndarray:
-    """Numbers of matched, found and right boundaries of each chain. int [C, 3]"""
+    """Numbers of matched, found and right boundaries of each chain. int [chains, 3]"""
     return np.array([(matches(f, r, tolerance), len(f), len(r)) for f, r in zip(found, right, strict=True)])
 
 
 def precision_recall_f1(counts_C3: np.ndarray) -> tuple[float, float, float]:
-    """Precision, recall and F1 over the boundaries of all chains together, from `counts`; 0 where there are none."""
+    """Precision, recall and F1 over the boundaries of all chains together; 0 where there are none."""
     matched, found, right = np.asarray(counts_C3).sum(0)
     return matched / max(found, 1), matched / max(right, 1), 2 * matched / max(found + right, 1)
 
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> dict[str, Any]:
-    """Whether what has probability p happens in a share p of cases: bins of equal width, each weighted by its size.
+    """Compares predicted probabilities with how often they come true, in bins of equal width weighted by their size.
 
     Expected calibration error = sum_b n_b / n |mean p_b - share_b|; Brier score = mean (p - label)^2.
     """
@@ -58,15 +58,15 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -
 
 
 def sentence_ends(text: str, ends: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """A baseline without a model: words that end with . ! or ?, not counting closing quotes and brackets.
+    """A baseline without a model: a step ends behind . ! or ?, also where closing quotes or brackets follow.
 
-    Returns the indices of those tokens among the candidates; the last candidate is always one of them.
+    Returns the indices of tokens among the candidates; the last candidate is always one.
     """
     chosen = [i for i in np.flatnonzero(candidates) if text[: ends[i]].rstrip("\"')]”’")[-1:] in (".", "!", "?")]
     return np.unique([*chosen, np.flatnonzero(candidates)[-1]]).astype(int)
 
 
 def line_ends(text: str, ends: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """The other baseline without a model: indices of the tokens before a line end, and of the last candidate."""
+    """A baseline without a model: a step ends at a line end. Returns indices of tokens, as `sentence_ends`."""
     chosen = [i for i in np.flatnonzero(candidates) if text[ends[i] :][:1] == "\n"]
     return np.unique([*chosen, np.flatnonzero(candidates)[-1]]).astype(int)

@@ -1,74 +1,75 @@
-"""The segmenter that a recipe names, and the control that puts boundaries where no step ends."""
+"""Cuts chains as a recipe's `data.segmentation` says, where no teacher is needed for it."""
 
 import hashlib
 import random
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from rtd_jax.data.trace import Trace
-from rtd_jax.steps.annotated import AnnotatedSegmenter, Segmenter, Span
-
-
-class RandomSegmenter:
-    """As many steps as annotated, ending behind random words: is it the *steps* that help, or any boundaries?
-
-    No boundary is right by chance, except where the steps have too few words for that. The same trace gives the same
-    places in every run and on every machine.
-    """
-
-    def spans(self, trace: Trace) -> tuple[Span, ...]:
-        """Spans in order, one a step. Raises ValueError where the completion has fewer words than steps."""
-        annotated = AnnotatedSegmenter().spans(trace)
-        right = {end for _, end in annotated}
-        ends = [match.end() for match in re.finditer(r"\S+", trace.completion[: annotated[-1][1]])]
-        wrong = [end for end in ends if end not in right]
-        if len(wrong) < len(annotated):  # short steps: some places have to be right
-            wrong = ends
-        if len(wrong) < len(annotated):
-            raise ValueError(
-                f"{trace.source or 'trace'}: {len(annotated)} random boundaries need as many words, the steps have "
-                f"{len(wrong)}; leave this trace out"
-            )
-        digest = hashlib.sha256(f"{trace.prompt}\0{trace.completion}".encode()).digest()
-        chosen = sorted(random.Random(int.from_bytes(digest)).sample(wrong, len(annotated)))
-        starts = [0, *chosen[:-1]]
-        return tuple((_skip_space(trace.completion, start), end) for start, end in zip(starts, chosen, strict=True))
-
+from rtd_jax.data.trace import Span, Trace
 
 CLASSIFIER = "classifier:"
 
 
-def classifier_folder(name: str) -> Path | None:
-    """The folder of the boundary classifier that a segmentation names; None for one that needs no teacher.
+def recut(traces: Sequence[Trace], segmentation: str) -> list[Trace]:
+    """The same chains with the steps that `segmentation` names.
+
+    'annotated' leaves the steps of the data set. 'random' is a control (see `random_spans`). 'classifier:<folder>'
+    leaves the steps too: a classifier needs its teacher, so it has cut the chains before (see `steps/detector.py`).
 
     Raises:
-      ValueError: the folder's name is missing.
+      ValueError: a segmentation that does not exist, or a chain that `random_spans` refuses.
     """
-    if not name.startswith(CLASSIFIER):
+    if segmentation == "random":
+        return [replace(trace, spans=random_spans(trace)) for trace in traces]
+    if segmentation == "annotated" or classifier_folder(segmentation) is not None:
+        return list(traces)
+    raise ValueError(f"data.segmentation is {segmentation!r}; use 'annotated', 'random' or 'classifier:<folder>'")
+
+
+def random_spans(trace: Trace) -> tuple[Span, ...]:
+    """As many spans as the trace has steps, ending behind random words.
+
+    A control for the question whether it is the *steps* that help, or boundaries at any place. No boundary is right by
+    chance, unless the steps have too few words for that. The same trace gets the same spans in every run and on every
+    machine. Words behind the last span are in none.
+
+    Raises:
+      ValueError: the trace has fewer words than steps.
+    """
+    right = {end for _, end in trace.spans}
+    ends = [match.end() for match in re.finditer(r"\S+", trace.body[: trace.spans[-1][1]])]
+    wrong = [end for end in ends if end not in right]
+    if len(wrong) < trace.depth:  # the steps are short: some boundaries have to be right
+        wrong = ends
+    if len(wrong) < trace.depth:
+        raise ValueError(
+            f"{trace.source or 'trace'}: {trace.depth} random boundaries need as many words, the steps have "
+            f"{len(wrong)}; leave this trace out"
+        )
+    digest = hashlib.sha256(f"{trace.prompt}\0{trace.completion}".encode()).digest()
+    chosen = sorted(random.Random(int.from_bytes(digest)).sample(wrong, trace.depth))
+    starts = [0, *chosen[:-1]]
+    return tuple((_skip_space(trace.body, start), end) for start, end in zip(starts, chosen, strict=True))
+
+
+def classifier_folder(segmentation: str) -> Path | None:
+    """The folder of the boundary classifier that a segmentation names; None for a segmentation without one.
+
+    Raises:
+      ValueError: the name of the folder is missing.
+    """
+    if not segmentation.startswith(CLASSIFIER):
         return None
-    folder = name.removeprefix(CLASSIFIER)
+    folder = segmentation.removeprefix(CLASSIFIER)
     if not folder:
         raise ValueError(
-            f"segmentation is {name!r}; say which classifier, e.g. 'classifier:rtd_jax/bundled/tiny_boundaries'"
+            f"segmentation is {segmentation!r}; say which classifier, e.g. 'classifier:rtd_jax/bundled/tiny_boundaries'"
         )
     return Path(folder).expanduser()
 
 
-def make_segmenter(name: str) -> Segmenter:
-    """The segmenter called `name`. Raises ValueError for one that does not exist.
-
-    Of 'classifier:<folder>' it is the annotated one: a classifier needs the teacher, so it cuts whole data sets
-    beforehand (steps/detector.py), and its traces carry the steps it found.
-    """
-    match name:
-        case "annotated":
-            return AnnotatedSegmenter()
-        case "random":
-            return RandomSegmenter()
-    if classifier_folder(name) is not None:
-        return AnnotatedSegmenter()
-    raise ValueError(f"data.segmentation is {name!r}; use 'annotated', 'random' or 'classifier:<folder>'")
-
-
 def _skip_space(text: str, start: int) -> int:
+    """The first character at or behind `start` that is no white space."""
     return start + len(text[start:]) - len(text[start:].lstrip())

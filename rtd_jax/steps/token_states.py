@@ -20,11 +20,12 @@ from safetensors.numpy import load_file, save_file
 from rtd_jax.base.files import replacing
 from rtd_jax.base.sharding import put_same, row_sharding, row_ways, to_host
 from rtd_jax.base.types import Array, Params
+from rtd_jax.data.by_length import batches_by_length, rows_at_once
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.steps.prose import Reading
 
 SHARD = 256  # texts of a file; what a kill can cost at most
-LENGTH_BUCKET = 32  # tokens; rows are as long as their longest text, rounded up to this
+LENGTH_MULTIPLE = 32  # tokens; rows are as long as their longest text, rounded up to this
 
 
 def token_states(
@@ -42,20 +43,12 @@ def token_states(
       layers: N of them, as `LlamaModel.hidden` counts.
       batch_size: rows at one time, rounded up to the devices; neighbours in length go together.
     """
-    sharding, ways = row_sharding(mesh), row_ways(mesh)
-    batch_size = -(-min(batch_size, len(readings)) // ways) * ways
+    rows = rows_at_once(batch_size, len(readings), row_ways(mesh))
     found: list[np.ndarray] = [np.zeros(0)] * len(readings)
-    by_length = sorted(range(len(readings)), key=lambda i: len(readings[i].tokens_L))
-    for start in range(0, len(readings), batch_size):
-        rows = by_length[start : start + batch_size]
-        length = -(-len(readings[rows[-1]].tokens_L) // LENGTH_BUCKET) * LENGTH_BUCKET
-        tokens_BL, ids_BL = np.zeros((2, batch_size, length), np.int32)
-        for row, i in enumerate(rows):
-            tokens_BL[row, : len(readings[i].tokens_L)] = readings[i].tokens_L
-            ids_BL[row, : len(readings[i].tokens_L)] = 1
-        placed = put_same((tokens_BL, ids_BL), sharding)
+    for batch in batches_by_length([reading.tokens_L for reading in readings], rows, LENGTH_MULTIPLE):
+        placed = put_same((batch.tokens_BL, batch.mask_BL.astype(np.int32)), row_sharding(mesh))
         states_BLND = to_host(unit_states(model, tuple(layers), params, *placed))
-        for row, i in enumerate(rows):
+        for row, i in enumerate(batch.indices):
             found[i] = states_BLND[row, readings[i].prompt_length : len(readings[i].tokens_L)].copy()
     return found
 

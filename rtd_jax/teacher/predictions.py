@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from rtd_jax.base.types import Array, TopK
+from rtd_jax.losses.fused import map_logits
 
 
 def top_k_predictions(
@@ -32,23 +33,14 @@ def top_k_predictions(
     chex.assert_rank([hidden_BLD, head_DV], [3, 2])
     if not 1 <= k <= vocab_size:
         raise ValueError(f"k is {k}; it must be at least 1 and at most the vocabulary's {vocab_size} tokens")
-    rows, length, _ = hidden_BLD.shape
-    chunk_length = min(chunk_length, length)
-    hidden = jnp.pad(hidden_BLD, ((0, 0), (0, -length % chunk_length), (0, 0)))
-    hidden = jnp.moveaxis(hidden.reshape(rows, -1, chunk_length, hidden.shape[-1]), 1, 0)
-    head = head_DV.astype(hidden.dtype)
 
-    def of_chunk(hidden_BLD: Array) -> TopK:
-        logits = jnp.einsum("bld,dv->blv", hidden_BLD, head, preferred_element_type=jnp.float32)
-        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+    def of_logits(logits: Array) -> TopK:
         logits -= jnp.max(logits, axis=-1, keepdims=True)
         values, ids = jax.lax.top_k(logits, k)
         log_probs = values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         return TopK(ids, log_probs, *(_mass_beyond(logits, values, T) for T in (1.0, temperature)))
 
-    chunks = jax.lax.map(of_chunk, hidden)
-    whole = (jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length] for x in chunks)
-    return TopK(*whole)
+    return map_logits(of_logits, hidden_BLD, head_DV, vocab_size=vocab_size, chunk_length=chunk_length)
 
 
 def _mass_beyond(logits: Array, kept: Array, temperature: float) -> Array:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 EndedBy = Literal["threshold", "plateau", "budget"]
 
@@ -12,6 +12,11 @@ EndedBy = Literal["threshold", "plateau", "budget"]
 class CurriculumSettings:
     """The schedule from one-step problems to long chains."""
 
+    # Settings of the coherence loss on validation chains, which may end a stage.
+    READ_BY_VALIDATION: ClassVar = (
+        *("threshold_factor", "calibration_shots", "validate_every", "validation_chains", "min_updates"),
+        *("plateau_patience", "plateau_tolerance"),
+    )
     enabled: bool = True  # False: one stage with all depths at once (the article's ablation)
     depths: tuple[int, ...] = (1, 2, 3, 4, 5)  # reasoning steps, one stage each; the last is open (5 means 5 and more)
     replay: float = 0.3  # share of chains drawn from the earlier stages' depths
@@ -34,6 +39,17 @@ class CurriculumSettings:
                 f"curriculum.validate_every is {self.validate_every} and validation_chains {self.validation_chains}; "
                 "both must be at least 1"
             )
+
+    def unread_settings(self) -> dict[str, str]:
+        unread = {}
+        if not self.plateau_patience:
+            unread["plateau_tolerance"] = "curriculum.plateau_patience is 0"
+        if not self.enabled:
+            unread |= dict.fromkeys(("depths", "replay"), "curriculum.enabled is False")
+        if not self.enabled and self.spend_budget:
+            names = ("min_updates", "plateau_patience", "plateau_tolerance")
+            unread |= dict.fromkeys(names, "curriculum.enabled is False, and the one stage trains to the last update")
+        return unread
 
 
 @dataclass(frozen=True)

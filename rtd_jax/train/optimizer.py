@@ -9,14 +9,14 @@ import optax
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Units: `learning_rate` per update at the peak; `warmup_updates` in optimizer updates."""
+    """AdamW and its schedule."""
 
-    learning_rate: float = 2e-5
-    warmup_updates: int = 500
+    learning_rate: float = 2e-5  # per update, at the peak
+    warmup_updates: int = 500  # optimizer updates
     final_fraction: float = 0.0  # of the peak, reached at the last update
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    b1: float = 0.9  # decay of the first moment, per update
+    b2: float = 0.95  # decay of the second moment, per update
+    eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.0  # on matrices only
     clip_norm: float = 1.0  # global norm of the gradient
     offload: bool = False  # the moments lie in host memory and come to the devices for the update only

@@ -35,15 +35,15 @@ class StudentSettings:
     its embeddings; "pretrained" loads `path`.
     """
 
-    init: Literal["random", "teacher_layers", "pretrained"]
+    init: Literal["random", "teacher_layers", "pretrained"]  # where the weights come from
     path: str = ""  # Hugging Face folder or hub name; "pretrained" only
-    layers: int = 0  # "random" and "teacher_layers"
-    width: int = 0  # the sizes from here on: "random" only
-    mlp_width: int = 0
-    heads: int = 0
-    kv_heads: int = 0
-    head_dim: int = 0
-    compute_dtype: FloatDtype = "bfloat16"
+    layers: int = 0  # transformer blocks; "random" and "teacher_layers"
+    width: int = 0  # hidden units; "random" only
+    mlp_width: int = 0  # hidden units of the SwiGLU; "random" only
+    heads: int = 0  # query heads; "random" only
+    kv_heads: int = 0  # key/value heads; "random" only
+    head_dim: int = 0  # units of one head; "random" only
+    compute_dtype: FloatDtype = "bfloat16"  # of matrix products and hidden states
     attention: AttentionKernel = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's
     remat: Remat = "none"  # what the backward pass recomputes; "full" keeps one state per layer
 
@@ -71,7 +71,7 @@ class DataSettings:
     train: SourceSettings
     test: SourceSettings
     validation: SourceSettings | None = None  # None: `validation_fraction` of the training traces, chosen by hash
-    validation_fraction: float = 0.05
+    validation_fraction: float = 0.05  # of the training traces, where `validation` is not given
     text: TextFormat = field(default_factory=TextFormat)
     segmentation: str = "annotated"  # where steps end: "annotated", "random" (a control), "classifier:<folder>"
     steps_cache: str = "runs/steps"  # folder that keeps the steps a classifier found; "" finds them again each time
@@ -87,13 +87,19 @@ class DataSettings:
                 "use 'classifier:<folder>' with a classifier that launch/boundaries.py fitted to the teacher"
             )
 
+    def unread_settings(self) -> dict[str, str]:
+        unread = {} if self.validation is None else {"validation_fraction": "data.validation is given"}
+        if not self.segmentation.startswith("classifier:"):
+            unread["steps_cache"] = f"data.segmentation is {self.segmentation!r}, no classifier"
+        return unread
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
     """What is measured by free-running greedy decoding: test problems at the end, validation problems on the way."""
 
-    problems_per_depth: int = 100
-    max_new_tokens: int = 256
+    problems_per_depth: int = 100  # test problems
+    max_new_tokens: int = 256  # of a generated solution
     batch_size: int = 64  # problems decoded at one time
     teacher: bool = True  # evaluate the teacher beside the student
     every: int = 0  # updates between looks at validation problems, for accuracy against updates and time; 0: none
@@ -106,6 +112,9 @@ class EvaluationSettings:
                 raise ValueError(f"evaluation.{name} is {getattr(self, name)}; 0 leaves it out, else give a number")
         if self.every and self.curve_problems < 1:
             raise ValueError(f"evaluation.curve_problems is {self.curve_problems}; it must be at least 1")
+
+    def unread_settings(self) -> dict[str, str]:
+        return {} if self.every else {"curve_problems": "evaluation.every is 0"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ class Recipe:
     mesh: MeshSettings = MeshSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     micro_batches: int = 1  # per update; changes memory, not the update
-    seed: int = 0
+    seed: int = 0  # of params and data order
     log_every: int = 10  # updates
     checkpoint_every: int = 500  # updates between rolling checkpoints
     keep_checkpoints: int = 2  # rolling ones; stage checkpoints are all kept
@@ -170,6 +179,29 @@ class Recipe:
                 f"{self.reward.updates_per_refresh}: drawn chains are not in a checkpoint, so one may only be taken "
                 "where new ones are due"
             )
+
+    def unread_settings(self) -> dict[str, str]:
+        """Keys that a training run does not read because of others, and why; groups say the same of their own keys."""
+        loss, unread = self.loss, {}
+        if not loss.reward_weight:
+            unread["reward"] = "loss.reward_weight is 0"
+        if not loss.teaches():
+            names = [f"loss.{name}" for name in ("anchor_prompt", "projections", "transition_form")]
+            if not self.teacher.cache:
+                names.append("loss.temperature")
+            if not self.teacher.cache and not self.evaluation.drift_problems:
+                names += ["loss.hidden_layer", "loss.student_hidden_layer"]
+            names += [f"curriculum.{name}" for name in self.curriculum.READ_BY_VALIDATION]
+            unread |= dict.fromkeys(names, "the loss has nothing of the teacher in it")
+        if not self.teacher.cache:
+            unread["cache"] = "teacher.cache is empty"
+            return unread
+        unread["cache.chains_per_shard"] = "it is read when a cache is written"
+        names = [] if self.data.segmentation.startswith("classifier:") else ["attention", "sharding", "offload"]
+        unread |= {f"teacher.{name}": "the teacher is read from teacher.cache" for name in names}
+        if self.evaluation.teacher:
+            unread["evaluation.teacher"] = "the teacher is read from teacher.cache, which cannot solve problems"
+        return unread
 
     @property
     def rows_at_once(self) -> int:

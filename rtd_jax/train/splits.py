@@ -16,14 +16,18 @@ from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import OpenModel
 from rtd_jax.steps.classifier import load_classifier
 from rtd_jax.steps.detector import Detector
-from rtd_jax.steps.select import classifier_folder, make_segmenter
+from rtd_jax.steps.select import classifier_folder, recut
 from rtd_jax.train.curriculum import Stage
 from rtd_jax.train.recipe import DataSettings, Recipe
 
 
 @dataclass(frozen=True)
 class Chains:
-    """One split: the traces that fit into a row, and the same encoded. Aligned by index."""
+    """The chains of one split that fit into a row, as traces and encoded, in the same order.
+
+    Traces have the steps that a person or a classifier found; they decide the depth. With random boundaries (a control)
+    only the encoded chains have them.
+    """
 
     traces: tuple[Trace, ...]
     encoded: tuple[EncodedChain, ...]
@@ -59,10 +63,9 @@ def encode_split(traces: Sequence[Trace], data: DataSettings, tokenizer: PreTrai
     """Tokenises traces; those longer than a row are counted, and an error when they are too many."""
     encoded, report = encode_traces(
         tokenizer,
-        traces,
+        recut(traces, data.segmentation),
         data.text,
         row_length=data.row_length,
-        segmenter=make_segmenter(data.segmentation),
         max_dropped_fraction=data.max_dropped_fraction,
     )
     dropped = set(report.dropped)
@@ -73,13 +76,12 @@ def encode_split(traces: Sequence[Trace], data: DataSettings, tokenizer: PreTrai
 def prefixed_chains(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Sequence[Trace], traces: Sequence[Trace]
 ) -> list[EncodedChain]:
-    """The same problems behind solved training examples, however long: the other context of the calibration."""
+    """The same chains behind solved training examples, however long: the other context of the calibration."""
     text = recipe.data.text
     shots = train[: recipe.curriculum.calibration_shots]
     context = solved_examples(text, [(shot.prompt, shot.completion) for shot in shots])
-    segmenter = make_segmenter(recipe.data.segmentation)
     text = replace(text, context=text.context + context)
-    return encode_traces(tokenizer, traces, text, row_length=2**31 - 1, segmenter=segmenter)[0]
+    return encode_traces(tokenizer, recut(traces, recipe.data.segmentation), text, row_length=2**31 - 1)[0]
 
 
 def row_length_of(chains: Sequence[EncodedChain]) -> int:

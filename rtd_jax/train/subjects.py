@@ -1,23 +1,17 @@
-"""Any Llama by one string: a Hugging Face folder, a hub name, or a stage checkpoint of a run; and its states."""
+"""Opens any saved model by one string: a Hugging Face folder, a hub name, or a stage checkpoint of a run."""
 
-import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from rtd_jax.base.boundaries import gather_boundaries
 from rtd_jax.base.settings import build
-from rtd_jax.base.sharding import MeshSettings, make_mesh, param_shardings, put_same, row_sharding, row_ways, to_host
-from rtd_jax.base.types import Array, Params
-from rtd_jax.data.encoding import EncodedChain
+from rtd_jax.base.sharding import MeshSettings, make_mesh, param_shardings, row_sharding
+from rtd_jax.base.types import Params
 from rtd_jax.data.formats import TextFormat
-from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.methods.maps import state_map, transition_map
 from rtd_jax.methods.term import Setup
 from rtd_jax.models.from_hf import weights_fingerprint
@@ -25,20 +19,23 @@ from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import FloatDtype, ModelSettings, WeightDtype, open_model
 from rtd_jax.models.quantized import INT8, quantize_params
 from rtd_jax.models.weights import logical_axes
-from rtd_jax.teacher.cache import TeacherCache, chain_key, read_identity
 from rtd_jax.train.checkpoints import read_meta, restore_params
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.student import student_config
 
-LENGTH_BUCKET = 64  # tokens; rows are as long as their longest chain, rounded up to this
-
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model ready to run, and what its checkpoint says beyond its weights.
+    """A model that is ready to run, and what a stage checkpoint holds besides its weights.
 
-    `text` is the form of text that a run trained it on; `f` and `g` are the run's projections to its teacher's width
-    and `layers` the (student, teacher) layers that they join, with the `teacher_fingerprint` of that teacher.
+    Attributes:
+      name: for reports.
+      params: empty where they were not asked for.
+      directory: the Hugging Face folder or the stage checkpoint.
+      text: the form of text that a run trained it on. It and what follows are unset for a Hugging Face folder.
+      f, g: the run's maps from its width to the teacher's, for states and for transitions. [S, D]
+      layers: the (student, teacher) layers that the maps join.
+      teacher_fingerprint: of the run's teacher.
     """
 
     name: str
@@ -54,7 +51,7 @@ class LoadedModel:
     teacher_fingerprint: str = ""
 
     def fingerprint(self) -> str:
-        """Of the weights' files; "" for a stage checkpoint."""
+        """The fingerprint of the weights' files; "" for a stage checkpoint."""
         return "" if self.text is not None else weights_fingerprint(self.directory)
 
 
@@ -66,13 +63,13 @@ def load_model(
     Args:
       path: a Hugging Face folder, a hub name, a stage checkpoint (runs/rtd_tiny/checkpoints/stages/5), or a run's
         folder, for its newest stage.
-      dtype: of the weights in memory; "int8" is weight-only with one scale an output channel.
-      compute_dtype: of products and hidden states.
-      weights: False leaves `params` empty: its states are read from a teacher cache.
+      dtype: of the weights in memory; "int8" quantises them with one scale per output channel.
+      compute_dtype: of matrix products and hidden states.
+      weights: False leaves `params` empty, for a teacher whose states are read from a cache.
 
     Raises:
-      ValueError: nothing of that name, or not a Llama, or a checkpoint whose teacher has gone; a stage checkpoint
-        without weights, since a cache belongs to files.
+      ValueError: there is no model of that name, it is not a Llama, or it is a checkpoint whose teacher is gone; or a
+        stage checkpoint is asked for without weights: a cache belongs to a Hugging Face folder.
     """
     mesh = make_mesh(MeshSettings())
     stage = stage_checkpoint(path)
@@ -134,97 +131,3 @@ def _from_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh:
 
 def _labelled(name: str, dtype: str) -> str:
     return name if dtype == "float32" else f"{name} ({dtype})"
-
-
-def boundary_states(
-    loaded: LoadedModel, chains: Sequence[EncodedChain], layer: int = -1, batch_size: int = 8
-) -> tuple[np.ndarray, np.ndarray]:
-    """States of one layer at every boundary of every chain, teacher forced: float32 [C, K, D], and bool [C, K].
-
-    Chains are read one a row, neighbours in length together; only the boundaries' states leave the device.
-
-    Args:
-      layer: as `LlamaModel.hidden` counts them; -1 is the final normed state.
-      batch_size: rows at one time, rounded up to the devices.
-
-    Raises:
-      ValueError: there are no chains, or the layer does not exist.
-    """
-    if not chains:
-        raise ValueError("there are no chains to read; check the data and its row length")
-    layer = loaded.model.layer_index(layer)
-    sharding, ways = row_sharding(loaded.mesh), row_ways(loaded.mesh)
-    batch_size = -(-min(batch_size, len(chains)) // ways) * ways
-    slots = max(len(chain.boundaries) for chain in chains)
-    states_CKD = np.zeros((len(chains), slots, loaded.model.config.width), np.float32)
-    mask_CK = np.zeros((len(chains), slots), bool)
-    by_length = sorted(range(len(chains)), key=lambda i: len(chains[i]))
-    for start in range(0, len(chains), batch_size):
-        rows = by_length[start : start + batch_size]
-        length = -(-len(chains[rows[-1]]) // LENGTH_BUCKET) * LENGTH_BUCKET
-        tokens_BL, ids_BL = np.zeros((2, batch_size, length), np.int32)
-        boundaries_BK = np.zeros((batch_size, slots), np.int32)
-        for row, i in enumerate(rows):
-            tokens_BL[row, : len(chains[i])] = chains[i].tokens
-            ids_BL[row, : len(chains[i])] = 1
-            boundaries_BK[row, : len(chains[i].boundaries)] = chains[i].boundaries
-        placed = put_same((tokens_BL, ids_BL, boundaries_BK), sharding)
-        found_BKD = to_host(_states(loaded.model, loaded.params, *placed, layer=layer))
-        for row, i in enumerate(rows):
-            count = len(chains[i].boundaries)
-            states_CKD[i, :count] = found_BKD[row, :count]
-            mask_CK[i, :count] = True
-    return states_CKD, mask_CK
-
-
-def open_cache(folder: str, teacher: LoadedModel, layer: int = -1) -> TeacherCache:
-    """The cache that launch/cache_teacher.py wrote for this teacher, for its states at boundaries.
-
-    Raises:
-      ValueError: there is no cache, or it is another teacher's, tokenizer's or layer's; with what it is.
-    """
-    path = Path(folder).expanduser()
-    wanted = teacher.model.config.layer_index(layer)
-    stored = read_identity(path, wanted)
-    if stored.teacher != teacher.fingerprint():
-        raise ValueError(
-            f"the teacher cache {path} was written by another teacher than {teacher.directory} (fingerprint of weights "
-            f"{stored.teacher[:12]}, not {teacher.fingerprint()[:12]}); give --teacher the one that wrote it"
-        )
-    if stored.tokenizer != tokenizer_fingerprint(teacher.tokenizer):
-        raise ValueError(
-            f"the teacher cache {path} was written with another tokenizer than that in {teacher.directory}; put back "
-            "the tokenizer it was written with, or write another cache with launch/cache_teacher.py"
-        )
-    if wanted not in stored.layers:
-        layers = ", ".join(map(str, stored.layers))
-        raise ValueError(
-            f"the teacher cache {path} holds states of layer {layers}, but layer {wanted} is asked for; "
-            f"use --teacher_layer={stored.layers[-1]}, or write another with --config.loss.hidden_layer={wanted}"
-        )
-    return TeacherCache(path, stored)
-
-
-def cached_key(chain: EncodedChain) -> str:
-    """Where a teacher cache keeps what belongs to a chain."""
-    return chain_key(chain.tokens, chain.boundaries, chain.loss_weights)
-
-
-def cached_states(cache: TeacherCache, chains: Sequence[EncodedChain]) -> tuple[np.ndarray, np.ndarray]:
-    """As `boundary_states`, from a cache that has all of these chains: exact up to its storage."""
-    found = [cache.read(cached_key(chain))[1] for chain in chains]
-    slots = max(len(states_KD) for states_KD in found)
-    states_CKD = np.zeros((len(chains), slots, found[0].shape[1]), np.float32)
-    mask_CK = np.zeros((len(chains), slots), bool)
-    for i, states_KD in enumerate(found):
-        states_CKD[i, : len(states_KD)], mask_CK[i, : len(states_KD)] = states_KD, True
-    return states_CKD, mask_CK
-
-
-@functools.partial(jax.jit, static_argnames=("model", "layer"))
-def _states(
-    model: LlamaModel, params: Params, tokens_BL: Array, ids_BL: Array, boundaries_BK: Array, *, layer: int
-) -> Array:
-    positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-    _, (states_BLD,) = model.hidden(params, tokens_BL, positions_BL, ids_BL, layers=(layer,))
-    return gather_boundaries(states_BLD, boundaries_BK[:, None])[:, 0].astype(jnp.float32)

@@ -1,7 +1,7 @@
 """Does a student part ways with its teacher along its chains of reasoning, and is that why it fails?
 
-Both models read the same chains; their states at step boundaries are compared step by step, and what is found is set
-against where the student goes wrong. Models may differ in width, depth and tokenizer, and may be the same.
+Both models read the same chains; their states at step boundaries are compared step by step, and the differences are
+related to the places where the student goes wrong. The models may differ in width, depth and tokenizer, or be the same.
 """
 
 import dataclasses
@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rtd_jax.apps.diagnose.findings import ARTICLE, measure, shown, verdict
-from rtd_jax.apps.distill.report import evaluate_traces
+from rtd_jax.apps.diagnose.findings import ARTICLE, shown, verdict
 from rtd_jax.apps.report.page import write_report
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import check_writable, write_json, write_jsonl
@@ -22,23 +21,17 @@ from rtd_jax.data.sources import SourceSettings, load_traces
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.chains import results_right
-from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted
-from rtd_jax.eval.evaluate import Record
+from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure
+from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, decoding_notes
+from rtd_jax.eval.states import boundary_states, cached_key, cached_states, open_cache
+from rtd_jax.eval.text_scores import Record
 from rtd_jax.models.from_hf import resolve
 from rtd_jax.models.open import FloatDtype, WeightDtype
 from rtd_jax.steps.classifier import load_classifier
 from rtd_jax.steps.detector import Detector
 from rtd_jax.steps.select import classifier_folder
 from rtd_jax.teacher.cache import TeacherCache
-from rtd_jax.train.subjects import (
-    LoadedModel,
-    boundary_states,
-    cached_key,
-    cached_states,
-    load_model,
-    open_cache,
-    stage_checkpoint,
-)
+from rtd_jax.train.subjects import LoadedModel, load_model, stage_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +98,7 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
     check_writable(out)
     for path in (settings.teacher, settings.student):
         if stage_checkpoint(path) is None:
-            resolve(path)  # a misspelt name is said before minutes are spent on the other model
+            resolve(path)  # raises for a misspelt name before minutes are spent on the other model
     teacher, cache = None, None
     if settings.cache:
         teacher = load_model(settings.teacher, compute_dtype=settings.compute_dtype, weights=False)
@@ -120,23 +113,13 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
         traces, encoded = _in_cache(cache, settings.cache, traces, encoded, note)
 
     models = {"student": student} | ({"teacher": teacher} if settings.decode_teacher else {})
+    decoding = DecodingSettings(settings.max_new_tokens, settings.batch_size)
     evaluations: dict[str, Any] = {}
     records: dict[str, list[Record]] = {}
     for role, loaded in models.items():
-        evaluation, records[role] = evaluate_traces(
-            loaded.model,
-            loaded.params,
-            loaded.tokenizer,
-            traces,
-            text,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            rows=8,
-            row_length=512,
-            mesh=loaded.mesh,
-            note=note,
-            name=role,
-        )
+        evaluator = ChainEvaluator(loaded.tokenizer, text, decoding, mesh=loaded.mesh)
+        progress = decoding_notes(note, role)
+        evaluation, records[role] = evaluator(loaded.model, loaded.params, traces, progress=progress)
         evaluations[loaded.name if role == "student" else f"{loaded.name}, teacher"] = evaluation.to_dict()
 
     note(f"reading the reference chains with {'both models' if cache is None else 'the student'}")
@@ -147,18 +130,10 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
     maps, kind = _maps(settings, student, teacher, reference)
     note(f"projections: {kind}")
     texts = {"reference": measure(reference, maps, forced, failed, **options)}
-    own = [] if cache else readable(_own_chains(records["student"]), (student, teacher), text, note)
     if cache is not None:
         note("the student's own chains are not compared: no cache has the teacher's states on them")
-    if len(own) >= 2:
-        note("reading the student's own chains with both models")
-        indices, own_traces, labels = zip(*own, strict=True)
-        kept, own_encoded = _encode(own_traces, (student, teacher), text, 2 * settings.row_length, note)
-        chosen = [own_traces.index(trace) for trace in kept]
-        states = _states(settings, student, teacher, own_encoded)
-        own_maps, _ = _maps(settings, student, teacher, states)
-        own_failed = failed[[indices[i] for i in chosen]]
-        texts["own"] = measure(states, own_maps, [labels[i] for i in chosen], own_failed, **options)
+    else:
+        texts |= _own_section(settings, student, teacher, text, records["student"], note)
 
     both_fail = None
     if "teacher" in records:
@@ -184,6 +159,29 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
     write_report(out, report, examples)
     print_diagnosis(report, out)
     return out / "report.json"
+
+
+def _own_section(
+    settings: DiagnoseSettings,
+    student: LoadedModel,
+    teacher: LoadedModel,
+    text: TextFormat,
+    records: Sequence[Record],
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    """{"own": drift along the chains that the student wrote}; {} where fewer than two of them can be read."""
+    own = readable(_own_chains(records), (student, teacher), text, note)
+    if len(own) < 2:
+        return {}
+    note("reading the student's own chains with both models")
+    indices, traces, labels = zip(*own, strict=True)
+    kept, encoded = _encode(traces, (student, teacher), text, 2 * settings.row_length, note)
+    chosen = [traces.index(trace) for trace in kept]
+    states = _states(settings, student, teacher, encoded)
+    maps, _ = _maps(settings, student, teacher, states)
+    failed = np.array([not records[indices[i]]["correct"] for i in chosen])
+    options = {"resamples": settings.resamples, "seed": settings.seed}
+    return {"own": measure(states, maps, [labels[i] for i in chosen], failed, **options)}
 
 
 def text_format(settings: Any, *models: LoadedModel) -> TextFormat:
@@ -233,7 +231,10 @@ def _traces(settings: DiagnoseSettings) -> list[Trace]:
 def _cut(
     settings: DiagnoseSettings, teacher: LoadedModel, traces: list[Trace], note: Callable[[str], None]
 ) -> list[Trace]:
-    """The reference chains with the steps that a classifier finds, where one is named. The student's own are lines."""
+    """The reference chains, cut into steps by a classifier where the settings name one.
+
+    The student's own chains keep one step a line.
+    """
     folder = classifier_folder(settings.segmentation)
     if folder is None:
         return traces
@@ -272,7 +273,10 @@ def readable(
     text: TextFormat,
     note: Callable[[str], None],
 ) -> list[tuple[int, Trace, list[bool | None]]]:
-    """Those that every model's tokenizer can read: a poor student writes what another's vocabulary does not have."""
+    """The student's own chains that every model's tokenizer can encode.
+
+    A weak student may write what another model's vocabulary does not have.
+    """
     kept, reason = [], ""
     for item in own:
         try:
@@ -307,7 +311,7 @@ def _in_cache(
 
 
 def _own_chains(records: Sequence[Record]) -> list[tuple[int, Trace, list[bool | None]]]:
-    """(problem, what the student wrote as a chain, whether each step is right), where it wrote any step."""
+    """The student's solutions as chains, where they have steps: (index of the problem, chain, is each step right)."""
     found = []
     for i, record in enumerate(records):
         steps = [" ".join(step.split()) for step in record["completions"]]
@@ -315,7 +319,8 @@ def _own_chains(records: Sequence[Record]) -> list[tuple[int, Trace, list[bool |
             labels: list[bool | None] = [None] * len(steps)
             if record["steps_right"]:
                 labels = results_right(steps, record["reference"])[0]
-            found.append((i, Trace(record["prompt"], tuple(steps), "", record["final"], f"generation {i + 1}"), labels))
+            trace = Trace.of_steps(record["prompt"], steps, "", record["final"], f"generation {i + 1}")
+            found.append((i, trace, labels))
     return found
 
 
@@ -337,7 +342,7 @@ def _states(
 def _maps(
     settings: DiagnoseSettings, student: LoadedModel, teacher: LoadedModel, states: BoundaryStates
 ) -> tuple[tuple[Sequence[Map], Sequence[Map]], str]:
-    """(f, g) for each chain, and where they come from."""
+    """The maps (f, g) of each chain from the student's to the teacher's width, and a sentence on their origin."""
     count = len(states.mask_CK)
     layers = (
         student.model.config.layer_index(settings.student_layer),
@@ -371,7 +376,7 @@ def _described(loaded: LoadedModel, layer: int) -> dict[str, Any]:
 
 
 def _source(cache: TeacherCache | None) -> dict[str, str]:
-    """Where the teacher's states came from, where it was not run."""
+    """The storage of the cached states, where the teacher was not run."""
     if cache is None:
         return {}
     return {"cache": f"{cache.identity.teacher_dtypes}, states stored as {cache.identity.states}"}

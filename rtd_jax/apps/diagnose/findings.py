@@ -1,11 +1,10 @@
-"""What a diagnosis finds in the states of two models, and what it says about it."""
+"""The verdict of a diagnosis, and the article's numbers that are shown beside it."""
 
 from typing import Any
 
 import numpy as np
 
 from rtd_jax.apps.report import article
-from rtd_jax.eval.drift import measure as measure  # what a diagnosis rests on
 
 # What the article reports; drawn beside what is measured, never mixed with it.
 ARTICLE = {"cka": {str(step): value for step, value in article.CKA.items()}, "auroc": article.AUROC}

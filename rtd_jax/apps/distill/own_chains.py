@@ -19,7 +19,7 @@ from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.formats import stop_token_ids
 from rtd_jax.data.packing import fixed_batches
-from rtd_jax.eval.decoding import Sampling, generate
+from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate
 from rtd_jax.losses.policy import Rollouts, of_tokens, step_advantages, token_log_probs
 from rtd_jax.teacher.reward_head import make_step_reader, step_logits
 from rtd_jax.train.curriculum import Stage
@@ -54,12 +54,14 @@ def make_sampler(experiment: Experiment) -> Sampler:
             experiment.student,
             state.params["student"],
             prompts,
-            max_new_tokens=settings.max_new_tokens,
-            eos_ids=stop_ids,
-            vocab_size=experiment.vocab_size,
-            batch_size=-(-settings.batch_size // ways) * ways,
-            pad_id=experiment.tokenizer.pad_token_id or 0,
-            sampling=Sampling(settings.temperature),
+            GenerateSettings(
+                max_new_tokens=settings.max_new_tokens,
+                eos_ids=stop_ids,
+                vocab_size=experiment.vocab_size,
+                batch_size=-(-settings.batch_size // ways) * ways,
+                pad_id=experiment.tokenizer.pad_token_id or 0,
+                sampling=Sampling(settings.temperature),
+            ),
             streams=[first + i for i in range(len(prompts))],
             batch_sharding=row_sharding(experiment.mesh),
         )

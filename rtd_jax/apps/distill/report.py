@@ -1,98 +1,44 @@
 """The end of a run: evaluation of a model in the recipe's text form, and the tables a person reads."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.apps.distill.prepare import Experiment
-from rtd_jax.apps.report.page import write_report
+from rtd_jax.apps.report.page import percent, write_report
 from rtd_jax.base.console import print_table
-from rtd_jax.base.sharding import host_share, put_batch, row_sharding, row_ways, to_host
+from rtd_jax.base.sharding import host_share, put_batch, to_host
 from rtd_jax.base.types import Params
-from rtd_jax.data.formats import TextFormat, render, stop_token_ids
 from rtd_jax.data.packing import fixed_batches
-from rtd_jax.data.trace import Trace
 from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure
-from rtd_jax.eval.evaluate import EvaluationReport, Record, evaluate_model
+from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, first_of_each_depth
+from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.methods.maps import state_map, transition_map
 from rtd_jax.methods.term import Setup
-from rtd_jax.models.model import LlamaModel
 from rtd_jax.train.update import make_boundary_reader
 
-
-def evaluate_traces(
-    model: LlamaModel,
-    params: Params,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Trace],
-    text: TextFormat,
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    rows: int,
-    row_length: int,
-    mesh: Mesh,
-    note: Callable[[str], None],
-    name: str,
-) -> tuple[EvaluationReport, list[Record]]:
-    """Free-running and teacher-forced evaluation; `note` gets a progress line for each batch of problems."""
-    ways = row_ways(mesh)
-
-    def progress(done: int, total: int) -> None:
-        note(f"{name}: {done} of {total} problems decoded")
-
-    return evaluate_model(
-        model,
-        params,
-        tokenizer,
-        problems,
-        render=lambda trace: render(tokenizer, trace.prompt, trace.completion, text),
-        stop_ids=stop_token_ids(tokenizer, text),
-        max_new_tokens=max_new_tokens,
-        text_format=text.kind,
-        batch_size=-(-batch_size // ways) * ways,
-        scoring_batch_size=-(-rows // ways) * ways,
-        batch_sharding=row_sharding(mesh),
-        row_length=row_length,
-        progress=progress,
-    )
+RESAMPLES = 200  # for the intervals of the drift section
 
 
-def evaluate_in(
-    experiment: Experiment,
-    model: LlamaModel,
-    params: Params,
-    problems: Sequence[Trace],
-    note: Callable[[str], None] = lambda _: None,
-    name: str = "",
-) -> tuple[EvaluationReport, list[Record]]:
-    """`evaluate_traces` with a run's settings."""
+def make_evaluator(experiment: Experiment) -> ChainEvaluator:
+    """What evaluates models in the recipe's form of text."""
     recipe = experiment.recipe
-    return evaluate_traces(
-        model,
-        params,
+    return ChainEvaluator(
         experiment.tokenizer,
-        problems,
         recipe.data.text,
-        max_new_tokens=recipe.evaluation.max_new_tokens,
-        batch_size=recipe.evaluation.batch_size,
-        rows=recipe.rows_at_once,
-        row_length=recipe.data.row_length,
-        mesh=experiment.mesh,
-        note=note,
-        name=name,
+        DecodingSettings(recipe.evaluation.max_new_tokens, recipe.evaluation.batch_size),
+        ScoringSettings(recipe.data.row_length, recipe.rows_at_once),
+        experiment.mesh,
     )
 
 
-def drift_section(experiment: Experiment, params: Params, resamples: int = 200) -> dict[str, Any]:
+def drift_section(experiment: Experiment, params: Params) -> dict[str, Any]:
     """Does the student leave the teacher's trajectory? On validation chains, whose states a cache has too.
 
-    What `evaluation.drift.measure` says: CKA and cosines by step, and whether the cosine of a transition tells right
+    What `rtd_jax.eval.drift.measure` says: CKA and cosines by step, and whether the cosine of a transition tells right
     steps and chains from wrong ones. What is right is the student's own: steps under teacher forcing, chains by
     free-running decoding. f and g are the run's own where its loss trained them; else linear maps fitted on one half of
     the chains and used on the other.
@@ -101,7 +47,7 @@ def drift_section(experiment: Experiment, params: Params, resamples: int = 200) 
     problems = first_of_each_depth(split.traces, recipe.evaluation.drift_problems)
     place = {id(trace): i for i, trace in enumerate(split.traces)}
     chains = [split.encoded[place[id(trace)]] for trace in problems]
-    _, records = evaluate_in(experiment, experiment.student, params["student"], problems)
+    _, records = make_evaluator(experiment)(experiment.student, params["student"], problems)
     setup = Setup(experiment.student.config, experiment.teacher_config, experiment.vocab_size)
     read = make_boundary_reader(experiment.student, experiment.teacher, recipe.loss.matched_layers(setup))
     share, shape = host_share(experiment.mesh), (recipe.rows_at_once, recipe.data.row_length, 1)
@@ -127,20 +73,10 @@ def drift_section(experiment: Experiment, params: Params, resamples: int = 200) 
         (maps["f"], maps["g"]),
         [record["teacher_forced"] for record in records],
         np.array([not record["correct"] for record in records]),
-        resamples=resamples,
+        resamples=RESAMPLES,
         seed=0,
     )
     return found | {"maps": {name: "the run's own" if is_own else "fitted" for name, is_own in trained.items()}}
-
-
-def first_of_each_depth(traces: Sequence[Trace], count: int) -> list[Trace]:
-    """The first `count` problems of each depth, shallow first."""
-    chosen: dict[int, list[Trace]] = {}
-    for trace in traces:
-        group = chosen.setdefault(trace.depth, [])
-        if len(group) < count:
-            group.append(trace)
-    return [trace for depth in sorted(chosen) for trace in chosen[depth]]
 
 
 def print_report(report: dict[str, Any], workdir: Path) -> None:
@@ -152,8 +88,7 @@ def print_report(report: dict[str, Any], workdir: Path) -> None:
         row = [depth]
         for metric in ("chain_accuracy", "step_accuracy"):
             for name in names:
-                estimate = report[name][metric].get(depth)
-                row.append("-" if estimate is None else percent(estimate))
+                row.append(percent(report[name][metric].get(depth)))
         rows.append(row)
     columns = ["depth", *(f"{name} {metric}" for metric in ("chain %", "step %") for name in names)]
     print_table("Accuracy by reasoning depth (± one standard error)", columns, rows)
@@ -186,8 +121,3 @@ def write_page(report: dict[str, Any], workdir: Path) -> None:
         shown["texts"] = {"reference": report["drift"]}
     examples = [record for record in records if record["model"] == "student"]
     write_report(workdir, shown, examples, workdir / "metrics.jsonl")
-
-
-def percent(estimate: Mapping[str, Any]) -> str:
-    error = estimate["stderr"]
-    return f"{100 * estimate['mean']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")

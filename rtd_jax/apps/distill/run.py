@@ -9,12 +9,13 @@ from typing import Any
 import jax
 
 from rtd_jax.apps.distill.prepare import Experiment, prepare
-from rtd_jax.apps.distill.report import drift_section, evaluate_in, first_of_each_depth, print_report, write_page
+from rtd_jax.apps.distill.report import drift_section, make_evaluator, print_report, write_page
 from rtd_jax.apps.distill.stages import Run, Sinks, run_stages
 from rtd_jax.base.console import Display
 from rtd_jax.base.files import check_writable, write_json, write_jsonl
 from rtd_jax.base.types import Params
 from rtd_jax.data.sources import load_traces
+from rtd_jax.eval.evaluate import decoding_notes, first_of_each_depth
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_meta, restore_state
@@ -126,8 +127,9 @@ def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path)
     if recipe.evaluation.teacher and experiment.teacher is not None:  # a cache cannot write solutions
         models["teacher"] = (experiment.teacher, experiment.teacher_params)
     generations: list[dict[str, Any]] = []
+    evaluator = make_evaluator(experiment)
     for name, (model, params) in models.items():
-        result, records = evaluate_in(experiment, model, params, problems, display.note, name)
+        result, records = evaluator(model, params, problems, progress=decoding_notes(display.note, name))
         report[name] = result.to_dict()
         for key in ("chain_accuracy", "step_accuracy", "perplexity"):
             report[key][name] = report[name][key]

@@ -8,7 +8,7 @@ from typing import Any
 
 from rtd_jax.apps.distill.own_chains import Sampler, make_sampler
 from rtd_jax.apps.distill.prepare import Experiment
-from rtd_jax.apps.distill.report import evaluate_in, first_of_each_depth
+from rtd_jax.apps.distill.report import make_evaluator
 from rtd_jax.base.console import Display
 from rtd_jax.base.means import Mean, Metrics
 from rtd_jax.base.sharding import host_share, put_batch
@@ -17,6 +17,7 @@ from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.loader import BatchLoader, make_loader
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.trace import Trace
+from rtd_jax.eval.evaluate import first_of_each_depth
 from rtd_jax.train.calibration import make_self_comparison, mean_over
 from rtd_jax.train.checkpoints import Checkpoints
 from rtd_jax.train.clock import Clock
@@ -219,7 +220,7 @@ def _midrun_evaluation(experiment: Experiment, run: Run, sinks: Sinks) -> dict[s
     """Chain and step accuracy of the student, by depth, on validation problems; and when that was."""
     seconds, update = run.seconds(sinks.clock), int(run.state.step)
     problems = first_of_each_depth(experiment.validation.traces, experiment.recipe.evaluation.curve_problems)
-    result, _ = evaluate_in(experiment, experiment.student, run.state.params["student"], problems)
+    result, _ = make_evaluator(experiment)(experiment.student, run.state.params["student"], problems)
     tables = {"chain_accuracy": result.chain_accuracy, "step_accuracy": result.step_accuracy}
     means = {name: {depth: found.value for depth, found in table.items()} for name, table in tables.items()}
     return {"update": update, "seconds": round(seconds, 3), **means}

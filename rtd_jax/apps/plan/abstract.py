@@ -1,4 +1,4 @@
-"""A recipe's train state, teacher and batch as shapes with shardings: everything but the numbers."""
+"""A recipe's train state, teacher and batch as shapes with shardings. Nothing is allocated."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +23,13 @@ from rtd_jax.train.student import student_config, student_model
 from rtd_jax.train.update import TeacherSource, make_train_step
 
 ARCHITECTURES = Path(__file__).resolve().parents[2] / "bundled" / "architectures.json"
-MAX_BOUNDARIES = 17  # slots of a chain where the data are not there to be counted: 16 steps and the prompt's end
+MAX_BOUNDARIES = 17  # boundary slots of a chain: 16 steps and the prompt's end. A real run counts them in the data
 
 
 class Abstract(NamedTuple):
-    """A training step and its arguments, none of them allocated."""
+    """A jitted update and the shapes of its arguments."""
 
-    teacher: LlamaModel | None  # None where its outputs are read from a cache
+    teacher: LlamaModel | None  # None where the teacher's outputs are read from a cache
     teacher_config: LlamaConfig
     student: LlamaModel
     vocab_size: int
@@ -37,14 +37,14 @@ class Abstract(NamedTuple):
     state: TrainState
     source: TeacherSource
     batch: Batch
-    step: Any  # a TrainStep, as jit made it
+    step: Any  # a jitted TrainStep
 
 
 def architecture(path: str) -> LlamaConfig:
-    """Sizes of a checkpoint: from its folder if it is here, else by its hub name from the table that is bundled.
+    """Sizes of a checkpoint, read from its folder if that is here, else looked up by hub name in the bundled table.
 
     Raises:
-      ValueError: neither; names the models of the table.
+      ValueError: neither the folder nor the name is known; names the models of the table.
     """
     if (Path(path).expanduser() / "config.json").is_file():
         return load_config(Path(path).expanduser())
@@ -58,12 +58,12 @@ def architecture(path: str) -> LlamaConfig:
 
 
 def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:
-    """The step that `launch/train.py` would run on this mesh, with its arguments as shapes.
+    """The update that `launch/train.py` would run on this mesh, with its arguments as shapes.
 
-    With `teacher.cache` it is the step that takes the teacher's outputs; the folder need not be there.
+    With `teacher.cache` it is the update that takes the teacher's outputs; the cache's folder need not exist.
 
     Raises:
-      ValueError: sizes that are not known, or rows that the mesh does not divide.
+      ValueError: the models' sizes are not known, or the mesh does not divide the rows.
     """
     if recipe.loss.reward_weight:
         raise ValueError(

@@ -1,10 +1,12 @@
-"""Does a recipe fit on the hardware, what does an update cost, and what binds?"""
+"""Whether a recipe fits on given hardware, what an update costs there, and which resource limits its speed."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,35 +14,46 @@ import jax.numpy as jnp
 
 from rtd_jax.apps.plan.abstract import Abstract, abstract_step
 from rtd_jax.apps.plan.program import Hlo, Memory, matmul_flops, memory
-from rtd_jax.apps.plan.targets import Target
+from rtd_jax.apps.plan.targets import Target, find_target, prepare_backends
 from rtd_jax.base.console import print_table
+from rtd_jax.base.files import write_json
 from rtd_jax.base.sharding import make_mesh, row_sharding
-from rtd_jax.eval.decoding import PROMPT_BUCKET, greedy
+from rtd_jax.eval.decoding import PROMPT_MULTIPLE, greedy
 from rtd_jax.methods.term import reads_of
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.update import make_term_eval
 
 GIB = 2**30
-# Share of a step's time that is left when the binding resource is never idle; what large runs report at best.
+# The limiting resource is never busy all the time. This is the share of its data-sheet rate that large runs reach at
+# best.
 ACHIEVABLE = 0.55
 
 
 @dataclass(frozen=True)
+class PlanSettings:
+    """The hardware that a recipe is planned for."""
+
+    target: str = "a100-80gb:8"  # hardware and how much of it; also tpu-v5p:2x2x2, tpu-v6e:4x4, h100-80gb:8, cpu:8
+    dollars_per_device_hour: float | None = None  # price of a device; an assumed one where it is not given
+    json: str = ""  # file into which the numbers are written, too; "" writes none
+
+
+@dataclass(frozen=True)
 class Plan:
-    """One compiled program on one device of the target, and its costs per call."""
+    """One program, compiled for one device of the target, with what a call of it costs."""
 
     program: str
     compile_seconds: float
     memory: Memory
-    resident: float  # bytes per device of what the run holds besides the program's arguments
+    resident: float  # bytes per device that the run keeps in memory besides the program's arguments
     flops: float  # matrix products, per device
     bytes_moved: float  # per device
-    collective_bytes: dict[str, float]  # by kind, results on one device
-    wire_bytes: float  # what a device has to send or receive for them
+    collective_bytes: dict[str, float]  # size of the collectives' results on one device, by kind of collective
+    wire_bytes: float  # bytes that a device sends or receives for these collectives
 
     def seconds(self, target: Target) -> dict[str, float]:
-        """Time that each resource alone would need, at its data-sheet rate."""
+        """Seconds of a call if each resource were the only limit, at its data-sheet rate."""
         chip = target.chip
         return {
             "arithmetic": self.flops / chip.flops,
@@ -50,7 +63,7 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Most bytes in use on a device while the program runs."""
+        """Largest number of bytes in use on a device while the program runs."""
         return self.memory.peak + self.resident
 
     def fits(self, target: Target) -> bool:
@@ -59,27 +72,28 @@ class Plan:
 
 @dataclass(frozen=True)
 class Plans:
-    """All programs of a recipe on a target, and what an update would cost if nothing were wasted."""
+    """All programs of a recipe on a target, and the arithmetic that an update needs at least."""
 
     programs: dict[str, Plan]
-    updates: dict[str, Plan]  # "online" and "cached": the update with either teacher, the recipe's own among them
-    ideal_flops: float  # of an update, over all devices
-    flops_without_remat: float  # of the same update if nothing were recomputed, over all devices
-    host_bytes: float  # per device, of what the recipe keeps in host memory; see `_host_bytes`
+    updates: dict[str, Plan]  # the update with the teacher "online" and "cached"; one of them is the recipe's own
+    ideal_flops: float  # that an update needs at least, over all devices; see `ideal_flops`
+    flops_without_remat: float  # of the compiled update if it recomputed nothing, over all devices
+    host_bytes: float  # bytes per device that the recipe keeps in host memory; see `_host_bytes`
 
 
 def plan(recipe: Recipe, target: Target, note: Callable[[str], None]) -> Plans:
-    """Compiles the recipe's update, validation and decoding for the target, and the update with the teacher's outputs
-    from the other source, online or cached.
+    """Compiles the recipe's update, validation and decoding for the target.
+
+    The update is compiled twice where the method allows it: with the teacher online and with its outputs from a cache.
 
     Raises:
-      ValueError: the recipe's mesh or batch does not suit the number of devices, or sizes are not known.
+      ValueError: the recipe's mesh or batch does not suit the number of devices, or the models' sizes are not known.
     """
     mesh = make_mesh(recipe.mesh, target.devices)
     abstract = abstract_step(recipe, mesh)
     yardstick = abstract.objective.yardstick
     assert yardstick is not None
-    # Validation takes a micro-batch's rows at once.
+    # A validation batch has as many rows as a micro-batch.
     few = abstract_step(dataclasses.replace(recipe, batch_size=recipe.rows_at_once, micro_batches=1), mesh)
     decoder = "student" if abstract.teacher is None else "teacher"
     programs: dict[str, tuple[Any, tuple, dict]] = {
@@ -97,7 +111,7 @@ def plan(recipe: Recipe, target: Target, note: Callable[[str], None]) -> Plans:
         plans[name] = _compile(name, *program, _resident(abstract, program[1]), len(target.devices))
     own, other = ("online", "cached") if abstract.teacher is not None else ("cached", "online")
     updates = {own: plans["update"]}
-    if not reads_of(abstract.objective.terms).teacher_tokens:  # methods that no cache serves
+    if not reads_of(abstract.objective.terms).teacher_tokens:  # a cache has no states at every token
         note(f"compiling update with the teacher {other}")
         cache = "" if other == "online" else "planned"
         elsewhere = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, cache=cache))
@@ -116,11 +130,11 @@ def _update(recipe: Recipe, abstract: Abstract) -> tuple[Any, tuple, dict]:
 
 
 def ideal_flops(recipe: Recipe, teacher: LlamaConfig | None, student: LlamaConfig) -> float:
-    """Multiply-adds (times two) of an update that wastes nothing, over all devices.
+    """FLOPs that an update needs at least, over all devices; a multiply-add counts as two.
 
-    Teacher: forward only, 2 per weight and token; none where it is cached. Student: forward and backward, 6. Attention
-    as Chowdhery et al. 2022 (PaLM, appendix B) count it: 4 layers heads head_dim length per token and forward pass,
-    causality not discounted.
+    The teacher runs forward only, with 2 FLOPs per weight and token, and not at all where it is cached. The student
+    runs forward and backward, with 6. Attention is counted as by Chowdhery et al. 2022 (PaLM, appendix B): 4 x layers x
+    heads x head_dim x length per token and forward pass. That the causal mask saves half of it is not counted.
     """
     length = recipe.data.row_length
     tokens = recipe.batch_size * length
@@ -137,7 +151,7 @@ def _forward_flops(config: LlamaConfig, length: int) -> float:
 def _decoding(recipe: Recipe, abstract: Abstract) -> tuple[Any, tuple, dict]:
     mesh = jax.tree.leaves(abstract.batch)[0].sharding.mesh
     batch, new_tokens = recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens
-    prompt = -(-max(1, recipe.data.row_length - new_tokens) // PROMPT_BUCKET) * PROMPT_BUCKET
+    prompt = -(-max(1, recipe.data.row_length - new_tokens) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     rows = row_sharding(mesh)
     cached = abstract.teacher is None
     arguments = (
@@ -152,9 +166,9 @@ def _decoding(recipe: Recipe, abstract: Abstract) -> tuple[Any, tuple, dict]:
 
 
 def _host_bytes(recipe: Recipe, abstract: Abstract) -> float:
-    """Bytes per device that lie in host memory when the recipe runs, where the plans count them as on the device.
+    """Bytes per device that are in host memory when the recipe runs, although the plans count them as device memory.
 
-    GPUs that can only be compiled for have no host memory; TPUs that are not here do.
+    This concerns GPUs: compiling for a GPU that is not here knows no host memory. Compiling for a TPU does.
     """
     moments = abstract.state.opt_state if recipe.optimizer.offload else ()
     layers = abstract.source["layers"] if recipe.teacher.offload and isinstance(abstract.source, dict) else ()
@@ -168,9 +182,9 @@ def _bytes_on_device(leaf: jax.ShapeDtypeStruct) -> float:
 
 
 def _resident(abstract: Abstract, arguments: tuple) -> float:
-    """Bytes per device of weights and optimizer state that stay in memory and are not among the arguments."""
+    """Bytes per device of weights and optimizer state that stay in memory but are not among a program's arguments."""
     given = {id(leaf) for leaf in jax.tree.leaves(arguments)}
-    teacher = () if abstract.teacher is None else abstract.source  # outputs from a cache go with their batch
+    teacher = () if abstract.teacher is None else abstract.source  # cached outputs are dropped with their batch
     held = jax.tree.leaves((abstract.state, teacher))
     on_device = [leaf for leaf in held if leaf.sharding.memory_kind != "pinned_host"]
     return sum(_bytes_on_device(leaf) for leaf in on_device if id(leaf) not in given)
@@ -200,7 +214,7 @@ def _compile(name: str, function: Any, arguments: tuple, options: dict, resident
 
 
 def _wire_bytes(kind: str, result: float, devices: int) -> float:
-    """What one device sends for a collective with such a result, by the usual ring algorithms."""
+    """Bytes that one device sends for a collective whose result has `result` bytes, by the usual ring algorithms."""
     others = devices - 1
     match kind:
         case "all-reduce":
@@ -213,7 +227,7 @@ def _wire_bytes(kind: str, result: float, devices: int) -> float:
 
 
 def print_plan(recipe: Recipe, target: Target, found: Plans) -> None:
-    """The tables a person reads, and the verdict."""
+    """Prints the plan as tables, and the verdict."""
     plans, ideal = found.programs, found.ideal_flops
     chip, devices = target.chip, len(target.devices)
     rows = [
@@ -263,13 +277,13 @@ def print_plan(recipe: Recipe, target: Target, found: Plans) -> None:
     if found.host_bytes:
         print(
             f"kept in host memory: {found.host_bytes / GIB:.1f} GiB per device. The compiler for GPUs that are not "
-            "here knows no host memory, so all of it is counted above; the true peak lies up to that much lower"
+            "here knows no host memory, so all of it is counted above; the true peak is lower by up to that much"
         )
     print(verdict(recipe, target, plans))
 
 
 def _print_sources(target: Target, updates: dict[str, Plan]) -> None:
-    """The update with the teacher online and cached, side by side."""
+    """Prints what the update costs with the teacher online and cached, side by side."""
     online, cached = updates["online"], updates["cached"]
     seconds = {name: max(update.seconds(target).values()) for name, update in updates.items()}
 
@@ -294,7 +308,7 @@ def _print_sources(target: Target, updates: dict[str, Plan]) -> None:
 
 
 def verdict(recipe: Recipe, target: Target, plans: dict[str, Plan]) -> str:
-    """Fits or not; and if not, the first thing to change."""
+    """Says whether all programs fit, and if not, the first setting to change."""
     too_large = [name for name, p in plans.items() if not p.fits(target)]
     if not too_large:
         spare = min(target.chip.memory - p.peak for p in plans.values())
@@ -307,6 +321,7 @@ def verdict(recipe: Recipe, target: Target, plans: dict[str, Plan]) -> str:
 
 
 def _knob(recipe: Recipe, target: Target, worst: Plan) -> str:
+    """The setting that frees the most memory at the least cost, as a flag with its new value."""
     room = target.chip.memory - worst.memory.arguments
     if room < 0.25 * target.chip.memory and recipe.teacher.param_dtype != "int8" and not recipe.teacher.cache:
         return "--config.teacher.param_dtype=int8, which halves the teacher"
@@ -324,7 +339,7 @@ def _knob(recipe: Recipe, target: Target, worst: Plan) -> str:
 
 
 def to_json(target: Target, found: Plans) -> dict[str, Any]:
-    """The same numbers for programs."""
+    """The plan as JSON: the numbers that `print_plan` shows."""
     plans = found.programs
     return {
         "target": target.name,
@@ -335,3 +350,20 @@ def to_json(target: Target, found: Plans) -> dict[str, Any]:
         "programs": {name: dataclasses.asdict(p) | {"seconds": p.seconds(target)} for name, p in plans.items()},
         "updates": {name: dataclasses.asdict(p) | {"seconds": p.seconds(target)} for name, p in found.updates.items()},
     }
+
+
+def show_plan(recipe: Recipe, settings: PlanSettings) -> None:
+    """Plans a recipe, prints what was found, and writes it where `settings` say.
+
+    Raises:
+      ValueError: what `find_target` and `plan` raise.
+    """
+    prepare_backends(settings.target)
+    target = find_target(settings.target)
+    if settings.dollars_per_device_hour is not None:
+        chip = dataclasses.replace(target.chip, dollars=settings.dollars_per_device_hour)
+        target = dataclasses.replace(target, chip=chip)
+    found = plan(recipe, target, functools.partial(print, flush=True))
+    print_plan(recipe, target, found)
+    if settings.json:
+        write_json(Path(settings.json), to_json(target, found))

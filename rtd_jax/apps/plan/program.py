@@ -1,8 +1,8 @@
-"""What a compiled program does: memory, arithmetic, bytes, collectives. Loops are counted as often as they run.
+"""What a compiled program costs: memory, arithmetic, bytes moved and collectives.
 
-XLA's own cost analysis counts the body of a loop once, and the A100 compiler gives none at all; a scanned Llama of 80
-layers would look like one of a single layer. So arithmetic is counted in the jaxpr, where scans have lengths, and bytes
-and collectives in the optimised HLO, where loops have known trip counts.
+XLA's own cost analysis counts the body of a loop once, and the A100 compiler gives no analysis at all; a scanned Llama
+of 80 layers would look like one of a single layer. Here every loop counts as often as it runs: arithmetic is counted in
+the jaxpr, where scans have lengths, and bytes and collectives in the optimised HLO, where loops have trip counts.
 """
 
 import math
@@ -16,7 +16,8 @@ from jax.extend import core
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4}
 BYTES |= {"u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Moves no bytes of its own: names, tuples, control flow (whose bodies are counted), and the second halves of pairs.
+# Instructions that move no bytes themselves: names, tuples, control flow (whose bodies are counted), and the second
+# halves of asynchronous pairs.
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"}
 _FREE |= {"partition-id", "replica-id", "iota", "opt-barrier", "async-done", "async-update", "copy-done"}
 
@@ -32,9 +33,7 @@ class Memory:
     arguments: int
     temporaries: int
     output: int
-    peak: (
-        int  # as the compiler has it, where it says; else arguments + temporaries + what of the output is not in place
-    )
+    peak: int  # by the compiler, where it says; else arguments + temporaries + output that reuses no argument
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Collective:
 
 
 def memory(compiled: Any) -> Memory:
-    """Of a `jax.stages.Compiled`."""
+    """Memory of a `jax.stages.Compiled`."""
     stats = compiled.memory_analysis()
     total = stats.argument_size_in_bytes + stats.temp_size_in_bytes
     total += stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -57,9 +56,9 @@ def memory(compiled: Any) -> Memory:
 
 
 def matmul_flops(jaxpr: core.Jaxpr) -> float:
-    """Multiply-adds of all matrix products, times two, over all devices; scans times their length.
+    """FLOPs of all matrix products, over all devices; a multiply-add counts as two, a scan as often as it runs.
 
-    The body of a `while` of unknown length is counted once: decoding is planned token by token.
+    The body of a `while` of unknown length counts once, so decoding is planned per token.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -70,7 +69,7 @@ def matmul_flops(jaxpr: core.Jaxpr) -> float:
             total += 2.0 * math.prod(result.shape) * math.prod(lhs.shape[axis] for axis in contracted)
         repeat = equation.params["length"] if equation.primitive.name == "scan" else 1
         inner = [matmul_flops(sub) for sub in _subjaxprs(equation.params)]
-        # Of a conditional's branches one runs; the dearest stands for them.
+        # One branch of a conditional runs; the most expensive one is counted.
         total += repeat * (max(inner, default=0.0) if equation.primitive.name == "cond" else sum(inner))
     return total
 
@@ -102,7 +101,7 @@ class _Instruction:
 
 
 class Hlo:
-    """Optimised HLO text, read once."""
+    """Optimised HLO, parsed from its text."""
 
     def __init__(self, text: str):
         self._computations: dict[str, list[_Instruction]] = {}
@@ -120,7 +119,7 @@ class Hlo:
         self._count(self._entry, 1)
 
     def _count(self, computation: str, times: int) -> None:
-        """How often each computation runs that is not the inside of a fusion."""
+        """Counts how often each computation runs, except those inside of fusions."""
         self._times[computation] += times
         for instruction in self._computations.get(computation, []):
             if instruction.opcode == "while":
@@ -146,7 +145,7 @@ class Hlo:
     def bytes_moved(self) -> float:
         """Bytes read and written on one device: operands and results of every instruction that is not inside a fusion.
 
-        A fusion or slice that reads a part of its operand is charged with the part.
+        Where a fusion or slice reads only a part of an operand, that part is counted.
         """
         total = 0.0
         for computation, times in self._times.items():
@@ -170,7 +169,7 @@ class Hlo:
         inside = self._computations.get(body, [])
         total = shape_bytes(instruction.shape)
         updated = [i for i in inside if i.opcode == "dynamic-update-slice"]
-        if updated:  # in place: the rest of the result is not touched
+        if updated:  # the update is in place: the rest of the result is not written
             total = sum(2 * shape_bytes(self._shapes.get(i.operands[1], "")) for i in updated)
         in_place = {i.operands[0] for i in updated}
         for parameter in (i for i in inside if i.opcode == "parameter"):
@@ -194,7 +193,7 @@ def shape_bytes(shape: str) -> float:
 
 
 def _result(instruction: _Instruction) -> str:
-    """The shape a collective delivers; a `-start` carries its operands in the tuple as well."""
+    """Shape of a collective's result. The tuple of a `-start` instruction has the operands as well."""
     shapes = [f"{dtype}[{sizes}]" for dtype, sizes in _SHAPE.findall(instruction.shape)]
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         shapes = shapes[len(shapes) // 2 :]

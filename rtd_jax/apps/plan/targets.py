@@ -1,7 +1,7 @@
-"""Hardware by name, as devices that can be compiled for and not run on.
+"""Hardware by name, as devices that programs can be compiled for but not run on.
 
 `a100-80gb:8` and the like need the wheels of jax's GPU plugin, `tpu-..` those of libtpu; neither needs a driver or a
-chip. Rates are the vendors' data sheets', dense, without sparsity. Prices are assumed, for orders of magnitude.
+chip. Rates are from the vendors' data sheets, without sparsity. Prices are assumed, and right in order of magnitude.
 """
 
 import os
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 from jax.experimental import topologies
 
-# XLA's GpuTargetConfig; what a driver would say of the card.
+# XLA's GpuTargetConfig: what a driver would report about the card.
 _GPU_CONFIG = """
 gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
 shared_memory_per_core: {shared_per_core} threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: {fpus}
@@ -37,7 +37,7 @@ class Chip:
 
 @dataclass(frozen=True)
 class Target:
-    """Devices to compile for, in mesh order, and what each can do."""
+    """Devices to compile for, in mesh order, and what each of them can do."""
 
     name: str
     chip: Chip
@@ -48,7 +48,7 @@ A100 = Chip(memory=80 * 2**30 * 0.97, flops=312e12, bandwidth=2.039e12, link=300
 H100 = Chip(memory=80 * 2**30 * 0.97, flops=989e12, bandwidth=3.35e12, link=450e9, dollars=6.90)
 _V5P = Chip(memory=95 * 2**30, flops=459e12, bandwidth=2.765e12, link=600e9, dollars=4.20)
 _V6E = Chip(memory=32 * 2**30, flops=918e12, bandwidth=1.64e12, link=448e9, dollars=2.70)
-# A laptop, for tests and for looking at programs: the numbers only order of magnitude.
+# A laptop, for tests and for looking at programs. The numbers give the order of magnitude only.
 _CPU = Chip(memory=16 * 2**30, flops=1e11, bandwidth=2e10, link=1e10, dollars=0.0)
 
 _A100_CONFIG = {
@@ -78,10 +78,10 @@ _H100_CONFIG = {
 
 
 def find_target(text: str) -> Target:
-    """`kind:size` -> devices: "a100-80gb:8", "h100-80gb:8", "tpu-v5p:2x2x2", "tpu-v6e:4x4", "cpu:8".
+    """The devices of a name `kind:size`: "a100-80gb:8", "h100-80gb:8", "tpu-v5p:2x2x2", "tpu-v6e:4x4", "cpu:8".
 
     Raises:
-      ValueError: an unknown kind, a size of another form, or the compiler for it is not installed.
+      ValueError: the kind is unknown, the size has another form, or the compiler for the kind is not installed.
     """
     kind, _, size = text.partition(":")
     if kind not in _KINDS:
@@ -136,9 +136,9 @@ _KINDS: dict[str, tuple[Chip, str, Callable[[str], list[jax.Device]]]] = {
 
 
 def prepare_backends(text: str) -> None:
-    """Keeps jax to the CPU, and tells the plugins that there is no driver. Call it before using jax.
+    """Makes jax use the CPU only, and tells the plugins that there is no driver. Call it before using jax.
 
-    Compilers are asked through their plugins, which needs no backend; a TPU backend would look for a chip and fail.
+    Compilers are called through their plugins, which needs no backend; a TPU backend would look for a chip and fail.
     """
     kind, _, size = text.partition(":")
     jax.config.update("jax_platforms", "cpu")

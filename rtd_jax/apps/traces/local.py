@@ -8,7 +8,7 @@ import jax
 from rtd_jax.apps.traces.requests import JaxSettings, Record, Reply, Request, SamplingSettings, before_stop
 from rtd_jax.base.sharding import make_mesh, row_sharding, row_ways
 from rtd_jax.data.formats import TextFormat, render, stop_token_ids
-from rtd_jax.eval.decoding import Sampling, generate
+from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate
 from rtd_jax.models.open import ModelSettings, open_model
 
 
@@ -59,12 +59,14 @@ class JaxBackend:
                 teacher.model,
                 teacher.params,
                 [prompts[i] for i in rows],
-                max_new_tokens=sampling.max_tokens,
-                eos_ids=stop_token_ids(tokenizer, self._text),
-                vocab_size=len(tokenizer),
-                batch_size=batch_size,
-                pad_id=tokenizer.pad_token_id or 0,
-                sampling=Sampling(sampling.temperature, sampling.top_p) if sampling.temperature else None,
+                GenerateSettings(
+                    max_new_tokens=sampling.max_tokens,
+                    eos_ids=stop_token_ids(tokenizer, self._text),
+                    vocab_size=len(tokenizer),
+                    batch_size=batch_size,
+                    pad_id=tokenizer.pad_token_id or 0,
+                    sampling=Sampling(sampling.temperature, sampling.top_p) if sampling.temperature else None,
+                ),
                 streams=[requests[i].seed for i in rows],
                 stopped=stopped if sampling.stop else None,
                 batch_sharding=row_sharding(teacher.mesh),

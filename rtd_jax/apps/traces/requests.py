@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 from rtd_jax.base.sharding import MeshSettings
-from rtd_jax.data.sources import Problem
+from rtd_jax.data.trace import Problem
 
 Finish = Literal["stop", "length", "refused"]  # ended by itself or at a stop text; cut at max_tokens; not answered
 
@@ -41,8 +41,8 @@ class JaxSettings:
     """A teacher in this process, spread over its devices; for backend "jax"."""
 
     path: str = ""  # Hugging Face folder or hub name
-    param_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"  # int8: one scale per output channel
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    param_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"  # of weights in memory; int8: a scale per channel
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products and hidden states
     sharding: Literal["fsdp", "tensor"] = "tensor"  # what travels: "fsdp" weights, "tensor" activations
     batch_size: int = 64  # chains decoded together; an interrupted run loses at most so many
     mesh: MeshSettings = MeshSettings()
@@ -52,8 +52,8 @@ class JaxSettings:
 class OpenAISettings:
     """A server with OpenAI's completions API (vLLM, SGLang, `transformers serve`); for backend "openai"."""
 
-    base_url: str = "http://localhost:8000/v1"
-    model: str = ""  # its name on the server
+    base_url: str = "http://localhost:8000/v1"  # of the server
+    model: str = ""  # as the server names it
     api_key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key; unset where none is needed
     concurrency: int = 32  # requests sent side by side; an interrupted run loses at most so many
     requests_per_minute: int = 0  # at most so many are started; 0 is no limit

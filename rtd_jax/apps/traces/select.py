@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rtd_jax.apps.traces.requests import Reply, Request
-from rtd_jax.data.trace import Problem, sentences
+from rtd_jax.data.sentences import sentences
+from rtd_jax.data.trace import Problem
 from rtd_jax.eval.answers import answer_matches, boxed, flexible_answer, parse_number, strict_answer
 from rtd_jax.eval.chains import split_solution
 from rtd_jax.eval.estimates import depth_key

@@ -34,9 +34,9 @@ PROGRESS_INTERVAL = 5.0  # seconds between two lines of progress
 class OutputSettings:
     """The shards: `<split>-00000-of-00003.jsonl`, rows of the `stepwise` schema."""
 
-    format: Literal["jsonl", "parquet"] = "jsonl"
-    split: str = "train"
-    rows_per_shard: int = 10_000
+    format: Literal["jsonl", "parquet"] = "jsonl"  # of the files
+    split: str = "train"  # name of the split in the files' names
+    rows_per_shard: int = 10_000  # chains of a file
 
     def __post_init__(self) -> None:
         if self.rows_per_shard < 1 or not self.split:
@@ -48,14 +48,17 @@ class TracesRecipe:
     """Which problems a teacher solves, how it is asked, and which of its chains are kept."""
 
     problems: SourceSettings
-    backend: Literal["jax", "openai"]
-    examples: SourceSettings | None = None  # solved examples before every problem, in the same text format
+    backend: Literal["jax", "openai"]  # a teacher in this process, or a server of OpenAI's completions API
+    examples: SourceSettings | None = None  # solved examples put before every problem, in the form of the text
     text: TextFormat = TextFormat("chat")  # of the prompt; "chat" leaves the template to the server or tokenizer
     sampling: SamplingSettings = SamplingSettings()
     jax: JaxSettings = JaxSettings()
     openai: OpenAISettings = OpenAISettings()
     selection: SelectionSettings = SelectionSettings()
     output: OutputSettings = OutputSettings()
+
+    def unread_settings(self) -> dict[str, str]:
+        return {"openai" if self.backend == "jax" else "jax": f"backend is {self.backend!r}"}
 
 
 def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:

@@ -1,24 +1,20 @@
-"""A ball under one of six cups that are swapped, in GSM8K's row schema: keeping track instead of reckoning.
+"""A ball under one of six cups that are swapped, in GSM8K's row schema: keeping track instead of arithmetic.
 
     The ball is under cup 4. Under which cup is it after March? Meanwhile 36 Ana. January 42 Tom. February 61 Mia. ...
 
 `January 42 Tom` says that in January Tom swaps the cups 4 and 2. Each step restates the next swap and says where the
-ball is now, with a mark that names where it was: `January 42 Tom: <<4*42=2>>2.` A swap of two other cups leaves it,
-and what is lost once stays lost. Nothing tells a swap of the ball's cup from any other but where the ball is.
+ball is now, with a mark that says where it was: `January 42 Tom: <<4*42=2>>2.` A swap of two other cups leaves the ball
+where it is, and only the place of the ball tells which swaps move it, so a mistake is carried on to the end.
 Distractors are swaps on another table ("Meanwhile"), and swaps after the month that is asked for.
 
-Where a problem starts is drawn as in `generators.word_problems`, and a pair of cups is one number, another one in each
-fact, so that a fact can be found by what stands in it: what is hard is the chain, not the search.
-
-The stream is a pure function of (seed, split, depth), and splits are disjoint by the hash of the question, as there.
+The first month is drawn as in `generators.word_problems`. A pair of cups is written as one number, and no two facts
+have the same one, so that each fact can be found by what stands in it: what is hard is the chain, not the search.
 """
 
 import random
-from collections.abc import Sequence
-from functools import partial
 
-from rtd_jax.data.generators.word_problems import MONTHS, NAMES, distinct_rows, in_turn
-from rtd_jax.data.trace import Trace, from_gsm8k
+from rtd_jax.data.generators.streams import Generator, as_row
+from rtd_jax.data.generators.word_problems import MONTHS, NAMES
 
 MAX_DEPTH = 6
 CUPS = range(1, 7)
@@ -28,26 +24,14 @@ BEYOND = range(3)  # swaps after the month that is asked for
 ELSEWHERE = range(1, 3)  # swaps on another table
 
 
-def generate(
-    count: int, depths: Sequence[int] = (1, 2, 3, 4, 5, 6), split: str = "train", seed: int = 0
-) -> list[Trace]:
-    """`count` distinct problems, depths in turn; a longer list starts with the shorter one.
-
-    Raises:
-      ValueError: a split, count or depth that does not exist.
-    """
-    rows = in_turn(partial(distinct_rows, _problem, "cups 3"), count, depths, split, seed, MAX_DEPTH)
-    return [from_gsm8k(row, f"cups-{split}:{i + 1}") for i, row in enumerate(rows)]
-
-
 def closed_words() -> list[str]:
-    """Every word the generator can write, sorted."""
+    """Every word that the generator can write, sorted."""
     words = ("The", "ball", "is", "under", "cup", "Under", "which", "it", "after", "Meanwhile")
     return sorted({*MONTHS, *NAMES, *words})
 
 
 def moved(cup: int, pair: int) -> int:
-    """Where the ball is after the swap."""
+    """The cup with the ball after a swap of `pair`, if it was `cup` before."""
     a, b = divmod(pair, 10)
     return {a: b, b: a}.get(cup, cup)
 
@@ -72,4 +56,8 @@ def _problem(rng: random.Random, depth: int) -> dict[str, str]:
         taken.add(pair)
         facts.insert(rng.randint(0, len(facts)), f"Meanwhile {pair} {rng.choice(NAMES)}.")
     question = " ".join([f"The ball is under cup {start}. Under which cup is it after {asked}?", *facts])
-    return {"question": question, "answer": "\n".join([*steps, f"#### {answer}"])}
+    return as_row(question, steps, answer)
+
+
+GENERATOR = Generator("cups", "cups 3", _problem, MAX_DEPTH, closed_words)
+generate = GENERATOR.generate

@@ -1,19 +1,21 @@
 """Row schemas: expected traces are written by hand, or counted from the published files."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
-from rtd_jax.data.trace import (
-    Trace,
-    boxed,
-    choices_from_arc,
-    from_arc,
-    from_gsm8k,
-    from_math,
-    from_stepwise,
-    from_strategyqa,
-)
+from rtd_jax.data import schemas
+from rtd_jax.data.schemas import SCHEMAS
+from rtd_jax.data.schemas.arc import choices_from_arc, from_arc
+from rtd_jax.data.schemas.gsm8k import from_gsm8k
+from rtd_jax.data.schemas.math import boxed, from_math
+from rtd_jax.data.schemas.prose import from_prose
+from rtd_jax.data.schemas.stepwise import from_stepwise
+from rtd_jax.data.schemas.strategyqa import from_strategyqa
+from rtd_jax.data.sources import SourceSettings
+from rtd_jax.data.trace import Trace
 
 GSM8K_ROW = {
     "question": " How many? ",
@@ -27,9 +29,18 @@ ARC_ROW = {
 }
 
 
+def test_every_schema_is_a_file_that_is_listed():
+    files = {path.stem for path in Path(schemas.__path__[0]).glob("*.py")} - {"__init__", "schema"}
+    assert set(SCHEMAS) == files
+    settings = {field.name for field in dataclasses.fields(SourceSettings)}
+    for schema in SCHEMAS.values():
+        assert schema.trace or schema.labelled
+        assert set(schema.options) <= settings
+
+
 def test_gsm8k():
     trace = from_gsm8k(GSM8K_ROW, "train.jsonl:1")
-    assert trace == Trace(
+    assert trace == Trace.of_steps(
         "How many?",
         ("She sold 48/2 = <<48/2=24>>24 clips.", "In all 48+24 = <<48+24=72>>72."),
         "72",
@@ -84,7 +95,9 @@ def test_boxed_answers(solution, answer):
     assert boxed(solution) == answer
 
 
-@pytest.mark.parametrize("solution", ["The answer is 5.", r"Then \boxed{\frac{1}{2}", r"Cut off at \boxed"])
+@pytest.mark.parametrize(
+    "solution", ["The answer is 5.", r"Then \boxed{\frac{1}{2}", r"Cut off at \boxed", r"Empty $\boxed$."]
+)
 def test_boxed_missing_or_unbalanced(solution):
     with pytest.raises(ValueError, match=r"math.jsonl:3: .*\\boxed"):
         boxed(solution, "math.jsonl:3")
@@ -181,12 +194,12 @@ def test_arc_published_files(shared_data):
 
 def test_stepwise():
     row = {"prompt": "p", "completions": ["a\n b", "c"], "labels": [True, True], "answer": 4}
-    assert from_stepwise(row) == Trace("p", ("a b", "c"), "4", "#### 4", "row")
+    assert from_stepwise(row) == Trace.of_steps("p", ("a b", "c"), "4", "#### 4", "row")
 
 
 def test_stepwise_ends_before_the_first_wrong_step():
     row = {"prompt": "p", "completions": ["a", "b", "c"], "labels": [True, False, True], "answer": "4"}
-    assert from_stepwise(row) == Trace("p", ("a",), "", "", "row")
+    assert from_stepwise(row) == Trace.of_steps("p", ("a",), "", "", "row")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +223,7 @@ def test_math_rows_have_a_subject_and_a_level():
     trace = from_math(row)
     assert (trace.subject, trace.level) == ("Geometry", 4)
     assert from_math(row | {"level": "Level ?"}).level == 0  # two published rows have it
-    assert from_math({"problem": "p", "solution": r"\boxed{1}"}) == Trace("p", (r"\boxed{1}",), "1", "", "row")
+    assert from_math({"problem": "p", "solution": r"\boxed{1}"}) == Trace.of_steps("p", (r"\boxed{1}",), "1", "", "row")
 
 
 def test_choices_keep_the_row_s_order_and_text():
@@ -221,3 +234,13 @@ def test_choices_keep_the_row_s_order_and_text():
         choices_from_arc(row | {"answerKey": "D"}, "test.jsonl:7")
     with pytest.raises(ValueError, match="a choice is blank"):
         choices_from_arc(row | {"choices": {"text": ["x", " ", "z"], "label": ["1", "2", "3"]}})
+
+
+def test_rows_of_prose():
+    assert from_prose({"prompt": "p", "text": "One. Two.\n#### 7"}) == Trace.of_steps(
+        "p", ("One. Two.",), "7", "#### 7", "row"
+    )
+    assert from_prose({"prompt": "p", "text": " One.\nTwo. ", "answer": 3}).completion == "One.\nTwo.\n#### 3"
+    assert from_prose({"prompt": "p", "text": "One."}).final == ""
+    with pytest.raises(ValueError, match="expected a chain of reasoning"):
+        from_prose({"prompt": "p", "text": "#### 7"})

@@ -1,0 +1,369 @@
+"""The commands: `python -m rtd_jax train --config=...`, or `python launch/train.py --config=...` from a clone.
+
+What every command does is here: read the flags, build the settings, run, and say in one line what went wrong. Settings
+and main functions are imported when they are needed, so that `--help` and refused flags do not wait for jax.
+"""
+
+import dataclasses
+import importlib
+import logging as python_logging
+import os
+import re
+import runpy
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts are tokenised before the loop, in one process
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from rtd_jax.base.settings import build, comments, defaults, settings_of, unread_settings, value_types
+
+
+@dataclass(frozen=True)
+class Command:
+    """One thing that a user starts. Settings and functions are named as "module:name"."""
+
+    about: str
+    main: str  # called with the recipe and the work directory; with the recipe and `flags`; or with `flags` alone
+    recipe: str = ""  # settings that --config gives
+    flags: str = ""  # settings that are flags themselves, one for each field
+    example: str = ""  # flags of an example
+    reads_all: bool = True  # of the recipe, so that it can warn of overrides that have no effect
+
+
+COMMANDS = {
+    "train": Command(
+        "Distills a student. Run it again to resume.",
+        "rtd_jax.apps.distill.run:train",
+        recipe="rtd_jax.train.recipe:Recipe",
+        example="--config=configs/rtd_tiny.py --workdir=runs/no_coherence --config.loss.coherence_weight=0.0",
+    ),
+    "pretrain": Command(
+        "Trains a tiny Llama from scratch.",
+        "rtd_jax.apps.pretrain:pretrain",
+        recipe="rtd_jax.apps.pretrain:PretrainRecipe",
+        example="--config=configs/pretrain_tiny.py --config.optimizer.learning_rate=1e-3",
+    ),
+    "cache_teacher": Command(
+        "Runs the teacher once over a recipe's chains and keeps its outputs, from which `train` then learns without "
+        "loading the teacher. Run it again to continue.",
+        "rtd_jax.apps.cache:cache_teacher",
+        recipe="rtd_jax.train.recipe:Recipe",
+        example="--config=configs/rtd_tiny.py --config.teacher.cache=runs/cache",
+        reads_all=False,
+    ),
+    "traces": Command(
+        "Has a teacher write chains of thought and keeps those whose answer is right. Run it again to continue.",
+        "rtd_jax.apps.traces.traces:write_traces",
+        recipe="rtd_jax.apps.traces.traces:TracesRecipe",
+        example="--config=configs/traces_llama3_70b.py --config.openai.base_url=http://gpu-host:8000/v1",
+    ),
+    "boundaries": Command(
+        "Fits a step-boundary classifier to a teacher and measures it: precision, recall and F1 against baselines.",
+        "rtd_jax.apps.boundaries:boundaries",
+        recipe="rtd_jax.apps.boundaries:BoundaryRecipe",
+        example="--config=configs/boundaries_smollm2.py --config.train.location=/data/gsm8k",
+    ),
+    "segment": Command(
+        "Cuts texts into reasoning steps: any JSONL of texts in, stepwise JSONL (`prompt`, `completions`) out.",
+        "rtd_jax.apps.segment:segment",
+        flags="rtd_jax.apps.segment:SegmentSettings",
+        example="--teacher=MODEL --classifier=runs/boundaries_smollm2/classifier --data=texts.jsonl",
+    ),
+    "evaluate": Command(
+        "Measures chain, step and answer accuracy by reasoning depth, of any Llama or of texts made elsewhere.",
+        "rtd_jax.apps.evaluate:evaluate",
+        flags="rtd_jax.apps.evaluate:EvaluateSettings",
+        example="--model=runs/rtd_tiny,rtd_jax/bundled/tiny_teacher --tasks=synthetic --limit=120",
+    ),
+    "diagnose": Command(
+        "Does a student lose its teacher's trajectory, and is that why it fails?",
+        "rtd_jax.apps.diagnose.diagnose:diagnose",
+        flags="rtd_jax.apps.diagnose.diagnose:DiagnoseSettings",
+        example="--teacher=rtd_jax/bundled/tiny_teacher --student=runs/rtd_tiny --data=synthetic",
+    ),
+    "reward_model": Command(
+        "Trains a process reward model on labelled steps.",
+        "rtd_jax.apps.reward_model:train_reward_model",
+        recipe="rtd_jax.apps.reward_model:RewardModelRecipe",
+        example="--config=configs/reward_tiny.py --config.hidden=0",
+    ),
+    "plan": Command(
+        "Says what a recipe needs on hardware that is not here. Nothing is allocated; the real compilers are asked.",
+        "rtd_jax.apps.plan.plan:show_plan",
+        recipe="rtd_jax.train.recipe:Recipe",
+        flags="rtd_jax.apps.plan.plan:PlanSettings",
+        example="--config=configs/rtd_8b.py --target=a100-80gb:8 --config.micro_batches=2",
+        reads_all=False,
+    ),
+    "study": Command(
+        "Compares methods over seeds. Run it again to continue.",
+        "rtd_jax.apps.study.study:study",
+        recipe="rtd_jax.apps.study.recipe:StudyRecipe",
+        example="--config=configs/study_tiny.py:smoke --config.parallel=1",
+    ),
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs `argv[1]` with the flags after it; without a command, or with an unknown one, lists the commands."""
+    name = argv[1] if len(argv) > 1 else ""
+    if name in COMMANDS:
+        run(name, [f"python -m rtd_jax {name}", *argv[2:]])
+        return
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {known:<{width}}  {command.about}" for known, command in COMMANDS.items())
+    print(f"usage: python -m rtd_jax COMMAND [FLAGS]\n\n{listed}\n\nCOMMAND --help shows a command's flags.")
+    if name not in ("", "help", "--help", "-h"):
+        _refuse(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
+
+
+def run(name: str, argv: Sequence[str] | None = None) -> None:
+    """Runs a command with its flags, by default those of this process, and ends the process.
+
+    A ValueError or OSError is what a user can mend: its message is printed without traceback; the exit status is 2.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    command, values = COMMANDS[name], flags.FLAGS
+    defined = define_flags(command, argv, values)
+    if {"--help", "-help", "-h", "--helpshort"} & set(argv[1:]):
+        print(help_text(command, argv[0], [values[flag] for flag in defined]))
+        sys.exit(0)
+
+    def parsed(arguments: Sequence[str]) -> None:
+        debug = values["debug"].value
+        logging.set_verbosity(logging.DEBUG if debug else logging.WARNING)  # orbax narrates every file it writes
+        if not debug:  # a failed save or restore is reported once, below, not for each array
+            python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL + 1)
+        try:
+            if len(arguments) > 1:
+                form = "--config.key=value" if command.recipe else "--key=value"
+                raise ValueError(f"unexpected argument {arguments[1]!r}; settings are given as {form}")
+            _run(command, values)
+        except (ValueError, OSError) as error:
+            if debug:
+                raise
+            _refuse(str(error))
+
+    app.run(parsed, argv=argv, flags_parser=lambda arguments: _parse_flags(arguments, values))
+
+
+def _run(command: Command, values: flags.FlagValues) -> None:
+    own = read_flags(_imported(command.flags), values) if command.flags else None
+    if not command.recipe:
+        _imported(command.main)(own)
+        return
+    settings = _imported(command.recipe)
+    if values["config"].value is None:
+        raise ValueError("--config is missing; try --config=configs/rtd_tiny.py, or --help")
+    if values["print_config"].value:
+        print(config_text(settings, values))
+        return
+    recipe = build(settings, values["config"].value.to_dict())
+    _join_cluster(values)
+    if command.reads_all and values["process"].value in (None, 0):
+        for line in unread_overrides(recipe, config_flags.get_override_values(values["config"])):
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+    _imported(command.main)(recipe, own if command.flags else _workdir(values))
+
+
+def define_flags(command: Command, argv: list[str], values: flags.FlagValues) -> list[str]:
+    """The flags of a command: --config and its company for a recipe, and one for each field of `command.flags`.
+
+    Returns their names.
+    """
+    ours: dict[str, Any] = {"flag_values": values}
+    before = set(values)
+    if command.recipe:
+        config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/rtd_tiny.py.", values, sys_argv=argv)
+        values["config"].parser = _ConfigFile(command.recipe)
+        flags.DEFINE_bool("print_config", False, "Show every key with its value, origin and meaning, and end.", **ours)
+        flags.DEFINE_string("workdir", None, "Folder of what the run writes; default runs/<config>.", **ours)
+        flags.DEFINE_bool(
+            "distributed",
+            False,
+            "This is one of several processes; JAX finds the cluster (SLURM, TPU pods, Open MPI, Kubernetes).",
+            **ours,
+        )
+        flags.DEFINE_string("coordinator", None, "host:port of process 0, where JAX cannot find the cluster.", **ours)
+        flags.DEFINE_integer("processes", None, "With --coordinator: how many processes there are.", **ours)
+        flags.DEFINE_integer("process", None, "With --coordinator: which of them this is, from 0.", **ours)
+    if command.flags:
+        _define_fields(_imported(command.flags), values)
+    flags.DEFINE_bool("debug", False, "Show the traceback of an error.", **ours)
+    return [name for name in values if name not in before]
+
+
+def _define_fields(settings: type, values: flags.FlagValues) -> None:
+    """A flag for each field, with its default, and the comment beside it as its help."""
+    hints, meanings = typing.get_type_hints(settings), comments(settings)
+    for field in dataclasses.fields(settings):
+        default = None if field.default is dataclasses.MISSING else field.default
+        hint = value_types(hints[field.name])[0]
+        text = meanings.get(field.name, "")
+        if typing.get_origin(hint) is typing.Literal:
+            text += f" (one of {', '.join(map(str, typing.get_args(hint)))})"
+        if typing.get_origin(hint) is tuple:
+            flags.DEFINE_list(field.name, list(default or ()), text, flag_values=values)
+        elif hint is bool:
+            flags.DEFINE_bool(field.name, bool(default), text, flag_values=values)
+        elif hint in (int, float):
+            define = flags.DEFINE_integer if hint is int else flags.DEFINE_float
+            define(field.name, default, text, flag_values=values)
+        else:
+            flags.DEFINE_string(field.name, default, text, flag_values=values)
+
+
+def read_flags(settings: type, values: flags.FlagValues) -> Any:
+    """Builds `settings` from its flags.
+
+    Raises:
+      ValueError: a flag without default was not given, a list that is to have numbers has something else, or what the
+        settings themselves refuse.
+    """
+    hints = typing.get_type_hints(settings)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = values[field.name].value
+        if value is None and field.default is dataclasses.MISSING:
+            raise ValueError(f"--{field.name} is missing; --help shows all flags")
+        if typing.get_origin(hints[field.name]) is tuple and typing.get_args(hints[field.name])[0] is int:
+            try:
+                value = [int(item) for item in value or ()]
+            except ValueError as error:
+                raise ValueError(f"--{field.name} is {value!r}; expected whole numbers with commas between") from error
+        found[field.name] = value
+    return build(settings, found, "--")
+
+
+class _ConfigFile(flags.ArgumentParser):
+    """Reads a config file, `path` or `path:argument`, as the ConfigDict of a recipe with all its settings."""
+
+    def __init__(self, recipe: str):
+        self._recipe = recipe
+
+    def parse(self, path: str) -> ConfigDict:
+        file, colon, argument = path.partition(":")
+        if not Path(file).is_file():
+            raise flags.Error(f"--config: there is no file {file}; give a config file such as configs/rtd_tiny.py")
+        try:
+            found = runpy.run_path(file)["get_config"](*([argument] if colon else []))
+            return defaults(_imported(self._recipe), found)
+        except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+            raise flags.Error(f"{path}: {_one_line(error)}") from error
+
+    def flag_type(self) -> str:
+        return "config file"
+
+
+def _parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
+    """Flags by absl; what it does not know, and an override of a key that is not there, is one line."""
+    if "--debug" in argv:
+        return values(argv)
+    try:
+        return values(argv)
+    except flags.Error as error:
+        _refuse(f"{_one_line(error)} (--help shows all flags)")
+    except (KeyError, AttributeError, TypeError) as error:
+        _refuse(f"a --config override names what the config does not have: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    """A message, as it is read best: those of ml_collections are quoted twice, and list a group's keys and values."""
+    text = str(error).replace("\\n", " ").replace("\n", " ").replace("\\'", "'").strip("'")
+    return re.sub(r' Other fields present: "{.*}"', "", text)
+
+
+def _refuse(reason: str) -> NoReturn:
+    """Exits with the reason on a line of its own, the last one: threads of a failed save complain on."""
+    with os.fdopen(os.dup(2), "w") as stderr, open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        stderr.write(f"\nerror: {reason}\n")
+    sys.exit(2)
+
+
+def _join_cluster(values: flags.FlagValues) -> None:
+    """Connects to the other processes, if there are any; afterwards jax.devices() are those of all of them.
+
+    Raises:
+      ValueError: flags that do not fit together, or a cluster that cannot be joined.
+    """
+    given: Any = [values[name].value for name in ("coordinator", "processes", "process")]
+    if None in given and any(value is not None for value in given):
+        raise ValueError("--coordinator=host:port, --processes and --process are given together or not at all")
+    if not values["distributed"].value and given[0] is None:
+        return
+    import jax  # it is slow to import, and flags are refused before
+
+    try:
+        jax.distributed.initialize(*given)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"could not join the other processes: {str(error).splitlines()[0]}. Give --coordinator=<host of process "
+            "0>:<port>, --processes=<number> and --process=<index> on every host, and see that the port is reachable"
+        ) from error
+
+
+def _workdir(values: flags.FlagValues) -> Path:
+    config = Path(config_flags.get_config_filename(values["config"]).split(":")[0])
+    return Path(values["workdir"].value or f"runs/{config.stem}").expanduser()
+
+
+def _imported(place: str) -> Any:
+    """What a "module:name" stands for."""
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+OVERRIDES = """\
+Every setting of the config can be overridden:
+
+  --config.loss.alpha=0.5           numbers and texts
+  --config.curriculum.depths=(1,2)  tuples (in quotes, where the shell wants them)
+  --noconfig.curriculum.enabled     switches, or --config.curriculum.enabled=False
+
+--config=FILE --print_config shows all keys with value, origin and meaning."""
+
+
+def help_text(command: Command, program: str, defined: Sequence[flags.Flag]) -> str:
+    """What --help shows: what the command does, its flags, how settings are overridden, and an example."""
+    lines = [command.about, "", f"usage: {program} [FLAGS]", ""]
+    width = max(len(flag.name) for flag in defined)
+    for flag in defined:
+        default = "" if flag.default in (None, "", [], False) else f"; default {flag.default_as_str}"
+        lines.append(f"  --{flag.name:<{width}}  {flag.help}{default}")
+    if command.recipe:
+        lines += ["", *OVERRIDES.splitlines()]
+    return "\n".join([*lines, "", f"example: {program} {command.example}"])
+
+
+def config_text(settings: type, values: flags.FlagValues) -> str:
+    """Every key of the config as an aligned table: value, where it is from, and what it means with its unit."""
+    overrides = config_flags.get_override_values(values["config"])
+    rows = [("key", "value", "origin", "meaning")]
+    for setting in settings_of(settings, values["config"].value or {}):
+        is_overridden = any(f"{setting.key}.".startswith(f"{key}.") for key in overrides)
+        origin = "command line" if is_overridden else "recipe" if setting.value != setting.default else "default"
+        rows.append((setting.key, repr(setting.value), origin, setting.meaning))
+    widths = [max(len(row[0]) for row in rows), min(40, max(len(row[1]) for row in rows)), len("command line")]
+    return "\n".join(
+        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
+        for row in rows
+    )
+
+
+def unread_overrides(recipe: Any, overrides: Mapping[str, Any]) -> list[str]:
+    """A line for each override of a setting that has no effect under the other settings."""
+    unread = unread_settings(recipe)
+    return [
+        f"--config.{key}={value} is not read: {reason}"
+        for key, value in overrides.items()
+        for prefix, reason in unread.items()
+        if f"{key}.".startswith(f"{prefix}.")
+    ]

@@ -1,0 +1,130 @@
+"""A model's hidden states at the step boundaries of given chains: read by the model, or from a teacher cache."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from rtd_jax.base.boundaries import gather_boundaries
+from rtd_jax.base.sharding import put_same, row_sharding, row_ways, to_host
+from rtd_jax.base.types import Array, Params
+from rtd_jax.data.by_length import batches_by_length, rows_at_once
+from rtd_jax.data.encoding import EncodedChain
+from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.teacher.cache import TeacherCache, chain_key, read_identity
+
+ROWS = 8  # at one time, rounded up to the devices
+LENGTH_MULTIPLE = 64  # tokens; rows are as long as their longest chain, rounded up to this
+
+
+class ReadyModel(Protocol):
+    """A model with its weights, its tokenizer and where they came from."""
+
+    @property
+    def model(self) -> LlamaModel: ...
+    @property
+    def params(self) -> Params: ...
+    @property
+    def mesh(self) -> Mesh: ...
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    @property
+    def directory(self) -> Path: ...
+
+    def fingerprint(self) -> str:
+        """Identity of the weights' files."""
+        ...
+
+
+def boundary_states(
+    opened: ReadyModel, chains: Sequence[EncodedChain], layer: int = -1
+) -> tuple[np.ndarray, np.ndarray]:
+    """States of one layer at every boundary of every chain, teacher forced: float32 [C, K, D], and bool [C, K].
+
+    Chains are read one a row, neighbours in length together; only the boundaries' states leave the device.
+
+    Args:
+      layer: as `LlamaModel.hidden` counts them; -1 is the final normed state.
+
+    Raises:
+      ValueError: there are no chains, or the layer does not exist.
+    """
+    if not chains:
+        raise ValueError("there are no chains to read; check the data and its row length")
+    layer = opened.model.config.layer_index(layer)
+    slots = max(len(chain.boundaries) for chain in chains)
+    states_CKD = np.zeros((len(chains), slots, opened.model.config.width), np.float32)
+    mask_CK = np.zeros((len(chains), slots), bool)
+    rows = rows_at_once(ROWS, len(chains), row_ways(opened.mesh))
+    for batch in batches_by_length([chain.tokens for chain in chains], rows, LENGTH_MULTIPLE):
+        boundaries_BK = np.zeros((rows, slots), np.int32)
+        for row, i in enumerate(batch.indices):
+            boundaries_BK[row, : len(chains[i].boundaries)] = chains[i].boundaries
+        arrays = (batch.tokens_BL, batch.mask_BL.astype(np.int32), boundaries_BK)
+        placed = put_same(arrays, row_sharding(opened.mesh))
+        found_BKD = to_host(_states(opened.model, opened.params, *placed, layer=layer))
+        for row, i in enumerate(batch.indices):
+            count = len(chains[i].boundaries)
+            states_CKD[i, :count] = found_BKD[row, :count]
+            mask_CK[i, :count] = True
+    return states_CKD, mask_CK
+
+
+def open_cache(folder: str, teacher: ReadyModel, layer: int = -1) -> TeacherCache:
+    """The cache that launch/cache_teacher.py wrote for this teacher, for its states at boundaries.
+
+    Raises:
+      ValueError: there is no cache, or it is another teacher's, tokenizer's or layer's; with what it is.
+    """
+    path = Path(folder).expanduser()
+    wanted = teacher.model.config.layer_index(layer)
+    stored = read_identity(path, wanted)
+    if stored.teacher != teacher.fingerprint():
+        raise ValueError(
+            f"the teacher cache {path} was written by another teacher than {teacher.directory} (fingerprint of weights "
+            f"{stored.teacher[:12]}, not {teacher.fingerprint()[:12]}); give --teacher the one that wrote it"
+        )
+    if stored.tokenizer != tokenizer_fingerprint(teacher.tokenizer):
+        raise ValueError(
+            f"the teacher cache {path} was written with another tokenizer than that in {teacher.directory}; put back "
+            "the tokenizer it was written with, or write another cache with launch/cache_teacher.py"
+        )
+    if wanted not in stored.layers:
+        layers = ", ".join(map(str, stored.layers))
+        raise ValueError(
+            f"the teacher cache {path} holds states of layer {layers}, but layer {wanted} is asked for; "
+            f"use --teacher_layer={stored.layers[-1]}, or write another with --config.loss.hidden_layer={wanted}"
+        )
+    return TeacherCache(path, stored)
+
+
+def cached_key(chain: EncodedChain) -> str:
+    """Where a teacher cache keeps what belongs to a chain."""
+    return chain_key(chain.tokens, chain.boundaries, chain.loss_weights)
+
+
+def cached_states(cache: TeacherCache, chains: Sequence[EncodedChain]) -> tuple[np.ndarray, np.ndarray]:
+    """As `boundary_states`, from a cache that has all of these chains: exact up to its storage."""
+    found = [cache.read(cached_key(chain))[1] for chain in chains]
+    slots = max(len(states_KD) for states_KD in found)
+    states_CKD = np.zeros((len(chains), slots, found[0].shape[1]), np.float32)
+    mask_CK = np.zeros((len(chains), slots), bool)
+    for i, states_KD in enumerate(found):
+        states_CKD[i, : len(states_KD)], mask_CK[i, : len(states_KD)] = states_KD, True
+    return states_CKD, mask_CK
+
+
+@functools.partial(jax.jit, static_argnames=("model", "layer"))
+def _states(
+    model: LlamaModel, params: Params, tokens_BL: Array, ids_BL: Array, boundaries_BK: Array, *, layer: int
+) -> Array:
+    positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+    _, (states_BLD,) = model.hidden(params, tokens_BL, positions_BL, ids_BL, layers=(layer,))
+    return gather_boundaries(states_BLD, boundaries_BK[:, None])[:, 0].astype(jnp.float32)
