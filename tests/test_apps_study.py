@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from scipy import stats
 
 from configs import rtd_8b, rtd_tiny, study_8b, study_tiny
 from rtd_jax.apps.report.sections import write_sections
+from rtd_jax.apps.study import runner
 from rtd_jax.apps.study.claims import TaskRuns, added_by, gains_by_depth, p_and_seeds, shares, smaller_gain
 from rtd_jax.apps.study.recipe import Method, StudyRecipe
 from rtd_jax.apps.study.report import markdown, study_report
@@ -371,15 +373,19 @@ def test_finished_runs_are_kept_and_failed_ones_named_and_repeated(fake_train, t
     assert [(job.workdir / "calls").read_text() for job in jobs] == ["x", "xx", "x"]
 
 
-def test_a_workdir_of_another_study_is_refused_before_anything_starts(fake_train, tmp_path):
+def test_a_workdir_of_another_study_is_refused_before_anything_starts(fake_train, tmp_path, monkeypatch):
     job = Job("task", "kd", 0, ("seed=0",), tmp_path / "runs" / "0")
     run_jobs([job], fake_train, 1, print, tmp_path / "compiled")
     other = Job("task", "kd", 0, ("seed=0", "loss.alpha=0.5"), job.workdir)
     with pytest.raises(ValueError, match=r"runs/0 was begun with other settings .* give the study another --workdir"):
         run_jobs([other], fake_train, 1, print, tmp_path / "compiled")
+    text = fake_train.read_bytes()
     fake_train.write_text("# another config\n")
     with pytest.raises(ValueError, match="begun with other settings"):
         run_jobs([job], fake_train, 1, print, tmp_path / "compiled")
+    # The same settings were written otherwise before: such runs go on.
+    monkeypatch.setitem(runner.EARLIER_TEXTS, fake_train.name, hashlib.sha256(text).hexdigest())
+    run_jobs([job], fake_train, 1, print, tmp_path / "compiled")
 
 
 def test_a_study_that_is_asked_to_stop_takes_its_runs_along(tmp_path):

@@ -132,7 +132,7 @@ def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path)
         result, records = evaluator(model, params, problems, progress=decoding_notes(display.note, name))
         report[name] = result.to_dict()
         for key in ("chain_accuracy", "step_accuracy", "perplexity"):
-            report[key][name] = getattr(result, key)
+            report[key][name] = report[name][key]
         generations += [{"model": name, **record} for record in records]
     if recipe.evaluation.every:
         report["curve"] = run.curve

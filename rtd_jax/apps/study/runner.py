@@ -18,6 +18,12 @@ from rtd_jax.base.files import read_json, write_json
 
 PROGRAM = (sys.executable, "-m", "rtd_jax")
 POLL_SECONDS = 0.5
+# SHA-256 of the text that a base config had before configs were built from the settings' defaults. It gave the same
+# settings, so runs that were begun with it are continued.
+EARLIER_TEXTS = {
+    "rtd_tiny.py": "39c315e0aa400fc21450c58e848d5277812db9edddd3634619ab16304bfcceec",
+    "rtd_8b.py": "0fed16486aba485e1b522bb903088435a24d79a9de8ae3a46d8d2982f34566c2",
+}
 
 
 @dataclass(frozen=True)
@@ -155,14 +161,14 @@ def claim_jobs(jobs: Sequence[Job], base: Path) -> None:
     Raises:
       ValueError: a workdir was begun as something else.
     """
-    digest = hashlib.sha256(base.read_bytes()).hexdigest()
+    digest, earlier = hashlib.sha256(base.read_bytes()).hexdigest(), EARLIER_TEXTS.get(base.name)
     for job in jobs:
         path = job.workdir / "job.json"
         identity = {"base_sha256": digest, "overrides": list(job.overrides)}
         if not path.exists():
             job.workdir.mkdir(parents=True, exist_ok=True)
             write_json(path, identity)
-        elif read_json(path) != identity:
+        elif read_json(path) not in (identity, identity | {"base_sha256": earlier}):
             raise ValueError(
                 f"{job.workdir} was begun with other settings ({path} differs: the base config's text or the "
                 "overrides); give the study another --workdir, or delete that run"
