@@ -107,8 +107,7 @@ def _probabilities(
 def in_rows(texts: Sequence[np.ndarray], row_length: int = ROW_LENGTH, rows: int = 1) -> np.ndarray:
     """Arrays [T, ...] of texts packed into rows in order, with zeros elsewhere: [B, L, ...], B a multiple of `rows`.
 
-    Returns the place of each text, the number of rows, and the tokens of a row: `row_length`, or as many as the longest
-    text has.
+    Rows have `row_length` tokens, or as many as the longest text.
     """
     items = [{"text": text} for text in texts]
     packed = [row["text"] for row in packed_rows(items, max(row_length, *map(len, texts)), open_rows=1)]
@@ -121,7 +120,7 @@ def row_ids(lengths: Sequence[int], row_length: int = ROW_LENGTH, rows: int = 1)
 
 
 def out_of_rows(array_BL: np.ndarray, lengths: Sequence[int], row_length: int = ROW_LENGTH) -> list[np.ndarray]:
-    """The texts of `in_rows` again: [T, ...] each."""
+    """Undoes `in_rows`: the array [T, ...] of each text."""
     ids_BL = row_ids(lengths, row_length)
     return np.split(array_BL[: len(ids_BL)][ids_BL > 0], np.cumsum(lengths)[:-1])
 
