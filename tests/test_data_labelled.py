@@ -110,7 +110,9 @@ def test_files_are_read_and_refusals_name_file_and_row(tmp_path):
     assert chains[1].trace.source.endswith("train.jsonl:2")
     assert len(load_labelled(LabelledSettings("stepwise", str(path), limit=1))) == 1
     path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0] | {"labels": [True]}) + "\n")
-    with pytest.raises(ValueError, match=r"train.jsonl:2: field 'labels' is \[True\]; expected one for each of the 2"):
+    with pytest.raises(
+        ValueError, match=r"train.jsonl:2: field 'labels' is \[True\]; expected one label for each of the 2"
+    ):
         load_labelled(LabelledSettings("stepwise", str(tmp_path)))
     path.write_text(json.dumps(rows[0] | {"labels": [None, None]}) + "\n")
     with pytest.raises(ValueError, match="none of its 1 chains has a labelled step"):
@@ -123,7 +125,7 @@ def test_files_are_read_and_refusals_name_file_and_row(tmp_path):
     ("changes", "says"),
     [
         ({"schema": "prm"}, "schema 'prm' is unknown"),
-        ({"limit": 0}, "needs the number of chains"),
+        ({"limit": 0}, "needs the number of problems"),
         ({"corruption": 0.0}, r"corruption is 0.0; give a share of the steps in \(0, 1\)"),
         ({"schema": "prm800k"}, "needs a location"),
     ],

@@ -33,8 +33,7 @@ def finish_manifest(folder: Path, shards: Sequence[tuple[Path, int]], about: dic
         {"name": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": file_digest(path)}
         for path, rows in shards
     ]
-    head: dict[str, Any] = {"kind": KIND, "format": FORMAT, "complete": True}
-    write_json(folder / NAME, head | about | {"shards": listed})
+    write_json(folder / NAME, {"kind": KIND, "format": FORMAT, "complete": True, **about, "shards": listed})
     return folder / NAME
 
 
@@ -54,8 +53,8 @@ def _read(folder: Path) -> dict[str, Any]:
             f"{path} is no manifest of format {FORMAT} that launch/traces.py wrote; move it away, and {_REMEDY}"
         )
     shards = found.get("shards")
-    whole = isinstance(shards, list) and all(isinstance(x, dict) and {"name", "sha256"} <= x.keys() for x in shards)
-    if not whole or any("/" in str(shard["name"]) for shard in shards or ()):
+    is_whole = isinstance(shards, list) and all(isinstance(x, dict) and {"name", "sha256"} <= x.keys() for x in shards)
+    if not is_whole or any("/" in str(shard["name"]) for shard in shards or ()):
         raise ValueError(f"{path}: its list of shards is damaged; move it away, and {_REMEDY}")
     return found
 

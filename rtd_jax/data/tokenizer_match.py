@@ -5,6 +5,7 @@ Equal names prove nothing, so the comparison reads what a fast tokenizer would w
 """
 
 import hashlib
+import itertools
 import json
 import re
 from typing import Any
@@ -42,13 +43,10 @@ def compare_tokenizers(
     problems: list[str] = []
     reserved, real = _id_differences(ours, theirs)
     if real:
-        shown = "; ".join(f"id {i}: {a!r} / {b!r}" for i, a, b in real[:_SHOWN])
-        problems.append(f"{len(real)} ids differ, first {shown}")
+        problems.append(f"{len(real)} ids differ, first {_listed(real)}")
     if reserved:
-        shown = "; ".join(f"id {i}: {a!r} / {b!r}" for i, a, b in reserved[:_SHOWN])
-        notes.append(
-            f"{len(reserved)} reserved slots are named differently in {teacher_name} and {student_name}: {shown}"
-        )
+        names = f"{teacher_name} and {student_name}"
+        notes.append(f"{len(reserved)} reserved slots are named differently in {names}: {_listed(reserved)}")
     problems += _merge_differences(ours["merges"], theirs["merges"])
     problems += [
         f"the {part} differs: {json.dumps(ours[part])[:120]} / {json.dumps(theirs[part])[:120]}"
@@ -112,9 +110,13 @@ def _id_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[list[
     return reserved, real
 
 
+def _listed(differences: list[_Difference]) -> str:
+    return "; ".join(f"id {i}: {first!r} / {second!r}" for i, first, second in differences[:_SHOWN])
+
+
 def _merge_differences(ours: list[tuple[str, ...]], theirs: list[tuple[str, ...]]) -> list[str]:
     if ours == theirs:
         return []
-    first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    seen = [" ".join(merges[first]) if first < len(merges) else None for merges in (ours, theirs)]
-    return [f"the merges differ ({len(ours)} / {len(theirs)}), first at merge {first}: {seen[0]!r} / {seen[1]!r}"]
+    place, pair = next((i, pair) for i, pair in enumerate(itertools.zip_longest(ours, theirs)) if pair[0] != pair[1])
+    first, second = (merge and " ".join(merge) for merge in pair)
+    return [f"the merges differ ({len(ours)} / {len(theirs)}), first at merge {place}: {first!r} / {second!r}"]

@@ -29,7 +29,7 @@ from rtd_jax.steps.head import HeadSettings, Scale, boundary_logits, init_head
 FORMAT = 1
 JSON, WEIGHTS = "classifier.json", "head.safetensors"
 ROW_LENGTH = 512  # tokens of a packed row
-ROWS = 8  # that the head reads at one time
+ROWS = 8  # of a batch that the head reads
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,8 @@ class BoundaryClassifier:
 
     def _decisive(self) -> dict[str, Any]:
         kept = ("teacher", "tokenizer", "layers", "text", "head", "slope", "intercept", "threshold", "min_tokens")
-        return {key: _plain(getattr(self, key)) for key in kept}
+        groups = {"text": dataclasses.asdict(self.text), "head": dataclasses.asdict(self.head)}
+        return {key: getattr(self, key) for key in kept} | groups
 
 
 def boundary_probabilities(classifier: BoundaryClassifier, states_BLND: Array, chain_ids_BL: Array) -> jax.Array:
@@ -104,37 +105,34 @@ def _probabilities(
     return jax.nn.sigmoid(slope * boundary_logits(head, params, scale, states_BLND, chain_ids_BL) + intercept)
 
 
-def in_rows(texts: Sequence[np.ndarray], row_length: int = ROW_LENGTH, rows: int = 1) -> np.ndarray:
+def in_rows(texts: Sequence[np.ndarray], rows: int = 1) -> np.ndarray:
     """Arrays [T, ...] of texts packed into rows in order, with zeros elsewhere: [B, L, ...], B a multiple of `rows`.
 
-    Rows have `row_length` tokens, or as many as the longest text.
+    Rows have `ROW_LENGTH` tokens, or as many as the longest text.
     """
     items = [{"text": text} for text in texts]
-    packed = [row["text"] for row in packed_rows(items, max(row_length, *map(len, texts)), open_rows=1)]
+    packed = [row["text"] for row in packed_rows(items, max(ROW_LENGTH, *map(len, texts)), open_rows=1)]
     return np.stack(packed + [np.zeros_like(packed[0])] * (-len(packed) % rows))
 
 
-def row_ids(lengths: Sequence[int], row_length: int = ROW_LENGTH, rows: int = 1) -> np.ndarray:
+def row_ids(lengths: Sequence[int], rows: int = 1) -> np.ndarray:
     """Chain ids that go with `in_rows`: 1, 2, ... in the order of the texts, 0 between texts. int32 [B, L]"""
-    return in_rows([np.full(length, i + 1, np.int32) for i, length in enumerate(lengths)], row_length, rows)
+    return in_rows([np.full(length, number, np.int32) for number, length in enumerate(lengths, start=1)], rows)
 
 
-def out_of_rows(array_BL: np.ndarray, lengths: Sequence[int], row_length: int = ROW_LENGTH) -> list[np.ndarray]:
+def out_of_rows(array_BL: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
     """Undoes `in_rows`: the array [T, ...] of each text."""
-    ids_BL = row_ids(lengths, row_length)
+    ids_BL = row_ids(lengths)
     return np.split(array_BL[: len(ids_BL)][ids_BL > 0], np.cumsum(lengths)[:-1])
 
 
 def text_probabilities(classifier: BoundaryClassifier, states: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The calibrated probability at every token, from the states of each text. [T, N, D] -> float32 [T]"""
     lengths = [len(x) for x in states]
-    ids_BL = row_ids(lengths, rows=ROWS)
-    states_BLND = in_rows(states, rows=ROWS)
-    blocks = [
-        np.asarray(boundary_probabilities(classifier, states_BLND[i : i + ROWS], ids_BL[i : i + ROWS]))
-        for i in range(0, len(ids_BL), ROWS)
-    ]
-    return out_of_rows(np.concatenate(blocks), lengths)
+    states_BLND, ids_BL = in_rows(states, ROWS), row_ids(lengths, ROWS)
+    batches = (np.split(array, len(ids_BL) // ROWS) for array in (states_BLND, ids_BL))
+    results = [np.asarray(boundary_probabilities(classifier, *batch)) for batch in zip(*batches, strict=True)]
+    return out_of_rows(np.concatenate(results), lengths)
 
 
 def text_boundaries(
@@ -185,13 +183,16 @@ def load_classifier(folder: Path) -> BoundaryClassifier:
         arrays = load_file(folder / WEIGHTS)
         head = HeadSettings(**(values["head"] | {"dilations": tuple(values["head"]["dilations"])}))
         scale = Scale(arrays.pop("scale.mean"), arrays.pop("scale.deviation"))
-        flat = {tuple(_key(part) for part in name.split(".")): array for name, array in arrays.items()}
+        flat = {
+            tuple(int(part) if part.isdigit() else part for part in name.split(".")): jnp.asarray(array, jnp.float32)
+            for name, array in arrays.items()
+        }
         classifier = BoundaryClassifier(
             text=TextFormat(**values["text"]),
             layers=tuple(values["layers"]),
             head=head,
-            params=jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), unflatten_dict(flat)),
-            scale=Scale(*(np.asarray(x, np.float32) for x in (scale.mean_ND, scale.deviation_ND))),
+            params=unflatten_dict(flat),
+            scale=scale,
             **{key: values[key] for key in ("teacher", "teacher_name", "tokenizer", "slope", "intercept")},
             **{key: values[key] for key in ("threshold", "min_tokens", "fitted")},
         )
@@ -210,11 +211,3 @@ def _arrays(classifier: BoundaryClassifier) -> dict[str, np.ndarray]:
     flat |= {name: flat[name].astype(np.float16) for name in ("of_state.kernel", "of_difference.kernel")}
     scale = classifier.scale
     return {**flat, "scale.mean": np.asarray(scale.mean_ND), "scale.deviation": np.asarray(scale.deviation_ND)}
-
-
-def _key(part: str) -> str | int:
-    return int(part) if part.isdigit() else part
-
-
-def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

@@ -8,6 +8,7 @@ Further axis: P, the hidden units of the network.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import chex
@@ -146,7 +147,7 @@ def boundary_loss(logits_BL: Array, labels_BL: Array, counted_BL: Array, positiv
     return jnp.sum(jnp.where(counted_BL, losses_BL * weights_BL, 0.0)) / jnp.maximum(jnp.sum(weights_BL), 1e-9)
 
 
-def measure_scale(states: list[np.ndarray]) -> Scale:
+def measure_scale(states: Sequence[np.ndarray]) -> Scale:
     """Mean and standard deviation (at least 1e-3) of every dimension over all tokens. states [T, N, D] each."""
     count = sum(len(x) for x in states)
     mean_ND = sum(x.sum(0, dtype=np.float64) for x in states) / count

@@ -15,13 +15,8 @@ import random
 from rtd_jax.data.generators.streams import Generator, as_row
 from rtd_jax.data.generators.word_problems import MONTHS, NAMES
 
-MAX_DEPTH = 6
 FLOORS = range(10)
-
-
-def closed_words() -> list[str]:
-    """Every word that the generator can write, sorted."""
-    return sorted({*MONTHS, *NAMES, "is", "on", "floor", "up", "down"})
+WORDS = {*MONTHS, *NAMES, "is", "on", "floor", "up", "down"}  # all that can be written
 
 
 def _problem(rng: random.Random, depth: int) -> dict[str, str]:
@@ -41,5 +36,5 @@ def _problem(rng: random.Random, depth: int) -> dict[str, str]:
     return as_row(" ".join(facts), steps, floor)
 
 
-GENERATOR = Generator("lift", "lift 1", _problem, MAX_DEPTH, closed_words)
+GENERATOR = Generator("lift", "lift 1", _problem, 6, WORDS)
 generate = GENERATOR.generate
