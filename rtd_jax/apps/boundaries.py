@@ -32,8 +32,6 @@ from rtd_jax.steps.scores import calibration, line_ends, sentence_ends
 from rtd_jax.steps.token_states import kept_states, token_states
 from rtd_jax.train.recipe import TeacherSettings
 
-Note = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -163,8 +161,8 @@ def _first(traces: Sequence[Trace], count: int, name: str) -> list[Trace]:
 def _score(classifier: BoundaryClassifier, test: Examples, resamples: int) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Scores on held-out texts, and the tokens of each text at which the classifier ends steps."""
     probabilities = text_probabilities(classifier, test.states)
-    found = text_boundaries(probabilities, test.candidates, classifier.threshold, classifier.min_tokens)
-    places = [np.flatnonzero(x) for x in found]
+    ends = text_boundaries(probabilities, test.candidates, classifier.threshold, classifier.min_tokens)
+    places = [np.flatnonzero(x) for x in ends]
     counted = np.concatenate(test.counted)
     result = {
         "scores": boundary_scores(places, test.right, resamples=resamples),

@@ -8,7 +8,7 @@ prompt.
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,7 +74,21 @@ def encode_traces(
     """
     if not 0.0 <= max_dropped_fraction <= 1.0:
         raise ValueError(f"max_dropped_fraction is {max_dropped_fraction}; expected 0 to 1")
-    chains = list(_encode(tokenizer, traces, text_format))
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no fast form, so it gives no character offsets; save it "
+            "with a tokenizer.json"
+        )
+    chains: list[EncodedChain] = []
+    for start in range(0, len(traces), _TOKENISE_AT_ONCE):
+        block = traces[start : start + _TOKENISE_AT_ONCE]
+        texts = [render(tokenizer, trace.prompt, trace.completion, text_format) for trace in block]
+        # verbose=False: lengths are compared with the row, and what is too long is reported.
+        tokenise = functools.partial(tokenizer, add_special_tokens=False, verbose=False)
+        whole = tokenise([text.text for text in texts], return_offsets_mapping=True)
+        prompts = tokenise([text.prompt for text in texts])
+        columns = block, texts, whole["input_ids"], whole["offset_mapping"], prompts["input_ids"]
+        chains += map(functools.partial(_encode, tokenizer), *columns)
     dropped = tuple(i for i, chain in enumerate(chains) if len(chain) > row_length)
     longest, first = max(map(len, chains), default=0), ""
     if dropped:
@@ -101,26 +115,6 @@ def chains_fingerprint(chains: Sequence[EncodedChain]) -> str:
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, traces: Sequence[Trace], text_format: TextFormat
-) -> Iterator[EncodedChain]:
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no fast form, so it gives no character offsets; save it "
-            "with a tokenizer.json"
-        )
-    for start in range(0, len(traces), _TOKENISE_AT_ONCE):
-        block = traces[start : start + _TOKENISE_AT_ONCE]
-        texts = [render(tokenizer, trace.prompt, trace.completion, text_format) for trace in block]
-        # verbose=False: the caller compares lengths with its rows and reports what is too long.
-        whole = tokenizer(
-            [text.text for text in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        prompts = tokenizer([text.prompt for text in texts], add_special_tokens=False, verbose=False)
-        columns = block, texts, whole["input_ids"], whole["offset_mapping"], prompts["input_ids"]
-        yield from map(functools.partial(_encode_one, tokenizer), *columns)
-
-
-def _encode_one(
     tokenizer: PreTrainedTokenizerBase,
     trace: Trace,
     text: Rendered,

@@ -61,7 +61,7 @@ def packed_rows(
       open_rows: 1 keeps the items in order; as many as there are items puts each into the first row with room.
 
     Returns:
-      Rows [L, ...] of each feature, zeros behind the last item; with `<name>_segment_ids`, the item's number in its row
+      Rows [L, ...] of each feature, zeros after the last item; with `<name>_segment_ids`, the item's number in its row
       from 1 on and 0 where there is none, and `<name>_positions`, which start at 0 in each item. int32 [L].
     """
     if not items:

@@ -202,9 +202,8 @@ def _read_file(file: Path) -> Iterable[Row]:
         raise ValueError(f"{file}: unknown kind of file; expected one of {', '.join(_SUFFIXES)}")
     if file.stat().st_size == 0:
         raise ValueError(f"{file}: the file is empty")
-    quiet = not datasets.are_progress_bars_disabled()
-    if quiet:
-        datasets.disable_progress_bars()
+    has_bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(_SUFFIXES[file.suffix], data_files=str(file), split="train")
     except OSError as error:
@@ -212,7 +211,7 @@ def _read_file(file: Path) -> Iterable[Row]:
     except Exception as error:
         raise ValueError(_diagnosis(file, error)) from error
     finally:
-        if quiet:
+        if has_bars:
             datasets.enable_progress_bars()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 _RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>|<unused_?\d+>|\[unused\d+\]")
-_SHOWN = 5  # as many differing ids as an error lists
+_SHOWN = 5  # differing ids that an error lists at most
 # What maps text to ids. Padding, truncation and chat template do not; the post-processor only adds special tokens,
 # which rtd_jax writes itself.
 _TEXT_PARTS = ("normalizer", "pre_tokenizer", "decoder")
@@ -36,7 +36,10 @@ def compare_tokenizers(
     """Notes on tolerated differences; empty where there are none.
 
     Tolerated are reserved slots that one side has since given a name (Llama-3 and Llama-3.1/3.2), and different
-    begin/end-of-sequence choices among the same tokens. Raises ValueError on any other difference, saying which.
+    begin-of-sequence or end-of-sequence choices among the same tokens.
+
+    Raises:
+      ValueError: the tokenizers differ otherwise; the error says where.
     """
     ours, theirs = _content(teacher), _content(student)
     notes: list[str] = []

@@ -34,7 +34,7 @@ ROWS = 8  # of a batch that the head reads
 
 @dataclass(frozen=True, eq=False)
 class BoundaryClassifier:
-    """Says whether a step ends at a token, from the states of one teacher.
+    """Decides whether a step ends at a token, from the states of one teacher.
 
     Probability = sigmoid(slope * logit + intercept). Slope and intercept (Platt scaling on the validation chains) undo
     the weight that boundaries had in the loss, so that of tokens with probability 0.9 nine in ten end a step.
@@ -66,7 +66,7 @@ class BoundaryClassifier:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over everything that decides where it cuts."""
+        """SHA-256 over everything that decides where the classifier cuts."""
         digest = hashlib.sha256(repr(sorted(self._decisive().items())).encode())
         for name, array in sorted(_arrays(self).items()):
             digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
@@ -80,8 +80,8 @@ class BoundaryClassifier:
 
 def boundary_probabilities(classifier: BoundaryClassifier, states_BLND: Array, chain_ids_BL: Array) -> jax.Array:
     """Calibrated probability that a step ends at each token of packed rows. float32 [B, L] in [0, 1]."""
-    shift = (classifier.slope, classifier.intercept)
-    return _probabilities(classifier.head, classifier.params, classifier.scale, states_BLND, chain_ids_BL, *shift)
+    platt = classifier.slope, classifier.intercept
+    return _probabilities(classifier.head, classifier.params, classifier.scale, platt, states_BLND, chain_ids_BL)
 
 
 def find_boundaries(
@@ -97,11 +97,11 @@ def _probabilities(
     head: HeadSettings,
     params: Params,
     scale: Scale,
+    platt: tuple[float, float],
     states_BLND: Array,
     chain_ids_BL: Array,
-    slope: float,
-    intercept: float,
 ) -> jax.Array:
+    slope, intercept = platt
     return jax.nn.sigmoid(slope * boundary_logits(head, params, scale, states_BLND, chain_ids_BL) + intercept)
 
 
@@ -138,7 +138,7 @@ def text_probabilities(classifier: BoundaryClassifier, states: Sequence[np.ndarr
 def text_boundaries(
     probabilities: Sequence[np.ndarray], candidates: Sequence[np.ndarray], threshold: float, min_tokens: int
 ) -> list[np.ndarray]:
-    """The boundaries that `decode` finds, from the probabilities of each text. float32 [T], bool [T] -> bool [T]"""
+    """Where `decode` ends steps, from the probabilities of each text. float32 [T], bool [T] -> bool [T]"""
     lengths = [len(x) for x in probabilities]
     arrays = in_rows(probabilities), in_rows(candidates), row_ids(lengths)
     return out_of_rows(np.asarray(decode(*arrays, threshold, min_tokens=min_tokens)), lengths)
@@ -196,9 +196,9 @@ def load_classifier(folder: Path) -> BoundaryClassifier:
             **{key: values[key] for key in ("teacher", "teacher_name", "tokenizer", "slope", "intercept")},
             **{key: values[key] for key in ("threshold", "min_tokens", "fitted")},
         )
-        expected = jax.eval_shape(functools.partial(init_head, head, *np.shape(scale.mean_ND)))
-        shapes, found = jax.tree.map(lambda x: x.shape, expected), jax.tree.map(lambda x: x.shape, classifier.params)
-        if shapes != found or len(scale.mean_ND) != len(classifier.layers):
+        fresh = jax.eval_shape(functools.partial(init_head, head, *scale.mean_ND.shape))
+        has_shapes = jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, classifier.params)
+        if not has_shapes or len(scale.mean_ND) != len(classifier.layers):
             raise ValueError(f"{folder / WEIGHTS} does not hold a head of the shape in {JSON}; fit it again")
     except (KeyError, TypeError, SafetensorError, OSError) as error:
         raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}); fit the classifier again") from error

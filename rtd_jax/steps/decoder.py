@@ -30,10 +30,10 @@ def decode(
     best_BL = candidates_BL & ((probabilities_BL >= threshold) | last_BL)
     first_BL = neighbours(chain_ids_BL, chain_ids_BL, -1) == 0
     for offset in range(1, min_tokens):
-        behind_BL = neighbours(scores_BL + 1.0, chain_ids_BL, -offset) - 1.0
-        ahead_BL = neighbours(scores_BL + 1.0, chain_ids_BL, offset) - 1.0
+        before_BL = neighbours(scores_BL + 1.0, chain_ids_BL, -offset) - 1.0
+        after_BL = neighbours(scores_BL + 1.0, chain_ids_BL, offset) - 1.0
         too_early_BL = neighbours(first_BL, chain_ids_BL, 1 - offset)
-        best_BL &= last_BL | ((scores_BL > behind_BL) & (scores_BL >= ahead_BL) & ~too_early_BL)
+        best_BL &= last_BL | ((scores_BL > before_BL) & (scores_BL >= after_BL) & ~too_early_BL)
     return best_BL
 
 

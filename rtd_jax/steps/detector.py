@@ -55,23 +55,23 @@ class Detector:
         Raises:
           ValueError: the steps that are kept on disk are damaged.
         """
-        found = self.find([(trace.prompt, trace.body, trace.source) for trace in traces])
-        return [replace(trace, spans=spans) for trace, spans in zip(traces, found, strict=True)]
+        spans_of_traces = self.find([(trace.prompt, trace.body, trace.source) for trace in traces])
+        return [replace(trace, spans=spans) for trace, spans in zip(traces, spans_of_traces, strict=True)]
 
     def find(self, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:
         """The steps of each (prompt, text, source), in characters of the text.
 
-        They are found and kept on disk in shards, with a line of progress for each.
+        Texts are read in shards; the steps of each shard are kept on disk, and a line of progress is printed.
 
         Raises:
           ValueError: a text is blank, or the steps that are kept on disk are damaged.
         """
-        found: list[tuple[Span, ...]] = []
+        steps: list[tuple[Span, ...]] = []
         for start in range(0, len(texts), SHARD):
-            found += self._find_or_read(texts[start : start + SHARD])
+            steps += self._find_or_read(texts[start : start + SHARD])
             if len(texts) > SHARD:
-                self.note(f"steps of {len(found)} of {len(texts)} texts are found")
-        return found
+                self.note(f"steps of {len(steps)} of {len(texts)} texts are found")
+        return steps
 
     def _find_or_read(self, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:
         if self.folder is None:
@@ -90,9 +90,9 @@ class Detector:
                 f"{self.folder} does not have the steps of these chains, and {jax.process_count()} processes cannot "
                 "share finding them: run launch/cache_teacher.py, or launch/segment.py, with one process first"
             )
-        found = self._find(texts)
-        write_json(path, found)
-        return found
+        steps = self._find(texts)
+        write_json(path, steps)
+        return steps
 
     def _find(self, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:
         proses = [unmarked(text) for _, text, _ in texts]
@@ -100,12 +100,12 @@ class Detector:
             read(self.tokenizer, prompt, prose.text, self.classifier.text, source=source)
             for (prompt, _, source), prose in zip(texts, proses, strict=True)
         ]
-        found = []
+        steps = []
         for (_, text, _), prose, reading, ends_T in zip(texts, proses, readings, self.detect(readings), strict=True):
             ends = prose.origin[reading.ends_T[ends_T] - 1] + 1  # after the step's last character
             # A mark that was taken away from the end of a word ("24<<48/2=24>>") belongs to the word.
-            found.append(spans_of(text, [int(end) + len(re.split(r"\s", text[end:], maxsplit=1)[0]) for end in ends]))
-        return found
+            steps.append(spans_of(text, [int(end) + len(re.split(r"\s", text[end:], maxsplit=1)[0]) for end in ends]))
+        return steps
 
     def detect(self, readings: Sequence[Reading]) -> list[np.ndarray]:
         """Whether a step ends at each of the texts' own tokens: bool [T] each."""

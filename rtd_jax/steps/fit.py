@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
 from rtd_jax.base.types import Array, Params
-from rtd_jax.steps.classifier import (
-    BoundaryClassifier,
-    in_rows,
-    row_ids,
-    text_boundaries,
-    text_probabilities,
-)
+from rtd_jax.steps.classifier import BoundaryClassifier, in_rows, row_ids, text_boundaries, text_probabilities
 from rtd_jax.steps.head import HeadSettings, Scale, boundary_logits, boundary_loss, init_head, measure_scale
 from rtd_jax.steps.prose import Reading
 from rtd_jax.steps.scores import counts, precision_recall_f1
@@ -120,8 +115,8 @@ def fit_classifier(
             if (done := (epoch - 1) * per_epoch + number + 1) % 100 == 0:
                 note(f"update {done} of {total}: loss {float(loss):.4f}")
         fitted = dataclasses.replace(unfitted, params=jax.tree.map(jnp.copy, params))  # params are donated
-        raw = np.concatenate(text_probabilities(fitted, validation.states))
-        precision = float(average_precision_score(labels[chosen], raw[chosen]))
+        probabilities = np.concatenate(text_probabilities(fitted, validation.states))
+        precision = float(average_precision_score(labels[chosen], probabilities[chosen]))
         note(
             f"epoch {epoch} of {settings.epochs}: loss {float(np.mean(jax.device_get(losses))):.4f}, average precision "
             f"{precision:.4f} on validation"
@@ -143,18 +138,16 @@ def calibrated(classifier: BoundaryClassifier, settings: FitSettings, validation
     p = np.clip(np.concatenate(raw)[chosen].astype(np.float64), 1e-12, 1 - 1e-7)
     logits = np.log(p) - np.log1p(-p)
     fit = LogisticRegression(C=1e6).fit(logits[:, None], np.concatenate(validation.labels)[chosen])
-    slope, intercept = float(fit.coef_[0, 0]), float(fit.intercept_[0])
-    classifier = dataclasses.replace(classifier, slope=slope, intercept=intercept)
+    classifier = dataclasses.replace(classifier, slope=float(fit.coef_[0, 0]), intercept=float(fit.intercept_[0]))
     probabilities = text_probabilities(classifier, validation.states)
-    scored: dict[tuple[int, float], float] = {}
-    for min_tokens in settings.min_tokens:
-        for threshold in settings.thresholds:
-            found = text_boundaries(probabilities, validation.candidates, threshold, min_tokens)
-            places = [np.flatnonzero(x) for x in found]
-            scored[min_tokens, threshold] = precision_recall_f1(counts(places, validation.right))[2]
-    best = max(scored.values())
-    good = {key: f1 for key, f1 in scored.items() if f1 >= best - 1e-3}
-    min_tokens, threshold = min(good, key=lambda key: (abs(key[1] - 0.5), -good[key], key[0]))
+
+    def f1_of(min_tokens: int, threshold: float) -> float:
+        ends = text_boundaries(probabilities, validation.candidates, threshold, min_tokens)
+        return precision_recall_f1(counts([np.flatnonzero(x) for x in ends], validation.right))[2]
+
+    scored = {pair: f1_of(*pair) for pair in itertools.product(settings.min_tokens, settings.thresholds)}
+    good = {pair: f1 for pair, f1 in scored.items() if f1 >= max(scored.values()) - 1e-3}
+    min_tokens, threshold = min(good, key=lambda pair: (abs(pair[1] - 0.5), -good[pair], pair[0]))
     return dataclasses.replace(classifier, threshold=threshold, min_tokens=min_tokens)
 
 

@@ -41,7 +41,7 @@ def unmarked(text: str) -> Prose:
         character = " " if text[index].isspace() else text[index]
         if character != " " or (characters and characters[-1] != " "):
             characters.append(character)
-            origin.append(index)
+            origin.append(int(index))
     kept = "".join(characters).rstrip()
     return Prose(kept, np.array(origin[: len(kept)], np.int32))
 

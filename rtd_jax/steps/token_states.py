@@ -29,12 +29,7 @@ LENGTH_MULTIPLE = 32  # tokens; rows are as long as their longest text, rounded 
 
 
 def token_states(
-    model: LlamaModel,
-    params: Params,
-    mesh: Mesh,
-    readings: Sequence[Reading],
-    layers: Sequence[int],
-    batch_size: int,
+    model: LlamaModel, params: Params, mesh: Mesh, readings: Sequence[Reading], layers: Sequence[int], batch_size: int
 ) -> list[np.ndarray]:
     """States of the texts' own tokens (not of the prompts'), of unit root mean square. float16 [T, N, D] each.
 

@@ -8,7 +8,7 @@ where it is, and only the place of the ball tells which swaps move it, so a mist
 Distractors are swaps on another table ("Meanwhile"), and swaps after the month that is asked for.
 
 The first month is drawn as in `generators.word_problems`. A pair of cups is written as one number, and no two facts
-have the same one, so that each fact can be found by what stands in it: what is hard is the chain, not the search.
+have the same one, so that each fact can be found by its number: the chain is the difficulty, not the search.
 """
 
 import random
@@ -21,7 +21,7 @@ PAIRS = tuple(10 * a + b for a in CUPS for b in CUPS if a != b)  # 42: the cups 
 OWN_SWAPS = 0.75  # share of the swaps that move the ball
 BEYOND = range(3)  # swaps after the month that is asked for
 ELSEWHERE = range(1, 3)  # swaps on another table
-# All that can be written.
+# Every word that the generator can write.
 WORDS = {*MONTHS, *NAMES, "The", "ball", "is", "under", "cup", "Under", "which", "it", "after", "Meanwhile"}
 
 

@@ -6,8 +6,8 @@ Each step restates the next ride and says on which floor it ends, from 0 to 9: `
 counts and all are asked for, so that a small model of random weights learns them in some hundred updates, where the
 word problems of `rtd_jax.data.generators.word_problems` take it thousands.
 
-A problem can start in any month, and no two of its rides are equally long, so that each ride can be found by what
-stands in it.
+A problem can start in any month, and no two of its rides are equally long, so that each ride can be found by its
+length.
 """
 
 import random
@@ -16,7 +16,7 @@ from rtd_jax.data.generators.streams import Generator, as_row
 from rtd_jax.data.generators.word_problems import MONTHS, NAMES
 
 FLOORS = range(10)
-WORDS = {*MONTHS, *NAMES, "is", "on", "floor", "up", "down"}  # all that can be written
+WORDS = {*MONTHS, *NAMES, "is", "on", "floor", "up", "down"}  # every word that the generator can write
 
 
 def _problem(rng: random.Random, depth: int) -> dict[str, str]:

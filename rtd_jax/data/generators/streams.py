@@ -26,7 +26,7 @@ class Generator:
       version: names the stream; another version draws other problems from the same seed.
       problem: (rng, depth) -> a row: `question`, `answer`.
       max_depth: reasoning steps of the deepest problem.
-      words: all that the generator can write.
+      words: every word that the generator can write.
       options: fields of `SourceSettings` that `generate` takes.
     """
 
@@ -38,13 +38,7 @@ class Generator:
     options: tuple[str, ...] = ()
 
     def generate(
-        self,
-        count: int,
-        depths: Sequence[int] = DEPTHS,
-        split: str = "train",
-        seed: int = 0,
-        *,
-        keep_marks: bool = True,
+        self, count: int, depths: Sequence[int] = DEPTHS, split: str = "train", seed: int = 0, keep_marks: bool = True
     ) -> list[Trace]:
         """`count` distinct problems, depths in turn; a longer list starts with the shorter one.
 

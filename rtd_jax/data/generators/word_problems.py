@@ -10,7 +10,7 @@ The first month or shelf is drawn so that none belongs to deep problems alone: a
 follows a month in shallow problems can do so in deep ones.
 
 Distractors tell what other people have or do. No number is stated twice in a problem, so that each fact can be found by
-what stands in it: what is hard is the chain, not the search.
+its number: the chain is the difficulty, not the search.
 """
 
 import random
@@ -30,14 +30,14 @@ LOSSES = ("sold", "lost", "dropped", "used")
 DOINGS = ("buys", "finds", "sells", "loses")  # of other people
 
 # What a fact says and its step repeats, by the sign of its operation: {n} is the operand, {v} the verb. A number stands
-# right behind its month or shelf, because a tiny model learns fastest to copy what follows a match.
+# right after its month or shelf, because a tiny model learns fastest to copy what follows a match.
 LEDGER = {"+": "{n} {v}", "-": "{n} {v}", "*": "all doubled", "/": "half lost"}
 SHELF = {"+": "{n} more", "-": "{n} fewer", "*": "twice as many", "/": "half as many"}
 WEIGHTS = {"+": 7, "-": 7, "*": 1, "/": 1}  # how often an operation is drawn
 
 _TEXTS = (*NAMES, *THINGS, *MONTHS, *SHELVES, *GAINS, *LOSSES, *DOINGS, *LEDGER.values(), *SHELF.values())
 _FRAME = "How many does have are on shelf Shelf starts with has holds Meanwhile"
-WORDS = {word for text in (*_TEXTS, _FRAME) for word in text.split() if "{" not in word}  # all that can be written
+WORDS = {word for text in (*_TEXTS, _FRAME) for word in text.split() if "{" not in word}  # every word it can write
 
 
 def _problem(rng: random.Random, depth: int) -> dict[str, str]:
