@@ -10,6 +10,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -84,9 +85,9 @@ def encode_traces(
         block = traces[start : start + _TOKENISE_AT_ONCE]
         texts = [render(tokenizer, trace.prompt, trace.completion, text_format) for trace in block]
         # verbose=False: lengths are compared with the row, and what is too long is reported.
-        tokenise = functools.partial(tokenizer, add_special_tokens=False, verbose=False)
-        whole = tokenise([text.text for text in texts], return_offsets_mapping=True)
-        prompts = tokenise([text.prompt for text in texts])
+        options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+        whole = tokenizer([text.text for text in texts], return_offsets_mapping=True, **options)
+        prompts = tokenizer([text.prompt for text in texts], **options)
         columns = block, texts, whole["input_ids"], whole["offset_mapping"], prompts["input_ids"]
         chains += map(functools.partial(_encode, tokenizer), *columns)
     dropped = tuple(i for i, chain in enumerate(chains) if len(chain) > row_length)
