@@ -35,7 +35,7 @@ from rtd_jax.train.recipe import TeacherSettings
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One set of held-out chains that the fitted classifier is scored on, untouched."""
+    """One set of held-out chains on which the fitted classifier is scored. Nothing is fitted to them."""
 
     source: SourceSettings
     chains: int  # the first so many by a hash of the prompt
@@ -210,7 +210,7 @@ def _shown(test: Examples, found: Sequence[np.ndarray]) -> list[dict[str, Any]]:
 
 
 def _summary(recipe: BoundaryRecipe, report: dict[str, Any]) -> dict[str, Any]:
-    """What a classifier's folder says about itself."""
+    """What the classifier's folder says about the fit: its data, and the F1 on every set of held-out chains."""
     f1 = {name: result["scores"]["all"]["exact"]["f1"]["value"] for name, result in report["tests"].items()}
     source = recipe.train.location or recipe.train.schema
     return {
@@ -221,7 +221,7 @@ def _summary(recipe: BoundaryRecipe, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_boundaries(report: dict[str, Any], workdir: Path) -> None:
-    """The table that a person reads."""
+    """Prints a table for each set of held-out chains, and the commands that use the classifier."""
 
     def cells(scores: dict[str, Any]) -> list[str]:
         exact, inner = scores["all"]["exact"], scores["inner"]["exact"]["f1"]
@@ -236,8 +236,8 @@ def print_boundaries(report: dict[str, Any], workdir: Path) -> None:
         rows += [[baseline, *cells(scores)] for baseline, scores in result["baselines"].items()]
         scores, c = result["scores"], result["calibration"]
         print_table(f"{name}: {scores['chains']} chains, {scores['boundaries']} steps", columns, rows)
-        exact = ", ".join(f"{depth}: {x['mean_error']['value']:+.2f}" for depth, x in result["step_counts"].items())
-        print(f"found minus annotated steps, by annotated: {exact}")
+        errors = ", ".join(f"{depth}: {x['mean_error']['value']:+.2f}" for depth, x in result["step_counts"].items())
+        print(f"found minus annotated steps, by annotated: {errors}")
         print(f"calibration error {c['expected_calibration_error']:.4f}, Brier score {c['brier']:.4f}\n")
     print(f"report: {workdir / 'report.json'}, {workdir / 'examples.png'}, {workdir / 'scores.png'}")
     print(

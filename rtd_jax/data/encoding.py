@@ -132,8 +132,6 @@ def _encode(
             f"{tokenizer.name_or_path!r}, the first is {text.text[start:end]!r}; use the tokenizer that belongs to "
             "this text"
         )
-    if not prompt_length:
-        raise ValueError(f"{source}: the prompt {text.prompt!r} has no tokens")
     if ids[:prompt_length] != prompt_ids:
         # Ids are compared, because the offsets of some tokenizers leave white space out.
         raise ValueError(

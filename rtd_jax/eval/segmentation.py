@@ -14,12 +14,7 @@ def boundary_scores(found: Places, right: Places, *, resamples: int) -> dict[str
 
     `all` counts every step's end. `inner` leaves out each chain's last one, which is a boundary by construction and
     needs no finding.
-
-    Raises:
-      ValueError: there are no chains.
     """
-    if not right:
-        raise ValueError("there are no chains to score; check the data")
     result: dict[str, Any] = {"chains": len(right), "boundaries": sum(map(len, right)), "all": {}, "inner": {}}
     for kind, stop in (("all", None), ("inner", -1)):
         for name, tolerance in (("exact", 0), ("within_1", 1), ("within_2", 2)):

@@ -1,4 +1,4 @@
-"""Measures of a segmentation: matched boundaries, their precision, recall and F1, calibration; and two rules.
+"""Measures of a segmentation (matched boundaries, precision, recall, F1, calibration), and two rule-based baselines.
 
 Measures with an interval are in `rtd_jax.eval.segmentation`.
 """

@@ -46,7 +46,7 @@ class Generator:
           keep_marks: leave the <<48/2=24>> in.
 
         Raises:
-          ValueError: a split, count or depth that does not exist.
+          ValueError: there is no such split or depth.
         """
         rows = enumerate(self.rows(count, depths, split, seed), start=1)
         return [from_gsm8k(row, f"{self.name}-{split}:{number}", keep_marks=keep_marks) for number, row in rows]
@@ -57,8 +57,6 @@ class Generator:
         """As `generate`, as rows of GSM8K's schema: `question`, `answer`."""
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
-        if count < 0:
-            raise ValueError(f"count is {count}; expected 0 or more problems")
         if not depths or len(set(depths)) != len(depths) or not all(1 <= depth <= self.max_depth for depth in depths):
             raise ValueError(f"depths are {tuple(depths)}; expected distinct numbers from 1 to {self.max_depth}")
         streams = [self._stream(depth, split, seed) for depth in depths]
