@@ -3,24 +3,25 @@
 import contextlib
 import functools
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from qwix import QArray
 from safetensors import SafetensorError, safe_open
 
+from rtd_jax.base.files import read_json
 from rtd_jax.base.types import Params
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.quantized import INT8, quantize_weight
 from rtd_jax.models.to_hf import INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE
-from rtd_jax.models.weights import Weight, leaf, nested, table
+from rtd_jax.models.weights import Weight, table
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -44,13 +45,13 @@ def resolve(name_or_dir: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["config.json", "*.safetensors", INDEX_FILE, *TOKENIZER_FILES])
-        )
+        patterns = ["config.json", "*.safetensors", INDEX_FILE, *TOKENIZER_FILES]
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises its own, the HTTP library's and the system's errors
+        reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise ValueError(
-            f"{name}: neither a local directory nor a model the hub would give ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}). Without a network, "
+            f"{name}: neither a local directory nor a model the hub would give ({type(error).__name__}: {reason}). "
+            "Without a network, "
             f"download it elsewhere (`hf download {name} --local-dir DIR`) and give that directory instead; "
             "for a gated model, log in first (`hf auth login`)"
         ) from error
@@ -59,7 +60,7 @@ def resolve(name_or_dir: str | Path) -> Path:
 def load_config(directory: str | Path) -> LlamaConfig:
     """The config of a Hugging Face directory. Raises ValueError where it is missing, unreadable or no plain Llama's."""
     path = Path(directory) / "config.json"
-    return LlamaConfig.from_hf(_read_json(path, "give the directory of a Hugging Face checkpoint"), str(path))
+    return LlamaConfig.from_hf(_read_object(path, "give the directory of a Hugging Face checkpoint"), str(path))
 
 
 def weights_fingerprint(directory: Path) -> str:
@@ -107,8 +108,8 @@ def load_params(
     directory = Path(directory)
     files = _tensor_files(directory)
     rows = table(config)
-    _check_names(directory, files, {name for weight in rows for name in weight.names(config)}, config)
-    sharding_of = (lambda path: None) if shardings is None else functools.partial(leaf, shardings)
+    _check_names(directory, set(files), {name for weight in rows for name in weight.names(config)}, config)
+    sharding_of = {} if shardings is None else flatten_dict(shardings)
     with contextlib.ExitStack() as stack:
         handles = {path: stack.enter_context(_open(path)) for path in sorted(set(files.values()))}
         readers: dict[str, Any] = {}
@@ -117,11 +118,8 @@ def load_params(
                 readers[name] = _slice(handles[files[name]], name, files[name])
                 _check_tensor(files[name], name, readers[name], weight.hf_shape(config))
         chosen = range(config.layers) if layers is None else layers
-        return nested(
-            {
-                weight.path: _load(weight, config, dtype, sharding_of(weight.path), readers.__getitem__, chosen)
-                for weight in rows
-            }
+        return unflatten_dict(
+            {row.path: _load(row, config, dtype, sharding_of.get(row.path), readers, chosen) for row in rows}
         )
 
 
@@ -130,22 +128,21 @@ def _load(
     config: LlamaConfig,
     dtype: str,
     sharding: Any,
-    reader: Callable[[str], Any],
+    readers: dict[str, Any],
     layers: Sequence[int],
 ) -> Any:
-    of_values = sharding.qvalue if isinstance(sharding, QArray) else sharding
-    raw_sharding = _hf_sharding(weight, of_values)
+    """One entry of the params, of all the `layers` where they are stacked."""
+    raw_sharding = _hf_sharding(weight, sharding.qvalue if isinstance(sharding, QArray) else sharding)
+    float_dtype = "bfloat16" if dtype == INT8 else dtype  # norms are not quantised
 
     def convert(raw: jax.Array) -> Any:
         array = weight.from_hf(raw, config)
-        return quantize_weight(array, weight) if dtype == INT8 and weight.inputs else array.astype(kept)
-
-    kept = "bfloat16" if dtype == INT8 else dtype  # of what is not quantised: norms
+        return quantize_weight(array, weight) if dtype == INT8 and weight.inputs else array.astype(float_dtype)
 
     def read(name: str) -> jax.Array:
         if raw_sharding is None:
-            return jnp.asarray(reader(name)[:])
-        return _read_sharded(reader(name), weight.hf_shape(config), raw_sharding)
+            return jnp.asarray(readers[name][:])
+        return _read_sharded(readers[name], weight.hf_shape(config), raw_sharding)
 
     if not weight.stacked:
         return jax.jit(convert, out_shardings=sharding)(read(weight.name))
@@ -202,7 +199,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         raise ValueError(f"{directory}: no such directory; give the directory of a Hugging Face checkpoint")
     index, single = directory / INDEX_FILE, directory / WEIGHTS_FILE
     if index.is_file():
-        weight_map = _read_json(index, "download it again").get("weight_map")
+        weight_map = _read_object(index, "download it again").get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: no 'weight_map' in it; download the checkpoint again")
         absent = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
@@ -239,21 +236,19 @@ def _slice(handle: Any, name: str, path: Path) -> Any:
         ) from error
 
 
-def _check_names(directory: Path, found: Iterable[str], expected: set[str], config: LlamaConfig) -> None:
-    missing = sorted(expected.difference(found))
-    left_over = sorted(name for name in set(found) - expected if not _ignorable(name, config))
-    hint = "config.json and the weights must be of the same model"
-    if "lm_head.weight" in missing:
-        hint += "; without lm_head.weight, config.json should say tie_word_embeddings: true"
-    if missing:
-        raise ValueError(f"{directory}: missing tensors: {_few(missing)}; left over: {_few(left_over)}; {hint}")
-    if left_over:
+def _check_names(directory: Path, found: set[str], expected: set[str], config: LlamaConfig) -> None:
+    missing = sorted(expected - found)
+    left_over = sorted(name for name in found - expected if not _is_ignorable(name, config))
+    if missing or left_over:
+        hint = "; without lm_head.weight, config.json should say tie_word_embeddings: true"
         raise ValueError(
-            f"{directory}: left-over tensors that no weight of this Llama reads: {_few(left_over)}; {hint}"
+            f"{directory}: missing tensors: {_few(missing)}; left over, read by no weight of this Llama: "
+            f"{_few(left_over)}; config.json and the weights must be of the same model"
+            f"{hint if 'lm_head.weight' in missing else ''}"
         )
 
 
-def _ignorable(name: str, config: LlamaConfig) -> bool:
+def _is_ignorable(name: str, config: LlamaConfig) -> bool:
     """Whether a tensor is no weight: a rotary table of an old checkpoint, or a head that repeats a tied embedding."""
     return name.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and name == "lm_head.weight")
 
@@ -271,13 +266,8 @@ def _check_tensor(path: Path, name: str, tensor: Any, expected: tuple[int, ...])
         )
 
 
-def _read_json(path: Path, way_out: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file; {way_out}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error}); {way_out}") from error
+def _read_object(path: Path, way_out: str) -> dict[str, Any]:
+    content = read_json(path, way_out)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}; {way_out}")
     return content

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rtd_jax.base.types import Params
 from rtd_jax.models.config import LlamaConfig
@@ -66,50 +67,24 @@ class Weight:
 
 
 def _row(path: str, name: str, here: str, there: str | None = None, inputs: str = "embed") -> Weight:
+    prefix = "model.layers.{layer}." if path.startswith("layers.") else ""
     groups = tuple(tuple(group.split("*")) for group in (there or here).split())
-    return Weight(tuple(path.split(".")), name, tuple(here.split()), groups, tuple(inputs.split()))
+    return Weight(tuple(path.split(".")), f"{prefix}{name}.weight", tuple(here.split()), groups, tuple(inputs.split()))
 
 
 TABLE: tuple[Weight, ...] = (
-    _row("embedding", "model.embed_tokens.weight", "vocab embed"),
-    _row("layers.attention_norm.scale", "model.layers.{layer}.input_layernorm.weight", "norm", inputs=""),
-    _row(
-        "layers.attention.q",
-        "model.layers.{layer}.self_attn.q_proj.weight",
-        here="embed heads head_dim",
-        there="heads*head_dim embed",
-    ),
-    _row(
-        "layers.attention.k",
-        "model.layers.{layer}.self_attn.k_proj.weight",
-        here="embed kv_heads head_dim",
-        there="kv_heads*head_dim embed",
-    ),
-    _row(
-        "layers.attention.v",
-        "model.layers.{layer}.self_attn.v_proj.weight",
-        here="embed kv_heads head_dim",
-        there="kv_heads*head_dim embed",
-    ),
-    _row(
-        "layers.attention.o",
-        "model.layers.{layer}.self_attn.o_proj.weight",
-        here="heads head_dim embed",
-        there="embed heads*head_dim",
-        inputs="heads head_dim",
-    ),
-    _row("layers.mlp_norm.scale", "model.layers.{layer}.post_attention_layernorm.weight", "norm", inputs=""),
-    _row("layers.mlp.gate", "model.layers.{layer}.mlp.gate_proj.weight", here="embed mlp", there="mlp embed"),
-    _row("layers.mlp.up", "model.layers.{layer}.mlp.up_proj.weight", here="embed mlp", there="mlp embed"),
-    _row(
-        "layers.mlp.down",
-        "model.layers.{layer}.mlp.down_proj.weight",
-        here="mlp embed",
-        there="embed mlp",
-        inputs="mlp",
-    ),
-    _row("norm.scale", "model.norm.weight", "norm", inputs=""),
-    _row("head", "lm_head.weight", here="embed vocab", there="vocab embed"),
+    _row("embedding", "model.embed_tokens", "vocab embed"),
+    _row("layers.attention_norm.scale", "input_layernorm", "norm", inputs=""),
+    _row("layers.attention.q", "self_attn.q_proj", "embed heads head_dim", "heads*head_dim embed"),
+    _row("layers.attention.k", "self_attn.k_proj", "embed kv_heads head_dim", "kv_heads*head_dim embed"),
+    _row("layers.attention.v", "self_attn.v_proj", "embed kv_heads head_dim", "kv_heads*head_dim embed"),
+    _row("layers.attention.o", "self_attn.o_proj", "heads head_dim embed", "embed heads*head_dim", "heads head_dim"),
+    _row("layers.mlp_norm.scale", "post_attention_layernorm", "norm", inputs=""),
+    _row("layers.mlp.gate", "mlp.gate_proj", "embed mlp", "mlp embed"),
+    _row("layers.mlp.up", "mlp.up_proj", "embed mlp", "mlp embed"),
+    _row("layers.mlp.down", "mlp.down_proj", "mlp embed", "embed mlp", "mlp"),
+    _row("norm.scale", "model.norm", "norm", inputs=""),
+    _row("head", "lm_head", "embed vocab", "vocab embed"),
 )
 
 
@@ -143,32 +118,17 @@ def logical_axes(params: Params) -> dict[str, Any]:
     """
     axes = {weight.path: weight.axes for weight in TABLE}
 
-    def named(path: tuple, leaf: Any) -> tuple[str, ...]:
-        # Both parts of a quantised array have all its axes; along those that share one scale, the scale has length 1.
-        keys = tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
-        if keys not in axes or len(axes[keys]) != np.ndim(leaf):
+    def name_axes(path: tuple[str, ...], array: Any) -> tuple[str, ...]:
+        if path not in axes or len(axes[path]) != np.ndim(array):
             raise ValueError(
-                f"{'.'.join(map(str, keys))} {np.shape(leaf)} is not a Llama weight; "
-                "expected a tree as made by LlamaModel.init"
+                f"{'.'.join(path)} {np.shape(array)} is not a Llama weight; expected a tree as made by LlamaModel.init"
             )
-        return axes[keys]
+        return axes[path]
 
-    return jax.tree_util.tree_map_with_path(named, params)
-
-
-def leaf(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
-    """The entry of a nested dict at `path`."""
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
-    """A nested dict from paths."""
-    tree: dict[str, Any] = {}
-    for path, value in leaves.items():
-        branch = tree
-        for key in path[:-1]:
-            branch = branch.setdefault(key, {})
-        branch[path[-1]] = value
-    return tree
+    # Both parts of a quantised array have all its axes; along those that share one scale, the scale has length 1.
+    return unflatten_dict(
+        {
+            path: jax.tree.map(lambda part, path=path: name_axes(path, part), leaf)
+            for path, leaf in flatten_dict(params).items()
+        }
+    )
