@@ -42,7 +42,6 @@ from rtd_jax.teacher.cache import (
     TeacherCache,
     chain_key,
     encode_record,
-    predicting_positions,
 )
 from rtd_jax.teacher.predictions import top_k_predictions
 
@@ -66,7 +65,7 @@ def predictions(model: LlamaModel, params: Any, vocab_size: int, chains: Sequenc
     for batch in fixed_batches(chains, ROWS, length, 1, slots):
         top = jax.device_get(forward(params, batch))
         for row in range(min(ROWS, len(chains) - len(found))):
-            predicting = predicting_positions(batch.loss_weights_BL[row])
+            predicting = np.flatnonzero(np.asarray(batch.loss_weights_BL[row])[1:] > 0)
             found.append(TopK(*(array[row, predicting] for array in top)))
         print(f"{len(found)} of {len(chains)} chains", flush=True)
     return found

@@ -52,9 +52,7 @@ def test_missing_head_suggests_tying(directory):
 
 def test_left_over_tensor(directory):
     change_tensors(directory, lambda tensors: tensors.update({"model.layers.3.extra": torch.zeros(1)}))
-    with pytest.raises(
-        ValueError, match=rf"{directory}: missing tensors: none; left over, .*: model.layers.3.extra; .*same model"
-    ):
+    with pytest.raises(ValueError, match=rf"{directory}: .* none; left over, .*: model.layers.3.extra; .*same model"):
         load(directory)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 PLAIN_INTERVAL = 5.0  # seconds between progress lines when not a terminal
@@ -28,15 +28,8 @@ class Display:
         self._last_plain = 0.0
         self._live: Live | None = None
         if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
+            columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "ETA"
+            self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console)
             self._task = self._progress.add_task("updates", total=total_updates, completed=done)
             self._live = Live(self._progress, console=self._console, refresh_per_second=4, transient=True)
 

@@ -42,8 +42,8 @@ def defaults(cls: type, values: Mapping[str, Any] | None = None, path: str = "co
     config.lock()
     for name, hint in hints.items():
         if typing.get_origin(hint) is dict:
-            config[name].unlock()  # with all that is in it
-            for group in (x for x in config[name].values() if isinstance(x, ConfigDict)):
+            config[name].unlock()  # which unlocks the groups in it, too
+            for group in (value for value in config[name].values() if isinstance(value, ConfigDict)):
                 group.lock()
     return config
 
@@ -61,7 +61,7 @@ def _entry(hint: Any, value: Any, path: str) -> Any:
         return placeholder(kind)
     if kind is object:
         return FieldReference(value, field_type=object)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int:
         return float(value)
     return tuple(value) if kind is tuple and isinstance(value, list) else value
 
@@ -198,30 +198,27 @@ def _check_known(cls: type, values: Mapping[str, Any], path: str) -> None:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    origin = typing.get_origin(hint)
+    """`value` as a setting of type `hint`; ValueError where it is of another type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(hint, value, path)
     if origin is typing.Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), map(str, choices), n=1)
-            hint_text = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{path} is {value!r}; expected one of {', '.join(map(repr, choices))}{hint_text}")
+        if value not in arguments:
+            near = difflib.get_close_matches(str(value), map(str, arguments), n=1)
+            suggestion = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{path} is {value!r}; expected one of {', '.join(map(repr, arguments))}{suggestion}")
         return value
-    if dataclasses.is_dataclass(hint):
-        if not _is_group(value):
-            raise ValueError(f"{path} is {value!r}; expected a group of settings")
-        return build(typing.cast(type, hint), value, path)
     if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, list | tuple):
+        if not isinstance(value, list | tuple):
             raise ValueError(f"{path} is {value!r}; expected a tuple")
-        (item, *_) = typing.get_args(hint)
-        return tuple(_convert(item, entry, f"{path}[{i}]") for i, entry in enumerate(value))
-    if origin is dict:
+        return tuple(_convert(arguments[0], entry, f"{path}[{i}]") for i, entry in enumerate(value))
+    if dataclasses.is_dataclass(hint) or origin is dict:
         if not _is_group(value):
             raise ValueError(f"{path} is {value!r}; expected a group of settings")
-        return {key: _convert(typing.get_args(hint)[1], entry, f"{path}.{key}") for key, entry in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if origin is dict:
+            return {key: _convert(arguments[1], entry, f"{path}.{key}") for key, entry in value.items()}
+        return build(typing.cast(type, hint), value, path)
+    if hint is float and type(value) is int:
         return float(value)
     if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise ValueError(f"{path} is {value!r} ({type(value).__name__}); expected {hint.__name__}")
