@@ -33,7 +33,8 @@ from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.sources import SourceSettings, load_traces
-from rtd_jax.models import LlamaConfig, LlamaModel
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import ModelSettings, open_model
 from rtd_jax.teacher.cache import (
     CacheSettings,

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from rtd_jax.models import LlamaConfig, LlamaModel
 from rtd_jax.models import decoder as llama_module
+from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.decoder import attention_kernel
+from rtd_jax.models.model import LlamaModel
 
 CONFIG = LlamaConfig(64, 64, 128, layers=2, heads=4, kv_heads=2, head_dim=16)
 CALL = "__cudnn$fmhaScaleBiasSoftmax"

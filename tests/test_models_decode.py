@@ -7,7 +7,9 @@ import pytest
 import torch
 from models_tiny import VARIANTS, hf_model, positions, random_tokens
 
-from rtd_jax.models import KVCache, LlamaModel, load_config, load_params
+from rtd_jax.models.decoder import KVCache
+from rtd_jax.models.from_hf import load_config, load_params
+from rtd_jax.models.model import LlamaModel
 
 LENGTHS = (9, 1, 14, 6)
 NEW = 16

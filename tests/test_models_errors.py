@@ -10,7 +10,9 @@ import torch
 from models_tiny import LLAMA3_ROPE, VARIANTS, hf_model, old_spelling, rewrite_config
 from safetensors.torch import load_file, save_file
 
-from rtd_jax.models import LlamaConfig, RopeConfig, load_config, load_params, logical_axes, resolve
+from rtd_jax.models.config import LlamaConfig, RopeConfig
+from rtd_jax.models.from_hf import load_config, load_params, resolve
+from rtd_jax.models.weights import logical_axes
 
 NAME = "model.layers.1.self_attn.k_proj.weight"
 
@@ -219,7 +221,7 @@ def test_logical_axes_refuse_what_is_no_llama_weight():
 def test_torch_is_not_imported(directory):
     """transformers and torch are for the tests; loading a model must not pay for them, or need them."""
     code = (
-        "import sys; from rtd_jax.models import load_config, load_params; "
+        "import sys; from rtd_jax.models.from_hf import load_config, load_params; "
         f"load_params({str(directory)!r}, load_config({str(directory)!r})); print('torch' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -19,9 +19,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from models_tiny import VARIANTS, hf_model, random_tokens
 from safetensors.torch import load_file
 
-from rtd_jax.models import LlamaModel, layers_to_copy, load_config, load_params, logical_axes, save_pretrained
 from rtd_jax.models import from_hf as checkpoint
 from rtd_jax.models import to_hf as export
+from rtd_jax.models.config import layers_to_copy
+from rtd_jax.models.from_hf import load_config, load_params
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.to_hf import save_pretrained
+from rtd_jax.models.weights import logical_axes
 
 SHARD = 40_000  # bytes: several files for the tiny model
 
@@ -162,7 +166,10 @@ def test_each_device_reads_its_part_and_every_byte_is_read_once(tmp_path, monkey
 MEMORY = """
     import ctypes, gc, sys
     import jax
-    from rtd_jax.models import LlamaConfig, LlamaModel, load_params, save_pretrained
+    from rtd_jax.models.config import LlamaConfig
+    from rtd_jax.models.from_hf import load_params
+    from rtd_jax.models.model import LlamaModel
+    from rtd_jax.models.to_hf import save_pretrained
 
     def status(field):
         with open("/proc/self/status") as lines:

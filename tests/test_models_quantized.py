@@ -9,9 +9,10 @@ from qwix import QArray
 
 from rtd_jax.base.sharding import MeshSettings, make_mesh, param_shardings
 from rtd_jax.eval.decoding import generate
-from rtd_jax.models import LlamaModel, load_config, load_params, logical_axes
+from rtd_jax.models.from_hf import load_config, load_params
+from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.quantized import as_float, quantize_params, quantize_weight
-from rtd_jax.models.weights import TABLE
+from rtd_jax.models.weights import TABLE, logical_axes
 
 WEIGHTS = {weight.path: weight for weight in TABLE}
 
