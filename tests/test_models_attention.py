@@ -79,6 +79,6 @@ def test_prompts_are_read_by_cudnn_and_tokens_added_by_xla(a100):
     model = LlamaModel(CONFIG, "bfloat16")
     params = model.abstract_params("bfloat16")
     # Causal without a mask: cuDNN's own, which skips what is not seen.
-    assert "__cudnn$fmhaSoftmax" in lowered_for_gpu(lambda *x: model.prefill(*x), params, ids(2, 64), ids(2))
-    cache = jax.eval_shape(model.prefill, params, ids(2, 64), ids(2))[1]
+    assert "__cudnn$fmhaSoftmax" in lowered_for_gpu(lambda *x: model.prefill(*x, 64), params, ids(2, 64), ids(2))
+    cache = jax.eval_shape(lambda *x: model.prefill(*x, 64), params, ids(2, 64), ids(2))[1]
     assert "__cudnn" not in lowered_for_gpu(lambda *x: model.decode(*x), params, cache, ids(2), ids(2))

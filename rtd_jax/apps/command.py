@@ -260,9 +260,6 @@ class _ConfigFile(flags.ArgumentParser):
         except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
             raise flags.Error(f"{path}: {_one_line(error)}") from error
 
-    def flag_type(self) -> str:
-        return "config file"
-
 
 def _parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     """Parses flags by absl; a flag or a key of the config that does not exist is refused in one line."""

@@ -31,7 +31,10 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in _ROPE_KINDS:
-            raise ValueError(f"rope kind {self.kind!r} is not supported; known kinds: {', '.join(_ROPE_KINDS)}")
+            raise ValueError(
+                f"rope type {self.kind!r} is not supported; known: {', '.join(_ROPE_KINDS)}. "
+                "Use a checkpoint without it, or a Llama 3.x one"
+            )
         if self.kind == "llama3" and not self.high_freq_factor > self.low_freq_factor > 0:
             raise ValueError(
                 f"llama3 rope needs high_freq_factor > low_freq_factor > 0, got {self.high_freq_factor} and "
@@ -39,24 +42,19 @@ class RopeConfig:
             )
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any], source: str) -> "RopeConfig":
+    def from_hf(cls, hf: dict[str, Any]) -> "RopeConfig":
         """Reads `rope_parameters` (transformers >= 5), or the earlier top-level `rope_theta` and `rope_scaling`."""
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0)
         kind = rope.get("rope_type") or rope.get("type") or "default"
         partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
         if partial != 1.0:
-            raise ValueError(f"{source}: partial_rotary_factor {partial} is not supported; only 1.0 is (plain Llama)")
-        if kind not in _ROPE_KINDS:
-            raise ValueError(
-                f"{source}: rope type {kind!r} is not supported; known: {', '.join(_ROPE_KINDS)}. "
-                "Use a checkpoint without it, or a Llama 3.x one"
-            )
-        if kind == "default":
-            return cls(theta=theta)
+            raise ValueError(f"partial_rotary_factor {partial} is not supported; only 1.0 is (plain Llama)")
+        if kind != "llama3":
+            return cls(theta, kind)
         missing = [key for key in _LLAMA3_FACTORS if key not in rope]
         if missing:
-            raise ValueError(f"{source}: rope type 'llama3' lacks {', '.join(missing)}; add them as in Llama-3.1")
+            raise ValueError(f"rope type 'llama3' lacks {', '.join(missing)}; add them as in Llama-3.1")
         positions = rope.get("original_max_position_embeddings") or hf.get("max_position_embeddings") or 2048
         factors = {key: float(rope[key]) for key in _LLAMA3_FACTORS}
         return cls(theta=theta, kind=kind, original_max_positions=int(positions), **factors)
@@ -132,43 +130,36 @@ class LlamaConfig:
             raise ValueError(f"LlamaConfig.head_dim {self.head_dim} is odd; rotary embedding needs pairs")
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> "LlamaConfig":
-        """Builds a config from the content of a Hugging Face `config.json`; error messages name `source`.
+    def from_hf(cls, hf: dict[str, Any]) -> "LlamaConfig":
+        """Builds a config from the content of a Hugging Face `config.json`.
 
         Raises:
-          ValueError: another architecture, missing sizes, or what this decoder does not compute (biases, other
-            activations, other rope types, quantised weights).
+          ValueError or TypeError: another architecture, missing or impossible sizes, or what this decoder does not
+            compute (biases, other activations, other rope types, quantised weights).
         """
         if hf.get("model_type") != "llama":
-            raise ValueError(
-                f"{source}: model_type is {hf.get('model_type')!r}, expected 'llama'; use a Llama checkpoint"
-            )
+            raise ValueError(f"model_type is {hf.get('model_type')!r}, expected 'llama'; use a Llama checkpoint")
         derived = ("kv_heads", "head_dim")
         missing = [key for name, key in _SIZES.items() if name not in derived and hf.get(key) is None]
         if missing:
-            raise ValueError(f"{source}: missing {', '.join(missing)}; take config.json from the original checkpoint")
+            raise ValueError(f"missing {', '.join(missing)}; take config.json from the original checkpoint")
         for key in ("attention_bias", "mlp_bias"):
             if hf.get(key):
-                raise ValueError(f"{source}: {key} is {hf[key]!r}; only Llamas without biases are supported")
+                raise ValueError(f"{key} is {hf[key]!r}; only Llamas without biases are supported")
         if hf.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"{source}: hidden_act is {hf['hidden_act']!r}; only 'silu' is supported")
+            raise ValueError(f"hidden_act is {hf['hidden_act']!r}; only 'silu' is supported")
         if hf.get("quantization_config"):
             raise ValueError(
-                f"{source}: the checkpoint is quantised (quantization_config); use the original float weights, or "
-                "dequantise it and save it again with transformers"
+                "the checkpoint is quantised (quantization_config); use the original float weights, or dequantise it "
+                "and save it again with transformers"
             )
         width, heads = int(hf["hidden_size"]), int(hf["num_attention_heads"])
         if not hf.get("head_dim") and width % heads:
-            raise ValueError(
-                f"{source}: hidden_size {width} is not a multiple of num_attention_heads {heads}; set head_dim"
-            )
+            raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}; set head_dim")
         values: dict[str, Any] = {"kv_heads": heads, "head_dim": width // heads, "norm_eps": 1e-6}
-        try:
-            values |= {name: int(hf[key]) for name, key in _SIZES.items() if hf.get(key) is not None}
-            values |= {name: read(hf[key]) for name, (key, read) in _OPTIONS.items() if hf.get(key) is not None}
-            return cls(**values, rope=RopeConfig.from_hf(hf, source))
-        except (TypeError, ValueError) as error:
-            raise error if source in str(error) else ValueError(f"{source}: {error}") from error
+        values |= {name: int(hf[key]) for name, key in _SIZES.items() if hf.get(key) is not None}
+        values |= {name: read(hf[key]) for name, (key, read) in _OPTIONS.items() if hf.get(key) is not None}
+        return cls(**values, rope=RopeConfig.from_hf(hf))
 
     def layer_index(self, layer: int) -> int:
         """The number of a hidden state, counted as transformers counts `output_hidden_states`.

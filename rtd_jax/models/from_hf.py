@@ -60,7 +60,11 @@ def resolve(name_or_dir: str | Path) -> Path:
 def load_config(directory: str | Path) -> LlamaConfig:
     """The config of a Hugging Face directory. Raises ValueError where it is missing, unreadable or no plain Llama's."""
     path = Path(directory) / "config.json"
-    return LlamaConfig.from_hf(_read_object(path, "give the directory of a Hugging Face checkpoint"), str(path))
+    content = _read_object(path, "give the directory of a Hugging Face checkpoint")
+    try:
+        return LlamaConfig.from_hf(content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def weights_fingerprint(directory: Path) -> str:

@@ -77,7 +77,7 @@ class LlamaModel(Computation):
         return jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
 
     def prefill(
-        self, params: Params, tokens_BL: Array, lengths_B: Array, cache_length: int | None = None
+        self, params: Params, tokens_BL: Array, lengths_B: Array, cache_length: int
     ) -> tuple[jax.Array, KVCache]:
         """Reads right-padded prompts: (final normed state at each row's last prompt token [B, D], cache).
 
@@ -90,7 +90,6 @@ class LlamaModel(Computation):
         chex.assert_rank([tokens_BL, lengths_B], [2, 1])
         chex.assert_equal_shape_prefix([tokens_BL, lengths_B], 1)
         length = tokens_BL.shape[1]
-        cache_length = length if cache_length is None else cache_length
         if cache_length < length:
             raise ValueError(
                 f"cache_length {cache_length} is shorter than the prompts' {length} tokens; make it larger"

@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +144,7 @@ def make_step_reader(
         hidden_BLD, states = model.hidden(params, *rows, layers=layers or (-1,))
         log_probs_BL = None
         if surprise:
-            sizes: dict[str, int] = {"vocab_size": vocab_size, "chunk_length": chunk_length}
+            sizes: Any = {"vocab_size": vocab_size, "chunk_length": chunk_length}
             predicted_BL = token_log_probs(
                 hidden_BLD, model.head(params), *shifted_labels(batch), temperature=1.0, **sizes
             )
