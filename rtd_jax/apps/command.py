@@ -1,7 +1,7 @@
 """The commands: `python -m rtd_jax train --config=...`, or `python launch/train.py --config=...` from a clone.
 
-What every command does is here: read the flags, build the settings, run, and say in one line what went wrong. Settings
-and main functions are imported when they are needed, so that `--help` and refused flags do not wait for jax.
+This module does what every command needs: it reads the flags, builds the settings, runs the command, and reports an
+error in one line. Settings and main functions are imported when they are needed, because importing jax is slow.
 """
 
 import dataclasses
@@ -139,7 +139,8 @@ def main(argv: Sequence[str]) -> None:
 def run(name: str, argv: Sequence[str] | None = None) -> None:
     """Runs a command with its flags, by default those of this process, and ends the process.
 
-    A ValueError or OSError is what a user can mend: its message is printed without traceback; the exit status is 2.
+    A ValueError or OSError is a mistake that the user can correct: its message is printed without a traceback, and the
+    exit status is 2.
     """
     argv = list(sys.argv if argv is None else argv)
     command, values = COMMANDS[name], flags.FLAGS
@@ -148,10 +149,10 @@ def run(name: str, argv: Sequence[str] | None = None) -> None:
         print(help_text(command, argv[0], [values[flag] for flag in defined]))
         sys.exit(0)
 
-    def parsed(arguments: Sequence[str]) -> None:
+    def run_parsed(arguments: Sequence[str]) -> None:
         debug = values["debug"].value
-        logging.set_verbosity(logging.DEBUG if debug else logging.WARNING)  # orbax narrates every file it writes
-        if not debug:  # a failed save or restore is reported once, below, not for each array
+        logging.set_verbosity(logging.DEBUG if debug else logging.WARNING)  # orbax logs every file it writes
+        if not debug:  # a failed save or restore is reported once, below, and not for each array
             python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL + 1)
         try:
             if len(arguments) > 1:
@@ -163,7 +164,7 @@ def run(name: str, argv: Sequence[str] | None = None) -> None:
                 raise
             _refuse(str(error))
 
-    app.run(parsed, argv=argv, flags_parser=lambda arguments: _parse_flags(arguments, values))
+    app.run(run_parsed, argv=argv, flags_parser=lambda arguments: _parse_flags(arguments, values))
 
 
 def _run(command: Command, values: flags.FlagValues) -> None:
@@ -226,11 +227,11 @@ def read_flags(settings: type, values: flags.FlagValues) -> Any:
     """Builds `settings` from its flags.
 
     Raises:
-      ValueError: a flag without default was not given, a list that is to have numbers has something else, or what the
-        settings themselves refuse.
+      ValueError: a flag without default is missing, a list of numbers has something else, or the settings refuse a
+        value.
     """
     hints = typing.get_type_hints(settings)
-    found: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = values[field.name].value
         if value is None and field.default is dataclasses.MISSING:
@@ -240,8 +241,8 @@ def read_flags(settings: type, values: flags.FlagValues) -> Any:
                 value = [int(item) for item in value or ()]
             except ValueError as error:
                 raise ValueError(f"--{field.name} is {value!r}; expected whole numbers with commas between") from error
-        found[field.name] = value
-    return build(settings, found, "--")
+        given[field.name] = value
+    return build(settings, given, "--")
 
 
 class _ConfigFile(flags.ArgumentParser):
@@ -255,8 +256,8 @@ class _ConfigFile(flags.ArgumentParser):
         if not Path(file).is_file():
             raise flags.Error(f"--config: there is no file {file}; give a config file such as configs/rtd_tiny.py")
         try:
-            found = runpy.run_path(file)["get_config"](*([argument] if colon else []))
-            return defaults(_import(self._recipe), found)
+            values = runpy.run_path(file)["get_config"](*([argument] if colon else []))
+            return defaults(_import(self._recipe), values)
         except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
             raise flags.Error(f"{path}: {_one_line(error)}") from error
 
@@ -274,13 +275,13 @@ def _parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
 
 
 def _one_line(error: Exception) -> str:
-    """A message, as it is read best: those of ml_collections are quoted twice, and list a group's keys and values."""
+    """An error's message in one line; ml_collections quotes its own twice and appends a group's keys and values."""
     text = str(error).replace("\\n", " ").replace("\n", " ").replace("\\'", "'").strip("'")
     return re.sub(r' Other fields present: "{.*}"', "", text)
 
 
 def _refuse(reason: str) -> NoReturn:
-    """Exits with the reason on a line of its own, the last one: threads of a failed save complain on."""
+    """Exits with the reason as the last line. Later output is dropped: threads of a failed save still write messages."""
     with os.fdopen(os.dup(2), "w") as stderr, open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
         stderr.write(f"\nerror: {reason}\n")
@@ -298,7 +299,7 @@ def _join_cluster(run_flags: RunFlags) -> None:
         raise ValueError("--coordinator=host:port, --processes and --process are given together or not at all")
     if not run_flags.distributed and given[0] is None:
         return
-    import jax  # it is slow to import, and flags are refused before
+    import jax  # slow to import
 
     try:
         jax.distributed.initialize(*given)
@@ -326,7 +327,7 @@ Every setting of the config can be overridden:
 
 
 def help_text(command: Command, program: str, defined: Sequence[flags.Flag]) -> str:
-    """What --help shows: what the command does, its flags, how settings are overridden, and an example."""
+    """The text of --help: what the command does, its flags, how settings are overridden, and an example."""
     lines = [command.about, "", f"usage: {program} [FLAGS]", ""]
     width = max(len(flag.name) for flag in defined)
     for flag in defined:
@@ -338,7 +339,7 @@ def help_text(command: Command, program: str, defined: Sequence[flags.Flag]) -> 
 
 
 def config_text(settings: type, values: flags.FlagValues) -> str:
-    """Every key of the config as an aligned table: value, where it is from, and what it means with its unit."""
+    """Every key of the config as an aligned table: its value, the value's origin, and its meaning with the unit."""
     overrides = config_flags.get_override_values(values["config"])
     rows = [("key", "value", "origin", "meaning")]
     for setting in settings_of(settings, values["config"].value or {}):

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live panel in a terminal, plain lines elsewhere."""
+"""The progress display of a run: a live panel in a terminal, plain lines elsewhere."""
 
 import io
 import time
@@ -14,7 +14,7 @@ PLAIN_INTERVAL = 5.0  # seconds between progress lines when not a terminal
 
 
 class Display:
-    """Progress over a run's updates; a context manager. `note` prints a line that stays on the screen.
+    """Progress over a run's updates, as a context manager.
 
     With several processes all but one are `silent`, because they would print the same lines.
     """
@@ -43,7 +43,7 @@ class Display:
             self._live.stop()
 
     def note(self, text: str) -> None:
-        """Prints a line."""
+        """Prints a line that stays on the screen."""
         self._console.print(text, highlight=False, markup=False)
 
     def update(self, done: int, place: str, values: dict[str, str]) -> None:
@@ -73,6 +73,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     console = Console()
-    if not console.is_terminal and console.width < 120:  # in a log file nothing forces a cell to be cut
+    if not console.is_terminal and console.width < 120:  # a log file has room for whole cells
         console = Console(width=120, file=console.file)
     console.print(table)

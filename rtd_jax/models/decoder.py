@@ -18,8 +18,8 @@ from jax.sharding import NamedSharding
 from rtd_jax.models.config import LlamaConfig, RopeConfig
 from rtd_jax.models.quantized import as_float
 
-# What is kept of a layer for the backward pass: "none" recomputes nothing and keeps everything, "full" keeps only the
-# layer's input, "dots" keeps its input and the matrix products without batch axes (projections, not attention scores).
+# What the forward pass stores of a layer for the backward pass: with "none" everything, so that nothing is recomputed;
+# with "full" the layer's input alone; with "dots" its input and the projections, but not the attention scores.
 Remat = Literal["none", "dots", "full"]
 REMAT_POLICIES: dict[Remat, Callable | None] = {
     "none": None,
@@ -119,8 +119,8 @@ def attention_kernel(wanted: AttentionKernel, length: int, head_dim: int, dtype:
     """
     if length == 1 or wanted == "xla":
         return "xla"
-    runs = dtype == jnp.bfloat16 and length % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if wanted == "cudnn" or (runs and _on_nvidia_ampere()) else "xla"
+    is_supported = dtype == jnp.bfloat16 and length % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128
+    return "cudnn" if wanted == "cudnn" or (is_supported and _on_nvidia_ampere()) else "xla"
 
 
 def _on_nvidia_ampere() -> bool:
@@ -228,8 +228,8 @@ class Llama(nnx.Module):
         def body(carry, scanned):
             x_BLD, kept = carry
             index, weights = scanned
-            # The states are selected into the carry, outside the checkpoint: so neither all N of them are kept, nor
-            # anything more for the backward pass.
+            # The wanted states are selected into the carry, outside the checkpoint. So the scan does not store the
+            # states of all N layers, and the backward pass stores nothing more.
             kept = tuple(jnp.where(index == wanted, x_BLD, old) for wanted, old in zip(kept_layers, kept, strict=True))
             return (run(x_BLD, weights), kept), None
 
@@ -264,7 +264,7 @@ class Llama(nnx.Module):
         graphdef, layers = nnx.split(self.layers)
 
         def body(carry, scanned):
-            # The cache is in the carry, not in the scanned inputs: only new slots are written, the rest stays in place.
+            # The cache is in the carry, not in the scanned inputs, so that only its new slots are written.
             x_B1D, cache = carry
             index, weights = scanned
 
@@ -292,7 +292,7 @@ class Llama(nnx.Module):
         )
 
     def _embed(self, tokens_BL: jax.Array) -> jax.Array:
-        # Rows are looked up before they become floats; of an int8 table, in the values and in the scales.
+        # Rows are looked up before they are converted to floats. An int8 table has two parts: values and scales.
         rows = jax.tree.map(lambda part: part[tokens_BL], self.embedding.get_value())
         return self._constrain(as_float(rows, self.computation.compute_dtype))
 

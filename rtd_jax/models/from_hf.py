@@ -41,7 +41,7 @@ def resolve(name_or_dir: str | Path) -> Path:
     name = str(name_or_dir)
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
         raise ValueError(f"{name}: no such directory; give a folder with config.json and safetensors, or a hub name")
-    # Imported here, because that takes longer than everything else in this file, and most models are local.
+    # Imported here because the import is slow and most models are local.
     from huggingface_hub import snapshot_download
 
     try:
@@ -151,7 +151,7 @@ def _load(
     if not weight.stacked:
         return jax.jit(convert, out_shardings=sharding)(read(weight.name))
 
-    # Donation makes this an in-place write on the device, so no second copy of the stacked layers is made.
+    # Because of the donation the device writes in place, without a second copy of the stacked layers.
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=sharding)
     def put(stacked, raw, layer):
         return jax.tree.map(
@@ -172,14 +172,14 @@ def _load(
 
 
 def _hf_sharding(weight: Weight, sharding: Sharding | None) -> Sharding | None:
-    """A sharding of one checkpoint tensor with which each device reads about the part that it will keep."""
+    """The sharding of a checkpoint tensor by which each device reads about the part that it will hold."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     spec = (*sharding.spec, *[None] * (len(weight.axes) - len(sharding.spec)))
     mesh_axes = dict(zip(weight.axes, spec, strict=True))
-    # A product axis can be divided along its first factor only; a division along another is made on the device later.
+    # A product axis can be cut along its first factor only; where another factor is cut, the device does it later.
     parts = [
-        mesh_axes[group[0]] if all(mesh_axes[axis] is None for axis in group[1:]) else None for group in weight.there
+        mesh_axes[group[0]] if all(mesh_axes[axis] is None for axis in group[1:]) else None for group in weight.hf_axes
     ]
     return NamedSharding(sharding.mesh, PartitionSpec(*parts))
 
@@ -198,7 +198,7 @@ def _read_sharded(tensor: Any, shape: tuple[int, ...], sharding: Sharding) -> ja
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Which file holds each tensor, from the index of a sharded checkpoint or the header of the single file."""
+    """The file of each tensor, from the index of a sharded checkpoint or the header of the single file."""
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory; give the directory of a Hugging Face checkpoint")
     index, single = directory / INDEX_FILE, directory / WEIGHTS_FILE

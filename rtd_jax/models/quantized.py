@@ -22,7 +22,7 @@ def quantize_weight(array: jax.Array, weight: Weight) -> QArray | jax.Array:
     """Quantises one array of the params, of all layers or of one; returns a norm unchanged."""
     if not weight.inputs:
         return array
-    axes = weight.axes if array.ndim == len(weight.axes) else weight.here
+    axes = weight.axes if array.ndim == len(weight.axes) else weight.param_axes
     outputs = [i for i, axis in enumerate(axes) if axis not in weight.inputs]
     return qwix.quantize(array, jnp.int8, channelwise_axes=outputs, scale_dtype=jnp.float32)
 

@@ -1,6 +1,6 @@
-"""The table of Llama weights: the place of each in our params, its name in Hugging Face checkpoints, and its axes.
+"""The table of Llama weights: the path of each in our params, its name in Hugging Face checkpoints, and its axes.
 
-Loading reads the table in one direction, saving in the other. The axes also give the shapes and, by the rules of
+Loading reads the table in one direction, saving in the other. The axes also give the shapes and, by the tables of
 `rtd_jax.base.sharding`, the shardings. A Hugging Face axis that is the product of two of ours is written
 `heads*head_dim`.
 """
@@ -24,8 +24,8 @@ class Weight:
 
     path: tuple[str, ...]  # of keys in the params
     name: str  # of the Hugging Face tensor; with {layer} where there is one per layer
-    here: tuple[str, ...]  # axes of one layer's array in the params
-    there: tuple[tuple[str, ...], ...]  # axes of the Hugging Face tensor, each a product of ours
+    param_axes: tuple[str, ...]  # of one layer's array in the params
+    hf_axes: tuple[tuple[str, ...], ...]  # of the Hugging Face tensor, each a product of ours
     inputs: tuple[str, ...]  # axes that its matrix product sums over; none for a norm
 
     @property
@@ -36,7 +36,7 @@ class Weight:
     @property
     def axes(self) -> tuple[str, ...]:
         """Logical axes of the array in the params."""
-        return ("layers", *self.here) if self.stacked else self.here
+        return ("layers", *self.param_axes) if self.stacked else self.param_axes
 
     def names(self, config: LlamaConfig) -> list[str]:
         """The tensor names in a checkpoint, in the order of the layers."""
@@ -50,26 +50,26 @@ class Weight:
     def hf_shape(self, config: LlamaConfig) -> tuple[int, ...]:
         """Shape of one tensor in the checkpoint."""
         sizes = axis_sizes(config)
-        return tuple(int(np.prod([sizes[axis] for axis in group])) for group in self.there)
+        return tuple(int(np.prod([sizes[axis] for axis in group])) for group in self.hf_axes)
 
     def from_hf(self, tensor: AnyArray, config: LlamaConfig) -> AnyArray:
-        """A tensor of the checkpoint in the layout of the params (of one layer)."""
+        """Converts a tensor of the checkpoint to the layout of one layer's params."""
         sizes, flat = axis_sizes(config), self._flat
-        return tensor.reshape([sizes[axis] for axis in flat]).transpose([flat.index(axis) for axis in self.here])
+        return tensor.reshape([sizes[axis] for axis in flat]).transpose([flat.index(axis) for axis in self.param_axes])
 
     def to_hf(self, array: AnyArray, config: LlamaConfig) -> AnyArray:
-        """The inverse of `from_hf`."""
-        return array.transpose([self.here.index(axis) for axis in self._flat]).reshape(self.hf_shape(config))
+        """Converts one layer's array to the layout of the checkpoint: the inverse of `from_hf`."""
+        return array.transpose([self.param_axes.index(axis) for axis in self._flat]).reshape(self.hf_shape(config))
 
     @property
     def _flat(self) -> tuple[str, ...]:
-        return tuple(axis for group in self.there for axis in group)
+        return tuple(axis for group in self.hf_axes for axis in group)
 
 
-def _row(path: str, name: str, here: str, there: str | None = None, inputs: str = "embed") -> Weight:
+def _row(path: str, name: str, axes: str, hf_axes: str | None = None, inputs: str = "embed") -> Weight:
     prefix = "model.layers.{layer}." if path.startswith("layers.") else ""
-    groups = tuple(tuple(group.split("*")) for group in (there or here).split())
-    return Weight(tuple(path.split(".")), f"{prefix}{name}.weight", tuple(here.split()), groups, tuple(inputs.split()))
+    groups = tuple(tuple(group.split("*")) for group in (hf_axes or axes).split())
+    return Weight(tuple(path.split(".")), f"{prefix}{name}.weight", tuple(axes.split()), groups, tuple(inputs.split()))
 
 
 TABLE: tuple[Weight, ...] = (

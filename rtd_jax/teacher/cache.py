@@ -1,12 +1,12 @@
-"""The teacher's outputs on disk: one record per chain, found by the chain's content, read in any order.
+"""The teacher's outputs on disk: one record per chain, looked up by the chain's content, in any order.
 
     <folder>/manifest.json               what the cache is: teacher, tokenizer, layers, k, temperature, storage
     <folder>/shard-<hash>.array_record   records, in ArrayRecord's format
     <folder>/shard-<hash>.json           their keys and checksums
 
 A record's key is the SHA-256 of the chain's token ids, boundaries and loss weights. Batch size, packing and mesh
-therefore do not matter, and a chain that comes from another text, template, tokenizer or segmentation is not found. A
-record holds the predictions of the tokens whose loss counts, and the states of each kept layer at all boundaries.
+therefore do not matter, and a chain from another text, template, tokenizer or segmentation is not found. A record
+holds the predictions of the tokens whose loss counts, and the states of each stored layer at all boundaries.
 
 The compact storage sorts the ids of a token's predictions and keeps their differences in byte planes, which zstd's
 entropy coding compresses to about 12 bits each. It keeps log-probabilities in 8 bits, with more precision near 0; the
@@ -56,7 +56,7 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything except the chains that decides the contents of a cache. Caches of equal identity are interchangeable.
+    """Everything, except the chains, that decides the content of a cache. Caches of equal identity are interchangeable.
 
     Layers are counted as `LlamaConfig.layer_index` counts them, from 0 (embeddings) to N (final normed states).
     """
@@ -77,7 +77,7 @@ class Identity:
         object.__setattr__(self, "layers", tuple(self.layers) or (self.hidden_layer,))
 
     def stored(self) -> dict[str, Any]:
-        """What the manifest holds: everything but `hidden_layer`, which each reader chooses."""
+        """The part that the manifest holds: everything but `hidden_layer`, which each reader chooses."""
         values = asdict(self) | {"layers": list(self.layers)}
         del values["hidden_layer"]
         return values
@@ -183,7 +183,7 @@ class CacheWriter:
       keys: of all chains in the folder.
 
     Raises:
-      ValueError: the folder holds a cache of another identity; with what differs.
+      ValueError: the folder holds a cache of another identity; the message says what differs.
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
@@ -220,7 +220,7 @@ class TeacherCache:
       identity: what the cache holds, and the layer whose states are read.
 
     Raises:
-      ValueError: the folder is not a cache, or one of another teacher, tokenizer or setting, or a file is damaged.
+      ValueError: the folder holds no cache or one of another teacher, tokenizer or setting, or a file is damaged.
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
@@ -311,10 +311,11 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 
 def check_identity(folder: Path, identity: Identity) -> Identity:
-    """Compares an identity with that of the folder's cache; returns it with all the layers that the cache has.
+    """Compares an identity with that of the folder's cache, and returns it with all the layers that the cache has.
 
     Raises:
-      ValueError: the folder holds no cache, or one of another identity or without this layer; with what differs.
+      ValueError: the folder holds no cache, or one of another identity or without this layer; the message says what
+        differs.
     """
     before, now = _stored(folder), identity.stored()
     changed = [name for name in now if name != "layers" and before.get(name) != now[name]]
@@ -341,9 +342,9 @@ def _index(folder: Path) -> dict[str, tuple[str, int, int]]:
         listed, shard = read_json(path), path.with_suffix(".array_record")
         size = shard.stat().st_size if shard.is_file() else -1
         if size != listed["bytes"]:
-            seen = f"has {size} bytes" if size >= 0 else "is missing"
+            state = f"has {size} bytes" if size >= 0 else "is missing"
             raise ValueError(
-                f"{shard} {seen}, {path.name} says {listed['bytes']}; delete {path.stem}.* and run "
+                f"{shard} {state}, {path.name} says {listed['bytes']}; delete {path.stem}.* and run "
                 "launch/cache_teacher.py again, which writes what is missing"
             )
         for row, (key, checksum) in enumerate(zip(listed["keys"], listed["crc32"], strict=True)):

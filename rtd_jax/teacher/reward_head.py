@@ -33,7 +33,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class RewardIdentity:
-    """What a head was trained on; it can be used with nothing else."""
+    """What a head was trained on. It can be used with nothing else."""
 
     teacher: str  # fingerprint of the weights
     tokenizer: str  # fingerprint
