@@ -281,7 +281,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _refuse(reason: str) -> NoReturn:
-    """Exits with the reason as the last line. Later output is dropped: threads of a failed save still write messages."""
+    """Exits with the reason as the last line. Later output is dropped: threads of a failed save still print."""
     with os.fdopen(os.dup(2), "w") as stderr, open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
         stderr.write(f"\nerror: {reason}\n")

@@ -44,7 +44,7 @@ def top_k_predictions(
 
 
 def _mass_beyond(logits: Array, kept: Array, temperature: float) -> Array:
-    """The mass of the tokens that are not kept, as a sum over them: near 0, 1 - the kept mass would be rounding error."""
+    """The mass of the tokens that are not kept, as a sum over them: 1 - (kept mass) is inexact near 0."""
     last = kept[..., -1:]
     weights = jnp.exp(logits / temperature)
     # Several tokens may be as probable as the last one kept, while only some of them are kept.
