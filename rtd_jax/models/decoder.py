@@ -213,17 +213,16 @@ class Llama(nnx.Module):
         self, tokens_BL: jax.Array, positions_BL: jax.Array, mask: jax.Array | None, kept_layers: tuple[int, ...] = ()
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Final normed states [B, L, D], and the residual stream before layer i for each i of `kept_layers`."""
-        angles = rope_angles(self.computation.config, positions_BL)
-
-        graphdef, layers = nnx.split(self.layers)
+        layers, run_layer = self._split_layers(positions_BL)
 
         def layer(x_BLD, weights):
-            x_BLD, _ = nnx.merge(graphdef, self._on_device(weights))(
-                x_BLD, angles, lambda q, k, v: (self._attend(q, k, v, mask), None)
-            )
-            return self._constrain(x_BLD)
+            return run_layer(x_BLD, weights, lambda q, k, v: (self._attend(q, k, v, mask), None))[0]
 
-        run = self._rematerialised(layer)
+        policy = REMAT_POLICIES[self.computation.remat]
+        if policy is not None:
+            # Inside a scan XLA cannot merge the recomputation with the first computation anyway, so the barriers that
+            # prevent_cse adds would only cost time.
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
         def body(carry, scanned):
             x_BLD, kept = carry
@@ -231,7 +230,7 @@ class Llama(nnx.Module):
             # The wanted states are selected into the carry, outside the checkpoint. So the scan does not store the
             # states of all N layers, and the backward pass stores nothing more.
             kept = tuple(jnp.where(index == wanted, x_BLD, old) for wanted, old in zip(kept_layers, kept, strict=True))
-            return (run(x_BLD, weights), kept), None
+            return (layer(x_BLD, weights), kept), None
 
         x_BLD = self._embed(tokens_BL)
         kept = tuple(jnp.zeros_like(x_BLD) for _ in kept_layers)
@@ -240,16 +239,14 @@ class Llama(nnx.Module):
 
     def prefill(self, tokens_BL: jax.Array, positions_BL: jax.Array, last_B: jax.Array) -> tuple[jax.Array, KVCache]:
         """Final normed state at index `last_B` of each row [B, D], and the cache of all L tokens."""
-        angles = rope_angles(self.computation.config, positions_BL)
-        graphdef, layers = nnx.split(self.layers)
+        layers, run_layer = self._split_layers(positions_BL)
 
         def attend(q_BLHE, k_BLGE, v_BLGE):
             new = KVCache(*(jnp.swapaxes(x, 1, 2) for x in (k_BLGE, v_BLGE)))
             return self._attend(q_BLHE, k_BLGE, v_BLGE, None), new
 
         def body(x_BLD, weights):
-            x_BLD, new = nnx.merge(graphdef, self._on_device(weights))(x_BLD, angles, attend)
-            return self._constrain(x_BLD), new
+            return run_layer(x_BLD, weights, attend)
 
         x_BLD, cache = jax.lax.scan(body, self._embed(tokens_BL), layers)
         last_BD = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]
@@ -257,11 +254,10 @@ class Llama(nnx.Module):
 
     def decode(self, cache: KVCache, tokens_B: jax.Array, positions_B: jax.Array) -> tuple[jax.Array, KVCache]:
         """Final normed state of one more token per row [B, D], and the cache with that token in slot `positions_B`."""
-        angles = rope_angles(self.computation.config, positions_B[:, None])
+        layers, run_layer = self._split_layers(positions_B[:, None])
         length = cache.keys_NBGLE.shape[3]
         seen_BL = jnp.arange(length)[None] <= positions_B[:, None]
         rows_B = jnp.arange(tokens_B.shape[0])
-        graphdef, layers = nnx.split(self.layers)
 
         def body(carry, scanned):
             # The cache is in the carry, not in the scanned inputs, so that only its new slots are written.
@@ -277,12 +273,24 @@ class Llama(nnx.Module):
                 )
                 return attend_cached(q_B1HE[:, 0], k_BGLE, v_BGLE, seen_BL)[:, None], stored
 
-            x_B1D, cache = nnx.merge(graphdef, self._on_device(weights))(x_B1D, angles, attend)
-            return (self._constrain(x_B1D), cache), None
+            return run_layer(x_B1D, weights, attend), None
 
         carry = (self._embed(tokens_B[:, None]), cache)
         (x_B1D, cache), _ = jax.lax.scan(body, carry, (jnp.arange(self.computation.config.layers), layers))
         return self.norm(x_B1D[:, 0]), cache
+
+    def _split_layers(self, positions_BL: jax.Array) -> tuple[nnx.State, Callable]:
+        """The stacked weights of the layers, and (x, one layer's weights, attend) -> (x after the layer, its cache)."""
+        angles = rope_angles(self.computation.config, positions_BL)
+        graphdef, layers = nnx.split(self.layers)
+
+        def run_layer(x_BLD: jax.Array, weights: nnx.State, attend: Attend) -> tuple[jax.Array, Any]:
+            if self.computation.streamed:
+                weights = jax.device_put(weights, jax.memory.Space.Device)
+            x_BLD, cache = nnx.merge(graphdef, weights)(x_BLD, angles, attend)
+            return self._constrain(x_BLD), cache
+
+        return layers, run_layer
 
     def _attend(self, q_BLHE: jax.Array, k_BLGE: jax.Array, v_BLGE: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Attention among the given tokens: where `mask` is True, or causal without a mask."""
@@ -296,18 +304,9 @@ class Llama(nnx.Module):
         rows = jax.tree.map(lambda part: part[tokens_BL], self.embedding.get_value())
         return self._constrain(as_float(rows, self.computation.compute_dtype))
 
-    def _on_device(self, weights: Any) -> Any:
-        return jax.device_put(weights, jax.memory.Space.Device) if self.computation.streamed else weights
-
     def _constrain(self, x_BLD: jax.Array) -> jax.Array:
         sharding = self.computation.activation_sharding
         return x_BLD if sharding is None else jax.lax.with_sharding_constraint(x_BLD, sharding)
-
-    def _rematerialised(self, run: Callable) -> Callable:
-        policy = REMAT_POLICIES[self.computation.remat]
-        # Inside a scan XLA cannot merge the recomputation with the first computation anyway, so the barriers that
-        # prevent_cse adds would only cost time.
-        return run if policy is None else jax.checkpoint(run, policy=policy, prevent_cse=False)
 
 
 def _weight(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:

@@ -51,9 +51,8 @@ def resolve(name_or_dir: str | Path) -> Path:
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise ValueError(
             f"{name}: neither a local directory nor a model the hub would give ({type(error).__name__}: {reason}). "
-            "Without a network, "
-            f"download it elsewhere (`hf download {name} --local-dir DIR`) and give that directory instead; "
-            "for a gated model, log in first (`hf auth login`)"
+            f"Without a network, download it elsewhere (`hf download {name} --local-dir DIR`) and give that directory "
+            "instead; for a gated model, log in first (`hf auth login`)"
         ) from error
 
 
@@ -116,11 +115,11 @@ def load_params(
     sharding_of = {} if shardings is None else flatten_dict(shardings)
     with contextlib.ExitStack() as stack:
         handles = {path: stack.enter_context(_open(path)) for path in sorted(set(files.values()))}
-        readers: dict[str, Any] = {}
-        for weight in rows:
-            for name in weight.names(config):
-                readers[name] = _slice(handles[files[name]], name, files[name])
-                _check_tensor(files[name], name, readers[name], weight.hf_shape(config))
+        readers = {
+            name: _open_tensor(handles[files[name]], files[name], name, weight.hf_shape(config))
+            for weight in rows
+            for name in weight.names(config)
+        }
         chosen = range(config.layers) if layers is None else layers
         return unflatten_dict(
             {row.path: _load(row, config, dtype, sharding_of.get(row.path), readers, chosen) for row in rows}
@@ -231,13 +230,25 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _slice(handle: Any, name: str, path: Path) -> Any:
+def _open_tensor(handle: Any, path: Path, name: str, shape: tuple[int, ...]) -> Any:
+    """Opens one tensor of a file for reading in slices, and checks its shape and dtype."""
     try:
-        return handle.get_slice(name)
+        tensor = handle.get_slice(name)
     except SafetensorError as error:
         raise ValueError(
             f"{path}: {INDEX_FILE} says that {name} is here, but it is not; download both files again"
         ) from error
+    if tuple(tensor.get_shape()) != shape:
+        raise ValueError(
+            f"{path}: {name} has shape {tuple(tensor.get_shape())}, but config.json makes it {shape}; "
+            "config.json and the weights must be of the same model"
+        )
+    if tensor.get_dtype() not in _FLOATS:
+        raise ValueError(
+            f"{path}: {name} has dtype {tensor.get_dtype()}, expected one of {', '.join(_FLOATS)}; "
+            "use the original, unquantised weights"
+        )
+    return tensor
 
 
 def _check_names(directory: Path, found: set[str], expected: set[str], config: LlamaConfig) -> None:
@@ -255,19 +266,6 @@ def _check_names(directory: Path, found: set[str], expected: set[str], config: L
 def _is_ignorable(name: str, config: LlamaConfig) -> bool:
     """Whether a tensor is no weight: a rotary table of an old checkpoint, or a head that repeats a tied embedding."""
     return name.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and name == "lm_head.weight")
-
-
-def _check_tensor(path: Path, name: str, tensor: Any, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.get_shape()) != expected:
-        raise ValueError(
-            f"{path}: {name} has shape {tuple(tensor.get_shape())}, but config.json makes it {expected}; "
-            "config.json and the weights must be of the same model"
-        )
-    if tensor.get_dtype() not in _FLOATS:
-        raise ValueError(
-            f"{path}: {name} has dtype {tensor.get_dtype()}, expected one of {', '.join(_FLOATS)}; "
-            "use the original, unquantised weights"
-        )
 
 
 def _read_object(path: Path, way_out: str) -> dict[str, Any]:
