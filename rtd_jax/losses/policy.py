@@ -156,8 +156,8 @@ def token_log_probs(
 
     def pick_labels(logits: Array, labels: Array, weights: Array) -> Array:
         log_probs = jax.nn.log_softmax(logits / temperature)
-        label_log_probs = jnp.take_along_axis(log_probs, jnp.where(weights > 0, labels, 0)[..., None], axis=-1)
-        return jnp.where(weights > 0, label_log_probs[..., 0], 0.0)
+        at_label = jnp.take_along_axis(log_probs, jnp.where(weights > 0, labels, 0)[..., None], axis=-1)[..., 0]
+        return jnp.where(weights > 0, at_label, 0.0)
 
     options: Any = {"vocab_size": vocab_size, "chunk_length": chunk_length, "weights_BL": weights_BL}
     return map_logits(pick_labels, hidden_BLS, head_SV, (labels_BL, weights_BL), **options)
