@@ -1,6 +1,5 @@
 """The progress display of a run: a live panel in a terminal, plain lines elsewhere."""
 
-import io
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,15 +18,17 @@ class Display:
     With several processes all but one are `silent`, because they would print the same lines.
     """
 
-    def __init__(self, total_updates: int, done: int = 0, console: Console | None = None, silent: bool = False):
-        # Outside a terminal rich would wrap lines at 80 columns, which breaks up paths that people copy.
-        self._console = Console(file=io.StringIO()) if silent else console or Console()
-        if not self._console.is_terminal:
-            self._console = Console(width=200, soft_wrap=True, file=self._console.file)
+    def __init__(self, total_updates: int, done: int = 0, silent: bool = False):
+        self._console = Console()
+        is_live = self._console.is_terminal and not silent
+        if (
+            not is_live
+        ):  # outside a terminal rich would wrap lines at 80 columns, which breaks up paths that people copy
+            self._console = Console(width=200, soft_wrap=True, quiet=silent)
         self._total, self._start, self._started = total_updates, done, time.monotonic()
         self._last_plain = 0.0
         self._live: Live | None = None
-        if self._console.is_terminal:
+        if is_live:
             columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "ETA"
             self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console)
             self._task = self._progress.add_task("updates", total=total_updates, completed=done)
