@@ -18,7 +18,7 @@ from rtd_jax.apps.plan.targets import Target, find_target, prepare_backends
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import write_json
 from rtd_jax.base.sharding import make_mesh, row_sharding
-from rtd_jax.eval.decoding import PROMPT_MULTIPLE, greedy
+from rtd_jax.eval.decoding import PROMPT_MULTIPLE, GenerateSettings, greedy
 from rtd_jax.methods.term import reads_of
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.train.recipe import Recipe
@@ -161,8 +161,7 @@ def _decoding(recipe: Recipe, abstract: Abstract) -> tuple[Any, tuple, dict]:
         jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows),
         jax.ShapeDtypeStruct((batch,), jnp.bool_, sharding=rows),
     )
-    options = {"max_new_tokens": new_tokens, "eos_ids": (0,), "vocab_size": abstract.vocab_size, "pad_id": 0}
-    return greedy, arguments, options
+    return greedy, arguments, {"settings": GenerateSettings(new_tokens, (0,), abstract.vocab_size, batch)}
 
 
 def _host_bytes(recipe: Recipe, abstract: Abstract) -> float:
