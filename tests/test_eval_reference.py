@@ -31,4 +31,4 @@ def test_a_repeated_step_is_scored_in_its_own_place(monkeypatch, trace, result):
 
     monkeypatch.setattr(reference, "score_chains", score)
     (found,) = reference.score_references(None, {}, tokenizer, [trace], [text])
-    assert found.steps == [True, True, False]
+    assert found["teacher_forced"] == [True, True, False]

@@ -171,11 +171,6 @@ def load_problems(
     return Problems(items, texts, [()] * len(items), shots, protocol)
 
 
-def question_of(item: Item) -> str:
-    """The question as it fills the prompt template."""
-    return item.question if isinstance(item, ChoiceQuestion) else item.prompt
-
-
 def _sources(name: str, data_root: str, revision: str) -> list[SourceSettings]:
     """Where the rows of a task lie: one entry for each subset that has files of its own."""
     task = TASKS[name]
@@ -219,11 +214,13 @@ def _examples(
             item = choices_from_arc(pool[i][1], pool[i][0])
             answer = item.choices[item.answer]
         else:
-            place, row = pool[i]
-            item = SCHEMAS[task.schema].trace(row, place)
+            (place, row), read = pool[i], SCHEMAS[task.schema].trace
+            assert read is not None
+            item = read(row, place)
             # GSM8K's as published: four rows of its training split have white space that a Trace does not keep.
             answer = row["answer"] if task.schema == "gsm8k" else item.completion
-        return item, (text.template.replace("{prompt}", question_of(item)), answer)
+        question = item.question if isinstance(item, ChoiceQuestion) else item.prompt
+        return item, (text.template.replace("{prompt}", question), answer)
 
     draw = random.Random(seed)
     examples: list[Turns] = []

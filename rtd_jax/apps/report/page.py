@@ -5,13 +5,13 @@ The page loads nothing: it has no scripts and no fonts.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rtd_jax.apps.report import article, pictures
 from rtd_jax.apps.report.drawing import Draw, write_figure, write_page
 from rtd_jax.apps.report.pictures import Evaluation
+from rtd_jax.apps.report.tables import depth_table, group_table, interval, percent, total_lines
 
 EXAMPLES = 6  # chains shown in full
 CAPTIONS = {
@@ -40,8 +40,8 @@ def write_report(
     """Writes report.html and one PNG for each picture into `out`. Returns the page's path.
 
     Args:
-      report: the content of report.json: "title"; "sections", {name: {model: EvaluationReport as a dict}}, or "models"
-        for a single section; for a diagnosis also "texts", "verdict" and "article". Parts may be absent.
+      report: the content of report.json: "title"; "sections", {name: {model: evaluation}}, or "models" for a
+        single section; for a diagnosis also "texts", "verdict" and "article". Parts may be absent.
       examples: generation records; a few are shown, with the first wrong step marked.
       metrics: metrics.jsonl of a run, for its curves by stage.
     """
@@ -55,7 +55,10 @@ def write_report(
     return write_page(
         out,
         "report.html.jinja",
-        {"percent": percent, "plus_minus": plus_minus, "interval": interval},
+        {"percent": percent, "interval": interval},
+        depth_table=depth_table,
+        total_lines=total_lines,
+        group_table=group_table,
         title=report["title"],
         verdict=report.get("verdict"),
         lines=[line for name, models in sections.items() for line in gap_lines(models, name)],
@@ -95,24 +98,6 @@ def _pictures(
         yield "training_loss", "Training losses by stage", CAPTIONS["loss"], pictures.training_losses(lines)
         title, draw = "Validation coherence by stage", pictures.validation_coherence(lines)
         yield "training_coherence", title, CAPTIONS["coherence"], draw
-
-
-def plus_minus(estimate: Mapping[str, Any] | None, scale: int = 1, digits: int = 3) -> str:
-    """An estimate with its standard error: "3.214 ± 0.052"."""
-    if estimate is None:
-        return "–"
-    error = "" if estimate["stderr"] is None else f" ± {scale * estimate['stderr']:.{digits}f}"
-    return f"{scale * estimate['mean']:.{digits}f}{error}"
-
-
-percent = partial(plus_minus, scale=100, digits=1)  # an estimate of a share, in percent: "71.3 ± 2.1"
-
-
-def interval(found: Mapping[str, Any] | None) -> str:
-    """A value with its interval: "0.830 (0.790 to 0.870)"."""
-    if found is None or found["value"] is None:
-        return "–"
-    return f"{found['value']:.3f}" + ("" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})")
 
 
 def gap_lines(models: Mapping[str, Evaluation], section: str = "") -> list[str]:

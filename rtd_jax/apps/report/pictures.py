@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rtd_jax.apps.report.drawing import SERIES, Colours, Draw, series_style
 
-Evaluation = Mapping[str, Any]  # an EvaluationReport as a dict; what was not measured is absent or empty
+Evaluation = Mapping[str, Any]  # see `eval.metrics.make_report`; what was not measured is absent or empty
 Lines = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 
 
