@@ -121,7 +121,7 @@ def test_a_metric_in_the_list_is_in_the_report_the_printed_tables_and_the_page(t
     (tmp_path / "theirs.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"text": "4"}) + "\n")
     evaluate(EvaluateSettings(generations=str(tmp_path / "theirs.jsonl"), out=str(tmp_path)))
     found = sections(tmp_path)[""]["theirs"]
-    assert found["words"] == dict.fromkeys(("1", "all"), {"mean": 2.0, "stderr": None, "n": 2})
+    assert found["words"] == {key: {"mean": 2.0, "stderr": None, "n": 2} for key in ("1", "all")}
     printed, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
     assert [line.split()[-2] for line in printed.splitlines() if line.startswith("│ ")] == ["2.000"] * 2
     assert "<th>words</th>" in page

@@ -35,20 +35,20 @@ TRACE = Trace.of_steps("q", ("48/2 = <<48/2=24>>24 clips.", "48+24 = <<48+24=72>
 )
 def test_first_error_is_the_first_wrong_line(text, correct, first_error, steps):
     score = score_chain(text, TRACE)
-    assert (score.chain_correct, score.first_error, len(split_solution(text)[0])) == (correct, first_error, steps)
+    assert (score["correct"], score["first_error"], len(split_solution(text)[0])) == (correct, first_error, steps)
 
 
 def test_answer_may_be_right_while_the_chain_is_wrong():
     score = score_chain("1\n2\n#### 72", TRACE)
-    assert (score.answer_strict, score.answer_flexible, score.chain_correct) == (True, True, False)
+    assert (score["answer_strict"], score["answer_flexible"], score["correct"]) == (True, True, False)
     unstated = score_chain("24\n72", TRACE)
-    assert (unstated.answer_strict, unstated.answer_flexible) == (False, True)
+    assert (unstated["answer_strict"], unstated["answer_flexible"]) == (False, True)
 
 
 def test_prose_chains_are_as_right_as_their_answer():
     trace = Trace.of_steps("q", ("The battle was in 1066.", "Phones came 800 years later."), "no", "#### no")
-    assert score_chain("Nobody had phones.\n#### no", trace).chain_correct
-    assert score_chain("Nobody had phones.\n#### yes", trace).first_error == 1
+    assert score_chain("Nobody had phones.\n#### no", trace)["correct"]
+    assert score_chain("Nobody had phones.\n#### yes", trace)["first_error"] == 1
 
 
 def test_split_solution_drops_blank_lines():
@@ -147,4 +147,4 @@ def test_every_gsm8k_solution_is_right_by_its_own_measure(shared_data, keep_mark
     for i, line in enumerate(lines):
         trace = from_gsm8k(json.loads(line), f"test.jsonl:{i + 1}", keep_marks=keep_marks)
         score = score_chain(trace.completion, trace)
-        assert (score.chain_correct, score.answer_strict, score.answer_flexible) == (True, True, True), trace
+        assert (score["correct"], score["answer_strict"], score["answer_flexible"]) == (True, True, True), trace

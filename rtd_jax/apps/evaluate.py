@@ -83,9 +83,9 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
         evaluations = _rescore(Path(settings.generations).expanduser())
     else:
         evaluations = _measure(settings, protocol, note)
-    for task, name, evaluation, of_model in evaluations:
+    for task, name, evaluation, scored in evaluations:
         sections.setdefault(task, {})[name] = evaluation
-        records += [{"model": name, "task": task, **record} for record in of_model]
+        records += [{"model": name, "task": task, **record} for record in scored]
     names = {name for models in sections.values() for name in models}
     report = {
         "kind": "evaluation",

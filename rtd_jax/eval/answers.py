@@ -132,9 +132,9 @@ def answer_matches(trace: Trace | Problem, text: str) -> AnswerMatch:
     line = _ANSWER_LINE.search(text)
     stated = line[1].strip() if line else ""
     if is_expression(trace):
-        said = stated or (phrase[1].strip() if (phrase := _MINERVA.search(text)) else "")
+        phrase_or_line = stated or (phrase[1].strip() if (phrase := _MINERVA.search(text)) else "")
         box = boxed(text)
-        strict_text = _same(said, answer) or (not said and _same(box, answer))
+        strict_text = _same(phrase_or_line, answer) or (not phrase_or_line and _same(box, answer))
         verified = same_expression(text, answer)
         return AnswerMatch(strict_text, strict_text or _same(box, answer) or verified, verified)
     if (number := parse_number(answer)) is not None:

@@ -4,32 +4,12 @@ Perplexity and step accuracy hide compounding errors; this does not. It is measu
 so one wrong step spoils what follows, as in use. No model is needed, so a file of texts can be scored again.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from fractions import Fraction
 
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.answers import answer_matches, parse_number, step_result
 from rtd_jax.eval.metrics import Record
-
-
-@dataclasses.dataclass(frozen=True)
-class ChainScore:
-    """How one generated solution compares with its reference.
-
-    `first_error` is the index, among the generated lines, of the first step whose result is not the reference's; the
-    answer line counts as the line after the last step, and a missing step counts at the line that stands in its place.
-    -1 where the chain is correct. (ProcessBench's `label`.)
-    """
-
-    answer_strict: bool
-    answer_flexible: bool
-    first_error: int
-    math_verify: bool | None = None  # None where the answer is no expression
-
-    @property
-    def chain_correct(self) -> bool:
-        return self.first_error < 0
 
 
 def score_texts(
@@ -43,10 +23,7 @@ def score_texts(
       finished: for each text whether it came to its own end; None takes all for finished.
 
     Returns:
-      One record a text: prompt, completions (steps of the text), final (its answer line), text, reference (steps),
-      answer, depth, correct, answer_strict, answer_flexible, first_error (index into completions; their number for the
-      answer line; -1 none), steps_right (one bool a reference result), finished; of MATH subject, level and
-      math_verify; problem and sample.
+      One record for each text: what `score_chain` says, and its problem and sample (indices).
 
     Raises:
       ValueError: there are no problems, or not as many texts for each of them.
@@ -54,13 +31,13 @@ def score_texts(
     if not traces:
         raise ValueError("there are no problems to evaluate; check the evaluation split and its depths")
     samples = len(texts[0]) if texts else 0
-    if len(texts) != len(traces) or samples < 1 or any(len(of_problem) != samples for of_problem in texts):
+    if len(texts) != len(traces) or samples < 1 or any(len(row) != samples for row in texts):
         raise ValueError(
-            f"{len(traces)} problems have {sorted({len(of_problem) for of_problem in texts})} texts each; expected the "
+            f"{len(traces)} problems have {sorted({len(row) for row in texts})} texts each; expected the "
             "same number, at least one, for every problem"
         )
     return [
-        _record(trace, text, finished is None or finished[problem][sample]) | {"problem": problem, "sample": sample}
+        score_chain(text, trace, finished is None or finished[problem][sample]) | {"problem": problem, "sample": sample}
         for problem, trace in enumerate(traces)
         for sample, text in enumerate(texts[problem])
     ]
@@ -78,22 +55,45 @@ def split_solution(text: str) -> tuple[list[str], str]:
     return lines, ""
 
 
-def score_chain(text: str, trace: Trace) -> ChainScore:
+def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
     """Scores one generated solution.
 
     Lines that conclude no number are not compared, on either side. Where the reference answer is not a number (yes/no,
     a choice, an expression) its steps are prose that cannot be compared, and the chain is as right as its answer. The
     answer has to be right in the strict reading: a solution that never states it is unfinished.
+
+    Returns:
+      prompt, completions (steps of the text), final (its answer line), text, reference (steps), answer, depth, correct,
+      answer_strict, answer_flexible, first_error, steps_right (one bool a reference result), finished (as given). Of
+      MATH also subject, level, and math_verify (whether that library finds the answers equal).
+
+      `first_error` is the index, among the generated lines, of the first step whose result is not the reference's; the
+      answer line counts as the line after the last step, and a missing step counts at the line that stands in its
+      place. -1 where the chain is correct. (ProcessBench's `label`.)
     """
-    steps, answer_line = split_solution(text)
+    steps, final = split_solution(text)
     # A base model may go on with a problem of its own; the harness stops it by stop words, we by the answer line.
-    solution = "\n".join([*steps, answer_line]) if answer_line else text
-    strict, flexible, verified = answer_matches(trace, solution)
+    strict, flexible, verified = answer_matches(trace, "\n".join([*steps, final]) if final else text)
     generated, reached = results_right(steps, trace.steps) if comparable(trace) else ([], [])
-    first_error = generated.index(False) if False in generated else len(steps)
-    if strict and all(reached) and False not in generated:
-        first_error = -1
-    return ChainScore(strict, flexible, first_error, verified)
+    correct = strict and all(reached) and False not in generated
+    wrong_step = generated.index(False) if False in generated else len(steps)
+    return {
+        "prompt": trace.prompt,
+        "completions": steps,
+        "final": final,
+        "text": text,
+        "reference": list(trace.steps),
+        "answer": trace.answer,
+        "depth": trace.depth,
+        "correct": correct,
+        "answer_strict": strict,
+        "answer_flexible": flexible,
+        "first_error": -1 if correct else wrong_step,
+        "steps_right": reached,
+        "finished": finished,
+        **({"subject": trace.subject, "level": trace.level} if trace.subject or trace.level else {}),
+        **({} if verified is None else {"math_verify": verified}),
+    }
 
 
 def results_right(steps: Sequence[str], reference: Sequence[str]) -> tuple[list[bool | None], list[bool]]:
@@ -103,13 +103,13 @@ def results_right(steps: Sequence[str], reference: Sequence[str]) -> tuple[list[
     beyond the reference's wrong, and reference results that were not reached wrong too.
     """
     written, expected = _results(steps), _results(reference)
-    of_generated: list[bool | None] = [None] * len(steps)
-    of_reference = [False] * len(expected)
+    generated: list[bool | None] = [None] * len(steps)
+    reached = [False] * len(expected)
     for place, (line, value) in enumerate(written):
-        of_generated[line] = place < len(expected) and value == expected[place][1]
-        if of_generated[line]:
-            of_reference[place] = True
-    return of_generated, of_reference
+        generated[line] = place < len(expected) and value == expected[place][1]
+        if generated[line]:
+            reached[place] = True
+    return generated, reached
 
 
 def comparable(trace: Trace) -> bool:
@@ -118,27 +118,6 @@ def comparable(trace: Trace) -> bool:
     MATH's are prose, also where its answer is a number: two right solutions share no sequence of results.
     """
     return not trace.answer or (bool(trace.final) and parse_number(trace.answer) is not None)
-
-
-def _record(trace: Trace, text: str, finished: bool) -> Record:
-    score, (steps, final) = score_chain(text, trace), split_solution(text)
-    return {
-        "prompt": trace.prompt,
-        "completions": steps,
-        "final": final,
-        "text": text,
-        "reference": list(trace.steps),
-        "answer": trace.answer,
-        "depth": trace.depth,
-        "correct": score.chain_correct,
-        "answer_strict": score.answer_strict,
-        "answer_flexible": score.answer_flexible,
-        "first_error": score.first_error,
-        "steps_right": results_right(steps, trace.steps)[1] if comparable(trace) else [],
-        "finished": finished,
-        **({"subject": trace.subject, "level": trace.level} if trace.subject or trace.level else {}),
-        **({} if score.math_verify is None else {"math_verify": score.math_verify}),
-    }
 
 
 def _results(steps: Sequence[str]) -> list[tuple[int, Fraction]]:

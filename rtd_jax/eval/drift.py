@@ -12,11 +12,12 @@ from scipy import stats
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from rtd_jax.eval.cka import CKA, linear_cka, resampled_cka
+from rtd_jax.eval.cka import linear_cka, resampled_cka
 from rtd_jax.eval.estimates import Estimate, bootstrap, estimate, from_resamples
 
 # Ridge strengths tried, as multiples of the mean square of a coordinate times the number of rows.
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+MIN_CHAINS = 8  # below this nothing is said about a slot
 
 Map = np.ndarray | None  # [S, D], or the identity
 
@@ -36,9 +37,9 @@ def transitions(states: BoundaryStates) -> BoundaryStates:
 
 
 def cka_by_step(
-    states: BoundaryStates, *, resamples: int, seed: int, chains: np.ndarray | None = None, min_chains: int = 8
+    states: BoundaryStates, *, resamples: int, seed: int, chains: np.ndarray | None = None
 ) -> dict[int, tuple[Estimate, Estimate]]:
-    """{slot: (biased, debiased) CKA over the chains that have it}, for slots that `min_chains` chains have.
+    """{slot: (biased, debiased) CKA over the chains that have it}, for slots that `MIN_CHAINS` chains have.
 
     Intervals are normal, from the standard deviation over random halves of the chains (see `cka.resampled_cka`).
 
@@ -47,18 +48,18 @@ def cka_by_step(
         chains that have it: pass the deep ones alone to follow the same chains through all slots.
     """
     chosen = np.ones(len(states.mask_CK), bool) if chains is None else chains
-    found: dict[int, tuple[Estimate, Estimate]] = {}
-    for slot in range(states.mask_CK.shape[1]):
-        keep = states.mask_CK[:, slot] & chosen
-        if keep.sum() < min_chains:
-            continue
-        pair = states.student_CKS[keep, slot], states.teacher_CKD[keep, slot]
-        value, samples = linear_cka(*pair), resampled_cka(*pair, resamples, np.random.default_rng((seed, slot)))
-        found[slot] = tuple(  # type: ignore[assignment]
-            from_resamples(getattr(value, kind), [getattr(s, kind) for s in samples], int(keep.sum()), most=1.0)
-            for kind in CKA._fields
-        )
-    return found
+    ckas: dict[int, tuple[Estimate, Estimate]] = {}
+    for slot, has_slot in enumerate(states.mask_CK.T):
+        keep = has_slot & chosen
+        count = int(keep.sum())
+        if count >= MIN_CHAINS:
+            pair = states.student_CKS[keep, slot], states.teacher_CKD[keep, slot]
+            value, samples = linear_cka(*pair), resampled_cka(*pair, resamples, np.random.default_rng((seed, slot)))
+            ckas[slot] = (
+                from_resamples(value.biased, [sample.biased for sample in samples], count, most=1.0),
+                from_resamples(value.debiased, [sample.debiased for sample in samples], count, most=1.0),
+            )
+    return ckas
 
 
 def cosines(states: BoundaryStates, maps: Sequence[Map]) -> np.ndarray:
@@ -142,7 +143,7 @@ def drift_starts(values_CK: np.ndarray) -> int | None:
     for column in range(1, values_CK.shape[1]):
         drops = values_CK[:, column] - values_CK[:, 0]
         drops = drops[np.isfinite(drops)]
-        if len(drops) < 8:
+        if len(drops) < MIN_CHAINS:
             break
         is_below = estimate(drops).high < 0
         start = (start or column) if is_below else None
@@ -295,11 +296,11 @@ def _relation(
         # The same place in chains of the same depth: neither depth nor place may stand in for the cosine.
         relate(name, scores, correct.astype(bool), chains, strata)
     known = np.isfinite(transition_CK).any(axis=1)
-    means, right, of_depth = np.nanmean(transition_CK[known], axis=1), ~failed[known], depths[known]
-    relate("chain", means, right, np.arange(len(means)), of_depth)
+    means, right, depths = np.nanmean(transition_CK[known], axis=1), ~failed[known], depths[known]
+    relate("chain", means, right, np.arange(len(means)), depths)
     relation["correlation"] = {
         "spearman": rank_correlation(1 - means, ~right, **options).interval_row(),
-        "within_depth": rank_correlation(1 - means, ~right, of_depth, **options).interval_row(),
+        "within_depth": rank_correlation(1 - means, ~right, depths, **options).interval_row(),
     }
     return relation, roc
 
@@ -323,5 +324,5 @@ def _fit(student_RS: np.ndarray, teacher_RD: np.ndarray) -> np.ndarray:
     return prior + np.reshape(ridge.coef_, (y.shape[1], x.shape[1])).T
 
 
-def _row(found: Estimate | None) -> dict[str, Any] | None:
-    return None if found is None else found.interval_row()
+def _row(value: Estimate | None) -> dict[str, Any] | None:
+    return None if value is None else value.interval_row()

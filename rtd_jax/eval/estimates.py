@@ -171,13 +171,13 @@ def bootstraps(
     for _ in range(resamples):
         chosen = rng.integers(0, len(members), len(members))
         drawn.append(statistic(np.concatenate([members[i] for i in chosen])))
-    found = []
+    estimates = []
     for value, samples in zip(values, np.asarray(drawn, np.float64).T, strict=True):
         finite = samples[np.isfinite(samples)]
         known = np.isfinite(value) and len(finite) > 1
         low, high = np.percentile(finite, [2.5, 97.5]) if known else (math.nan, math.nan)
-        found.append(Estimate(value if np.isfinite(value) else math.nan, float(low), float(high), len(rows)))
-    return found
+        estimates.append(Estimate(value if np.isfinite(value) else math.nan, float(low), float(high), len(rows)))
+    return estimates
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], clusters: Values, *, resamples: int, seed: int) -> Estimate:

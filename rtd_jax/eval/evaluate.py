@@ -151,8 +151,8 @@ class ChainEvaluator:
         full = [decode(ids) for ids in written]
         cut = [_before(text, decoding.stop_texts) for text in full]
         finished = [len(ids) < decoding.max_new_tokens or a != b for ids, a, b in zip(written, full, cut, strict=True)]
-        of_problem = [slice(start, start + decoding.samples) for start in range(0, len(written), decoding.samples)]
-        return [cut[part] for part in of_problem], [finished[part] for part in of_problem]
+        samples = [slice(start, start + decoding.samples) for start in range(0, len(written), decoding.samples)]
+        return [cut[part] for part in samples], [finished[part] for part in samples]
 
 
 def decoding_notes(note: Callable[[str], None], name: str) -> Progress:

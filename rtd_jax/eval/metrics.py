@@ -42,8 +42,8 @@ class ScoredTexts:
         rows = [(value, record["depth"], record["problem"]) for record in self.records for value in values(record)]
         if not rows:
             return {}
-        of_rows, depths, problems = zip(*rows, strict=True)
-        return by_depth(of_rows, depths, open_from=self.open_from, clusters=problems)
+        numbers, depths, problems = zip(*rows, strict=True)
+        return by_depth(numbers, depths, open_from=self.open_from, clusters=problems)
 
     def first_samples(self) -> "ScoredTexts":
         """One text for each problem. What is measured on the reference is the same for all samples of a problem."""
@@ -124,7 +124,7 @@ def independent_chain_accuracy(scored: ScoredTexts, key: str) -> Table:
     (`estimates.power_mean`). Chains without steps that can be compared are left out.
 
     Args:
-      key: of what a record says of each step: whether it is right.
+      key: the key under which a record says of each step whether it is right.
     """
     chains = [record for record in scored.records if record[key]]
     buckets = depth_buckets([record["depth"] for record in chains], scored.open_from)
@@ -163,8 +163,7 @@ def first_errors(scored: ScoredTexts) -> dict[str, dict[str, int]]:
             for key in (depth_key(record["depth"], scored.open_from), "all"):
                 counts.setdefault(key, Counter())[record["first_error"] + 1] += 1
     return {
-        key: {str(step): count for step, count in sorted(of_bucket.items())}
-        for key, of_bucket in sorted(counts.items())
+        key: {str(step): count for step, count in sorted(counter.items())} for key, counter in sorted(counts.items())
     }
 
 

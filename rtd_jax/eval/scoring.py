@@ -149,8 +149,8 @@ def score_chains(
         log_probs_BL, chosen_BL = to_host((result.log_probs, result.chosen))
         for row, numbers in enumerate(chain_BL):
             for number in np.unique(numbers[numbers > 0]):
-                of_chain = numbers == number
-                scores[number - 1] = TokenScores(log_probs_BL[row, of_chain], chosen_BL[row, of_chain])
+                is_chain = numbers == number
+                scores[number - 1] = TokenScores(log_probs_BL[row, is_chain], chosen_BL[row, is_chain])
                 done += 1
         if progress is not None:
             progress(done, len(chains))

@@ -73,8 +73,8 @@ def verdict(texts: dict[str, Any], failed: np.ndarray, both_fail: int | None = N
         if not found or found["auroc_within"]["value"] is None:
             continue
         within = found["auroc_within"]
-        of_all = interval(found["auroc"])
-        line = f"transition cosine tells {name} with AUROC {interval(within)}; not held to depth {of_all}"
+        overall = interval(found["auroc"])
+        line = f"transition cosine tells {name} with AUROC {interval(within)}; not held to depth {overall}"
         evidence.append(line)
         if within["low"] is not None and within["low"] > 0.5 and found["wrong"] >= FEW:
             tells.append(line)
