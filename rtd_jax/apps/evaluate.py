@@ -34,9 +34,7 @@ NOTE_SECONDS = 10.0  # between two progress lines of one kind
 class EvaluateSettings:
     """What is evaluated on what."""
 
-    model: tuple[
-        str, ...
-    ] = ()  # Hugging Face folders, hub names, stage checkpoints or runs' folders, with commas between
+    model: tuple[str, ...] = ()  # Hugging Face folders, hub names, stage checkpoints, runs' folders; commas between
     tasks: tuple[str, ...] = ("gsm8k",)  # of gsm8k, math, strategyqa, arc_challenge, synthetic
     data_root: str = ""  # folder with gsm8k/test.jsonl and so on; "" is the hub
     generations: str = ""  # JSONL of texts to score in place of a model's

@@ -15,7 +15,8 @@ from rtd_jax.base.types import Params
 from rtd_jax.data.schemas.arc import ChoiceQuestion
 from rtd_jax.eval.estimates import estimate
 from rtd_jax.eval.metrics import Record
-from rtd_jax.eval.scoring import PackedModel, ScoringSettings, score_chains
+from rtd_jax.eval.scoring import ScoringSettings, score_chains
+from rtd_jax.models.model import LlamaModel
 
 
 def score_choices(
@@ -66,7 +67,7 @@ def score_choices(
 
 
 def choice_log_likelihoods(
-    model: PackedModel,
+    model: LlamaModel,
     params: Params,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[str, Sequence[str]]],

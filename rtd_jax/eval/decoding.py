@@ -8,7 +8,7 @@ are sorted by length and padded to few lengths: a batch's rows end at similar ti
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -19,6 +19,7 @@ from rtd_jax.base.sharding import put_same, to_host
 from rtd_jax.base.types import Array, Params
 from rtd_jax.data.by_length import LengthBatch, batches_by_length
 from rtd_jax.losses.divergences import mask_padding
+from rtd_jax.models.model import LlamaModel
 
 PROMPT_MULTIPLE = 64  # tokens; prompts are padded to a multiple of this, and each length compiles a program
 STOP_INTERVAL = 16  # tokens after which it is checked again whether the text written so far ends a generation
@@ -74,20 +75,8 @@ class Decoding(NamedTuple):
     counts_B: Array  # int32, new tokens before the end
 
 
-class CachedModel(Protocol):
-    """What decoding needs of a model: a hashable description with pure functions of params."""
-
-    def __hash__(self) -> int: ...
-
-    def prefill(self, params: Params, tokens_BL: Array, lengths_B: Array, cache_length: int) -> tuple[Array, Any]: ...
-
-    def decode(self, params: Params, cache: Any, tokens_B: Array, positions_B: Array) -> tuple[Array, Any]: ...
-
-    def head(self, params: Params) -> Array: ...
-
-
 def generate(
-    model: CachedModel,
+    model: LlamaModel,
     params: Params,
     prompts: Sequence[Sequence[int]],
     settings: GenerateSettings,
@@ -100,7 +89,7 @@ def generate(
     """A continuation of each prompt, in the order of the prompts: the most probable token each time, or drawn.
 
     Args:
-      model: see `CachedModel`; static under jit.
+      model: static under jit.
       params: the model's parameters, on whatever devices and shardings they live; neither changed nor donated.
       prompts: token ids, each at least one.
       settings: how they are continued.
@@ -135,7 +124,7 @@ def generate(
 
 
 def _continued(
-    model: CachedModel,
+    model: LlamaModel,
     params: Params,
     batch: LengthBatch,
     stream_B: np.ndarray,
@@ -165,7 +154,7 @@ def _continued(
 
 @functools.partial(jax.jit, static_argnames=("model", "settings"))
 def greedy(
-    model: CachedModel,
+    model: LlamaModel,
     params: Params,
     tokens_BP: Array,
     lengths_B: Array,
@@ -191,7 +180,7 @@ def greedy(
 
 
 def _first_token(
-    model: CachedModel,
+    model: LlamaModel,
     params: Params,
     tokens_BP: Array,
     lengths_B: Array,
@@ -211,7 +200,7 @@ def _first_token(
 
 
 def _more_tokens(
-    model: CachedModel,
+    model: LlamaModel,
     params: Params,
     lengths_B: Array,
     streams_B: Array,
@@ -236,7 +225,7 @@ _advance = jax.jit(_more_tokens, static_argnames=("model", "settings"), donate_a
 
 
 def _choose(
-    model: CachedModel,
+    model: LlamaModel,
     params: Params,
     hidden_BD: Array,
     streams_B: Array,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from jax.sharding import Mesh, NamedSharding
 from transformers import PreTrainedTokenizerBase
@@ -13,16 +13,13 @@ from rtd_jax.data.by_length import round_up
 from rtd_jax.data.formats import Rendered, TextFormat, render, stop_token_ids
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.chains import score_texts
-from rtd_jax.eval.decoding import CachedModel, GenerateSettings, Sampling, generate
+from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate
 from rtd_jax.eval.metrics import Record, make_report
 from rtd_jax.eval.reference import score_references
-from rtd_jax.eval.scoring import PackedModel, ScoringSettings
+from rtd_jax.eval.scoring import ScoringSettings
+from rtd_jax.models.model import LlamaModel
 
 Progress = Callable[[int, int], None]  # called with (how many are done, how many there are)
-
-
-class Model(CachedModel, PackedModel, Protocol):
-    """A model that can both decode and score, as `rtd_jax.models.LlamaModel`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +57,7 @@ class ChainEvaluator:
 
     def __call__(
         self,
-        model: Model,
+        model: LlamaModel,
         params: Params,
         problems: Sequence[Trace],
         texts: Sequence[Rendered] | None = None,
@@ -118,7 +115,7 @@ class ChainEvaluator:
         return batch_size if self.mesh is None else round_up(batch_size, row_ways(self.mesh))
 
     def _solutions(
-        self, model: Model, params: Params, texts: Sequence[Rendered], progress: Progress | None
+        self, model: LlamaModel, params: Params, texts: Sequence[Rendered], progress: Progress | None
     ) -> tuple[list[list[str]], list[list[bool]]]:
         """For each problem what the model writes, and whether each solution came to its own end."""
         decoding, tokenizer = self.decoding, self.tokenizer

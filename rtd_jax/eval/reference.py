@@ -15,11 +15,12 @@ from rtd_jax.base.types import Params
 from rtd_jax.data.formats import Rendered
 from rtd_jax.data.trace import Span, Trace
 from rtd_jax.eval.answers import result_span
-from rtd_jax.eval.scoring import PackedModel, ScoringSettings, score_chains
+from rtd_jax.eval.scoring import ScoringSettings, score_chains
+from rtd_jax.models.model import LlamaModel
 
 
 def score_references(
-    model: PackedModel,
+    model: LlamaModel,
     params: Params,
     tokenizer: PreTrainedTokenizerBase,
     traces: Sequence[Trace],

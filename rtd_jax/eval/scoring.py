@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import chex
 import jax
@@ -20,19 +20,10 @@ from rtd_jax.base.types import Array, Params
 from rtd_jax.data.by_length import round_up
 from rtd_jax.data.packing import Features, packed_rows
 from rtd_jax.losses.fused import map_logits
+from rtd_jax.models.model import LlamaModel
 
 ROW_MULTIPLE = 64  # tokens; row lengths are rounded up to it, so few programs are compiled
 FEATURES = ("tokens", "tokens_positions", "tokens_segment_ids", "chain")  # of a packed row; `chain` is its number
-
-
-class PackedModel(Protocol):
-    """What scoring needs of a model: a hashable description with pure functions of params."""
-
-    def __hash__(self) -> int: ...
-
-    def hidden(self, params: Params, tokens_BL: Array, positions_BL: Array, chain_ids_BL: Array) -> Array: ...
-
-    def head(self, params: Params) -> Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +47,7 @@ class TokenScores(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("model", "vocab_size", "chunk_tokens"))
 def token_scores(
-    model: PackedModel,
+    model: LlamaModel,
     params: Params,
     tokens_BL: Array,
     positions_BL: Array,
@@ -99,7 +90,7 @@ def token_scores(
 
 
 def score_chains(
-    model: PackedModel,
+    model: LlamaModel,
     params: Params,
     chains: Sequence[Sequence[int]],
     settings: ScoringSettings = ScoringSettings(),
