@@ -142,6 +142,10 @@ class Objective:
     yardstick: Term | None = None
     dormant: tuple[Term, ...] = ()
 
+    def __post_init__(self) -> None:
+        names = [term.name for term in (*self.terms, *self.dormant)]
+        assert len(set(names)) == len(names), f"terms are told apart by their names, which are {names}"
+
     def on(self, text: Text) -> tuple[Term, ...]:
         """The terms about one kind of chains."""
         return tuple(term for term in self.terms if term.text == text)
