@@ -1,4 +1,4 @@
-"""Multiple choice by log-likelihood: which of the given texts does the model hold most likely after the question?
+"""Multiple choice by log-likelihood: which of the given texts is the most likely after the question?
 
 As lm-evaluation-harness scores its `multiple_choice` tasks: `acc` takes the choice with the highest sum of log-
 probabilities, `acc_norm` the one with the highest sum per character of its text.

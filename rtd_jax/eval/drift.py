@@ -1,4 +1,4 @@
-"""Coherence drift: do student and teacher part ways along a chain of steps, and does that go with failure?
+"""Coherence drift: do student and teacher diverge along a chain of steps, and is that associated with failure?
 
 Everything here is float64 NumPy on states at step boundaries, [C, K, D]: C chains, slot 0 the end of the prompt, slot
 i >= 1 the end of step i. Transition i (index i - 1 below) leads into step i: delta_i = h_i - h_{i-1}.
@@ -17,7 +17,7 @@ from rtd_jax.eval.estimates import Estimate, bootstrap, estimate, from_resamples
 
 # Ridge strengths tried, as multiples of the mean square of a coordinate times the number of rows.
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-MIN_CHAINS = 8  # below this nothing is said about a slot
+MIN_CHAINS = 8  # a slot that fewer chains have gets no CKA, and no verdict on where drift starts
 
 Map = np.ndarray | None  # [S, D], or the identity
 
@@ -124,7 +124,7 @@ def mean_by_step(values_CK: np.ndarray) -> dict[int, Estimate]:
 def decline(values_CK: np.ndarray) -> Estimate:
     """Mean change of a value per step, over chains with at least two values: the slope of each chain's own line.
 
-    Negative: student and teacher part ways along the chain. Chains of different depth are not compared with each other.
+    Negative: student and teacher diverge along the chain. Chains of different depth are not compared with each other.
     """
     slopes = []
     for row in values_CK:
@@ -272,7 +272,7 @@ def _relation(
     failed: np.ndarray,
     options: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How transition cosines go with right and wrong steps and chains: (AUROCs and correlations, ROC curves)."""
+    """Association of transition cosines with right and wrong steps and chains: (AUROCs and correlations, ROC curves)."""
     relation: dict[str, Any] = {}
     roc: dict[str, Any] = {}
 

@@ -1,6 +1,6 @@
-"""Estimates with their uncertainty, and how each kind is made; estimates by reasoning depth.
+"""Estimates with their uncertainty, one way for each kind of sample; estimates by reasoning depth.
 
-There is one type, `Estimate`. How its interval comes about depends on what was sampled:
+There is one type, `Estimate`. How its interval is computed depends on what was sampled:
 
   estimate, ratio, difference, power_mean   independent items or clusters of items: standard error, normal interval
   bootstrap, bootstraps                     any statistic of clusters: percentiles of resampled values

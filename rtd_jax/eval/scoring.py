@@ -75,7 +75,7 @@ def token_scores(
         log_probs_Bc = label_Bc - jax.nn.logsumexp(logits_BcV, axis=-1)
         return TokenScores(log_probs_Bc, jnp.argmax(logits_BcV, axis=-1) == labels_Bc)
 
-    made_BL = map_logits(
+    scores_BL = map_logits(
         score,
         hidden_BLD,
         model.head(params),
@@ -86,7 +86,7 @@ def token_scores(
     # From the place that makes a prediction to the token that it predicts.
     same_chain_BL = (chain_ids_BL == jnp.roll(chain_ids_BL, 1, axis=1)) & (chain_ids_BL > 0)
     predicted_BL = same_chain_BL & (jnp.arange(length)[None, :] > 0)
-    return jax.tree.map(lambda x: jnp.where(predicted_BL, jnp.roll(x, 1, axis=1), jnp.zeros((), x.dtype)), made_BL)
+    return jax.tree.map(lambda x: jnp.where(predicted_BL, jnp.roll(x, 1, axis=1), jnp.zeros((), x.dtype)), scores_BL)
 
 
 def score_chains(

@@ -106,7 +106,7 @@ def cached_key(chain: EncodedChain) -> str:
 
 
 def cached_states(cache: TeacherCache, chains: Sequence[EncodedChain]) -> tuple[np.ndarray, np.ndarray]:
-    """As `boundary_states`, from a cache that has all of these chains: exact up to its storage."""
+    """The result of `boundary_states`, from a cache that has all of these chains; as precise as the stored states."""
     return _padded([cache.read(cached_key(chain))[1] for chain in chains])
 
 

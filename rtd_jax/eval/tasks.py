@@ -39,7 +39,7 @@ Turns = Sequence[tuple[str, str]]  # (question as asked, answer)
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A benchmark as it is asked by default, and as the hub has it."""
+    """A benchmark: how it is asked by default, and where the hub has it."""
 
     schema: str
     shots: int
@@ -85,20 +85,16 @@ TASKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Problems:
-    """What is asked, in which form, with which solved examples before each problem, and how it all came about.
+    """What a model is asked, in which form, and with which solved examples before each problem.
 
-    Of a chat the examples are `turns`; of plain text they are in the problem's `TextFormat`.
+    In a chat the examples are `turns`; in plain text they are part of the problem's `TextFormat`.
     """
 
     items: Sequence[Item]
     texts: Sequence[TextFormat]
     turns: Sequence[Turns]
-    shots: int
-    protocol: Mapping[str, Any]
-
-    @property
-    def text_format(self) -> str:
-        return f"{self.texts[0].kind}, {self.shots}-shot"
+    text_format: str  # for reports: "plain, 5-shot"
+    protocol: Mapping[str, Any]  # for reports: where all of it comes from
 
 
 def load_problems(
@@ -164,11 +160,12 @@ def load_problems(
         "examples": drawn if shots else None,
         "stop_texts": list(task.stops),
     }
+    text_format = f"{text.kind}, {shots}-shot"
     if text.kind == "chat":
-        return Problems(items, [text] * len(items), turns, shots, protocol)
+        return Problems(items, [text] * len(items), turns, text_format, protocol)
     contexts = ["".join(f"{asked}{text.completion_prefix}{answer}\n\n" for asked, answer in pairs) for pairs in turns]
     texts = [dataclasses.replace(text, context=text.context + context) for context in contexts]
-    return Problems(items, texts, [()] * len(items), shots, protocol)
+    return Problems(items, texts, [()] * len(items), text_format, protocol)
 
 
 def _sources(name: str, data_root: str, revision: str) -> list[SourceSettings]:
@@ -231,7 +228,7 @@ def _examples(
 
 
 def _identity(item: Item) -> str:
-    """What the fingerprint of the problems is made from. Its form stays as it is, so that reports can be compared."""
+    """The text that the fingerprint of the problems is made from. Its form is fixed, so that reports can be compared."""
     if isinstance(item, ChoiceQuestion):
         return repr(dataclasses.replace(item, source=""))
     return (

@@ -1,4 +1,4 @@
-"""Does a student part ways with its teacher along its chains of reasoning, and is that why it fails?
+"""Does a student diverge from its teacher along its chains of reasoning, and is that why it fails?
 
 Both models read the same chains; their states at step boundaries are compared step by step, and the differences are
 related to the places where the student goes wrong. The models may differ in width, depth and tokenizer, or be the same.

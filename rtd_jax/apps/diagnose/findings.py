@@ -7,10 +7,10 @@ import numpy as np
 from rtd_jax.apps.report import article
 from rtd_jax.apps.report.tables import interval
 
-# What the article reports; drawn beside what is measured, never mixed with it.
+# The article's own numbers, drawn beside what is measured.
 ARTICLE = {"cka": {str(step): value for step, value in article.CKA.items()}, "auroc": article.AUROC}
 SMALL = 0.005  # fall of a cosine a step; int8 rounding alone makes a smaller one significant
-FEW = 8  # of failures or successes: below this nothing is said about what goes with failure
+FEW = 8  # failures or successes; with fewer of either, no conclusion about failure is drawn
 
 ANSWERS = {  # (is there drift, does distance from the teacher go with failure): (answer, sentence)
     (True, True): (
