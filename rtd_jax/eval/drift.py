@@ -272,7 +272,7 @@ def _relation(
     failed: np.ndarray,
     options: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Association of transition cosines with right and wrong steps and chains: (AUROCs and correlations, ROC curves)."""
+    """Association of transition cosines with right steps and right chains: (AUROCs and correlations, ROC curves)."""
     relation: dict[str, Any] = {}
     roc: dict[str, Any] = {}
 

@@ -228,7 +228,7 @@ def _examples(
 
 
 def _identity(item: Item) -> str:
-    """The text that the fingerprint of the problems is made from. Its form is fixed, so that reports can be compared."""
+    """The text that the fingerprint of the problems is made from; its form is fixed, so that reports are comparable."""
     if isinstance(item, ChoiceQuestion):
         return repr(dataclasses.replace(item, source=""))
     return (
