@@ -63,7 +63,7 @@ def _drawing(picture: Picture) -> Draw:
             x, y, *bounds = zip(*points, strict=True)
             style = series_style(colours, i, name, LINES[i // 4 % 4])
             if bounds:
-                axes.fill_between(x, *bounds, color=style["color"], alpha=0.15, linewidth=0)
+                axes.fill_between(x, bounds[0], bounds[1], color=style["color"], alpha=0.15, linewidth=0)
             axes.plot(x, y, **style)
         axes.set(xlabel=picture.x, ylabel=picture.y)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
