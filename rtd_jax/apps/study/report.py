@@ -260,8 +260,8 @@ def _time(runs: TaskRuns) -> Section:
     text = (
         "Chain accuracy on validation problems of all depths, in %. A curve has settled at the first evaluation with "
         f"{statistics.SETTLED} of its best. The last column is the accuracy at the time at which `{runs.baseline}` of "
-        "the same seed had finished; a method that was not through then stood in the middle of its learning-rate schedule. "
-        "Times hold for runs side by side on shared cores, and include compilation."
+        "the same seed had finished; a method that was not through then stood in the middle of its learning-rate "
+        "schedule. Times hold for runs side by side on shared cores, and include compilation."
     )
     head = ("method", "at the end", "updates to settle", "seconds to settle", f"when {runs.baseline} had finished")
     return Section("Accuracy against updates and time (means over seeds)", 3, [text], head, rows)
