@@ -23,7 +23,7 @@ from rtd_jax.apps.report.sections import write_sections
 from rtd_jax.apps.study import runner
 from rtd_jax.apps.study.claims import (
     TaskRuns,
-    added_by,
+    component_gains,
     gains_by_depth,
     p_and_seeds,
     shares,
@@ -313,7 +313,7 @@ def test_a_component_is_worth_the_mean_of_what_it_adds_to_each_combination():
         name: [outcome(name, seed, [1] * solved(parts) + [0] * (8 - solved(parts)), depths=[4] * 8) for seed in (0, 1)]
         for name, parts in ((name, METHODS[name].components) for name in study_tiny.PARTS)
     }
-    rows = added_by(of_task(runs))
+    rows = component_gains(of_task(runs))
     means = [(component, found.value) for component, to, found in rows if to == "mean of the 4"]
     assert means == [("alignment", 1 / 8), ("coherence", 2 / 8), ("curriculum", 3 / 8)]
     assert len(rows) == 15
@@ -321,18 +321,18 @@ def test_a_component_is_worth_the_mean_of_what_it_adds_to_each_combination():
     assert of_coherence["`kd_curriculum` (gives `rtd_no_alignment`)"] == 2 / 8
     # What a component does differs with its company; seeds that one combination lacks are left out of the mean.
     runs["rtd"] = [outcome("rtd", 0, [1] * 8, depths=[4] * 8)]
-    found = {to: found for component, to, found in added_by(of_task(runs)) if component == "coherence"}
+    found = {to: found for component, to, found in component_gains(of_task(runs)) if component == "coherence"}
     assert found["mean of the 4"].value == pytest.approx((2 + 2 + 2 + 3) / 4 / 8)
     assert found["mean of the 4"].n == 1
     del runs["rtd"]  # then the two without the curriculum are left
-    rows = added_by(of_task(runs))
+    rows = component_gains(of_task(runs))
     assert [(x, to, found.value) for x, to, found in rows if to.startswith("mean")] == [
         ("alignment", "mean of the 2", 1 / 8),
         ("coherence", "mean of the 2", 2 / 8),
     ]
     assert len(rows) == 6
     del runs["alignment_only"]
-    assert added_by(of_task(runs)) == []
+    assert component_gains(of_task(runs)) == []
 
 
 def test_a_grid_names_its_best_weights():

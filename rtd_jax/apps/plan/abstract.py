@@ -75,30 +75,32 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:
             "the KD part with loss.reward_weight=0"
         )
     check_rows(recipe.batch_size, mesh, recipe.micro_batches)
-    of_teacher = architecture(recipe.teacher.path)
+    teacher_sizes = architecture(recipe.teacher.path)
     pretrained = architecture(recipe.student.path) if recipe.student.init == "pretrained" else None
-    of_student = pretrained or student_config(recipe.student, of_teacher)
-    teacher = None if recipe.teacher.cache else make_model(recipe.teacher, of_teacher, mesh)
-    student = student_model(recipe.student, of_student, mesh)
+    student_sizes = pretrained or student_config(recipe.student, teacher_sizes)
+    teacher = None if recipe.teacher.cache else make_model(recipe.teacher, teacher_sizes, mesh)
+    student = student_model(recipe.student, student_sizes, mesh)
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
-    vocab_size = min(of_teacher.vocab_size, of_student.vocab_size)
-    objective = recipe.objective(of_student, of_teacher, vocab_size, mesh)
+    vocab_size = min(teacher_sizes.vocab_size, student_sizes.vocab_size)
+    objective = recipe.objective(student_sizes, teacher_sizes, vocab_size, mesh)
 
     def assemble(params: Params) -> TrainState:
         key = jax.random.PRNGKey(recipe.seed)
-        maps = objective.init_params(key, of_student.width, of_teacher.width)
+        maps = objective.init_params(key, student_sizes.width, teacher_sizes.width)
         return create_state({"student": params, **maps}, optimizer, key)
 
     state = jax.eval_shape(assemble, student.abstract_params())
     shardings = state_shardings(state, optimizer, mesh, objective.param_axes(), recipe.optimizer.offload)
     if teacher is None:
-        source = _cached_outputs(recipe, of_teacher.width, objective, mesh)
+        source = _cached_outputs(recipe, teacher_sizes.width, objective, mesh)
     else:
         weights = teacher.abstract_params(recipe.teacher.param_dtype)
         source = _placed(weights, weight_shardings(recipe.teacher, teacher, mesh))
     step = make_train_step(student, teacher, optimizer, objective, recipe.update, mesh)
     batch = _batch(recipe, mesh)
-    return Abstract(teacher, of_teacher, student, vocab_size, objective, _placed(state, shardings), source, batch, step)
+    return Abstract(
+        teacher, teacher_sizes, student, vocab_size, objective, _placed(state, shardings), source, batch, step
+    )
 
 
 def _cached_outputs(recipe: Recipe, width: int, objective: Objective, mesh: Mesh) -> TeacherOutputs:

@@ -95,13 +95,13 @@ def plan(recipe: Recipe, target: Target) -> Plans:
     yardstick = abstract.objective.yardstick
     assert yardstick is not None
     # A validation batch has as many rows as a micro-batch.
-    few = abstract_step(dataclasses.replace(recipe, batch_size=recipe.rows_at_once, micro_batches=1), mesh)
+    validated = abstract_step(dataclasses.replace(recipe, batch_size=recipe.rows_at_once, micro_batches=1), mesh)
     decoder = "student" if abstract.teacher is None else "teacher"
-    source = few.source if abstract.teacher is None else abstract.source
+    source = validated.source if abstract.teacher is None else abstract.source
     validation = make_term_eval(abstract.student, abstract.teacher, yardstick)
     programs = {
         "update": _traced(abstract.step, *abstract.arguments),
-        "validation": _traced(validation, abstract.state.params, source, few.batch),
+        "validation": _traced(validation, abstract.state.params, source, validated.batch),
         f"decoding ({decoder})": _decoding(recipe, abstract),
     }
     devices = len(target.devices)
@@ -114,8 +114,8 @@ def plan(recipe: Recipe, target: Target) -> Plans:
     if not reads_of(abstract.objective.terms).teacher_tokens:  # a cache has no states at every token
         print(f"compiling update with the teacher {other}", flush=True)
         cache = "" if other == "online" else "planned"
-        elsewhere = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, cache=cache))
-        updates[other] = _compile("update", _traced_update(elsewhere, mesh), 0.0, devices)
+        other_recipe = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, cache=cache))
+        updates[other] = _compile("update", _traced_update(other_recipe, mesh), 0.0, devices)
     no_remat = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, remat="none"))
     without_remat = matmul_flops(_traced_update(no_remat, mesh).jaxpr.jaxpr)
     teacher_config = None if abstract.teacher is None else abstract.teacher_config
@@ -142,8 +142,8 @@ def ideal_flops(recipe: Recipe, teacher: LlamaConfig | None, student: LlamaConfi
     """
     length = recipe.data.row_length
     tokens = recipe.batch_size * length
-    of_teacher = 0.0 if teacher is None else _forward_flops(teacher, length)
-    return tokens * (of_teacher + 3 * _forward_flops(student, length))
+    teacher_flops = 0.0 if teacher is None else _forward_flops(teacher, length)
+    return tokens * (teacher_flops + 3 * _forward_flops(student, length))
 
 
 def _forward_flops(config: LlamaConfig, length: int) -> float:
@@ -236,7 +236,7 @@ def print_plan(recipe: Recipe, target: Target, found: Plans) -> None:
     print_table(f"Memory per device, GiB ({devices} x {target.devices[0].device_kind})", columns, rows)
     update = plans["update"]
     seconds = update.seconds(target)
-    binding = max(seconds, key=lambda name: seconds[name])
+    limit = max(seconds, key=lambda name: seconds[name])
     amounts = (
         f"{update.flops / 1e12:.1f} TFLOP",
         *(f"{x / 1e9:.1f} GB" for x in (update.bytes_moved, update.wire_bytes)),
@@ -249,12 +249,12 @@ def print_plan(recipe: Recipe, target: Target, found: Plans) -> None:
         f"FLOPs of the update over those of an ideal one: {update.flops * devices / ideal:.3f}; without what remat "
         f"recomputes: {found.flops_without_remat / ideal:.3f}"
     )
-    step = seconds[binding] / ACHIEVABLE
+    step = seconds[limit] / ACHIEVABLE
     hours = step * recipe.total_updates / 3600
     tokens = recipe.batch_size * recipe.data.row_length
     dollars = f", about ${hours * devices * chip.dollars:,.0f} at ${chip.dollars:.2f} a device-hour"
     print(
-        f"bound by {binding}: at best {seconds[binding]:.2f} s an update; at {100 * ACHIEVABLE:.0f}% of that rate "
+        f"bound by {limit}: at best {seconds[limit]:.2f} s an update; at {100 * ACHIEVABLE:.0f}% of that rate "
         f"{step:.2f} s, {tokens / step:,.0f} tokens/s, {hours:,.0f} h for {recipe.total_updates:,} updates"
         + (dollars if chip.dollars else "")
     )

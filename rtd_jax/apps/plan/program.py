@@ -145,11 +145,11 @@ class Hlo:
 
         Where a fusion or slice reads only a part of an operand, that part is counted.
         """
-        return sum(
-            times * self._moved(instruction)
-            for instruction, times in self._executed()
-            if instruction.opcode not in _FREE and not instruction.opcode.endswith("-done")
-        )
+        total = 0.0
+        for instruction, times in self._executed():
+            if instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
+                total += times * self._moved(instruction)
+        return total
 
     def _moved(self, instruction: _Instruction) -> float:
         written = shape_bytes(instruction.shape)

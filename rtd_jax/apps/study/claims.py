@@ -67,7 +67,7 @@ class TaskRuns:
         """Whether both the whole method and the baseline have finished runs."""
         return self.whole is not None and self.baseline in self.outcomes
 
-    def of(self, method: str | None) -> Sequence[Outcome]:
+    def finished(self, method: str | None) -> Sequence[Outcome]:
         """A method's finished runs."""
         return self.outcomes.get(method or "", ())
 
@@ -87,7 +87,7 @@ class TaskRuns:
 
     def difference(self, method: str | None, other: str | None, chosen: Chosen | None = None) -> Difference | None:
         """Chain accuracy of a method less another's, on the deep problems by default; None without common seeds."""
-        runs, others = self.of(method), self.of(other)
+        runs, others = self.finished(method), self.finished(other)
         return difference(runs, others, chosen or self.is_deep) if runs and others else None
 
     def gain(self, chosen: Chosen | None = None) -> Difference | None:
@@ -137,10 +137,12 @@ def gains_by_depth(runs: TaskRuns) -> list[Claim]:
     if not runs.has_gain:
         return []
     claims = []
-    for name, chosen in buckets(runs.of(runs.whole)[0].depths.tolist(), runs.deep).items():
+    for name, chosen in buckets(runs.finished(runs.whole)[0].depths.tolist(), runs.deep).items():
         gain, published = runs.gain(chosen), article.GAINS.get(name)
-        says = ("-", NOT_SAID) if published is None else (f"{published:+.1f}", verdict(gain))
-        claims.append(Claim(name, with_p(gain), *says))
+        if published is None:
+            claims.append(Claim(name, points_with_p(gain), "-", NOT_SAID))
+        else:
+            claims.append(Claim(name, points_with_p(gain), f"{published:+.1f}", verdict(gain)))
     return claims
 
 
@@ -152,36 +154,37 @@ def shares(runs: TaskRuns) -> list[Claim]:
         if ablation is None or not runs.has_gain:
             continue
         gain, lost = runs.gain(), runs.difference(runs.whole, ablation)
-        interval = share_interval(runs.of(runs.whole), runs.of(ablation), runs.of(runs.baseline), runs.is_deep)
-        found, says = "no gain that is surely there to lose", "undecided"
+        full, ablated, baseline = (runs.finished(name) for name in (runs.whole, ablation, runs.baseline))
+        interval = share_interval(full, ablated, baseline, runs.is_deep)
+        found, agreement = "no gain that is surely there to lose", "undecided"
         if gain is not None and lost is not None and gain.value > 0:
             found = f"{100 * lost.value / gain.value:.0f}%"
             if interval is not None:
                 low, high = (100 * end for end in interval)
                 found += f" [{low:.0f}, {high:.0f}]"
-                says = "agrees" if low <= stated <= high else "disagrees"
+                agreement = "agrees" if low <= stated <= high else "disagrees"
         from_points = 100 * (1 - article.GAIN_WITHOUT[component] / article.DEEP_GAIN)
-        claims.append(Claim(ablation, found, f"{stated}% (from its points {from_points:.0f}%)", says))
+        claims.append(Claim(ablation, found, f"{stated}% (from its points {from_points:.0f}%)", agreement))
     return claims
 
 
-def claims_of(runs: TaskRuns) -> list[Claim]:
+def article_claims(runs: TaskRuns) -> list[Claim]:
     """The article's claims on which these runs have something to say."""
     known = runs.with_teacher()
     claims = [
-        Claim(text, _compared(known, method, other), published, verdict(known.difference(method, other)))
-        for method, other, text, published in _expected(known)
-        if known.of(method) and known.of(other)
+        Claim(text, _difference_text(known, method, other), published, verdict(known.difference(method, other)))
+        for method, other, text, published in _expected_differences(known)
+        if known.finished(method) and known.finished(other)
     ]
-    if known.whole and TEACHER in known.outcomes and 2 in known.of(known.whole)[0].depths:
+    if known.whole and TEACHER in known.outcomes and 2 in known.finished(known.whole)[0].depths:
         found = known.difference(known.whole, TEACHER, lambda depths: depths == 2)
-        shown = f"`{known.whole}` - `{TEACHER}` = {with_p(found)}"
+        shown = f"`{known.whole}` - `{TEACHER}` = {points_with_p(found)}"
         text = "the student is better than the teacher at two steps"
         claims.append(Claim(text, shown, f"{article.OVER_TEACHER:+.1f}", verdict(found)))
-    return claims + _grows_with_depth(runs) + _hidden(runs) + _drifts(runs)
+    return claims + _claims_on_growth(runs) + _claims_on_errors_and_cost(runs) + _claims_on_drift(runs)
 
 
-def _expected(runs: TaskRuns) -> list[tuple[str | None, str | None, str, str]]:
+def _expected_differences(runs: TaskRuns) -> list[tuple[str | None, str | None, str, str]]:
     """(method, other, what the article says of their difference, its number); all differences should be positive."""
     left = article.GAIN_WITHOUT
     expected: list[tuple[str | None, str | None, str, str]] = []
@@ -211,10 +214,10 @@ def questions(runs: TaskRuns) -> list[Claim]:
         if question and other in runs.outcomes
     ]
     asked.sort(key=lambda row: (row[1] != runs.baseline, max(runs.methods[name].place for name in row[:2])))
-    return [Claim(question, _compared(runs, method, other), "-", NOT_SAID) for method, other, question in asked]
+    return [Claim(question, _difference_text(runs, method, other), "-", NOT_SAID) for method, other, question in asked]
 
 
-def added_by(runs: TaskRuns) -> list[tuple[str, str, Difference | None]]:
+def component_gains(runs: TaskRuns) -> list[tuple[str, str, Difference | None]]:
     """(component, added to what, difference in deep chain accuracy) over all combinations of the three components.
 
     Where those with the curriculum were not run, over those of the other two. First of each component is the mean of
@@ -228,7 +231,7 @@ def added_by(runs: TaskRuns) -> list[tuple[str, str, Difference | None]]:
     rows: list[tuple[str, str, Difference | None]] = []
     for i, component in enumerate(COMPONENTS if complete else list(COMPONENTS)[:2]):
         pairs = [(name, names[(*has[:i], True, *has[i + 1 :])]) for has, name in names.items() if not has[i]]
-        mean = mean_difference([(runs.of(b), runs.of(a)) for a, b in pairs], runs.is_deep)
+        mean = mean_difference([(runs.finished(b), runs.finished(a)) for a, b in pairs], runs.is_deep)
         rows.append((component, f"mean of the {len(pairs)}", mean))
         rows += [(component, f"`{a}` (gives `{b}`)", runs.difference(b, a)) for a, b in pairs]
     return rows
@@ -273,20 +276,20 @@ def smaller_gain(tasks: Mapping[str, TaskRuns], smaller_than: Mapping[str, str])
     return claims
 
 
-def _grows_with_depth(runs: TaskRuns) -> list[Claim]:
+def _claims_on_growth(runs: TaskRuns) -> list[Claim]:
     deep, shallow = runs.gain(), runs.gain(lambda depths: depths < runs.deep)
     if deep is None or shallow is None:
         return []
     found = f"{points(shallow)} below {runs.deep} steps, {points(deep)} from there on"
     published = f"{article.GAINS['2']:+.1f} at 2 steps to {article.GAINS['5+']:+.1f} at 5+"
-    says = _verdict(shallow.high < deep.low, deep.high < shallow.low)
-    return [Claim("the gain over KD grows with depth", found, published, says)]
+    agreement = _verdict(shallow.high < deep.low, deep.high < shallow.low)
+    return [Claim("the gain over KD grows with depth", found, published, agreement)]
 
 
-def _hidden(runs: TaskRuns) -> list[Claim]:
+def _claims_on_errors_and_cost(runs: TaskRuns) -> list[Claim]:
     """What perplexity and step accuracy do not show, and what the whole method costs."""
     claims: list[Claim] = []
-    baseline = runs.of(runs.baseline)
+    baseline = runs.finished(runs.baseline)
     gaps = []
     for outcome in baseline:
         table = outcome.step_accuracy_by_depth
@@ -303,21 +306,21 @@ def _hidden(runs: TaskRuns) -> list[Claim]:
     if ratios:
         ratio, most = over_seeds(ratios), article.PERPLEXITY_ABOVE_TEACHER
         text = f"`{runs.baseline}`'s perplexity is within {most}% of the teacher's"
-        says = _verdict(ratio.high <= most / 100, ratio.low > most / 100)
-        claims.append(Claim(text, with_interval(ratio, "+.1f", unit="%"), f"within {most}%", says))
-    costs = [a.seconds / b.seconds - 1 for a in runs.of(runs.whole) for b in baseline if a.seed == b.seed and b.seconds]
-    if costs:
-        cost = over_seeds(costs)
-        says = "agrees" if cost.low <= article.OVERHEAD / 100 <= cost.high else "disagrees"
-        says = says if cost.n > 1 else "undecided"
+        agreement = _verdict(ratio.high <= most / 100, ratio.low > most / 100)
+        claims.append(Claim(text, with_interval(ratio, "+.1f", unit="%"), f"within {most}%", agreement))
+    pairs = [(a, b) for a in runs.finished(runs.whole) for b in baseline if a.seed == b.seed and b.seconds]
+    if pairs:
+        cost = over_seeds([a.seconds / b.seconds - 1 for a, b in pairs])
+        is_inside = cost.low <= article.OVERHEAD / 100 <= cost.high
+        agreement = _verdict(cost.n > 1 and is_inside, not is_inside)
         text, published = "RTD adds to the training time of KD", f"+{article.OVERHEAD}%"
-        claims.append(Claim(text, with_interval(cost, "+.1f", unit="%"), published, says))
+        claims.append(Claim(text, with_interval(cost, "+.1f", unit="%"), published, agreement))
     return claims
 
 
-def _drifts(runs: TaskRuns) -> list[Claim]:
+def _claims_on_drift(runs: TaskRuns) -> list[Claim]:
     claims: list[Claim] = []
-    curves = [curve for outcome in runs.of(runs.baseline) if len(curve := cka_curve(outcome)) > 1]
+    curves = [curve for outcome in runs.finished(runs.baseline) if len(curve := cka_curve(outcome)) > 1]
     if curves:
         fall = over_seeds([curve[min(curve)] - curve[max(curve)] for curve in curves])
         first, last = article.CKA[1], article.CKA[4]
@@ -327,7 +330,7 @@ def _drifts(runs: TaskRuns) -> list[Claim]:
         )
         published = f"{first:.2f} - {last:.2f} = {first - last:.2f}"
         claims.append(Claim(text, with_interval(fall, ".3f", scale=1), published, verdict(fall)))
-    areas = [area for outcome in runs.of(runs.whole) if (area := auroc_within(outcome)) is not None]
+    areas = [area for outcome in runs.finished(runs.whole) if (area := auroc_within(outcome)) is not None]
     if areas:
         above = over_seeds([area - 0.5 for area in areas])
         found = f"{with_interval(above, '.3f', scale=1)} above 0.5, among steps of the same place and depth"
@@ -352,7 +355,7 @@ def points(found: Estimate | None) -> str:
     return "no common seed" if found is None else with_interval(found, "+.1f")
 
 
-def with_p(found: Difference | None) -> str:
+def points_with_p(found: Difference | None) -> str:
     """`points`, and the p-value where there is one."""
     shown = p_value(found)
     return points(found) if shown == "-" else f"{points(found)}, p {shown if shown[0] == '<' else f'= {shown}'}"
@@ -372,5 +375,5 @@ def p_and_seeds(found: Difference | None) -> tuple[str, str]:
     return p_value(found), f"{found.seeds_needed:,}" if found.seeds_needed < MOST_SEEDS else f"{MOST_SEEDS:,} or more"
 
 
-def _compared(runs: TaskRuns, method: str | None, other: str | None) -> str:
-    return f"`{method}` - `{other}` = {with_p(runs.difference(method, other))}"
+def _difference_text(runs: TaskRuns, method: str | None, other: str | None) -> str:
+    return f"`{method}` - `{other}` = {points_with_p(runs.difference(method, other))}"

@@ -110,7 +110,7 @@ class StudyRecipe:
                 workdir.absolute() / "runs" / task / method / f"seed_{seed}",
             )
             for seed in self.seeds
-            for task, method in self._pairs()
+            for task, method in self._tasks_and_methods()
         ]
 
     def preparations(self, workdir: Path) -> list[Preparation]:
@@ -119,12 +119,12 @@ class StudyRecipe:
         Raises:
           ValueError: preparations ask for one another in a circle.
         """
-        asked = {name: self._asked_for(command) - {name} for name, command in self.prepare.items()}
-        needed = self._asked_for(text for pair in self._pairs() for text in self._overrides(*pair))
-        while more := set().union(*(asked[name] for name in needed)) - needed:
+        dependencies = {name: self._preparations_in(command) - {name} for name, command in self.prepare.items()}
+        needed = self._preparations_in(text for pair in self._tasks_and_methods() for text in self._overrides(*pair))
+        while more := set().union(*(dependencies[name] for name in needed)) - needed:
             needed |= more
         try:
-            ordered = list(TopologicalSorter({name: asked[name] for name in asked if name in needed}).static_order())
+            ordered = list(TopologicalSorter({x: dependencies[x] for x in dependencies if x in needed}).static_order())
         except CycleError as error:
             raise ValueError(f"the preparations {', '.join(sorted(set(error.args[1])))} ask for one another") from error
         return [
@@ -132,7 +132,7 @@ class StudyRecipe:
             for name in ordered
         ]
 
-    def _pairs(self) -> list[tuple[str, str]]:
+    def _tasks_and_methods(self) -> list[tuple[str, str]]:
         """(task, method) of the runs; tasks that have every method come first: the others are compared with them."""
         tasks = sorted(self.tasks, key=lambda task: task in self.task_methods)
         return [
@@ -145,7 +145,7 @@ class StudyRecipe:
     def _overrides(self, task: str, method: str) -> Overrides:
         return (*self.tasks[task], *self.method(method).overrides)
 
-    def _asked_for(self, texts: Iterable[str]) -> set[str]:
+    def _preparations_in(self, texts: Iterable[str]) -> set[str]:
         """The preparations whose `{name}` is in one of the texts."""
         joined = "\n".join(texts)
         return {name for name in self.prepare if f"{{{name}}}" in joined}

@@ -91,10 +91,10 @@ def _add_task(report: Report, task: str, about: str, runs: TaskRuns) -> None:
             claims.gains_by_depth(runs),
         ),
         "shares": ("Share of the gain lost by each ablation", "ablation", claims.shares(runs)),
-        "claims": ("The article's claims", "claim", claims.claims_of(runs)),
+        "claims": ("The article's claims", "claim", claims.article_claims(runs)),
         "questions": ("Questions the article leaves open", "question", claims.questions(runs)),
     }
-    added, changed = claims.added_by(runs), claims.changed_coherence(runs)
+    added, changed = claims.component_gains(runs), claims.changed_coherence(runs)
     means = {
         name: {key: float(np.mean([getattr(outcome, key) for outcome in outcomes])) for key in MEASURED}
         for name, outcomes in runs.outcomes.items()
@@ -117,7 +117,7 @@ def _add_task(report: Report, task: str, about: str, runs: TaskRuns) -> None:
     report.numbers[task] = {
         "chain_accuracy": {name: {key: json_row(cell) for key, cell in row.items()} for name, row in table.items()},
         "differences": {name: json_row(found) for name, found in differences.items()},
-        "share_of_gain_lost": _shares(table, runs),
+        "share_of_gain_lost": _shares_lost(table, runs),
         **{key: [dataclasses.asdict(line) for line in lines] for key, (_, _, lines) in compared.items()},
         "components": [
             {"component": component, "added_to": to, "difference": json_row(found)} for component, to, found in added
@@ -146,7 +146,7 @@ def _accuracy_table(runs: TaskRuns) -> Table:
 def _accuracies(table: Table, runs: TaskRuns) -> Section:
     rows = []
     for name, row in table.items():
-        found = sorted(runs.of(name), key=lambda outcome: outcome.seed)
+        found = sorted(runs.finished(name), key=lambda outcome: outcome.seed)
         by_seed = ", ".join(f"{100 * outcome.correct[runs.is_deep(outcome.depths)].mean():.0f}" for outcome in found)
         rows.append((name, len(found) or "", *map(_percent, row.values()), by_seed))
     head = ("method", "seeds", *next(iter(table.values())), f"{runs.deep}+, seed by seed")
@@ -199,14 +199,14 @@ def _grid(table: Table, runs: TaskRuns) -> Section:
     rows = [(f"{alignment:g}", f"{coherence:g}", _percent(cell)) for (alignment, coherence), cell in best]
     (weights, first), second = best[0], best[1][1] if len(best) > 1 else best[0][1]
     published = (article.ALIGNMENT_WEIGHT, article.COHERENCE_WEIGHT)
-    says = "undecided"
+    agreement = "undecided"
     if weights == published and first.low > second.high:
-        says = "agrees"
+        agreement = "agrees"
     elif published in found and found[published].high < first.low:
-        says = "disagrees"
+        agreement = "disagrees"
     text = (
         f"The article's grid search on held-out data gave {published[0]:g} and {published[1]:g}. Here {weights[0]:g} "
-        f"and {weights[1]:g} come out best: {says}."
+        f"and {weights[1]:g} come out best: {agreement}."
     )
     return Section(title, 3, [text], ("alignment", "coherence", f"chains right, {bucket}"), rows)
 
@@ -233,7 +233,7 @@ def _drift(runs: TaskRuns) -> Section:
 
     rows = []
     for name, curve in curves.items():
-        areas = [area for outcome in runs.of(name) if (area := statistics.auroc_within(outcome)) is not None]
+        areas = [area for outcome in runs.finished(name) if (area := statistics.auroc_within(outcome)) is not None]
         rows.append((name, *cells(curve, ".3f"), f"{np.mean(areas):.3f}" if areas else "-"))
     rows.append(("article (biased CKA, KD)", *cells(article.CKA, ".2f"), f"{article.AUROC:.2f}"))
     text = (
@@ -247,9 +247,9 @@ def _drift(runs: TaskRuns) -> Section:
 
 def _time(runs: TaskRuns) -> Section:
     """When curves reach their plateau, and where each method is when the baseline has finished."""
-    limits = {outcome.seed: outcome.curve[-1]["seconds"] for outcome in runs.of(runs.baseline) if outcome.curve}
+    limits = {outcome.seed: outcome.curve[-1]["seconds"] for outcome in runs.finished(runs.baseline) if outcome.curve}
     rows = []
-    for name, found in _with_curves(runs).items():
+    for name, found in _runs_with_curves(runs).items():
         updates, seconds = np.mean([statistics.settled_at(outcome) for outcome in found], axis=0)
         at_limit = [
             statistics.accuracy_at(outcome, limits[outcome.seed]) for outcome in found if outcome.seed in limits
@@ -269,7 +269,7 @@ def _time(runs: TaskRuns) -> Section:
 
 def _stages(runs: TaskRuns) -> Section:
     """How the stages of the whole method's curriculum ended, and what the student could do by then."""
-    found = [outcome for outcome in runs.of(runs.whole) if len(outcome.stages) > 1]
+    found = [outcome for outcome in runs.finished(runs.whole) if len(outcome.stages) > 1]
     rows = []
     for number, first in enumerate(found[0].stages if found else ()):
         records = [outcome.stages[number] for outcome in found]
@@ -294,7 +294,7 @@ def _stages(runs: TaskRuns) -> Section:
     return Section(f"How the stages of `{runs.whole}` ended (means over seeds)", 3, [text], head, rows)
 
 
-def _with_curves(runs: TaskRuns) -> dict[str, list[Outcome]]:
+def _runs_with_curves(runs: TaskRuns) -> dict[str, list[Outcome]]:
     """The runs of each method that were evaluated while they trained."""
     found = {name: [outcome for outcome in outcomes if outcome.curve] for name, outcomes in runs.outcomes.items()}
     return {name: outcomes for name, outcomes in found.items() if outcomes}
@@ -311,7 +311,7 @@ def _mean_cka_curves(runs: TaskRuns) -> dict[str, dict[int, float]]:
     return means
 
 
-def _shares(table: Table, runs: TaskRuns) -> dict[str, float | None]:
+def _shares_lost(table: Table, runs: TaskRuns) -> dict[str, float | None]:
     if runs.whole is None or runs.baseline not in table:
         return {}
     deep = {name: row[f"{runs.deep}+"] for name, row in table.items()}
@@ -335,7 +335,7 @@ def _pictures(task: str, table: Table, runs: TaskRuns) -> list[Picture]:
     caption = "Every intermediate result and the answer right, free-running. Bands: 95% over seeds and problems."
     x, y = "reasoning steps of the problem", "chains right, %"
     pictures = [Picture(f"chains_{task}", title, caption, x, y, by_depth)]
-    evaluated = _with_curves(runs)
+    evaluated = _runs_with_curves(runs)
     for key, x in (("update", "updates"), ("seconds", "seconds of training")):
         series = {name: _mean_curve(evaluated[name], key) for name in shown if name in evaluated}
         if series:

@@ -159,10 +159,10 @@ def share_interval(
     whole = difference(full, baseline, chosen)
     if not tables or whole is None or whole.low <= 0:
         return None
-    of_full, of_ablated, of_baseline = (resampled_means(table, RESAMPLES) for table in tables)
-    gain = of_full - of_baseline
-    positive = gain > 0  # in all but a few draws
-    return percentile_interval((of_full - of_ablated)[positive] / gain[positive])
+    full_R, ablated_R, baseline_R = (resampled_means(table, RESAMPLES) for table in tables)
+    gain_R = full_R - baseline_R
+    is_positive_R = gain_R > 0  # in all but a few draws
+    return percentile_interval((full_R - ablated_R)[is_positive_R] / gain_R[is_positive_R])
 
 
 def solved_after_stage(outcome: Outcome, number: int) -> float | None:
