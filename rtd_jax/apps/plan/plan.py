@@ -105,12 +105,12 @@ def plan(recipe: Recipe, target: Target) -> Plans:
         f"decoding ({decoder})": _decoding(recipe, abstract),
     }
     devices = len(target.devices)
-    plans = {}
+    costs = {}
     for name, (traced, arguments) in programs.items():
         print(f"compiling {name} for {devices} x {target.devices[0].device_kind}", flush=True)
-        plans[name] = _compile(name, traced, _resident(abstract, arguments), devices)
+        costs[name] = _compile(name, traced, _resident(abstract, arguments), devices)
     own, other = ("online", "cached") if abstract.teacher is not None else ("cached", "online")
-    updates = {own: plans["update"]}
+    updates = {own: costs["update"]}
     if not reads_of(abstract.objective.terms).teacher_tokens:  # a cache has no states at every token
         print(f"compiling update with the teacher {other}", flush=True)
         cache = "" if other == "online" else "planned"
@@ -120,7 +120,7 @@ def plan(recipe: Recipe, target: Target) -> Plans:
     without_remat = matmul_flops(_traced_update(no_remat, mesh).jaxpr.jaxpr)
     teacher_config = None if abstract.teacher is None else abstract.teacher_config
     ideal = ideal_flops(recipe, teacher_config, abstract.student.config)
-    return Plans(plans, updates, ideal, without_remat, _host_bytes(recipe, abstract))
+    return Plans(costs, updates, ideal, without_remat, _host_bytes(recipe, abstract))
 
 
 def _traced(function: Any, *arguments: Any, **options: Any) -> tuple[jax.stages.Traced, tuple]:
@@ -218,9 +218,9 @@ def _wire_bytes(kind: str, result: float, devices: int) -> float:
     return result * sent / whole
 
 
-def print_plan(recipe: Recipe, target: Target, found: Plans) -> None:
+def print_plan(recipe: Recipe, target: Target, plans: Plans) -> None:
     """Prints the plan as tables, and the verdict."""
-    plans, ideal = found.programs, found.ideal_flops
+    programs, ideal = plans.programs, plans.ideal_flops
     chip, devices = target.chip, len(target.devices)
     rows = [
         (
@@ -230,11 +230,11 @@ def print_plan(recipe: Recipe, target: Target, found: Plans) -> None:
             "fits" if p.fits(target) else "DOES NOT FIT",
             f"{p.compile_seconds:.0f}",
         )
-        for name, p in plans.items()
+        for name, p in programs.items()
     ]
     columns = ["program", "arguments", "also resident", "temporaries", "peak", "capacity", "", "compiled in s"]
     print_table(f"Memory per device, GiB ({devices} x {target.devices[0].device_kind})", columns, rows)
-    update = plans["update"]
+    update = programs["update"]
     seconds = update.seconds(target)
     limit = max(seconds, key=lambda name: seconds[name])
     amounts = (
@@ -247,7 +247,7 @@ def print_plan(recipe: Recipe, target: Target, found: Plans) -> None:
     print_table("Collectives of one update, results per device", ["kind", "GB"], kinds or [("none", "0")])
     print(
         f"FLOPs of the update over those of an ideal one: {update.flops * devices / ideal:.3f}; without what remat "
-        f"recomputes: {found.flops_without_remat / ideal:.3f}"
+        f"recomputes: {plans.flops_without_remat / ideal:.3f}"
     )
     step = seconds[limit] / ACHIEVABLE
     hours = step * recipe.total_updates / 3600
@@ -258,14 +258,14 @@ def print_plan(recipe: Recipe, target: Target, found: Plans) -> None:
         f"{step:.2f} s, {tokens / step:,.0f} tokens/s, {hours:,.0f} h for {recipe.total_updates:,} updates"
         + (dollars if chip.dollars else "")
     )
-    if len(found.updates) > 1:
-        _print_sources(target, found.updates)
-    if found.host_bytes:
+    if len(plans.updates) > 1:
+        _print_sources(target, plans.updates)
+    if plans.host_bytes:
         print(
-            f"kept in host memory: {found.host_bytes / GIB:.1f} GiB per device. The compiler for GPUs that are not "
+            f"kept in host memory: {plans.host_bytes / GIB:.1f} GiB per device. The compiler for GPUs that are not "
             "here knows no host memory, so all of it is counted above; the true peak is lower by up to that much"
         )
-    print(verdict(recipe, target, plans))
+    print(verdict(recipe, target, programs))
 
 
 def _print_sources(target: Target, updates: dict[str, Plan]) -> None:
@@ -289,20 +289,19 @@ def _print_sources(target: Target, updates: dict[str, Plan]) -> None:
     )
 
 
-def verdict(recipe: Recipe, target: Target, plans: dict[str, Plan]) -> str:
+def verdict(recipe: Recipe, target: Target, programs: dict[str, Plan]) -> str:
     """Says whether all programs fit, and if not, the first setting to change."""
-    too_large = [name for name, p in plans.items() if not p.fits(target)]
+    too_large = [name for name, p in programs.items() if not p.fits(target)]
     if not too_large:
-        spare = min(target.chip.memory - p.peak for p in plans.values())
+        spare = min(target.chip.memory - p.peak for p in programs.values())
         return f"FITS on {target.name}, with {spare / GIB:.1f} GiB to spare on every device"
-    worst = plans[too_large[0]]
+    worst = programs[too_large[0]]
     over = (worst.peak - target.chip.memory) / GIB
-    return (
-        f"DOES NOT FIT on {target.name}: {worst.program} is {over:.1f} GiB over. Next: {_knob(recipe, target, worst)}"
-    )
+    change = _setting_to_change(recipe, target, worst)
+    return f"DOES NOT FIT on {target.name}: {worst.program} is {over:.1f} GiB over. Next: {change}"
 
 
-def _knob(recipe: Recipe, target: Target, worst: Plan) -> str:
+def _setting_to_change(recipe: Recipe, target: Target, worst: Plan) -> str:
     """The setting that frees the most memory at the least cost, as a flag with its new value."""
     room = target.chip.memory - worst.memory.arguments
     if room < 0.25 * target.chip.memory and recipe.teacher.param_dtype != "int8" and not recipe.teacher.cache:
@@ -331,16 +330,16 @@ def show_plan(recipe: Recipe, settings: PlanSettings) -> None:
     if settings.dollars_per_device_hour is not None:
         chip = dataclasses.replace(target.chip, dollars=settings.dollars_per_device_hour)
         target = dataclasses.replace(target, chip=chip)
-    found = plan(recipe, target)
-    print_plan(recipe, target, found)
+    plans = plan(recipe, target)
+    print_plan(recipe, target, plans)
     if settings.json:
         as_json = {
             "target": target.name,
             "chip": dataclasses.asdict(target.chip),
-            "ideal_flops": found.ideal_flops,
-            "flops_without_remat": found.flops_without_remat,
-            "host_bytes": found.host_bytes,
+            "ideal_flops": plans.ideal_flops,
+            "flops_without_remat": plans.flops_without_remat,
+            "host_bytes": plans.host_bytes,
         }
-        for kind, plans in (("programs", found.programs), ("updates", found.updates)):
-            as_json[kind] = {name: dataclasses.asdict(p) | {"seconds": p.seconds(target)} for name, p in plans.items()}
+        for kind, group in (("programs", plans.programs), ("updates", plans.updates)):
+            as_json[kind] = {name: dataclasses.asdict(p) | {"seconds": p.seconds(target)} for name, p in group.items()}
         write_json(Path(settings.json), as_json)
