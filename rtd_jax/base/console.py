@@ -74,6 +74,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     console = Console()
-    if not console.is_terminal and console.width < 120:  # a log file has room for whole cells
-        console = Console(width=120, file=console.file)
+    if not console.is_terminal and console.width < 160:  # in a log file nothing forces a cell to be cut
+        console = Console(width=160, file=console.file)
     console.print(table)

@@ -13,7 +13,7 @@ from rtd_jax.base.console import print_table
 from rtd_jax.base.sharding import host_share, put_batch, to_host
 from rtd_jax.base.types import Params
 from rtd_jax.data.packing import fixed_batches
-from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure
+from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure, transitions
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, first_of_each_depth
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.methods.maps import state_map, transition_map
@@ -65,7 +65,7 @@ def drift_section(experiment: Experiment, params: Params) -> dict[str, Any]:
     maps: dict[str, Sequence[Map]] = {
         name: [None if own[name] is None else np.asarray(to_host(own[name]))] * len(chains)
         if is_own
-        else cross_fitted(states, transitions=name == "g", seed=0)
+        else cross_fitted(transitions(states) if name == "g" else states, seed=0)
         for name, is_own in trained.items()
     }
     found = measure(

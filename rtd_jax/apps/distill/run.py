@@ -129,8 +129,7 @@ def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path)
     generations: list[dict[str, Any]] = []
     evaluator = make_evaluator(experiment)
     for name, (model, params) in models.items():
-        result, records = evaluator(model, params, problems, progress=decoding_notes(display.note, name))
-        report[name] = result.to_dict()
+        report[name], records = evaluator(model, params, problems, progress=decoding_notes(display.note, name))
         for key in ("chain_accuracy", "step_accuracy", "perplexity"):
             report[key][name] = report[name][key]
         generations += [{"model": name, **record} for record in records]

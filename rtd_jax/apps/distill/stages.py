@@ -221,8 +221,8 @@ def _midrun_evaluation(experiment: Experiment, run: Run, sinks: Sinks) -> dict[s
     seconds, update = run.seconds(sinks.clock), int(run.state.step)
     problems = first_of_each_depth(experiment.validation.traces, experiment.recipe.evaluation.curve_problems)
     result, _ = make_evaluator(experiment)(experiment.student, run.state.params["student"], problems)
-    tables = {"chain_accuracy": result.chain_accuracy, "step_accuracy": result.step_accuracy}
-    means = {name: {depth: found.value for depth, found in table.items()} for name, table in tables.items()}
+    tables = {name: result[name] for name in ("chain_accuracy", "step_accuracy")}
+    means = {name: {depth: row["mean"] for depth, row in table.items()} for name, table in tables.items()}
     return {"update": update, "seconds": round(seconds, 3), **means}
 
 
