@@ -22,7 +22,7 @@ from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.eval.tasks import EXAMPLES_SEED, TASKS, Problems, load_problems, question_of
 from rtd_jax.eval.text_scores import Record, score_texts
 from rtd_jax.models.open import FloatDtype, WeightDtype
-from rtd_jax.train.subjects import LoadedModel, load_model
+from rtd_jax.train.saved_models import LoadedModel, load_model
 
 OPEN_FROM = 5  # depths 1, 2, 3, 4, 5+
 SCORING_ROWS = 8  # of 512 tokens, read together on each device
