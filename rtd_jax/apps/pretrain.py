@@ -19,20 +19,14 @@ from rtd_jax.base.files import check_writable, write_json
 from rtd_jax.base.means import Metrics
 from rtd_jax.base.settings import check_at_least
 from rtd_jax.base.sharding import MeshSettings, check_rows, host_share, make_mesh, put_batch, row_sharding
-from rtd_jax.base.types import Batch, Params
+from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import TextFormat, solved_examples
 from rtd_jax.data.loader import BatchLoader, make_loader
 from rtd_jax.data.sources import SourceSettings, closed_words, load_traces
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.data.trace import Trace
-from rtd_jax.eval.evaluate import (
-    ChainEvaluator,
-    DecodingSettings,
-    EvaluationReport,
-    decoding_notes,
-    first_of_each_depth,
-)
+from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, decoding_notes, first_of_each_depth
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.methods.kd import Labels
 from rtd_jax.methods.term import Objective
@@ -135,34 +129,38 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
         state, position = restore_state(latest, state), json.loads(read_meta(latest)["iterator"])
     objective = Objective((Labels(1.0, len(tokenizer)),))
     update = make_train_step(model, None, optimizer, objective)
-    coefficients = objective.coefficients()
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return update(state, {}, put_batch(batch, mesh), coefficients)
+        return update(state, {}, put_batch(batch, mesh), objective.coefficients())
 
-    log, traces = MetricsLog(workdir, int(state.step)), load_traces(recipe.train)
-    with Display(recipe.total_updates, int(state.step), silent=jax.process_index() != 0) as display:
+    def shown(means: dict[str, float], speed: float) -> dict[str, str]:
+        return {"loss": f"{means['loss']:.4f}", "tokens/s": f"{speed:,.0f}"}
+
+    start, traces = int(state.step), load_traces(recipe.train)
+    log = MetricsLog(workdir, start)
+    with Display(recipe.total_updates, start, silent=jax.process_index() != 0) as display:
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
-        display.note(
-            f"pretraining {parameters:,} parameters on {len(traces)} problems in {workdir}, from update "
-            f"{int(state.step)}"
-        )
+        display.note(f"pretraining {parameters:,} parameters on {len(traces)} problems from update {start}: {workdir}")
+        log_periods = (recipe.log_every, recipe.checkpoint_every)
         last = 0  # update at which the phase ends
         for number, phase in enumerate(recipe.phases, start=1):
             last += phase.updates
-            if int(state.step) >= last:
+            if start >= last:
                 continue
             loader = _loader(recipe, number, traces, tokenizer, mesh)
             if position is not None:
                 loader.set_state(position)
                 position = None
-            periods = (recipe.log_every, recipe.checkpoint_every)
-            loop = Loop(state, loader, step, mesh, ("phase", number), log, display, periods, _shown)
+            loop = Loop(state, loader, step, mesh, ("phase", number), log, display, log_periods, shown)
             loop.run(partial(_save_or_end, recipe, checkpoints, last))
             state = loop.state
         log.close()
         save_pretrained(workdir / "model", model.config, state.params["student"], tokenizer=tokenizer)
-        result = _evaluate(recipe, model, state.params["student"], tokenizer, mesh, display)
+        scoring = ScoringSettings(recipe.phases[-1].row_length, recipe.phases[-1].batch_size)
+        evaluator = ChainEvaluator(tokenizer, recipe.text, DecodingSettings(recipe.max_new_tokens), scoring, mesh)
+        problems = first_of_each_depth(load_traces(recipe.test), recipe.problems_per_depth)
+        progress = decoding_notes(display.note, "model")
+        result, _ = evaluator(model, state.params["student"], problems, progress=progress)
     report = {
         "model": result.to_dict(),
         "updates": int(state.step),
@@ -191,24 +189,6 @@ def _save_or_end(recipe: PretrainRecipe, checkpoints: Checkpoints, last: int, lo
         meta = {"iterator": json.dumps(position), "settings": dataclasses.asdict(recipe)}
         checkpoints.save_rolling(loop.state, meta)
     return is_end
-
-
-def _shown(means: dict[str, float], speed: float) -> dict[str, str]:
-    return {"loss": f"{means['loss']:.4f}", "tokens/s": f"{speed:,.0f}"}
-
-
-def _evaluate(
-    recipe: PretrainRecipe,
-    model: LlamaModel,
-    params: Params,
-    tokenizer: PreTrainedTokenizerBase,
-    mesh: Mesh,
-    display: Display,
-) -> EvaluationReport:
-    problems = first_of_each_depth(load_traces(recipe.test), recipe.problems_per_depth)
-    scoring = ScoringSettings(recipe.phases[-1].row_length, recipe.phases[-1].batch_size)
-    evaluator = ChainEvaluator(tokenizer, recipe.text, DecodingSettings(recipe.max_new_tokens), scoring, mesh)
-    return evaluator(model, params, problems, progress=decoding_notes(display.note, "model"))[0]
 
 
 def model_config(sizes: SizeSettings, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
