@@ -1,5 +1,6 @@
 """Trains a tiny Llama from scratch on the generator's problems: how the bundled teacher was made."""
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -137,8 +138,10 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
         return {"loss": f"{means['loss']:.4f}", "tokens/s": f"{speed:,.0f}"}
 
     start, traces = int(state.step), load_traces(recipe.train)
-    log = MetricsLog(workdir, start)
-    with Display(recipe.total_updates, start, silent=jax.process_index() != 0) as display:
+    with (
+        contextlib.closing(MetricsLog(workdir, start)) as log,
+        Display(recipe.total_updates, start, silent=jax.process_index() != 0) as display,
+    ):
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         display.note(f"pretraining {parameters:,} parameters on {len(traces)} problems from update {start}: {workdir}")
         log_periods = (recipe.log_every, recipe.checkpoint_every)
@@ -154,13 +157,12 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
             loop = Loop(state, loader, step, mesh, ("phase", number), log, display, log_periods, shown)
             loop.run(partial(_save_or_end, recipe, checkpoints, last))
             state = loop.state
-        log.close()
         save_pretrained(workdir / "model", model.config, state.params["student"], tokenizer=tokenizer)
         scoring = ScoringSettings(recipe.phases[-1].row_length, recipe.phases[-1].batch_size)
         evaluator = ChainEvaluator(tokenizer, recipe.text, DecodingSettings(recipe.max_new_tokens), scoring, mesh)
         problems = first_of_each_depth(load_traces(recipe.test), recipe.problems_per_depth)
-        progress = decoding_notes(display.note, "model")
-        result, _ = evaluator(model, state.params["student"], problems, progress=progress)
+        notes = decoding_notes(display.note, "model")
+        result, _ = evaluator(model, state.params["student"], problems, progress=notes)
     report = {
         "model": result.to_dict(),
         "updates": int(state.step),

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.base.types import Params
+from rtd_jax.data.by_length import round_up
 from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import solved_examples
 from rtd_jax.data.sources import load_traces
@@ -64,7 +65,7 @@ def load_splits(
 
 
 def encode_split(traces: Sequence[Trace], data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Chains:
-    """Encodes traces. Those longer than a row are left out; a ValueError where they are too many."""
+    """Encodes traces and leaves out those longer than a row. Raises ValueError where they are too many."""
     encoded, report = encode_traces(
         tokenizer,
         recut(traces, data.segmentation),
@@ -89,7 +90,7 @@ def prefixed_chains(
 
 def row_length_of(chains: Sequence[EncodedChain]) -> int:
     """Tokens of a row that holds the longest of the chains, a multiple of 64."""
-    return -(-max(len(chain) for chain in chains) // 64) * 64
+    return round_up(max(len(chain) for chain in chains), 64)
 
 
 def make_detector(recipe: Recipe, teacher: OpenModel) -> Detector | None:

@@ -1,5 +1,6 @@
 """`train`: from a recipe and a work directory to a distilled student and its report."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -49,22 +50,17 @@ def train(recipe: Recipe, workdir: Path) -> Path:
         run = _starting_point(experiment, state, clock, latest)
     if is_lead:
         write_json(workdir / "settings.json", settings)
-    log = MetricsLog(workdir, int(run.state.step))
-    try:
-        with Display(recipe.total_updates, int(run.state.step), silent=not is_lead) as display:
-            display.note(_summary(experiment, run, workdir))
-            Trainer(experiment, run, checkpoints, log, display).train_stages()
-            display.note("writing the student as a Hugging Face folder, then evaluating by greedy decoding")
-            with clock.span("evaluation"):
-                save_pretrained(
-                    workdir / "student",
-                    experiment.student.config,
-                    run.state.params["student"],
-                    tokenizer=experiment.tokenizer,
-                )
-                report = _evaluate(experiment, run, display, workdir)
-    finally:
-        log.close()
+    with (
+        contextlib.closing(MetricsLog(workdir, int(run.state.step))) as log,
+        Display(recipe.total_updates, int(run.state.step), silent=not is_lead) as display,
+    ):
+        display.note(_summary(experiment, run, workdir))
+        Trainer(experiment, run, checkpoints, log, display).train_stages()
+        display.note("writing the student as a Hugging Face folder, then evaluating by greedy decoding")
+        with clock.span("evaluation"):
+            student, params = experiment.student, run.state.params["student"]
+            save_pretrained(workdir / "student", student.config, params, tokenizer=experiment.tokenizer)
+            report = _evaluate(experiment, run, display, workdir)
     report["wall_seconds"] = round(time.monotonic() - started, 1)
     report["train_seconds"] = round(run.seconds, 1)  # of all processes that the run had
     report["seconds"] = clock.seconds()  # of this process: a run that was resumed has had others before
