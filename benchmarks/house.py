@@ -25,9 +25,8 @@ def modules(root: Path) -> dict[str, ast.Module]:
 
 
 def room(name: str) -> str:
-    """The folder of a module below rtd_jax; an app is a room of its own."""
-    parts = name.split(".")[1:]
-    return "/".join(parts[:2] if parts[:1] == ["apps"] else parts[:1])
+    """The folder of a module below rtd_jax."""
+    return (name.split(".")[1:] or [""])[0]
 
 
 def arrows(trees: dict[str, ast.Module]) -> set[tuple[str, str]]:
@@ -61,7 +60,9 @@ def measure(root: Path) -> dict[str, str]:
         "files of rtd_jax/": str(len(trees)),
         "lines of rtd_jax/ that are not blank": str(sum(bool(line.strip()) for line in lines)),
         "lines of configs/ that are not blank": str(sum(bool(line.strip()) for line in config_lines)),
-        "arrows between rooms": str(len(arrows(trees))),
+        "rooms (the apps are one)": str(len({room(name) for name in trees} - {"", "__main__"})),
+        "arrows between rooms": str(len(pairs := arrows(trees))),
+        "pairs of rooms that import each other": str(sum((b, a) in pairs for a, b in pairs) // 2),
         "most parameters": ", ".join(f"{parameters(node)} ({name.rsplit('.', 1)[1]})" for name, node in most),
         f"functions over {LONG} lines": f"{len(long)} (longest {max(long.values(), default=0)})",
     }

@@ -40,7 +40,7 @@ class LossSettings(
 
     def teaches(self) -> bool:
         """Whether the loss on the data's chains has anything of the teacher in it."""
-        return any(method.teaches(self) for method in _methods())
+        return any(getattr(self, method.teaches_by) for method in _methods() if method.teaches_by)
 
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         """The terms of all methods."""

@@ -7,19 +7,17 @@ from rtd_jax.base.boundaries import step_boundaries
 from rtd_jax.base.means import Metrics
 from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.trajectory import alignment_sums, count_chains
-from rtd_jax.methods.maps import AXES, Maps, init_state_map, state_map
+from rtd_jax.methods.maps import AXES, Maps, TrajectorySettings, boundary_reads, init_state_map, state_map
 from rtd_jax.methods.term import Coefficients, Outputs, Reads, Setup, Term
-from rtd_jax.methods.trajectory import TrajectorySettings, boundary_reads
 
 
 @dataclass(frozen=True)
 class AlignmentSettings(TrajectorySettings):
     """Keys of `loss` that the alignment reads."""
 
-    alignment_weight: float = 0.3  # of the boundary alignment
+    teaches_by: ClassVar[str] = "alignment_weight"
 
-    def teaches(self) -> bool:
-        return bool(self.alignment_weight)
+    alignment_weight: float = 0.3  # of the boundary alignment
 
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         return (Alignment(self.alignment_weight, self.matched_layers(setup), self.projections),)

@@ -11,21 +11,19 @@ from rtd_jax.base.boundaries import transition_boundaries
 from rtd_jax.base.means import Metrics
 from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.trajectory import TransitionForm, coherence_sums, count_chains, transition_mask
-from rtd_jax.methods.maps import AXES, Maps, init_transition_map, transition_map
+from rtd_jax.methods.maps import AXES, Maps, TrajectorySettings, boundary_reads, init_transition_map, transition_map
 from rtd_jax.methods.term import Coefficients, Outputs, Reads, Setup, Term
-from rtd_jax.methods.trajectory import TrajectorySettings, boundary_reads
 
 
 @dataclass(frozen=True)
 class CoherenceSettings(TrajectorySettings):
     """Keys of `loss` that the coherence reads."""
 
+    teaches_by: ClassVar[str] = "coherence_weight"
+
     coherence_weight: float = 0.5  # of the reasoning coherence
     anchor_prompt: bool = True  # the prompt's end is h_0, so that a one-step problem has a transition
     transition_form: TransitionForm = "direction"  # the article's cosine; difference: lengths of transitions count too
-
-    def teaches(self) -> bool:
-        return bool(self.coherence_weight)
 
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         layers = self.matched_layers(setup)

@@ -23,6 +23,8 @@ from rtd_jax.models.config import layers_to_match
 class IntermediateSettings(MethodSettings):
     """Keys of `loss` that the matching of intermediate layers reads."""
 
+    teaches_by: ClassVar[str] = "intermediate_weight"
+
     intermediate_weight: float = 0.0  # a baseline: intermediate layers matched at every token
     intermediate_layers: int = 4  # pairs of evenly spaced layers; read when intermediate_weight is not 0
 
@@ -32,9 +34,6 @@ class IntermediateSettings(MethodSettings):
 
     def unread_settings(self) -> dict[str, str]:
         return {} if self.intermediate_weight else {"intermediate_layers": "loss.intermediate_weight is 0"}
-
-    def teaches(self) -> bool:
-        return bool(self.intermediate_weight)
 
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         if not self.intermediate_weight:

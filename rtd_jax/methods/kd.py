@@ -25,6 +25,8 @@ class ChunkSettings(MethodSettings):
 class KDSettings(ChunkSettings):
     """Keys of `loss` that logit matching reads."""
 
+    teaches_by: ClassVar[str] = "alpha"
+
     temperature: float = 4.0  # T of the soft loss
     alpha: float = 0.7  # share of the soft loss; the labels' cross-entropy gets 1 - alpha
 
@@ -35,9 +37,6 @@ class KDSettings(ChunkSettings):
             raise ValueError(
                 f"loss.alpha is {self.alpha}; it is the soft loss's share, in [0, 1]; the article uses 0.7"
             )
-
-    def teaches(self) -> bool:
-        return bool(self.alpha)
 
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         return (KD(1.0, self.temperature, self.alpha, setup.vocab_size, self.chunk_length, setup.mesh),)

@@ -1,9 +1,11 @@
-"""The learned maps from student width to teacher width: f for states, g for transitions.
+"""What the terms on states share: whose states are matched, and through which learned maps.
 
-They are entries "f" and "g" of `TrainState.params`, [S, D] float32: both; f alone, for states and transitions; or none,
-where the widths agree.
+f maps states and g transitions from student width to teacher width. They are the entries "f" and "g" of
+`TrainState.params`, [S, D] float32. A recipe has both; f alone, for states and transitions; or none, where the widths
+agree.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import jax
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 
 from rtd_jax.base.types import Array, Params
 from rtd_jax.losses.trajectory import Projection
+from rtd_jax.methods.term import MethodSettings, Reads, Setup
 
 Maps = Literal["separate", "shared", "none"]
 AXES = ("student_width", "teacher_width")
@@ -54,3 +57,29 @@ def state_map(params: Params) -> Projection:
 def transition_map(params: Params) -> Projection:
     """g; f where one map serves both; None (the identity) where there is none."""
     return params.get("g", params.get("f"))
+
+
+@dataclass(frozen=True)
+class TrajectorySettings(MethodSettings):
+    """Keys of `loss` that the terms on hidden states share."""
+
+    hidden_layer: int = -1  # of the teacher, matched at the boundaries; -1 is the final normed state
+    student_hidden_layer: int = -1  # of the student; -1 is the final normed state
+    projections: Maps = "separate"  # f for states and g for transitions: separate, shared (one map) or none
+
+    def matched_layers(self, setup: Setup) -> tuple[int, int]:
+        """(student's, teacher's) layer whose states are compared, counted from 0.
+
+        Raises:
+          ValueError: a layer that does not exist.
+        """
+        return (
+            setup.student.layer_index(self.student_hidden_layer),
+            setup.teacher.layer_index(self.hidden_layer),
+        )
+
+
+def boundary_reads(layers: tuple[int, int]) -> Reads:
+    """The states of a (student, teacher) pair of layers at the boundaries."""
+    student, teacher = layers
+    return Reads(student_boundaries=(student,), teacher_boundaries=(teacher,))

@@ -20,9 +20,6 @@ class StepRewardSettings(ChunkSettings):
 
     reward_weight: float = 0.0  # a baseline: rewards of the steps of the student's own chains
 
-    def teaches(self) -> bool:
-        return False  # not on the data's chains
-
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         if not self.reward_weight:
             return ()

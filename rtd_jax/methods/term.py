@@ -118,13 +118,12 @@ class Setup:
 class MethodSettings:
     """The keys of a recipe's `loss` that one method reads, and the terms that they stand for."""
 
+    # The key whose value, if not 0, puts something of the teacher into the loss on the data's chains.
+    teaches_by: ClassVar[str] = ""
+
     def unread_settings(self) -> dict[str, str]:
         """The method's keys that are not read because of others, and why."""
         return {}
-
-    def teaches(self) -> bool:
-        """Whether the method puts anything of the teacher into the loss on the data's chains."""
-        raise NotImplementedError
 
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         """The method's terms; none where it is switched off and nothing of it is measured."""
@@ -142,6 +141,10 @@ class Objective:
     terms: tuple[Term, ...]
     yardstick: Term | None = None
     dormant: tuple[Term, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [term.name for term in (*self.terms, *self.dormant)]
+        assert len(set(names)) == len(names), f"terms are told apart by their names, which are {names}"
 
     def on(self, text: Text) -> tuple[Term, ...]:
         """The terms about one kind of chains."""

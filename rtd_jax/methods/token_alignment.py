@@ -9,19 +9,17 @@ from rtd_jax.base.boundaries import completion_tokens
 from rtd_jax.base.means import Mean, Metrics
 from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.trajectory import boundary_losses
-from rtd_jax.methods.maps import AXES, Maps, init_state_map, state_map
+from rtd_jax.methods.maps import AXES, Maps, TrajectorySettings, init_state_map, state_map
 from rtd_jax.methods.term import Coefficients, Outputs, Reads, Setup, Term
-from rtd_jax.methods.trajectory import TrajectorySettings
 
 
 @dataclass(frozen=True)
 class TokenAlignmentSettings(TrajectorySettings):
     """Keys of `loss` that the token alignment reads."""
 
-    token_alignment_weight: float = 0.0  # a control: alignment at every token of a completion
+    teaches_by: ClassVar[str] = "token_alignment_weight"
 
-    def teaches(self) -> bool:
-        return bool(self.token_alignment_weight)
+    token_alignment_weight: float = 0.0  # a control: alignment at every token of a completion
 
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         if not self.token_alignment_weight:

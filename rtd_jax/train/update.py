@@ -53,12 +53,16 @@ def make_train_step(
       ValueError: there is no teacher, and a term reads of it what no cache has.
     """
     if teacher is None:
-        online_only = [term.setting for term in objective.terms if term.reads.teacher_tokens]
-        if online_only:
-            raise ValueError(
-                f"a cache has no teacher states at every token: set {' and '.join(online_only)} to 0, or train with "
-                "the teacher online (teacher.cache='')"
-            )
+        reading = [term for term in objective.terms if term.reads.teacher]
+        for lacking, terms in (
+            ("teacher states at every token", [term for term in reading if term.reads.teacher_tokens]),
+            ("outputs on chains that the student draws", [term for term in reading if term.text == "own"]),
+        ):
+            if terms:
+                raise ValueError(
+                    f"a cache has no {lacking}: set {' and '.join(term.setting for term in terms)} to 0, or train with "
+                    "the teacher online (teacher.cache='')"
+                )
 
     def loss_of(
         params: Params,
