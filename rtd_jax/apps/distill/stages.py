@@ -112,19 +112,14 @@ class Trainer:
             )
 
     def _train_stage(self) -> None:
-        run, loader, coefficients = self._run, self._loader(), self._experiment.objective.coefficients()
+        run, loader = self._run, self._loader()
         if run.iterator is not None:
             loader.set_state(run.iterator)
         self._own_chains = None
-
-        def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-            own = () if self._own_chains is None else (next(self._own_chains),)
-            return self._experiment.step(state, *self._experiment.on_devices(batch), coefficients, *own)
-
         loop = Loop(
             run.state,
             loader,
-            step,
+            self._update,
             self._experiment.mesh,
             ("stage", self._stage.name),
             self._log,
@@ -134,6 +129,11 @@ class Trainer:
         )
         loop.run(self._before_update)
         run.state, run.iterator = loop.state, None
+
+    def _update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        source, placed = self._experiment.on_devices(batch)
+        own = () if self._own_chains is None else (next(self._own_chains),)
+        return self._experiment.step(state, source, placed, self._experiment.objective.coefficients(), *own)
 
     def _before_update(self, loop: Loop) -> bool:
         """Does what is due between two updates; True ends the stage."""
