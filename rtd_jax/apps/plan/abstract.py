@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from rtd_jax.base.files import read_json
 from rtd_jax.base.sharding import check_rows, row_sharding
-from rtd_jax.base.types import Batch, TeacherOutputs, TopK
+from rtd_jax.base.types import Batch, Params, TeacherOutputs, TopK
 from rtd_jax.methods.term import Objective, reads_of
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.from_hf import load_config
@@ -17,7 +18,7 @@ from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import make_model, weight_shardings
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.state import TrainState, abstract_state
+from rtd_jax.train.state import TrainState, create_state, state_shardings
 from rtd_jax.train.student import student_config, student_model
 from rtd_jax.train.update import TeacherSource, make_train_step
 
@@ -84,7 +85,7 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:
         student,
         vocab_size,
         objective,
-        abstract_state(student, of_teacher.width, objective, optimizer, mesh, recipe.optimizer.offload),
+        _state(recipe, student, of_teacher, objective, optimizer, mesh),
         _source(recipe, teacher, of_teacher, objective, mesh),
         _batch(recipe, mesh),
         make_train_step(student, teacher, optimizer, objective, recipe.update, mesh),
@@ -107,6 +108,23 @@ def _source(
     layers = reads_of(objective.on("data")).teacher_boundaries
     outputs = TeacherOutputs(None, None, dict.fromkeys(layers, states), {}, top_k)  # type: ignore[arg-type]
     return _placed(outputs, jax.tree.map(lambda _: row_sharding(mesh), outputs))
+
+
+def _state(
+    recipe: Recipe,
+    student: LlamaModel,
+    of_teacher: LlamaConfig,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> TrainState:
+    def assemble(params: Params) -> TrainState:
+        key = jax.random.PRNGKey(recipe.seed)
+        maps = objective.init_params(key, student.config.width, of_teacher.width)
+        return create_state({"student": params, **maps}, optimizer, key)
+
+    state = jax.eval_shape(assemble, student.abstract_params())
+    return _placed(state, state_shardings(state, optimizer, mesh, objective.param_axes(), recipe.optimizer.offload))
 
 
 def _batch(recipe: Recipe, mesh: Mesh) -> Batch:
