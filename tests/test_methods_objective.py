@@ -91,9 +91,7 @@ class OwnAlignment(Alignment):
 def test_a_cache_serves_no_term_on_the_students_own_chains():
     own = Objective((*objective().terms, OwnAlignment(1.0, (FINAL, FINAL))))
     model = LlamaModel(CONFIG)
-    with pytest.raises(
-        ValueError, match=r"no outputs on chains that the student draws: set loss\.own"
-    ):
+    with pytest.raises(ValueError, match=r"no outputs on chains that the student draws: set loss\.own"):
         make_train_step(model, None, optax.sgd(1.0), own)
     make_train_step(model, model, optax.sgd(1.0), own)
 
