@@ -115,18 +115,19 @@ def restore_state(path: Path, like: TrainState) -> TrainState:
     return jax.block_until_ready(_restore(path, "state", ocp.args.StandardRestore(like)))
 
 
-def restore_params(path: Path, like: Params) -> Params:
+def restore_params(path: Path, abstract: Params, shardings: Params) -> Params:
     """Some of a checkpoint's params, such as {"student": .., "f": .., "g": ..}; the optimizer is not read.
 
     Args:
-      like: shapes, dtypes and shardings, as jax.ShapeDtypeStruct.
+      abstract: shapes and dtypes, as jax.ShapeDtypeStruct.
+      shardings: of each array; a tree like `abstract`.
 
     Raises:
       ValueError: the checkpoint is damaged, or holds arrays of other names or shapes.
     """
-    item = {"params": like}
-    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-    restore = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+    item = {"params": abstract}
+    placed = ocp.checkpoint_utils.construct_restore_args(item, {"params": shardings})
+    restore = ocp.args.PyTreeRestore(item=item, restore_args=placed, partial_restore=True)
     return _restore(path, "state", restore)["params"]
 
 

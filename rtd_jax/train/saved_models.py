@@ -5,12 +5,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.base.settings import build
-from rtd_jax.base.sharding import MeshSettings, make_mesh, row_sharding
+from rtd_jax.base.sharding import MeshSettings, make_mesh, param_shardings, row_sharding
 from rtd_jax.base.types import Params
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.methods.maps import state_map, transition_map
@@ -19,9 +18,9 @@ from rtd_jax.models.from_hf import weights_fingerprint
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import FloatDtype, ModelSettings, WeightDtype, open_model
 from rtd_jax.models.quantized import INT8, quantize_params
+from rtd_jax.models.weights import logical_axes
 from rtd_jax.train.checkpoints import read_meta, restore_params
 from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.state import abstract_state
 from rtd_jax.train.student import student_config
 
 
@@ -106,8 +105,10 @@ def _load_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh:
         ) from error
     model = LlamaModel(config, compute_dtype, activation_sharding=row_sharding(mesh))
     objective = recipe.objective(config, teacher.config, config.vocab_size)
-    abstract = abstract_state(model, teacher.config.width, objective, optax.identity(), mesh)
-    restored = restore_params(path, abstract.params)
+    learned = jax.eval_shape(lambda: objective.init_params(jax.random.key(0), config.width, teacher.config.width))
+    abstract: Params = {"student": model.abstract_params(), **learned}
+    axes = {"student": logical_axes(abstract["student"]), **objective.param_axes()}
+    restored = restore_params(path, abstract, param_shardings(abstract, axes, mesh))
     params = restored["student"]
     if dtype == INT8:
         params = jax.jit(quantize_params)(params)

@@ -3,15 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from rtd_jax.base.sharding import in_host_memory, param_shardings, replicated
 from rtd_jax.base.types import Array, Params
-from rtd_jax.methods.term import Objective
-from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.weights import logical_axes
 
 
@@ -55,22 +52,3 @@ def state_shardings(
         transform_non_params=lambda _: whole,
     )
     return TrainState(whole, of_params, of_optimizer, whole)  # type: ignore[arg-type]  # a tree of shardings
-
-
-def abstract_state(
-    student: LlamaModel,
-    teacher_width: int,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    offload: bool = False,
-) -> TrainState:
-    """The state of a run as jax.ShapeDtypeStruct: shape, dtype and sharding of each array."""
-
-    def assemble(params: Params, key: Array) -> TrainState:
-        maps = objective.init_params(key, student.config.width, teacher_width)
-        return create_state({"student": params, **maps}, optimizer, key)
-
-    state = jax.eval_shape(assemble, student.abstract_params(), jax.random.PRNGKey(0))
-    shardings = state_shardings(state, optimizer, mesh, objective.param_axes(), offload)
-    return jax.tree.map(lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y), state, shardings)

@@ -29,7 +29,7 @@ from rtd_jax.train.curriculum import Stage, stages
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe, cache_identity
 from rtd_jax.train.splits import Chains, load_splits, make_detector
-from rtd_jax.train.state import TrainState, abstract_state, create_state
+from rtd_jax.train.state import TrainState, create_state, state_shardings
 from rtd_jax.train.student import initial_student, student_config, student_model
 from rtd_jax.train.update import TeacherSource, TrainStep, make_train_step
 
@@ -207,13 +207,13 @@ def _initial_state(
     optimizer: optax.GradientTransformation,
 ) -> TrainState:
     student_key, maps_key, run_key = jax.random.split(jax.random.PRNGKey(recipe.seed), 3)
-    width = teacher.config.width
-    abstract = abstract_state(student, width, objective, optimizer, teacher.mesh, recipe.optimizer.offload)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    widths = (student.config.width, teacher.config.width)
 
     def assemble(params: Params) -> TrainState:
-        maps = objective.init_params(maps_key, student.config.width, width)
-        return create_state({"student": params, **maps}, optimizer, run_key)
+        return create_state({"student": params, **objective.init_params(maps_key, *widths)}, optimizer, run_key)
 
+    abstract = jax.eval_shape(assemble, student.abstract_params())
+    axes = objective.param_axes()
+    shardings = state_shardings(abstract, optimizer, teacher.mesh, axes, recipe.optimizer.offload)
     params = initial_student(recipe.student, student, teacher, student_key, shardings.params["student"])
     return jax.jit(assemble, out_shardings=shardings, donate_argnums=0)(params)
