@@ -1,5 +1,6 @@
 """The log of a run's metrics, metrics.jsonl and TensorBoard, and the check that they are finite."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -45,11 +46,9 @@ def _drop_after(path: Path, update: int) -> None:
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with contextlib.suppress(json.JSONDecodeError, KeyError):
             if json.loads(line)["update"] <= update:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue
     with replacing(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
