@@ -15,7 +15,7 @@ if __name__ == "__main__":
     from dataclasses import replace
 
     import numpy as np
-    from test_train_update import PACKED, STEP, UNPACKED, after_updates
+    from test_train_update import PACKED, UPDATE, UNPACKED, after_updates
 
     from rtd_jax.base.sharding import MeshSettings
 
@@ -30,7 +30,7 @@ if __name__ == "__main__":
     single = np.load(expected)
     worst = {}
     for name, (sizes, micro_batches, data) in CASES.items():
-        settings = replace(STEP, micro_batches=micro_batches)
+        settings = replace(UPDATE, micro_batches=micro_batches)
         state, _ = after_updates(MeshSettings(*sizes), data, settings)
         leaves = jax.tree.leaves(state.params)
         worst[name] = max(
