@@ -29,6 +29,7 @@ from measure import ROOT, machine, markdown_table, write_section
 
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.base.types import TopK
+from rtd_jax.data.by_length import round_up
 from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.packing import fixed_batches
@@ -62,7 +63,7 @@ def predictions(model: LlamaModel, params: Any, vocab_size: int, chains: Sequenc
 
     found: list[TopK] = []
     slots = max(len(chain.boundaries) for chain in chains)
-    length = -(-max(map(len, chains)) // 64) * 64
+    length = round_up(max(map(len, chains)), 64)
     for batch in fixed_batches(chains, ROWS, length, 1, slots):
         top = jax.device_get(forward(params, batch))
         for row in range(min(ROWS, len(chains) - len(found))):

@@ -23,7 +23,7 @@ from rtd_jax.base.sharding import MeshSettings, check_rows, host_share, make_mes
 from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import TextFormat, solved_examples
-from rtd_jax.data.loader import BatchLoader, make_loader
+from rtd_jax.data.loader import BatchLoader
 from rtd_jax.data.sources import SourceSettings, closed_words, load_traces
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.data.trace import Trace
@@ -215,7 +215,7 @@ def _loader(
     chosen = [trace for trace in traces if trace.depth <= phase.max_depth]
     if not chosen:
         raise ValueError(f"phase {number} has no problem of depth {phase.max_depth} or less; raise its max_depth")
-    return make_loader(
+    return BatchLoader(
         [(encode_chains(chosen, recipe, phase, tokenizer), 1.0)],
         rows=phase.batch_size,
         row_length=phase.row_length,

@@ -13,7 +13,7 @@ from rtd_jax.base.console import Display
 from rtd_jax.base.means import Metrics
 from rtd_jax.base.sharding import host_share
 from rtd_jax.base.types import Batch
-from rtd_jax.data.loader import BatchLoader, make_loader
+from rtd_jax.data.loader import BatchLoader
 from rtd_jax.eval.evaluate import first_of_each_depth
 from rtd_jax.losses.policy import Rollouts
 from rtd_jax.train.calibration import make_self_comparison, mean_over
@@ -225,7 +225,7 @@ class Trainer:
         earlier = [chain for chain in train.encoded if chain.depth < self._stage.low]
         replay = recipe.curriculum.replay if earlier else 0.0
         own = (train.of_stage(self._stage).encoded, 1.0 - replay)
-        return make_loader(
+        return BatchLoader(
             [own, (earlier, replay)] if replay else [own],
             rows=recipe.batch_size,
             row_length=recipe.data.row_length,

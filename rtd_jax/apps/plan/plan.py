@@ -18,6 +18,7 @@ from rtd_jax.apps.plan.targets import Target, find_target, prepare_backends
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import write_json
 from rtd_jax.base.sharding import make_mesh, row_sharding
+from rtd_jax.data.by_length import round_up
 from rtd_jax.eval.decoding import PROMPT_MULTIPLE, greedy
 from rtd_jax.methods.term import reads_of
 from rtd_jax.models.config import LlamaConfig
@@ -151,7 +152,7 @@ def _forward_flops(config: LlamaConfig, length: int) -> float:
 def _decoding(recipe: Recipe, abstract: Abstract) -> tuple[Any, tuple, dict]:
     mesh = jax.tree.leaves(abstract.batch)[0].sharding.mesh
     batch, new_tokens = recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens
-    prompt = -(-max(1, recipe.data.row_length - new_tokens) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    prompt = round_up(max(1, recipe.data.row_length - new_tokens), PROMPT_MULTIPLE)
     rows = row_sharding(mesh)
     cached = abstract.teacher is None
     arguments = (

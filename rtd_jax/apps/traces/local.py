@@ -7,6 +7,7 @@ import jax
 
 from rtd_jax.apps.traces.requests import JaxSettings, Record, Reply, Request, SamplingSettings, before_stop
 from rtd_jax.base.sharding import make_mesh, row_sharding, row_ways
+from rtd_jax.data.by_length import round_up
 from rtd_jax.data.formats import TextFormat, render, stop_token_ids
 from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate
 from rtd_jax.models.open import ModelSettings, open_model
@@ -42,7 +43,7 @@ class JaxBackend:
         tokenizer = teacher.tokenizer
         texts = [render(tokenizer, request.problem.prompt, "x", self._text).prompt for request in requests]
         prompts = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        batch_size = -(-self._settings.batch_size // row_ways(teacher.mesh)) * row_ways(teacher.mesh)
+        batch_size = round_up(self._settings.batch_size, row_ways(teacher.mesh))
 
         def decoded(ids: list[int]) -> str:
             return str(tokenizer.decode(ids, skip_special_tokens=True))
