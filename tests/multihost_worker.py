@@ -15,7 +15,7 @@ if __name__ == "__main__":
     from dataclasses import replace
 
     import numpy as np
-    from test_train_update import PACKED, UPDATE, UNPACKED, after_updates
+    from test_train_update import PACKED, UNPACKED, UPDATE, after_updates
 
     from rtd_jax.base.sharding import MeshSettings
 
