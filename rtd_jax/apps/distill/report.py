@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from rtd_jax.apps.distill.prepare import Experiment
-from rtd_jax.apps.report.page import percent, write_report
+from rtd_jax.apps.report.page import write_report
+from rtd_jax.apps.report.tables import depth_table
 from rtd_jax.base.console import print_table
 from rtd_jax.base.sharding import host_share, put_batch, to_host
 from rtd_jax.base.types import Params
@@ -82,16 +83,8 @@ def drift_section(experiment: Experiment, params: Params) -> dict[str, Any]:
 def print_report(report: dict[str, Any], workdir: Path) -> None:
     """Prints what report.json says, and the next useful commands."""
     names = [name for name in ("student", "teacher") if name in report]
-    depths = list(report["student"]["chain_accuracy"])
-    rows = []
-    for depth in depths:
-        row = [depth]
-        for metric in ("chain_accuracy", "step_accuracy"):
-            for name in names:
-                row.append(percent(report[name][metric].get(depth)))
-        rows.append(row)
-    columns = ["depth", *(f"{name} {metric}" for metric in ("chain %", "step %") for name in names)]
-    print_table("Accuracy by reasoning depth (± one standard error)", columns, rows)
+    for name in names:
+        print_table(f"Accuracy by reasoning depth: {name} (± one standard error)", *depth_table(report[name]))
     stages = [
         (
             s["depth"],
