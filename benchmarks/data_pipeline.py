@@ -13,7 +13,7 @@ from measure import ROOT, machine, markdown_table, write_section
 from rtd_jax.base.sharding import MeshSettings, make_mesh, put_batch
 from rtd_jax.data.encoding import encode_traces
 from rtd_jax.data.generators.word_problems import generate
-from rtd_jax.data.loader import make_loader
+from rtd_jax.data.loader import BatchLoader
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
 
 ROWS, LENGTH, BATCHES = 64, 1024, 40
@@ -32,7 +32,7 @@ def main() -> None:
     rows = [("tokenising and finding boundaries, once at the start", f"{encoding:,.0f}", f"{encoding / CONSUMED:.0f}")]
     mesh = make_mesh(MeshSettings())
     for chains_per_row in (1, 8):
-        loader = make_loader([(chains, 1.0)], ROWS, LENGTH, chains_per_row, max_boundaries=8, seed=0)
+        loader = BatchLoader([(chains, 1.0)], ROWS, LENGTH, chains_per_row, max_boundaries=8, seed=0)
         next(loader)
         speeds = []
         for _ in range(5):

@@ -27,11 +27,12 @@ from rtd_jax.base.boundaries import shifted_labels
 from rtd_jax.base.settings import build
 from rtd_jax.base.types import Batch, TeacherOutputs, TopK
 from rtd_jax.data.encoding import EncodedChain
-from rtd_jax.data.loader import make_loader
+from rtd_jax.data.loader import BatchLoader
 from rtd_jax.losses import kd_sums, top_k_kd_sums
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.term import Setup
-from rtd_jax.models import LlamaConfig, LlamaModel
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import open_model
 from rtd_jax.teacher.cache import TeacherCache, chain_key
 from rtd_jax.teacher.online import teacher_outputs
@@ -124,7 +125,7 @@ def what_is_lost(name: str, overrides: dict[str, Any], batches: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         recipe = build(Recipe, config.to_dict())
         online, state = prepare(recipe, lambda _: None)
-        loader = make_loader(
+        loader = BatchLoader(
             [(online.train.encoded, 1.0)],
             recipe.batch_size,
             recipe.data.row_length,

@@ -217,13 +217,13 @@ def test_cka_falls_the_more_of_the_teacher_is_pruned(tmp_path):
 
         config, params = load_config(BUNDLED), jax.device_get(load_params(BUNDLED, load_config(BUNDLED)))
         params |= {"layers": jax.tree.map(prune, params["layers"])}
-        return save_pretrained(tmp_path / f"magnitude{share}", config, params, tokenizer_dir=BUNDLED)
+        return save_pretrained(tmp_path / f"magnitude{share}", config, params, tokenizer=whole.tokenizer)
 
     def with_layers(count):
         config = load_config(BUNDLED)
         params = load_params(BUNDLED, config, layers=layers_to_copy(config.layers, count))
         config = dataclasses.replace(config, layers=count)
-        return save_pretrained(tmp_path / f"layers{count}", config, params, tokenizer_dir=BUNDLED)
+        return save_pretrained(tmp_path / f"layers{count}", config, params, tokenizer=whole.tokenizer)
 
     by_magnitude = [final_cka(without_small(share), chains, reference_CD) for share in (0.3, 0.6, 0.9)]
     by_layers = [final_cka(with_layers(count), chains, reference_CD) for count in (3, 2, 1)]

@@ -9,10 +9,9 @@ import pytest
 
 from rtd_jax.data.encoding import encode_traces
 from rtd_jax.data.generators import word_problems as synthetic
-from rtd_jax.data.generators.cups import closed_words, generate
+from rtd_jax.data.generators.cups import WORDS, generate
 from rtd_jax.data.generators.streams import SPLITS, split_of
-from rtd_jax.data.sources import SourceSettings, load_traces
-from rtd_jax.data.sources import closed_words as closed_words_of
+from rtd_jax.data.sources import SourceSettings, closed_words, load_traces
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
 from rtd_jax.eval.chains import score_chain
 
@@ -93,13 +92,13 @@ def test_both_families_take_turns_in_one_source():
     both = load_traces(SourceSettings("synthetic+cups", limit=7))
     assert both[1::2] == TRACES[:3]
     assert both[::2] == synthetic.generate(4)
-    words = closed_words_of("synthetic+cups")
-    assert words == sorted({*synthetic.closed_words(), *closed_words()})
-    assert closed_words_of("synthetic") == synthetic.closed_words()
+    words = closed_words("synthetic+cups")
+    assert words == sorted({*synthetic.WORDS, *WORDS})
+    assert closed_words("synthetic") == sorted(synthetic.WORDS)
 
 
 def test_a_tokenizer_of_its_own_knows_every_word_and_the_bundled_one_is_as_before():
-    tokenizer = tiny_tokenizer(closed_words())
+    tokenizer = tiny_tokenizer(WORDS)
     chains, report = encode_traces(tokenizer, TRACES, TINY_FORMAT, row_length=160)
     assert not report.dropped
     for chain, trace in zip(chains, TRACES, strict=True):
@@ -108,6 +107,6 @@ def test_a_tokenizer_of_its_own_knows_every_word_and_the_bundled_one_is_as_befor
     # A step begins with the tokens of the fact that it copies.
     ids = tokenizer("May 42 Tom. June 25 Mia.\nMay 42 Tom: 2.\n")["input_ids"][1:]
     assert ids[:3] == ids[8:11]
-    assert len(tiny_tokenizer()) == len(tiny_tokenizer(synthetic.closed_words()))
+    assert len(tiny_tokenizer()) == len(tiny_tokenizer(synthetic.WORDS))
     stream = "\n".join(t.prompt + t.completion for t in synthetic.generate(60))
     assert hashlib.sha256(stream.encode()).hexdigest()[:16] == "82dfb7e57f0921e3"

@@ -9,7 +9,7 @@ from llama3_like import llama3_like
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rtd_jax.data.encoding import chains_fingerprint, encode_trace, encode_traces
+from rtd_jax.data.encoding import EncodedChain, chains_fingerprint, encode_traces
 from rtd_jax.data.formats import TextFormat, render, stop_token_ids
 from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.schemas.gsm8k import from_gsm8k
@@ -23,6 +23,10 @@ LINE_PROMPT = TextFormat(prompt_template="Question: {prompt}\nAnswer:\n", comple
 AWKWARD = Trace.of_steps(
     "What is π plus {x}?", ("Take π.", "Add it 🙂", "Take π.", "So it is <<3+4=7>>7"), "7", "#### 7", "awkward:1"
 )
+
+
+def encode_trace(tokenizer, trace, text_format) -> EncodedChain:
+    return encode_traces(tokenizer, [trace], text_format, row_length=2**31 - 1)[0][0]
 
 
 @pytest.fixture(scope="module")
@@ -204,17 +208,6 @@ def test_overflow_is_counted_and_never_cut(tiny):
     assert report.dropped == over
     assert [len(chain) for chain in chains] == [length for length in lengths if length <= limit]
     assert f"first dropped: {traces[over[0]].source} has" in str(report)
-
-
-def test_too_many_boundaries_are_counted_too(tiny):
-    traces = generate(9, (1, 2, 6))
-    chains, report = encode_traces(
-        tiny, traces, TINY_FORMAT, row_length=400, max_boundaries=3, max_dropped_fraction=0.4
-    )
-    assert report.dropped == (2, 5, 8)
-    assert (report.most_boundaries, {chain.depth for chain in chains}) == (7, {1, 2})
-    with pytest.raises(ValueError, match="has 7 boundaries, max_boundaries is 3"):
-        encode_traces(tiny, traces, TINY_FORMAT, row_length=400, max_boundaries=3)
 
 
 def test_text_of_another_language_is_refused_by_the_tiny_tokenizer(tiny):

@@ -5,10 +5,9 @@ import re
 import pytest
 
 from rtd_jax.data.encoding import encode_traces
-from rtd_jax.data.generators.lift import closed_words, generate
+from rtd_jax.data.generators.lift import WORDS, generate
 from rtd_jax.data.generators.streams import SPLITS, split_of
-from rtd_jax.data.sources import SourceSettings, load_traces
-from rtd_jax.data.sources import closed_words as closed_words_of
+from rtd_jax.data.sources import SourceSettings, closed_words, load_traces
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
 from rtd_jax.eval.chains import score_chain
 
@@ -59,8 +58,8 @@ def test_splits_are_disjoint_and_the_stream_is_fixed():
 
 
 def test_a_tokenizer_of_its_own_knows_every_word():
-    assert closed_words_of("lift") == closed_words()
-    tokenizer = tiny_tokenizer(closed_words())
+    assert closed_words("lift") == sorted(WORDS)
+    tokenizer = tiny_tokenizer(WORDS)
     chains, report = encode_traces(tokenizer, TRACES, TINY_FORMAT, row_length=160)
     assert not report.dropped
     for chain, trace in zip(chains, TRACES, strict=True):

@@ -166,7 +166,6 @@ def test_the_stream_is_the_same_in_another_process_whatever_the_hash_seed():
         ({"depths": (9,)}, "distinct numbers from 1 to 8"),
         ({"depths": (2, 2)}, "distinct numbers from 1 to 8"),
         ({"depths": ()}, "distinct numbers from 1 to 8"),
-        ({"count": -1}, "count is -1"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -1,6 +1,7 @@
 """A classifier is fitted, kept, refused where it does not belong, and bundled for the tiny teacher."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.eval.segmentation import boundary_scores
+from rtd_jax.steps import classifier as module
 from rtd_jax.steps.classifier import (
     BoundaryClassifier,
     in_rows,
@@ -18,10 +20,11 @@ from rtd_jax.steps.classifier import (
     text_boundaries,
     text_probabilities,
 )
-from rtd_jax.steps.fit import Examples, FitSettings, Identity, fit_classifier
+from rtd_jax.steps.fit import Examples, FitSettings, fit_classifier
 from rtd_jax.steps.head import HeadSettings
+from rtd_jax.steps.prose import Reading
 
-IDENTITY = Identity("a" * 64, "teacher", "b" * 64, (1, 2), TextFormat())
+make_classifier = functools.partial(BoundaryClassifier, "a" * 64, "teacher", "b" * 64, (1, 2), TextFormat())
 
 
 def examples(count: int, seed: int, hint: float = 2.0) -> Examples:
@@ -34,14 +37,22 @@ def examples(count: int, seed: int, hint: float = 2.0) -> Examples:
         states[-1][ends[:-1] + 1, 1, 2] += np.float16(hint * 4)
         labels.append(np.zeros(len(states[-1]), bool))
         labels[-1][ends] = True
-    return Examples(states, labels, [np.ones(len(x), bool) for x in labels])
+    return Examples([reading(x) for x in labels], states)
+
+
+def reading(labels: np.ndarray) -> Reading:
+    """A text of as many tokens, at each of which a step may end."""
+    count = len(labels)
+    return Reading("", np.zeros(count, np.int32), np.arange(count, dtype=np.int32), np.ones(count, bool), labels)
 
 
 @pytest.fixture(scope="module")
 def fitted() -> BoundaryClassifier:
     settings = FitSettings(epochs=30, rows=1, learning_rate=1e-2, thresholds=(0.3, 0.5, 0.7), min_tokens=(1, 3))
     quiet = lambda _: None  # noqa: E731
-    return fit_classifier(IDENTITY, HeadSettings(8, (1,), 0.0), settings, examples(120, 0), examples(40, 1), quiet)
+    return fit_classifier(
+        make_classifier, HeadSettings(8, (1,), 0.0), settings, examples(120, 0), examples(40, 1), quiet
+    )
 
 
 def score(classifier: BoundaryClassifier, held_out: Examples) -> float:
@@ -51,14 +62,15 @@ def score(classifier: BoundaryClassifier, held_out: Examples) -> float:
     return boundary_scores(places, held_out.right, resamples=20)["inner"]["exact"]["f1"]["value"]
 
 
-def test_rows_hold_texts_whole_and_give_them_back():
-    np.testing.assert_array_equal(row_ids([3, 2, 4, 1], 5), [[1, 1, 1, 2, 2], [3, 3, 3, 3, 4]])
-    np.testing.assert_array_equal(row_ids([7, 1], 5), [[1] * 7, [2] + [0] * 6])
+def test_rows_hold_texts_whole_and_give_them_back(monkeypatch):
+    monkeypatch.setattr(module, "ROW_LENGTH", 5)
+    np.testing.assert_array_equal(row_ids([3, 2, 4, 1]), [[1, 1, 1, 2, 2], [3, 3, 3, 3, 4]])
+    np.testing.assert_array_equal(row_ids([7, 1]), [[1] * 7, [2] + [0] * 6])
     texts = [np.arange(1, n + 1) for n in (3, 2, 4)]
-    np.testing.assert_array_equal(in_rows(texts, 5), [[1, 2, 3, 1, 2], [1, 2, 3, 4, 0]])
-    np.testing.assert_array_equal(row_ids([3, 2, 4], 5), [[1, 1, 1, 2, 2], [3, 3, 3, 3, 0]])
-    assert in_rows(texts, 5, rows=4).shape == (4, 5)
-    for before, after in zip(texts, out_of_rows(in_rows(texts, 5), [3, 2, 4], 5), strict=True):
+    np.testing.assert_array_equal(in_rows(texts), [[1, 2, 3, 1, 2], [1, 2, 3, 4, 0]])
+    np.testing.assert_array_equal(row_ids([3, 2, 4]), [[1, 1, 1, 2, 2], [3, 3, 3, 3, 0]])
+    assert in_rows(texts, rows=4).shape == (4, 5)
+    for before, after in zip(texts, out_of_rows(in_rows(texts), [3, 2, 4]), strict=True):
         np.testing.assert_array_equal(before, after)
 
 
@@ -68,9 +80,9 @@ def test_it_finds_boundaries_that_only_the_next_token_shows_and_none_in_noise(fi
 
 
 def test_texts_without_a_second_step_cannot_be_fitted_to():
-    one = Examples([np.zeros((3, 1, 2), np.float16)], [np.array([False, False, True])], [np.ones(3, bool)])
+    one = Examples([reading(np.array([False, False, True]))], [np.zeros((3, 1, 2), np.float16)])
     with pytest.raises(ValueError, match="none of the 1 training texts has two steps"):
-        fit_classifier(IDENTITY, HeadSettings(4, ()), FitSettings(), one, one)
+        fit_classifier(make_classifier, HeadSettings(4, ()), FitSettings(), one, one, print)
 
 
 def test_what_is_saved_decides_as_before(fitted, tmp_path):

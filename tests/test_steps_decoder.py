@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from rtd_jax.steps.decoder import decode, spans_of
+from rtd_jax.data.trace import spans_of
+from rtd_jax.steps.decoder import decode
 
 
 def ends(probabilities, candidates=None, ids=None, threshold=0.5, min_tokens=1) -> list[int]:

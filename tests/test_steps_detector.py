@@ -21,7 +21,7 @@ from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.trace import Trace
 from rtd_jax.models.open import ModelSettings, OpenModel, open_model
 from rtd_jax.steps.classifier import load_classifier, text_boundaries, text_probabilities
-from rtd_jax.steps.detector import Detector, detect
+from rtd_jax.steps.detector import Detector
 from rtd_jax.steps.prose import joined_steps, read
 from rtd_jax.steps.token_states import kept_states, token_states
 from rtd_jax.train.recipe import Recipe
@@ -81,7 +81,7 @@ def test_a_mark_behind_a_step_stays_with_it(detector, problems):
     trace = next(trace for trace in problems if trace.depth == 4)
     steps = [f"{joined_steps(Trace.of_steps(trace.prompt, (step,), trace.answer))[0]}<<1=1>>" for step in trace.steps]
     text = "\n".join(f"{i}. {step}" for i, step in enumerate(steps, start=1))
-    (spans,) = detector.spans([(trace.prompt, text, "x")])
+    (spans,) = detector.find([(trace.prompt, text, "x")])
     assert [text[a:b] for a, b in spans] == [f"{i}. {step}" for i, step in enumerate(steps, start=1)]
 
 
@@ -99,8 +99,8 @@ def test_one_program_finds_what_kept_states_give(detector, loaded, problems, tmp
         return token_states(loaded.model, loaded.params, loaded.mesh, some, classifier.layers, batch_size=8)
 
     arguments = (tmp_path, "teacher", readings, classifier.layers, run, lambda _: None)
-    (states,) = kept_states(*arguments)
-    (again,) = kept_states(*arguments)  # from disk
+    states = kept_states(*arguments)
+    again = kept_states(*arguments)  # from disk
     assert runs == [len(problems)]
     assert [x.shape for x in states] == [(len(r.ends_T), 4, 128) for r in readings]
     assert all(np.array_equal(a, b) for a, b in zip(states, again, strict=True))
@@ -109,11 +109,11 @@ def test_one_program_finds_what_kept_states_give(detector, loaded, problems, tmp
     probabilities = text_probabilities(classifier, states)
     candidates = [r.candidates_T for r in readings]
     apart = text_boundaries(probabilities, candidates, classifier.threshold, classifier.min_tokens)
-    together = detect(classifier, loaded.model, loaded.params, loaded.mesh, readings, batch_size=8)
+    together = dataclasses.replace(detector, batch_size=8).detect(readings)
     assert all(np.array_equal(a, b) for a, b in zip(apart, together, strict=True))
     next(tmp_path.iterdir()).write_bytes(b"x")
     with pytest.raises(ValueError, match=r"is damaged .*delete it"):
-        list(kept_states(*arguments))
+        kept_states(*arguments)
 
 
 def test_found_steps_are_kept_and_the_teacher_is_not_asked_again(detector, problems, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
 from rtd_jax.data.trace import Trace
-from rtd_jax.steps.prose import bare_steps, joined_steps, read, unmarked
+from rtd_jax.steps.prose import joined_steps, read, unmarked
 
 
 @pytest.mark.parametrize(
@@ -31,8 +31,10 @@ def test_steps_become_one_text_with_a_span_each():
     text, spans = joined_steps(trace)  # a step of marks alone has nothing left; the answer's line is no step
     assert text == "2 + 2 = 4 So 4."
     assert spans == ((0, 9), (10, 15))
-    assert joined_steps(trace, marked=True)[0] == "2 + 2 = <<2+2=4>>4\n<<>>\nSo 4."
-    assert bare_steps(Trace.of_steps("p", ("He has 3.5 apples.", "So, 4!"), ""))[0] == "he has 3.5 apples so 4"
+    assert joined_steps(trace, "marked")[0] == "2 + 2 = <<2+2=4>>4\n<<>>\nSo 4."
+    assert (
+        joined_steps(Trace.of_steps("p", ("He has 3.5 apples.", "So, 4!"), ""), "bare")[0] == "he has 3.5 apples so 4"
+    )
     with pytest.raises(ValueError, match="nothing is left of its steps"):
         joined_steps(Trace.of_steps("p", ("<<2=2>>",), "", source="x:3"))
 

@@ -20,31 +20,22 @@ from rtd_jax.base.files import check_writable, write_json
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings, load_traces
-from rtd_jax.data.trace import Span, Trace
+from rtd_jax.data.trace import Trace
 from rtd_jax.eval.segmentation import boundary_scores, step_counts
 from rtd_jax.models.open import OpenModel, open_model
 from rtd_jax.models.quantized import as_float
 from rtd_jax.steps.classifier import BoundaryClassifier, save_classifier, text_boundaries, text_probabilities
-from rtd_jax.steps.fit import Examples, FitSettings, Identity, fit_classifier
+from rtd_jax.steps.fit import Examples, FitSettings, fit_classifier
 from rtd_jax.steps.head import HeadSettings
-from rtd_jax.steps.prose import Reading, bare_steps, joined_steps, read
+from rtd_jax.steps.prose import FORMS, Reading, joined_steps, read
 from rtd_jax.steps.scores import calibration, line_ends, sentence_ends
 from rtd_jax.steps.token_states import kept_states, token_states
 from rtd_jax.train.recipe import TeacherSettings
 
-FORMS: dict[str, Callable[[Trace], tuple[str, tuple[Span, ...]]]] = {
-    "plain": joined_steps,
-    "marked": functools.partial(joined_steps, marked=True),
-    "bare": bare_steps,
-}
-
-
-Note = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One set of held-out chains that the fitted classifier is scored on, untouched."""
+    """One set of held-out chains on which the fitted classifier is scored. Nothing is fitted to them."""
 
     source: SourceSettings
     chains: int  # the first so many by a hash of the prompt
@@ -80,15 +71,6 @@ class BoundaryRecipe:
             raise ValueError("a fit needs layers, train_chains, validation_chains and at least one of tests")
 
 
-@dataclass(frozen=True, eq=False)
-class Chains:
-    """Chains as the teacher read them, with their texts and states."""
-
-    texts: Sequence[str]
-    readings: Sequence[Reading]
-    examples: Examples
-
-
 def boundaries(recipe: BoundaryRecipe, workdir: Path) -> Path:
     """Fits, scores, and writes `classifier/`, report.json and two PNGs into `workdir`. Returns the report's path.
 
@@ -102,22 +84,27 @@ def boundaries(recipe: BoundaryRecipe, workdir: Path) -> Path:
     traces = _first(load_traces(recipe.train), wanted, "train_chains + validation_chains")
     train = reader.read(traces[: recipe.train_chains], "plain", "training chains")
     validation = reader.read(traces[recipe.train_chains :], "plain", "validation chains")
-    classifier = fit_classifier(reader.identity, recipe.head, recipe.fit, train.examples, validation.examples, note)
+    fit = functools.partial(fit_classifier, reader.make_classifier, settings=recipe.fit, note=note)
+    classifier = fit(recipe.head, train=train, validation=validation)
     save_classifier(workdir / "classifier", classifier)  # of use before it is measured
-    baselines = _fitted_baselines(reader, train, validation, note) if recipe.baselines else {}
+    fitted: dict[str, tuple[BoundaryClassifier, Callable[[Examples], Examples]]] = {}
+    if recipe.baselines:
+        for name, (head, view) in _baselines(reader).items():
+            note(f"fitting the baseline: {name}")
+            fitted[name] = fit(head, train=view(train), validation=view(validation)), view
 
     report: dict[str, Any] = {"settings": dataclasses.asdict(recipe), "tests": {}}
     shown: list[dict[str, Any]] = []
     for name, settings in recipe.tests.items():
         test = reader.read(_first(load_traces(settings.source), settings.chains, name), settings.form, name)
-        result, found = _scored(classifier, test, recipe.resamples)
+        result, found = _score(classifier, test, recipe.resamples)
+        rules = {"sentence ends": sentence_ends, "line ends": line_ends}
         result["baselines"] = {
-            "sentence ends": _rule(sentence_ends, test, recipe.resamples),
-            "line ends": _rule(line_ends, test, recipe.resamples),
+            rule: boundary_scores([ends(reading) for reading in test.readings], test.right, resamples=recipe.resamples)
+            for rule, ends in rules.items()
         }
-        for baseline, (fitted, examples_of) in baselines.items():
-            as_read = dataclasses.replace(test, examples=examples_of(test))
-            result["baselines"][baseline] = _scored(fitted, as_read, recipe.resamples)[0]["scores"]
+        for baseline, (other, view) in fitted.items():
+            result["baselines"][baseline] = _score(other, view(test), recipe.resamples)[0]["scores"]
         report["tests"][name] = result
         shown = shown or _shown(test, found)[: recipe.examples]
     classifier = dataclasses.replace(classifier, fitted=_summary(recipe, report))
@@ -136,38 +123,32 @@ class _Reader:
     def __init__(self, recipe: BoundaryRecipe, teacher: OpenModel):
         self.recipe, self.teacher = recipe, teacher
         self.layers = tuple(teacher.config.layer_index(layer) for layer in recipe.layers)
-        self.identity = Identity(
-            teacher.fingerprint, teacher.directory.name, teacher.tokenizer_fingerprint, self.layers, recipe.text
-        )
-        dtypes = f"{recipe.teacher.param_dtype},{recipe.teacher.compute_dtype}"
-        self.described = teacher.fingerprint + ("" if dtypes == "float32,float32" else f":{dtypes}")
+        fingerprints = teacher.fingerprint, teacher.directory.name, teacher.tokenizer_fingerprint
+        self.make_classifier = functools.partial(BoundaryClassifier, *fingerprints, self.layers, recipe.text)
 
-    def read(self, traces: Sequence[Trace], form: str, name: str) -> Chains:
-        texts, readings = [], []
-        for trace in traces:
-            text, spans = FORMS[form](trace)
-            texts.append(text)
-            readings.append(read(self.teacher.tokenizer, trace.prompt, text, self.recipe.text, spans, trace.source))
-        self.teacher.note(f"{name}: {len(readings)} chains, {sum(len(x.tokens_L) for x in readings)} tokens")
-        states: list[np.ndarray] = []
-        folder = Path(self.recipe.states).expanduser()
-        for shard in kept_states(folder, self.described, readings, self.layers, self._run, self.teacher.note):
-            states += shard
-        examples = Examples(states, [x.labels_T for x in readings], [x.candidates_T for x in readings])
-        return Chains(texts, readings, examples)
-
-    def _run(self, readings: Sequence[Reading]) -> list[np.ndarray]:
+    def read(self, traces: Sequence[Trace], form: str, name: str) -> Examples:
+        """The chains in one of `FORMS` as texts whose steps are known, with the teacher's states at their tokens."""
         teacher, recipe = self.teacher, self.recipe
-        return token_states(
-            teacher.model, teacher.params, teacher.mesh, readings, self.layers, batch_size=recipe.batch_size
-        )
+        readings = []
+        for trace in traces:
+            text, spans = joined_steps(trace, form)
+            readings.append(read(teacher.tokenizer, trace.prompt, text, recipe.text, spans, trace.source))
+        teacher.note(f"{name}: {len(readings)} chains, {sum(len(x.tokens_L) for x in readings)} tokens")
 
-    def embedded(self, chains: Chains) -> Examples:
-        """The same chains with token embeddings in place of states: what does a token say without its context?"""
+        def run(shard: Sequence[Reading]) -> list[np.ndarray]:
+            return token_states(teacher.model, teacher.params, teacher.mesh, shard, self.layers, recipe.batch_size)
+
+        dtypes = f"{recipe.teacher.param_dtype},{recipe.teacher.compute_dtype}"
+        described = teacher.fingerprint + ("" if dtypes == "float32,float32" else f":{dtypes}")
+        folder = Path(recipe.states).expanduser()
+        return Examples(readings, kept_states(folder, described, readings, self.layers, run, teacher.note))
+
+    def embedded(self, examples: Examples) -> Examples:
+        """The same texts with token embeddings in place of states: what does a token say without its context?"""
         embedding_VD = np.asarray(as_float(self.teacher.params["embedding"], "float32"))
         embedding_VD = embedding_VD / np.sqrt(np.mean(embedding_VD**2, -1, keepdims=True) + 1e-6)
-        states = [embedding_VD[x.tokens_L[x.prompt_length :], None].astype(np.float16) for x in chains.readings]
-        return dataclasses.replace(chains.examples, states=states)
+        tokens = (reading.tokens_L[reading.prompt_length :] for reading in examples.readings)
+        return Examples(examples.readings, [embedding_VD[tokens_T, None].astype(np.float16) for tokens_T in tokens])
 
 
 def _first(traces: Sequence[Trace], count: int, name: str) -> list[Trace]:
@@ -177,49 +158,32 @@ def _first(traces: Sequence[Trace], count: int, name: str) -> list[Trace]:
     return sorted(traces, key=lambda trace: hashlib.sha256(trace.prompt.encode()).digest())[:count]
 
 
-def _scored(classifier: BoundaryClassifier, test: Chains, resamples: int) -> tuple[dict[str, Any], list[np.ndarray]]:
-    probabilities = text_probabilities(classifier, test.examples.states)
-    found = text_boundaries(probabilities, test.examples.candidates, classifier.threshold, classifier.min_tokens)
-    places = [np.flatnonzero(x) for x in found]
-    counted = np.concatenate(test.examples.counted)
+def _score(classifier: BoundaryClassifier, test: Examples, resamples: int) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Scores on held-out texts, and the tokens of each text at which the classifier ends steps."""
+    probabilities = text_probabilities(classifier, test.states)
+    ends = text_boundaries(probabilities, test.candidates, classifier.threshold, classifier.min_tokens)
+    places = [np.flatnonzero(x) for x in ends]
+    counted = np.concatenate(test.counted)
     result = {
-        "scores": boundary_scores(places, test.examples.right, resamples=resamples),
-        "step_counts": step_counts(places, test.examples.right, resamples=resamples),
-        "calibration": calibration(
-            np.concatenate(probabilities)[counted], np.concatenate(test.examples.labels)[counted]
-        ),
+        "scores": boundary_scores(places, test.right, resamples=resamples),
+        "step_counts": step_counts(places, test.right, resamples=resamples),
+        "calibration": calibration(np.concatenate(probabilities)[counted], np.concatenate(test.labels)[counted]),
     }
     return result, places
 
 
-def _rule(rule: Callable[..., np.ndarray], test: Chains, resamples: int) -> dict[str, Any]:
-    found = [
-        rule(text, reading.ends_T, reading.candidates_T)
-        for text, reading in zip(test.texts, test.readings, strict=True)
-    ]
-    return boundary_scores(found, test.examples.right, resamples=resamples)
-
-
-def _fitted_baselines(
-    reader: _Reader, train: Chains, validation: Chains, note: Note
-) -> dict[str, tuple[BoundaryClassifier, Callable[[Chains], Examples]]]:
-    """By name: a classifier fitted to the same chains as it sees them, and how it sees chains."""
-    recipe, found = reader.recipe, {}
-    alone = dataclasses.replace(recipe.head, dilations=())
-    kinds: dict[str, tuple[HeadSettings, Callable[[Chains], Examples]]] = {
-        "same head on token embeddings": (recipe.head, reader.embedded),
-        "same states, no neighbours": (alone, lambda chains: chains.examples),
+def _baselines(reader: _Reader) -> dict[str, tuple[HeadSettings, Callable[[Examples], Examples]]]:
+    """By name: the head that is fitted, and what it sees of the texts in place of the states."""
+    alone = dataclasses.replace(reader.recipe.head, dilations=())
+    return {
+        "same head on token embeddings": (reader.recipe.head, reader.embedded),
+        "same states, no neighbours": (alone, lambda examples: examples),
         "positions only": (alone, _positions),
     }
-    for name, (head, examples_of) in kinds.items():
-        note(f"fitting the baseline: {name}")
-        fitted = fit_classifier(reader.identity, head, recipe.fit, examples_of(train), examples_of(validation), note)
-        found[name] = fitted, examples_of
-    return found
 
 
-def _positions(chains: Chains) -> Examples:
-    """The same chains with nothing but where a token stands: from both ends, and as a share. [T, 1, 19] each."""
+def _positions(examples: Examples) -> Examples:
+    """The same texts with nothing but where a token stands: from both ends, and as a share. [T, 1, 19] each."""
 
     def features(count: int) -> np.ndarray:
         t = np.arange(count)
@@ -227,26 +191,26 @@ def _positions(chains: Chains) -> Examples:
         waves = [f(angle) for angle in angles for f in (np.sin, np.cos)]
         return np.stack([*waves, t / 64, (count - t) / 64, t / count], -1)[:, None].astype(np.float16)
 
-    return dataclasses.replace(chains.examples, states=[features(len(x.ends_T)) for x in chains.readings])
+    return Examples(examples.readings, [features(len(reading.ends_T)) for reading in examples.readings])
 
 
-def _shown(test: Chains, found: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+def _shown(test: Examples, found: Sequence[np.ndarray]) -> list[dict[str, Any]]:
     """Texts of 3 to 6 steps with found and annotated ends in characters; every other one has a mistake in it."""
-    chosen = [i for i, right in enumerate(test.examples.right) if 3 <= len(right) <= 6] or list(range(len(found)))
-    wrong = [i for i in chosen if not np.array_equal(found[i], test.examples.right[i])]
+    chosen = [i for i, right in enumerate(test.right) if 3 <= len(right) <= 6] or list(range(len(found)))
+    wrong = [i for i in chosen if not np.array_equal(found[i], test.right[i])]
     order = [x for pair in zip(chosen, wrong, strict=False) for x in pair] + chosen
-
-    def ends(i: int, places: np.ndarray) -> list[int]:
-        return [int(x) for x in test.readings[i].ends_T[places]]
-
     return [
-        {"text": test.texts[i], "found": ends(i, found[i]), "annotated": ends(i, test.examples.right[i])}
+        {
+            "text": test.readings[i].text,
+            "found": test.readings[i].ends_T[found[i]].tolist(),
+            "annotated": test.readings[i].ends_T[test.right[i]].tolist(),
+        }
         for i in dict.fromkeys(order)
     ]
 
 
 def _summary(recipe: BoundaryRecipe, report: dict[str, Any]) -> dict[str, Any]:
-    """What a classifier's folder says about itself."""
+    """What the classifier's folder says about the fit: its data, and the F1 on every set of held-out chains."""
     f1 = {name: result["scores"]["all"]["exact"]["f1"]["value"] for name, result in report["tests"].items()}
     source = recipe.train.location or recipe.train.schema
     return {
@@ -257,7 +221,7 @@ def _summary(recipe: BoundaryRecipe, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_boundaries(report: dict[str, Any], workdir: Path) -> None:
-    """The table that a person reads."""
+    """Prints a table for each set of held-out chains, and the commands that use the classifier."""
 
     def cells(scores: dict[str, Any]) -> list[str]:
         exact, inner = scores["all"]["exact"], scores["inner"]["exact"]["f1"]
@@ -272,8 +236,8 @@ def print_boundaries(report: dict[str, Any], workdir: Path) -> None:
         rows += [[baseline, *cells(scores)] for baseline, scores in result["baselines"].items()]
         scores, c = result["scores"], result["calibration"]
         print_table(f"{name}: {scores['chains']} chains, {scores['boundaries']} steps", columns, rows)
-        exact = ", ".join(f"{depth}: {x['mean_error']['value']:+.2f}" for depth, x in result["step_counts"].items())
-        print(f"found minus annotated steps, by annotated: {exact}")
+        errors = ", ".join(f"{depth}: {x['mean_error']['value']:+.2f}" for depth, x in result["step_counts"].items())
+        print(f"found minus annotated steps, by annotated: {errors}")
         print(f"calibration error {c['expected_calibration_error']:.4f}, Brier score {c['brier']:.4f}\n")
     print(f"report: {workdir / 'report.json'}, {workdir / 'examples.png'}, {workdir / 'scores.png'}")
     print(

@@ -270,9 +270,8 @@ def _trace_and_text(row: dict[str, Any], place: str) -> tuple[Trace, str]:
     in_box = any("\\boxed" in step or "\\fbox" in step for step in row["reference"])
     final = answer_line(answer) if answer and not in_box else ""
     text = row["text"] if "text" in row else "\n".join([*row["completions"], row.get("final", "")])
-    subject, level = row.get("subject", ""), row.get("level", 0)
-    trace = Trace.of_steps(row["prompt"], row["reference"], answer, final, place, subject=subject, level=level)
-    return trace, text
+    trace = Trace.of_steps(row["prompt"], row["reference"], answer, final, place)
+    return dataclasses.replace(trace, subject=row.get("subject", ""), level=row.get("level", 0)), text
 
 
 def _print(task: str, models: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from rtd_jax.base.sharding import MeshSettings, check_rows, host_share, make_mes
 from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import TextFormat, solved_examples
-from rtd_jax.data.loader import BatchLoader, make_loader
+from rtd_jax.data.loader import BatchLoader
 from rtd_jax.data.sources import SourceSettings, closed_words, load_traces
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.data.trace import Trace
@@ -247,7 +247,7 @@ def _loader(
     if not chosen:
         raise ValueError(f"phase {number} has no problem of depth {phase.max_depth} or less; raise its max_depth")
     chains = encode_chains(chosen, recipe, phase, tokenizer)
-    return make_loader(
+    return BatchLoader(
         [(chains, 1.0)],
         rows=phase.batch_size,
         row_length=phase.row_length,

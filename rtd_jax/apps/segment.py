@@ -1,4 +1,4 @@
-"""Texts in, steps out: a boundary classifier and its teacher on any JSONL."""
+"""Cuts the texts of any JSONL into steps with a boundary classifier and its teacher."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from rtd_jax.steps.detector import Detector
 
 @dataclasses.dataclass(frozen=True)
 class SegmentSettings:
-    """What is cut, and by what."""
+    """Which texts are cut, and the classifier and teacher that cut them."""
 
     teacher: str  # Hugging Face folder or hub name; the one that the classifier was fitted to
     classifier: str  # folder that launch/boundaries.py wrote
@@ -28,7 +28,7 @@ class SegmentSettings:
     param_dtype: FloatDtype = "float32"  # of the teacher's weights in memory
     compute_dtype: FloatDtype = "float32"  # of matrix products and hidden states
     batch_size: int = 16  # rows that the teacher reads at one time
-    keep: str = "runs/steps"  # folder of what was found already: a run that was killed goes on; "" keeps nothing
+    keep: str = "runs/steps"  # folder of the steps found so far, so that a killed run goes on; "" keeps nothing
 
 
 def segment(settings: SegmentSettings) -> Path:
@@ -49,14 +49,17 @@ def segment(settings: SegmentSettings) -> Path:
     rows = list(read_rows(SourceSettings("prose", settings.data, settings.split)))
     if not rows:
         raise ValueError(f"{settings.data} has no rows")
-    texts, answers = [], []
+    texts, cut = [], []
     for place, row in rows:
         text, stated = split_answer(_field(row, settings.text_field, place, "text_field"))
         prompt = _field(row, settings.prompt_field, place, "prompt_field") if settings.prompt_field else ""
         if not text:
             raise ValueError(f"{place}: field {settings.text_field!r} has no reasoning in it; leave the row out")
         texts.append((prompt.strip(), text, place))
-        answers.append(stated)
+        kept = {key: value for key, value in row.items() if key not in (settings.text_field, settings.prompt_field)}
+        cut.append(kept | {"prompt": prompt.strip(), "completions": []})
+        if stated:
+            cut[-1].setdefault("answer", stated)
     detector = Detector(
         classifier,
         teacher.tokenizer,
@@ -67,15 +70,10 @@ def segment(settings: SegmentSettings) -> Path:
         batch_size=settings.batch_size,
         note=note,
     )
-    found = detector.find(texts)
-    used = {settings.text_field, settings.prompt_field}
-    written = []
-    for (_, row), (prompt, text, _), answer, spans in zip(rows, texts, answers, found, strict=True):
-        new: dict[str, Any] = {key: value for key, value in row.items() if key not in used}
-        new |= {"prompt": prompt, "completions": [text[start:end] for start, end in spans]}
-        written.append(new | ({"answer": answer} if answer and "answer" not in new else {}))
-    write_jsonl(out, written)
-    note(f"{len(written)} texts, {sum(map(len, found))} steps: {out}")
+    for row, (_, text, _), spans in zip(cut, texts, detector.find(texts), strict=True):
+        row["completions"] = [text[start:end] for start, end in spans]
+    write_jsonl(out, cut)
+    note(f"{len(cut)} texts, {sum(len(row['completions']) for row in cut)} steps: {out}")
     return out
 
 

@@ -11,11 +11,11 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class LengthBatch:
-    """Some of the texts, padded on the right to one length. B rows, L tokens."""
+    """A batch of texts, padded on the right to one length. B rows, L tokens."""
 
-    indices: list[int]  # which text each row holds; rows beyond these hold none
+    indices: list[int]  # which text each row holds; the rows after these are empty
     tokens_BL: np.ndarray  # int32
-    lengths_B: np.ndarray  # int32, tokens of each row; 0 where the row holds no text
+    lengths_B: np.ndarray  # int32, tokens of each row; 0 in an empty row
 
     @property
     def mask_BL(self) -> np.ndarray:
@@ -30,9 +30,9 @@ def batches_by_length(
 
     Args:
       texts: the token ids of each text.
-      rows: texts of a batch; the last batch is filled up with rows that hold none (see `rows_at_once`).
-      multiple: of which the length of a batch is a multiple, in tokens.
-      pad_id: fills what is left of a row.
+      rows: texts of a batch; the last batch is filled up with empty rows (see `rows_at_once`).
+      multiple: tokens; the length of every batch is a multiple of it.
+      pad_id: fills the rest of a row.
     """
     by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for start in range(0, len(texts), rows):

@@ -6,15 +6,16 @@ which is then tokenised with `add_special_tokens=False`, so that the beginning-o
 twice.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 _SENTINEL = "@@completion@@"
 # Llama-3.1's template writes today's date unless it is given one, and the data would differ from day to day.
-_TEMPLATE_ARGUMENTS: dict[str, Any] = {"date_string": "26 Jul 2024"}
+_DATE = "26 Jul 2024"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def render(
     """
     if text_format.kind == "plain":
         prefix = text_format.completion_prefix
-        eos = str(tokenizer.eos_token) if tokenizer.eos_token is not None else ""
+        eos = str(tokenizer.eos_token or "")
         return Rendered(_bos(tokenizer) + text_format.fill(prompt), prefix + completion, eos, len(prefix))
     if not tokenizer.chat_template:
         raise ValueError(
@@ -98,10 +99,11 @@ def render(
         )
     said = [text for turn in (*turns, (text_format.fill(prompt), _SENTINEL)) for text in turn]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
-    opening = _apply(tokenizer, messages[:-1], add_generation_prompt=True)
-    whole = _apply(tokenizer, messages, add_generation_prompt=False)
-    before, found, closing = whole.rpartition(_SENTINEL)
-    if not found or before != opening:
+    apply = functools.partial(tokenizer.apply_chat_template, tokenize=False, date_string=_DATE)
+    opening = str(apply(messages[:-1], add_generation_prompt=True))
+    whole = str(apply(messages))
+    before, sentinel, closing = whole.rpartition(_SENTINEL)
+    if not sentinel or before != opening:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} does not continue its generation prompt: it ends with "
             f"{opening[-40:]!r}, but an assistant's message begins after {before[-40:]!r}; use format kind 'plain'"
@@ -119,21 +121,11 @@ def solved_examples(text_format: TextFormat, examples: Iterable[tuple[str, str]]
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> tuple[int, ...]:
     """The token ids that end a generation: the first token of the closing, and the end-of-sequence token."""
     closing = render(tokenizer, "x", "x", text_format).closing
-    ids = tokenizer(closing, add_special_tokens=False)["input_ids"][:1] if closing else []
-    if tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]
-    return tuple(dict.fromkeys(int(i) for i in ids))
+    ids = [*tokenizer(closing, add_special_tokens=False)["input_ids"][:1], tokenizer.eos_token_id]
+    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
     """The beginning-of-sequence token as text if the tokenizer itself would put it there, else ""."""
-    ids = tokenizer("x")["input_ids"]
-    starts = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    starts = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
     return str(tokenizer.bos_token) if starts else ""
-
-
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt, **_TEMPLATE_ARGUMENTS
-    )
-    return str(text)

@@ -18,19 +18,49 @@ Pool = tuple[Sequence[EncodedChain], float]  # chains, and the weight with which
 
 
 class BatchLoader:
-    """Endless iterator of Batch. `set_state` continues bit for bit where `get_state` was called."""
+    """Endless iterator of Batch. `set_state` continues bit for bit where `get_state` was called.
+
+    The pools are mixed by weight, chain by chain: e.g. 0.7 of the stage's depth and 0.3 of earlier depths. Each pool is
+    shuffled anew in each of its epochs. Pools without chains are left out, and the others share their weight.
+
+    Args:
+      rows: of a batch, over all hosts.
+      share: (index, count), the part of a batch's rows that is given out (see `rtd_jax.base.sharding.host_share`).
+
+    Raises:
+      ValueError: no pool has chains, a weight is not positive, or the chains do not fit (see `check_fit`).
+    """
 
     def __init__(
         self,
-        dataset: "grain.IterDataset[Any]",
-        fingerprint: str,
-        shape: tuple[int, int],
-        share: tuple[int, int],
+        pools: Sequence[Pool],
+        rows: int,
+        row_length: int,
+        chains_per_row: int,
+        max_boundaries: int,
+        seed: int,
+        *,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
-        self.fingerprint = fingerprint  # of everything that decides the stream
-        self._iterator = iter(dataset)
-        self._chains_per_row, self._max_boundaries = shape
-        self._share = share
+        for index, (chains, weight) in enumerate(pools):
+            if not weight > 0:
+                raise ValueError(f"pool {index} has weight {weight}; expected more than 0 (leave the pool out instead)")
+            check_fit(chains, rows, row_length, chains_per_row, max_boundaries, share)
+        filled = [(chains, weight) for chains, weight in pools if len(chains)]
+        if not filled:
+            raise ValueError(f"none of the {len(pools)} pools has a chain; check the depths and the source of the data")
+        streams = [
+            grain.MapDataset.source(chains).map(token_features).shuffle(seed=_pool_seed(seed, index)).repeat()
+            for index, (chains, _) in enumerate(filled)
+        ]
+        mixed = grain.MapDataset.mix(streams, [weight for _, weight in filled]) if len(streams) > 1 else streams[0]
+        # Reader threads would not help: the chains are in memory, and packing only copies them.
+        source = mixed.to_iter_dataset(grain.ReadOptions(num_threads=0))
+        self._iterator = iter(pack(source, rows, row_length, chains_per_row).batch(rows, drop_remainder=True))
+        self._chains_per_row, self._max_boundaries, self._share = chains_per_row, max_boundaries, share
+        parts = [f"{chains_fingerprint(chains)}*{weight!r}" for chains, weight in filled]
+        parts.append(repr((rows, row_length, chains_per_row, seed)))
+        self.fingerprint = hashlib.sha256("/".join(parts).encode()).hexdigest()  # of everything that decides the stream
 
     def __iter__(self) -> "BatchLoader":
         return self
@@ -47,59 +77,13 @@ class BatchLoader:
         """Raises ValueError where the state was taken from another stream (other chains, weights, shapes or seed)."""
         if state["fingerprint"] != self.fingerprint:
             raise ValueError(
-                f"the saved data position belongs to the stream {state['fingerprint'][:12]}, this one is "
-                f"{self.fingerprint[:12]}: chains, their weights, rows, row_length, chains_per_row or seed differ; "
+                f"the saved data position belongs to the stream {state['fingerprint'][:12]}, but the recipe's stream "
+                f"is {self.fingerprint[:12]}: chains, their weights, rows, row_length, chains_per_row or seed differ; "
                 "restore those settings, or start a new run"
             )
         self._iterator.set_state(dict(state["iterator"]))
 
 
-def make_loader(
-    pools: Sequence[Pool],
-    rows: int,
-    row_length: int,
-    chains_per_row: int,
-    max_boundaries: int,
-    seed: int,
-    *,
-    share: tuple[int, int] = (0, 1),
-) -> BatchLoader:
-    """Mixes the pools by weight, chain by chain: e.g. 0.7 of the stage's depth and 0.3 of earlier depths.
-
-    Each pool is shuffled anew in each of its epochs. Pools without chains are left out, and the others share their
-    weight.
-
-    Args:
-      rows: of a batch, over all hosts.
-      share: (index, count), the part of a batch's rows that is given out (see `rtd_jax.base.sharding.host_share`).
-
-    Raises:
-      ValueError: no pool has chains, a weight is not positive, or the chains do not fit (see `check_fit`).
-    """
-    for index, (chains, weight) in enumerate(pools):
-        if not weight > 0:
-            raise ValueError(f"pool {index} has weight {weight}; expected more than 0 (leave the pool out instead)")
-        check_fit(chains, rows, row_length, chains_per_row, max_boundaries, share)
-    filled = [(chains, weight) for chains, weight in pools if len(chains)]
-    if not filled:
-        raise ValueError(f"none of the {len(pools)} pools has a chain; check the depths and the source of the data")
-    fingerprint = _fingerprint(filled, rows, row_length, chains_per_row, seed)
-    streams = [
-        grain.MapDataset.source(chains).map(token_features).shuffle(seed=_pool_seed(seed, index)).repeat()
-        for index, (chains, _) in enumerate(filled)
-    ]
-    mixed = grain.MapDataset.mix(streams, [weight for _, weight in filled]) if len(streams) > 1 else streams[0]
-    # Reader threads would not help: the chains are in memory, and packing only copies them.
-    source = mixed.to_iter_dataset(grain.ReadOptions(num_threads=0))
-    batches = pack(source, rows, row_length, chains_per_row).batch(rows, drop_remainder=True)
-    return BatchLoader(batches, fingerprint, (chains_per_row, max_boundaries), share)
-
-
 def _pool_seed(seed: int, index: int) -> int:
     # grain adds the epoch to the seed, so neighbouring seeds would repeat each other's order one epoch later.
     return int.from_bytes(hashlib.sha256(f"pool/{seed}/{index}".encode()).digest()[:4])
-
-
-def _fingerprint(pools: Sequence[Pool], rows: int, row_length: int, chains_per_row: int, seed: int) -> str:
-    parts = [f"{chains_fingerprint(chains)}*{weight!r}" for chains, weight in pools]
-    return hashlib.sha256("/".join([*parts, repr((rows, row_length, chains_per_row, seed))]).encode()).hexdigest()

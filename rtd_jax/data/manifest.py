@@ -9,6 +9,7 @@ from rtd_jax.base.files import read_json, write_json
 
 NAME = "traces_manifest.json"
 KIND, FORMAT = "rtd_jax traces", 1
+_REMEDY = "run launch/traces.py again, which writes the shards anew from its log and asks for nothing twice"
 
 
 def begin_manifest(folder: Path, names: Sequence[str]) -> None:
@@ -33,45 +34,39 @@ def finish_manifest(folder: Path, shards: Sequence[tuple[Path, int]], about: dic
         {"name": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": file_digest(path)}
         for path, rows in shards
     ]
-    head: dict[str, Any] = {"kind": KIND, "format": FORMAT, "complete": True}
-    write_json(folder / NAME, head | about | {"shards": listed})
+    write_json(folder / NAME, {"kind": KIND, "format": FORMAT, "complete": True, **about, "shards": listed})
     return folder / NAME
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder. Raises ValueError where it is none of generated shards, or they are not complete."""
-    found = _read(folder)
-    if found.get("complete") is not True:
-        raise ValueError(f"{folder / NAME}: the shards beside it are not complete; {_REMEDY}")
-    return found
 
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / NAME
-    found = read_json(path)
-    if not isinstance(found, dict) or found.get("kind") != KIND or found.get("format") != FORMAT:
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or (manifest.get("kind"), manifest.get("format")) != (KIND, FORMAT):
         raise ValueError(
             f"{path} is no manifest of format {FORMAT} that launch/traces.py wrote; move it away, and {_REMEDY}"
         )
-    shards = found.get("shards")
-    whole = isinstance(shards, list) and all(isinstance(x, dict) and {"name", "sha256"} <= x.keys() for x in shards)
-    if not whole or any("/" in str(shard["name"]) for shard in shards or ()):
+    shards = manifest.get("shards")
+    is_whole = isinstance(shards, list) and all(isinstance(x, dict) and {"name", "sha256"} <= x.keys() for x in shards)
+    if not is_whole or any("/" in str(shard["name"]) for shard in shards or ()):
         raise ValueError(f"{path}: its list of shards is damaged; move it away, and {_REMEDY}")
-    return found
+    return manifest
 
 
 def check_shards(folder: Path, shards: Sequence[Path]) -> None:
     """Compares the shards of a folder with its manifest. A folder without one was made elsewhere and is not checked.
 
     Raises:
-      ValueError: a shard is missing, not listed, or was changed; the error names the file.
+      ValueError: the shards are not complete, or one is missing, not listed, or was changed; the error names the file.
     """
     if not (folder / NAME).exists():
         return
-    listed = {shard["name"]: shard["sha256"] for shard in read_manifest(folder)["shards"]}
-    found = {path.name for path in shards}
-    if found != listed.keys():
-        name = min(found ^ listed.keys())
+    manifest = _read(folder)
+    if manifest.get("complete") is not True:
+        raise ValueError(f"{folder / NAME}: the shards beside it are not complete; {_REMEDY}")
+    listed = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
+    names = {path.name for path in shards}
+    if names != listed.keys():
+        name = min(names ^ listed.keys())
         seen = "is missing" if name in listed else f"is not listed in {NAME}"
         raise ValueError(f"{folder / name} {seen}; {_REMEDY}")
     for path in shards:
@@ -87,6 +82,3 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-_REMEDY = "run launch/traces.py again, which writes the shards anew from its log and asks for nothing twice"

@@ -61,7 +61,7 @@ def packed_rows(
       open_rows: 1 keeps the items in order; as many as there are items puts each into the first row with room.
 
     Returns:
-      Rows [L, ...] of each feature, zeros behind the last item; with `<name>_segment_ids`, the item's number in its row
+      Rows [L, ...] of each feature, zeros after the last item; with `<name>_segment_ids`, the item's number in its row
       from 1 on and 0 where there is none, and `<name>_positions`, which start at 0 in each item. int32 [L].
     """
     if not items:
@@ -102,20 +102,18 @@ def fixed_batches(
 ) -> list[Batch]:
     """Every chain once, in order, for validation. The last batch is filled up with empty rows (chain id 0).
 
-    With several processes each gets its `share` of the rows of every batch, as from `make_loader`.
+    With several processes each gets its `share` of the rows of every batch, as from `BatchLoader`.
     """
     check_fit(chains, rows, row_length, chains_per_row, max_boundaries, share)
     if not chains:
         return []
     items = [token_features(chain) for chain in chains]
     packed = packed_rows(items, row_length, open_rows=rows, chains_per_row=chains_per_row)
-    empty = {name: np.zeros_like(value) for name, value in packed[0].items()}
-    packed += [empty] * (-len(packed) % rows)
-    batches = []
-    for start in range(0, len(packed), rows):
-        stacked = {name: np.stack([row[name] for row in packed[start : start + rows]]) for name in empty}
-        batches.append(host_rows(to_batch(stacked, chains_per_row, max_boundaries), share))
-    return batches
+    packed += [{name: np.zeros_like(value) for name, value in packed[0].items()}] * (-len(packed) % rows)
+    stacked = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
+    whole = to_batch(stacked, chains_per_row, max_boundaries)
+    batches = zip(*(np.split(array, len(packed) // rows) for array in whole), strict=True)
+    return [host_rows(Batch(*arrays), share) for arrays in batches]
 
 
 def host_rows(batch: Batch, share: tuple[int, int]) -> Batch:
@@ -135,11 +133,10 @@ def check_fit(
 ) -> None:
     """Raises ValueError where the chains do not go into such rows, or the rows cannot be shared among the processes."""
     index, count = share
-    for name, value in (("rows", rows), ("chains_per_row", chains_per_row), ("the number of shares", count)):
+    assert 0 <= index < count, share
+    for name, value in (("rows", rows), ("chains_per_row", chains_per_row)):
         if value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
-    if not 0 <= index < count:
-        raise ValueError(f"share {index} of {count} does not exist; expected 0 to {count - 1}")
     if rows % count:
         raise ValueError(
             f"{rows} rows cannot be shared equally among {count} hosts; use {max(rows // count, 1) * count} rows"

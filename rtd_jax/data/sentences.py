@@ -15,21 +15,20 @@ def sentences(text: str) -> list[str]:
     start = 0
     cuts = [*re.finditer(r"\n+", text), *_SENTENCE_END.finditer(text)]
     for cut in sorted(cuts, key=re.Match.start):
-        if cut.start() < start or not _closed(text[start : cut.start()]):
-            continue
-        pieces.append(text[start : cut.start()])
-        start = cut.end()
+        if cut.start() >= start and _is_closed(text[start : cut.start()]):
+            pieces.append(text[start : cut.start()])
+            start = cut.end()
     pieces.append(text[start:])
     # A formula over several lines becomes one line, because steps are told apart by their lines.
     return [" ".join(piece.split()) for piece in pieces if piece.strip()]
 
 
-def _closed(text: str) -> bool:
+def _is_closed(text: str) -> bool:
     """Whether no formula, display or environment is still open at the end of `text`."""
-    dollars = text.replace(r"\$", "").replace("$$", "").count("$")
+    bare = text.replace(r"\$", "")
     return (
-        dollars % 2 == 0
-        and text.replace(r"\$", "").count("$$") % 2 == 0
+        bare.replace("$$", "").count("$") % 2 == 0
+        and bare.count("$$") % 2 == 0
         and text.count(r"\[") == text.count(r"\]")
         and text.count(r"\begin{") == text.count(r"\end{")
     )

@@ -2,11 +2,12 @@
 
 import itertools
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rtd_jax.data.generators import GENERATORS
 from rtd_jax.data.generators.streams import DEPTHS
@@ -16,40 +17,48 @@ from rtd_jax.data.schemas.schema import Row
 from rtd_jax.data.trace import Problem, Trace
 
 _GENERATED = (*GENERATORS, "synthetic+cups")  # schemas without files; the last takes problems from both in turn
-_READ = {name: schema for name, schema in SCHEMAS.items() if schema.trace is not None}
-_PLACE = ("location", "subset", "revision")  # settings that generated problems do not read
+_WITH_TRACES = {name: schema for name, schema in SCHEMAS.items() if schema.trace is not None}
+PLACE = ("location", "subset", "revision")  # settings that generated problems do not read
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-class Location(Protocol):
-    """The settings that say where rows are; see `SourceSettings`."""
-
-    @property
-    def location(self) -> str: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def subset(self) -> str: ...
-    @property
-    def revision(self) -> str: ...
-
-
 @dataclass(frozen=True)
-class SourceSettings:
-    """Where traces come from.
+class RowSource:
+    """Where rows are.
 
     `location` is a local folder holding `<split>.jsonl`, `.json` or `.parquet` (or shards `<split>-*.parquet` or
     `<split>-*.jsonl`, also under `<subset>/` or `data/`), a single file of these kinds, or a hub name.
     Shards that launch/traces.py wrote are compared with their manifest.
     """
 
-    schema: str  # synthetic, cups, lift, synthetic+cups (generated), gsm8k, math, strategyqa, arc, stepwise or prose
-    location: str = ""  # generated problems need none
+    schema: str  # the form of the rows
+    location: str = ""  # folder, file or hub name; generated problems need none
     split: str = "train"  # of the data set; those of generated problems are disjoint
     subset: str = ""  # the hub's configuration name ("main" of openai/gsm8k)
     revision: str = ""  # the hub's commit or tag; "" is the newest
-    limit: int = 0  # traces; 0 takes all (generated problems need a number)
+    limit: int = 0  # chains; 0 takes all (generated problems need a number)
+
+    def check_source(self, generated: Sequence[str], published: Iterable[str]) -> None:
+        """Raises ValueError for an unknown schema, or one without the location or the limit that it needs."""
+        known = (*generated, *published)
+        if self.schema not in known:
+            raise ValueError(f"schema {self.schema!r} is unknown; use one of {', '.join(known)}")
+        if self.limit < 0:
+            raise ValueError(f"limit is {self.limit}; expected 0 (all) or more chains")
+        if self.schema in generated and not self.limit:
+            raise ValueError(
+                f"limit is 0; the {self.schema} source is endless and needs the number of problems to make"
+            )
+        if self.schema not in generated and not self.location:
+            raise ValueError(f"schema {self.schema!r} needs a location: a local folder or file, or a hub name")
+
+
+@dataclass(frozen=True)
+class SourceSettings(RowSource):
+    """Where traces come from: a generator, or rows (see `RowSource`)."""
+
+    schema: str  # synthetic, cups, lift, synthetic+cups (generated), gsm8k, math, strategyqa, arc, stepwise or prose
     keep_marks: bool = True  # keep the <<48/2=24>> of gsm8k and synthetic
     reasoning_field: str = "reasoning"  # of arc
     facts_only: bool = False  # of strategyqa: the steps are the facts, without the sub-questions
@@ -58,28 +67,18 @@ class SourceSettings:
     seed: int = 0  # of generated problems
 
     def __post_init__(self) -> None:
-        known = (*_GENERATED, *_READ)
-        if self.schema not in known:
-            raise ValueError(f"schema {self.schema!r} is unknown; use one of {', '.join(known)}")
-        graded = [name for name, schema in _READ.items() if schema.has_levels]
+        self.check_source(_GENERATED, _WITH_TRACES)
+        graded = [name for name, schema in _WITH_TRACES.items() if schema.has_levels]
         if self.levels and not (self.schema in graded and set(self.levels) <= {1, 2, 3, 4, 5}):
             raise ValueError(
                 f"levels are {self.levels} of schema {self.schema!r}; {', '.join(graded)} has the levels 1 to 5"
             )
-        if self.limit < 0:
-            raise ValueError(f"limit is {self.limit}; expected 0 (all) or more traces")
-        if self.schema in _GENERATED and not self.limit:
-            raise ValueError(
-                f"limit is 0; the {self.schema} source is endless and needs the number of problems to make"
-            )
-        if self.schema not in _GENERATED and not self.location:
-            raise ValueError(f"schema {self.schema!r} needs a location: a local folder or file, or a hub name")
 
     def unread_settings(self) -> dict[str, str]:
         generated = self.schema in _GENERATED
-        kinds = [GENERATORS[name] for name in self.schema.split("+")] if generated else [_READ[self.schema]]
-        read = {name for kind in kinds for name in kind.options} | ({"seed"} if generated else set(_PLACE))
-        options = (*_PLACE, "keep_marks", "reasoning_field", "facts_only", "seed")
+        kinds = [GENERATORS[name] for name in self.schema.split("+")] if generated else [_WITH_TRACES[self.schema]]
+        read = {name for kind in kinds for name in kind.options} | ({"seed"} if generated else set(PLACE))
+        options = (*PLACE, "keep_marks", "reasoning_field", "facts_only", "seed")
         return {name: f"schema is {self.schema!r}" for name in options if name not in read}
 
     def options(self, names: Iterable[str]) -> dict[str, Any]:
@@ -96,7 +95,7 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
     """
     if settings.schema in _GENERATED:
         return _generate(settings)
-    schema = _READ[settings.schema]
+    schema = _WITH_TRACES[settings.schema]
     assert schema.trace is not None
     options = settings.options(schema.options)
     traces: list[Trace] = []
@@ -111,31 +110,24 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
         if len(traces) == settings.limit:
             break
     if not traces:
-        raise ValueError(
-            f"{settings.location} ({settings.split}): none of its {count} rows "
-            + (_unmet(settings) if count else "could be read: it is empty")
-        )
+        asked = {"depth": settings.depths, "level": settings.levels}
+        unmet = " and ".join(f"a {name} among {values}" for name, values in asked.items() if values)
+        reason = f"has {unmet}" if count else "could be read: it is empty"
+        raise ValueError(f"{settings.location} ({settings.split}): none of its {count} rows {reason}")
     return traces
 
 
 def closed_words(schema: str) -> list[str]:
     """Every word that a generated source can write, sorted."""
-    return sorted({word for part in schema.split("+") for word in GENERATORS[part].words()})
+    return sorted({word for part in schema.split("+") for word in GENERATORS[part].words})
 
 
 def _generate(settings: SourceSettings) -> list[Trace]:
     generators = [GENERATORS[name] for name in settings.schema.split("+")]
-    parts = [
-        generator.generate(
-            (settings.limit - i + len(generators) - 1) // len(generators),
-            settings.depths or DEPTHS,
-            settings.split,
-            settings.seed,
-            **settings.options(generator.options),
-        )
-        for i, generator in enumerate(generators)
-    ]
-    return [parts[i % len(parts)][i // len(parts)] for i in range(settings.limit)]
+    stream = math.ceil(settings.limit / len(generators)), settings.depths or DEPTHS, settings.split, settings.seed
+    parts = [generator.generate(*stream, **settings.options(generator.options)) for generator in generators]
+    in_turn = itertools.chain.from_iterable(zip(*parts, strict=True))
+    return list(itertools.islice(in_turn, settings.limit))
 
 
 def load_rows(settings: SourceSettings) -> list[tuple[str, Row]]:
@@ -145,12 +137,6 @@ def load_rows(settings: SourceSettings) -> list[tuple[str, Row]]:
       ValueError: as `load_traces`, except that rows are not parsed.
     """
     return list(itertools.islice(read_rows(settings), settings.limit or None))
-
-
-def _unmet(settings: SourceSettings) -> str:
-    asked = [f"a depth among {settings.depths}"] if settings.depths else []
-    asked += [f"a level among {settings.levels}"] if settings.levels else []
-    return f"has {' and '.join(asked)}"
 
 
 def load_problems(settings: SourceSettings) -> list[Problem]:
@@ -177,35 +163,35 @@ def load_problems(settings: SourceSettings) -> list[Problem]:
     return list({problem.prompt: problem for problem in reversed(problems)}.values())[::-1]
 
 
-def read_rows(settings: Location) -> Iterator[tuple[str, Row]]:
+def read_rows(settings: RowSource) -> Iterator[tuple[str, Row]]:
     """(place, row) pairs, not parsed. A place is "file:number", counted from 1. Raises ValueError as `load_rows`."""
     path = Path(settings.location).expanduser()
     if path.exists():
         for file in [path] if path.is_file() else _split_files(path, settings):
-            for index, row in enumerate(_read_file(file)):
-                yield f"{file}:{index + 1}", row
+            for number, row in enumerate(_read_file(file), start=1):
+                yield f"{file}:{number}", row
         return
     if not _HUB_NAME.fullmatch(settings.location):
         raise ValueError(f"{settings.location}: no such folder or file, and not a hub name (name or owner/name)")
     place = "/".join(filter(None, (settings.location, settings.subset, settings.split)))
-    for index, row in enumerate(_read_hub(settings)):
-        yield f"{place}:{index + 1}", row
+    for number, row in enumerate(_read_hub(settings), start=1):
+        yield f"{place}:{number}", row
 
 
-def _split_files(folder: Path, settings: Location) -> list[Path]:
-    places = [folder / settings.subset, folder / "data", folder] if settings.subset else [folder, folder / "data"]
-    for place in places:
-        for suffix in _SUFFIXES:
-            if (place / f"{settings.split}{suffix}").is_file():
-                return [place / f"{settings.split}{suffix}"]
-        shards = sorted(place.glob(f"{settings.split}-*.parquet")) or sorted(place.glob(f"{settings.split}-*.jsonl"))
-        if shards:
-            check_shards(place, shards)
-            return shards
+def _split_files(folder: Path, settings: RowSource) -> list[Path]:
+    shards = (f"{settings.split}-*.parquet", f"{settings.split}-*.jsonl")
+    patterns = (*(f"{settings.split}{suffix}" for suffix in _SUFFIXES), *shards)
+    for place in (folder / settings.subset, folder / "data", folder):
+        for pattern in patterns:
+            files = sorted(file for file in place.glob(pattern) if file.is_file())
+            if files:
+                if pattern in shards:
+                    check_shards(place, files)
+                return files
     there = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix in _SUFFIXES)
     raise ValueError(
-        f"{folder}: no file of the split {settings.split!r} (looked for {settings.split}.jsonl, .json, .parquet, "
-        f"{settings.split}-*.parquet and -*.jsonl); the folder has {', '.join(there[:20]) or 'no data files'}"
+        f"{folder}: no file of the split {settings.split!r} (looked for {', '.join(patterns)}); the folder has "
+        f"{', '.join(there[:20]) or 'no data files'}"
     )
 
 
@@ -216,9 +202,8 @@ def _read_file(file: Path) -> Iterable[Row]:
         raise ValueError(f"{file}: unknown kind of file; expected one of {', '.join(_SUFFIXES)}")
     if file.stat().st_size == 0:
         raise ValueError(f"{file}: the file is empty")
-    quiet = not datasets.are_progress_bars_disabled()
-    if quiet:
-        datasets.disable_progress_bars()
+    has_bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(_SUFFIXES[file.suffix], data_files=str(file), split="train")
     except OSError as error:
@@ -226,7 +211,7 @@ def _read_file(file: Path) -> Iterable[Row]:
     except Exception as error:
         raise ValueError(_diagnosis(file, error)) from error
     finally:
-        if quiet:
+        if has_bars:
             datasets.enable_progress_bars()
 
 
@@ -250,7 +235,7 @@ def _diagnosis(file: Path, error: Exception) -> str:
     return f"{file}: could not be read: {error.__cause__ or error}"
 
 
-def _read_hub(settings: Location) -> Iterable[Row]:
+def _read_hub(settings: RowSource) -> Iterable[Row]:
     import datasets
 
     try:

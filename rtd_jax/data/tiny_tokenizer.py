@@ -1,12 +1,12 @@
 """The word-level tokenizer of the bundled tiny teacher, built from all words that a generator can write."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rtd_jax.data.formats import TextFormat
-from rtd_jax.data.generators.word_problems import closed_words
+from rtd_jax.data.generators.word_problems import WORDS
 
 UNKNOWN, BOS, EOS, PAD = "<unk>", "<bos>", "<eos>", "<pad>"
 # The text form that fits this tokenizer: ": " is one token, so prompt and completion part at a line break.
@@ -25,12 +25,12 @@ _PUNCTUATION = [
 ]
 
 
-def tiny_tokenizer(known_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(known_words: Collection[str] = WORDS) -> PreTrainedTokenizerFast:
     """A fast tokenizer whose `decode` gives the text back exactly. A word that it does not know becomes `<unk>`.
 
     It knows the words of the word problems, or the `known_words` of another generator.
     """
-    words = [*FRAME_WORDS, *(known_words or closed_words())]
+    words = [*FRAME_WORDS, *sorted(known_words)]
     forms = [before + word + after for word in words for before in ("", " ") for after in ("", " ")]
     tokens = [UNKNOWN, BOS, EOS, PAD, *map(str, range(100)), *_PUNCTUATION, *forms]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}

@@ -5,6 +5,7 @@ Equal names prove nothing, so the comparison reads what a fast tokenizer would w
 """
 
 import hashlib
+import itertools
 import json
 import re
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 _RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>|<unused_?\d+>|\[unused\d+\]")
-_SHOWN = 5  # as many differing ids as an error lists
+_SHOWN = 5  # differing ids that an error lists at most
 # What maps text to ids. Padding, truncation and chat template do not; the post-processor only adds special tokens,
 # which rtd_jax writes itself.
 _TEXT_PARTS = ("normalizer", "pre_tokenizer", "decoder")
@@ -35,20 +36,20 @@ def compare_tokenizers(
     """Notes on tolerated differences; empty where there are none.
 
     Tolerated are reserved slots that one side has since given a name (Llama-3 and Llama-3.1/3.2), and different
-    begin/end-of-sequence choices among the same tokens. Raises ValueError on any other difference, saying which.
+    begin-of-sequence or end-of-sequence choices among the same tokens.
+
+    Raises:
+      ValueError: the tokenizers differ otherwise; the error says where.
     """
     ours, theirs = _content(teacher), _content(student)
     notes: list[str] = []
     problems: list[str] = []
     reserved, real = _id_differences(ours, theirs)
     if real:
-        shown = "; ".join(f"id {i}: {a!r} / {b!r}" for i, a, b in real[:_SHOWN])
-        problems.append(f"{len(real)} ids differ, first {shown}")
+        problems.append(f"{len(real)} ids differ, first {_listed(real)}")
     if reserved:
-        shown = "; ".join(f"id {i}: {a!r} / {b!r}" for i, a, b in reserved[:_SHOWN])
-        notes.append(
-            f"{len(reserved)} reserved slots are named differently in {teacher_name} and {student_name}: {shown}"
-        )
+        names = f"{teacher_name} and {student_name}"
+        notes.append(f"{len(reserved)} reserved slots are named differently in {names}: {_listed(reserved)}")
     problems += _merge_differences(ours["merges"], theirs["merges"])
     problems += [
         f"the {part} differs: {json.dumps(ours[part])[:120]} / {json.dumps(theirs[part])[:120]}"
@@ -112,9 +113,13 @@ def _id_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[list[
     return reserved, real
 
 
+def _listed(differences: list[_Difference]) -> str:
+    return "; ".join(f"id {i}: {first!r} / {second!r}" for i, first, second in differences[:_SHOWN])
+
+
 def _merge_differences(ours: list[tuple[str, ...]], theirs: list[tuple[str, ...]]) -> list[str]:
     if ours == theirs:
         return []
-    first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    seen = [" ".join(merges[first]) if first < len(merges) else None for merges in (ours, theirs)]
-    return [f"the merges differ ({len(ours)} / {len(theirs)}), first at merge {first}: {seen[0]!r} / {seen[1]!r}"]
+    place, pair = next((i, pair) for i, pair in enumerate(itertools.zip_longest(ours, theirs)) if pair[0] != pair[1])
+    first, second = (merge and " ".join(merge) for merge in pair)
+    return [f"the merges differ ({len(ours)} / {len(theirs)}), first at merge {place}: {first!r} / {second!r}"]

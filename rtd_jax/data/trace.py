@@ -19,10 +19,10 @@ class Trace:
 
     Attributes:
       prompt: the text of the problem.
-      body: the chain of thought, as it was written, without the line that states the answer.
+      body: the chain of thought as it was written, without the line that states the answer.
       spans: the steps, in characters of `body` (and so of `completion`). They are in order, do not overlap, neither
         begin nor end with white space, and only white space lies before and between them. In the chains of a data set
-        nothing but white space follows the last one either; random cuts, a control, leave words there.
+        nothing but white space follows the last step either; random cuts, a control, leave words there.
       answer: "72"; "" where the chain has no answer of its own.
       final: the last line of the completion ("#### 72"); "" where the last step states the answer, as in MATH.
       source: where the row came from ("train.jsonl:17"); every error names it.
@@ -48,29 +48,19 @@ class Trace:
         check_spans(self.spans, self.body, self.source or "trace")
 
     @classmethod
-    def of_steps(
-        cls,
-        prompt: str,
-        steps: Iterable[str],
-        answer: str,
-        final: str = "",
-        source: str = "",
-        *,
-        subject: str = "",
-        level: int = 0,
-    ) -> "Trace":
-        """A trace whose body has the given steps, one a line. White space around a step is kept, outside of its span.
+    def of_steps(cls, prompt: str, steps: Iterable[str], answer: str, final: str = "", source: str = "") -> "Trace":
+        """A trace whose body has one step a line. White space around a step is kept, outside of its span.
 
         Raises:
           ValueError: there is no step, or one is blank.
         """
         lines, spans, begin = tuple(steps), [], 0
-        for index, line in enumerate(lines):
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
-                raise ValueError(f"{source or 'trace'}: step {index + 1} of {len(lines)} is blank")
+                raise ValueError(f"{source or 'trace'}: step {number} of {len(lines)} is blank")
             spans.append((begin + len(line) - len(line.lstrip()), begin + len(line.rstrip())))
             begin += len(line) + 1
-        return cls(prompt, "\n".join(lines), tuple(spans), answer, final, source, subject, level)
+        return cls(prompt, "\n".join(lines), tuple(spans), answer, final, source)
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -84,7 +74,7 @@ class Trace:
 
     @property
     def completion(self) -> str:
-        """What the model is to write: the body, and the final line on a line of its own."""
+        """What the model has to write: the body, and the final line on a line of its own."""
         return f"{self.body}\n{self.final}" if self.final else self.body
 
 
@@ -97,19 +87,36 @@ def check_spans(spans: tuple[Span, ...], text: str, source: str = "trace") -> No
     if not spans:
         raise ValueError(f"{source}: the chain is empty; expected at least one reasoning step")
     previous = 0
-    for index, (start, end) in enumerate(spans):
+    for number, (start, end) in enumerate(spans, start=1):
         if not previous <= start < end <= len(text):
             raise ValueError(
-                f"{source}: span {index + 1} is ({start}, {end}); expected {previous} <= start < end <= {len(text)}"
+                f"{source}: span {number} is ({start}, {end}); expected {previous} <= start < end <= {len(text)}"
             )
         if text[start].isspace() or text[end - 1].isspace():
-            raise ValueError(f"{source}: span {index + 1} begins or ends with white space: {text[start:end]!r}")
-        if text[previous:start].strip():
+            raise ValueError(f"{source}: span {number} begins or ends with white space: {text[start:end]!r}")
+        if before := text[previous:start].strip():
             raise ValueError(
-                f"{source}: {text[previous:start].strip()!r} lies before span {index + 1} and in no other; expected "
-                "only white space between steps"
+                f"{source}: {before!r} lies before span {number} and in no other; expected only white space between "
+                "steps"
             )
         previous = end
+
+
+def spans_of(text: str, ends: Iterable[int]) -> tuple[Span, ...]:
+    """Spans of the steps of `text` that end before the characters `ends`, in ascending order.
+
+    Text after the last end becomes part of the last step, so that only white space belongs to no step.
+    """
+    spans: list[Span] = []
+    start = len(text) - len(text.lstrip())
+    for end in ends:
+        if step := text[start:end].rstrip():
+            spans.append((start, start + len(step)))
+            start = len(text) - len(text[end:].lstrip())
+    if rest := text[start:].rstrip():
+        first = spans.pop()[0] if spans else start
+        spans.append((first, start + len(rest)))
+    return tuple(spans)
 
 
 @dataclass(frozen=True)
@@ -120,10 +127,7 @@ class LabelledChain:
     labels: tuple[bool | None, ...]
 
     def __post_init__(self) -> None:
-        if len(self.labels) != self.trace.depth:
-            raise ValueError(
-                f"{self.trace.source}: {len(self.labels)} labels for {self.trace.depth} steps; expected one each"
-            )
+        assert len(self.labels) == self.trace.depth, self.trace.source
 
 
 @dataclass(frozen=True)

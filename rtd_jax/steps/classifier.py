@@ -29,12 +29,12 @@ from rtd_jax.steps.head import HeadSettings, Scale, boundary_logits, init_head
 FORMAT = 1
 JSON, WEIGHTS = "classifier.json", "head.safetensors"
 ROW_LENGTH = 512  # tokens of a packed row
-ROWS = 8  # that the head reads at one time
+ROWS = 8  # of a batch that the head reads
 
 
 @dataclass(frozen=True, eq=False)
 class BoundaryClassifier:
-    """Says whether a step ends at a token, from the states of one teacher.
+    """Decides whether a step ends at a token, from the states of one teacher.
 
     Probability = sigmoid(slope * logit + intercept). Slope and intercept (Platt scaling on the validation chains) undo
     the weight that boundaries had in the loss, so that of tokens with probability 0.9 nine in ten end a step.
@@ -66,7 +66,7 @@ class BoundaryClassifier:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over everything that decides where it cuts."""
+        """SHA-256 over everything that decides where the classifier cuts."""
         digest = hashlib.sha256(repr(sorted(self._decisive().items())).encode())
         for name, array in sorted(_arrays(self).items()):
             digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
@@ -74,13 +74,14 @@ class BoundaryClassifier:
 
     def _decisive(self) -> dict[str, Any]:
         kept = ("teacher", "tokenizer", "layers", "text", "head", "slope", "intercept", "threshold", "min_tokens")
-        return {key: _plain(getattr(self, key)) for key in kept}
+        groups = {"text": dataclasses.asdict(self.text), "head": dataclasses.asdict(self.head)}
+        return {key: getattr(self, key) for key in kept} | groups
 
 
 def boundary_probabilities(classifier: BoundaryClassifier, states_BLND: Array, chain_ids_BL: Array) -> jax.Array:
     """Calibrated probability that a step ends at each token of packed rows. float32 [B, L] in [0, 1]."""
-    shift = (classifier.slope, classifier.intercept)
-    return _probabilities(classifier.head, classifier.params, classifier.scale, states_BLND, chain_ids_BL, *shift)
+    platt = classifier.slope, classifier.intercept
+    return _probabilities(classifier.head, classifier.params, classifier.scale, platt, states_BLND, chain_ids_BL)
 
 
 def find_boundaries(
@@ -96,51 +97,48 @@ def _probabilities(
     head: HeadSettings,
     params: Params,
     scale: Scale,
+    platt: tuple[float, float],
     states_BLND: Array,
     chain_ids_BL: Array,
-    slope: float,
-    intercept: float,
 ) -> jax.Array:
+    slope, intercept = platt
     return jax.nn.sigmoid(slope * boundary_logits(head, params, scale, states_BLND, chain_ids_BL) + intercept)
 
 
-def in_rows(texts: Sequence[np.ndarray], row_length: int = ROW_LENGTH, rows: int = 1) -> np.ndarray:
+def in_rows(texts: Sequence[np.ndarray], rows: int = 1) -> np.ndarray:
     """Arrays [T, ...] of texts packed into rows in order, with zeros elsewhere: [B, L, ...], B a multiple of `rows`.
 
-    Rows have `row_length` tokens, or as many as the longest text.
+    Rows have `ROW_LENGTH` tokens, or as many as the longest text.
     """
     items = [{"text": text} for text in texts]
-    packed = [row["text"] for row in packed_rows(items, max(row_length, *map(len, texts)), open_rows=1)]
+    packed = [row["text"] for row in packed_rows(items, max(ROW_LENGTH, *map(len, texts)), open_rows=1)]
     return np.stack(packed + [np.zeros_like(packed[0])] * (-len(packed) % rows))
 
 
-def row_ids(lengths: Sequence[int], row_length: int = ROW_LENGTH, rows: int = 1) -> np.ndarray:
+def row_ids(lengths: Sequence[int], rows: int = 1) -> np.ndarray:
     """Chain ids that go with `in_rows`: 1, 2, ... in the order of the texts, 0 between texts. int32 [B, L]"""
-    return in_rows([np.full(length, i + 1, np.int32) for i, length in enumerate(lengths)], row_length, rows)
+    return in_rows([np.full(length, number, np.int32) for number, length in enumerate(lengths, start=1)], rows)
 
 
-def out_of_rows(array_BL: np.ndarray, lengths: Sequence[int], row_length: int = ROW_LENGTH) -> list[np.ndarray]:
+def out_of_rows(array_BL: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
     """Undoes `in_rows`: the array [T, ...] of each text."""
-    ids_BL = row_ids(lengths, row_length)
+    ids_BL = row_ids(lengths)
     return np.split(array_BL[: len(ids_BL)][ids_BL > 0], np.cumsum(lengths)[:-1])
 
 
 def text_probabilities(classifier: BoundaryClassifier, states: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The calibrated probability at every token, from the states of each text. [T, N, D] -> float32 [T]"""
     lengths = [len(x) for x in states]
-    ids_BL = row_ids(lengths, rows=ROWS)
-    states_BLND = in_rows(states, rows=ROWS)
-    blocks = [
-        np.asarray(boundary_probabilities(classifier, states_BLND[i : i + ROWS], ids_BL[i : i + ROWS]))
-        for i in range(0, len(ids_BL), ROWS)
-    ]
-    return out_of_rows(np.concatenate(blocks), lengths)
+    states_BLND, ids_BL = in_rows(states, ROWS), row_ids(lengths, ROWS)
+    batches = (np.split(array, len(ids_BL) // ROWS) for array in (states_BLND, ids_BL))
+    results = [np.asarray(boundary_probabilities(classifier, *batch)) for batch in zip(*batches, strict=True)]
+    return out_of_rows(np.concatenate(results), lengths)
 
 
 def text_boundaries(
     probabilities: Sequence[np.ndarray], candidates: Sequence[np.ndarray], threshold: float, min_tokens: int
 ) -> list[np.ndarray]:
-    """The boundaries that `decode` finds, from the probabilities of each text. float32 [T], bool [T] -> bool [T]"""
+    """Where `decode` ends steps, from the probabilities of each text. float32 [T], bool [T] -> bool [T]"""
     lengths = [len(x) for x in probabilities]
     arrays = in_rows(probabilities), in_rows(candidates), row_ids(lengths)
     return out_of_rows(np.asarray(decode(*arrays, threshold, min_tokens=min_tokens)), lengths)
@@ -185,19 +183,22 @@ def load_classifier(folder: Path) -> BoundaryClassifier:
         arrays = load_file(folder / WEIGHTS)
         head = HeadSettings(**(values["head"] | {"dilations": tuple(values["head"]["dilations"])}))
         scale = Scale(arrays.pop("scale.mean"), arrays.pop("scale.deviation"))
-        flat = {tuple(_key(part) for part in name.split(".")): array for name, array in arrays.items()}
+        flat = {
+            tuple(int(part) if part.isdigit() else part for part in name.split(".")): jnp.asarray(array, jnp.float32)
+            for name, array in arrays.items()
+        }
         classifier = BoundaryClassifier(
             text=TextFormat(**values["text"]),
             layers=tuple(values["layers"]),
             head=head,
-            params=jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), unflatten_dict(flat)),
-            scale=Scale(*(np.asarray(x, np.float32) for x in (scale.mean_ND, scale.deviation_ND))),
+            params=unflatten_dict(flat),
+            scale=scale,
             **{key: values[key] for key in ("teacher", "teacher_name", "tokenizer", "slope", "intercept")},
             **{key: values[key] for key in ("threshold", "min_tokens", "fitted")},
         )
-        expected = jax.eval_shape(functools.partial(init_head, head, *np.shape(scale.mean_ND)))
-        shapes, found = jax.tree.map(lambda x: x.shape, expected), jax.tree.map(lambda x: x.shape, classifier.params)
-        if shapes != found or len(scale.mean_ND) != len(classifier.layers):
+        fresh = jax.eval_shape(functools.partial(init_head, head, *scale.mean_ND.shape))
+        has_shapes = jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, classifier.params)
+        if not has_shapes or len(scale.mean_ND) != len(classifier.layers):
             raise ValueError(f"{folder / WEIGHTS} does not hold a head of the shape in {JSON}; fit it again")
     except (KeyError, TypeError, SafetensorError, OSError) as error:
         raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}); fit the classifier again") from error
@@ -210,11 +211,3 @@ def _arrays(classifier: BoundaryClassifier) -> dict[str, np.ndarray]:
     flat |= {name: flat[name].astype(np.float16) for name in ("of_state.kernel", "of_difference.kernel")}
     scale = classifier.scale
     return {**flat, "scale.mean": np.asarray(scale.mean_ND), "scale.deviation": np.asarray(scale.deviation_ND)}
-
-
-def _key(part: str) -> str | int:
-    return int(part) if part.isdigit() else part
-
-
-def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

@@ -1,14 +1,12 @@
-"""Turns the probability that a step ends at each token into steps."""
+"""Turns the probability that a step ends at each token into the tokens at which steps end."""
 
 import functools
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rtd_jax.base.types import Array
-from rtd_jax.data.trace import Span
 from rtd_jax.steps.head import neighbours
 
 
@@ -32,10 +30,10 @@ def decode(
     best_BL = candidates_BL & ((probabilities_BL >= threshold) | last_BL)
     first_BL = neighbours(chain_ids_BL, chain_ids_BL, -1) == 0
     for offset in range(1, min_tokens):
-        behind_BL = neighbours(scores_BL + 1.0, chain_ids_BL, -offset) - 1.0
-        ahead_BL = neighbours(scores_BL + 1.0, chain_ids_BL, offset) - 1.0
+        before_BL = neighbours(scores_BL + 1.0, chain_ids_BL, -offset) - 1.0
+        after_BL = neighbours(scores_BL + 1.0, chain_ids_BL, offset) - 1.0
         too_early_BL = neighbours(first_BL, chain_ids_BL, 1 - offset)
-        best_BL &= last_BL | ((scores_BL > behind_BL) & (scores_BL >= ahead_BL) & ~too_early_BL)
+        best_BL &= last_BL | ((scores_BL > before_BL) & (scores_BL >= after_BL) & ~too_early_BL)
     return best_BL
 
 
@@ -47,20 +45,3 @@ def _any_later(x_BL: Array, chain_ids_BL: Array) -> jax.Array:
     next_BL = jnp.pad(jax.lax.cummin(places_BL, axis=1, reverse=True)[:, 1:], ((0, 0), (0, 1)), constant_values=length)
     ids_BL = jnp.concatenate([chain_ids_BL, jnp.zeros((rows, 1), chain_ids_BL.dtype)], axis=1)
     return (jnp.take_along_axis(ids_BL, next_BL, axis=1) == chain_ids_BL) & (chain_ids_BL > 0)
-
-
-def spans_of(text: str, ends: np.ndarray) -> tuple[Span, ...]:
-    """Spans of the steps of `text` that end before the characters `ends` (ascending).
-
-    Text behind the last end becomes part of the last step, so that only white space belongs to no step.
-    """
-    spans: list[Span] = []
-    start = len(text) - len(text.lstrip())
-    for end in ends:
-        if text[start:end].strip():
-            spans.append((start, start + len(text[start:end].rstrip())))
-            start = int(end) + len(text[end:]) - len(text[end:].lstrip())
-    if text[start:].strip():
-        stop = len(text.rstrip())
-        spans = [*spans[:-1], (spans[-1][0], stop)] if spans else [(start, stop)]
-    return tuple(spans)

@@ -5,6 +5,7 @@ steps are kept on disk, because a data set is cut once and then read by every ru
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,17 +17,16 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.base.files import read_json, write_json
-from rtd_jax.base.sharding import put_same, row_sharding, row_ways, to_host
+from rtd_jax.base.sharding import put_same, row_sharding
 from rtd_jax.base.types import Array, Params
-from rtd_jax.data.by_length import batches_by_length, rows_at_once
-from rtd_jax.data.trace import Span, Trace, check_spans
+from rtd_jax.data.by_length import LengthBatch
+from rtd_jax.data.trace import Span, Trace, check_spans, spans_of
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.steps.classifier import BoundaryClassifier, find_boundaries
-from rtd_jax.steps.decoder import spans_of
 from rtd_jax.steps.prose import Reading, read, unmarked
-from rtd_jax.steps.token_states import LENGTH_MULTIPLE, unit_states
+from rtd_jax.steps.token_states import run_on_readings, unit_states
 
-SHARD = 256  # chains whose steps lie in one file; what a kill can cost at most
+SHARD = 256  # texts whose steps lie in one file: as many as are cut again at most, if a run is killed
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,8 @@ class Detector:
     Attributes:
       teacher: () -> (model, params); called only when the steps of some chain are not on disk yet.
       described: the dtypes of the teacher's weights and arithmetic, which decide what it computes.
-      folder: where the steps that were found are kept; None keeps none.
+      folder: where found steps are kept; None keeps none.
+      batch_size: rows at one time, rounded up to the devices.
     """
 
     classifier: BoundaryClassifier
@@ -45,7 +46,7 @@ class Detector:
     teacher: Callable[[], tuple[LlamaModel, Params]]
     described: str = ""
     folder: Path | None = None
-    batch_size: int = 16  # rows at one time, rounded up to the devices
+    batch_size: int = 16
     note: Callable[[str], None] = print
 
     def cut(self, traces: Sequence[Trace]) -> list[Trace]:
@@ -54,36 +55,27 @@ class Detector:
         Raises:
           ValueError: the steps that are kept on disk are damaged.
         """
-        found = self.find([(trace.prompt, trace.body, trace.source) for trace in traces])
-        return [replace(trace, spans=spans) for trace, spans in zip(traces, found, strict=True)]
+        spans_of_traces = self.find([(trace.prompt, trace.body, trace.source) for trace in traces])
+        return [replace(trace, spans=spans) for trace, spans in zip(traces, spans_of_traces, strict=True)]
 
     def find(self, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:
-        """As `spans`, in parts that are kept on disk, with a line of progress for each part."""
-        found: list[tuple[Span, ...]] = []
+        """The steps of each (prompt, text, source), in characters of the text.
+
+        Texts are read in shards; the steps of each shard are kept on disk, and a line of progress is printed.
+
+        Raises:
+          ValueError: a text is blank, or the steps that are kept on disk are damaged.
+        """
+        steps: list[tuple[Span, ...]] = []
         for start in range(0, len(texts), SHARD):
-            found += self._kept(texts[start : start + SHARD])
+            steps += self._find_or_read(texts[start : start + SHARD])
             if len(texts) > SHARD:
-                self.note(f"steps of {len(found)} of {len(texts)} texts are found")
-        return found
+                self.note(f"steps of {len(steps)} of {len(texts)} texts are found")
+        return steps
 
-    def spans(self, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:
-        """The steps of each (prompt, text, source), in characters of the text. Raises ValueError for a blank text."""
-        proses = [unmarked(text) for _, text, _ in texts]
-        readings = [
-            read(self.tokenizer, prompt, prose.text, self.classifier.text, source=source)
-            for (prompt, _, source), prose in zip(texts, proses, strict=True)
-        ]
-        boundaries = detect(self.classifier, *self.teacher(), self.mesh, readings, batch_size=self.batch_size)
-        found = []
-        for (_, text, _), prose, reading, at_T in zip(texts, proses, readings, boundaries, strict=True):
-            ends = prose.origin[reading.ends_T[at_T] - 1] + 1  # behind the step's last character
-            spans = spans_of(text, np.array([_behind_word(text, end) for end in ends]))
-            found.append(spans)
-        return found
-
-    def _kept(self, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:
+    def _find_or_read(self, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:
         if self.folder is None:
-            return self.spans(texts)
+            return self._find(texts)
         digest = hashlib.sha256(f"{self.classifier.fingerprint}:{self.described}".encode())
         for prompt, text, _ in texts:
             digest.update(f"{len(prompt)}:{len(text)}:{prompt}{text}".encode())
@@ -98,46 +90,38 @@ class Detector:
                 f"{self.folder} does not have the steps of these chains, and {jax.process_count()} processes cannot "
                 "share finding them: run launch/cache_teacher.py, or launch/segment.py, with one process first"
             )
-        found = self.spans(texts)
-        write_json(path, found)
-        return found
+        steps = self._find(texts)
+        write_json(path, steps)
+        return steps
 
+    def _find(self, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:
+        proses = [unmarked(text) for _, text, _ in texts]
+        readings = [
+            read(self.tokenizer, prompt, prose.text, self.classifier.text, source=source)
+            for (prompt, _, source), prose in zip(texts, proses, strict=True)
+        ]
+        steps = []
+        for (_, text, _), prose, reading, ends_T in zip(texts, proses, readings, self.detect(readings), strict=True):
+            ends = prose.origin[reading.ends_T[ends_T] - 1] + 1  # after the step's last character
+            # A mark that was taken away from the end of a word ("24<<48/2=24>>") belongs to the word.
+            steps.append(spans_of(text, [int(end) + len(re.split(r"\s", text[end:], maxsplit=1)[0]) for end in ends]))
+        return steps
 
-def _behind_word(text: str, end: int) -> int:
-    """The end of the word at `end`: a mark that was taken away from it ("24<<48/2=24>>") belongs to the word."""
-    while end < len(text) and not text[end].isspace():
-        end += 1
-    return end
+    def detect(self, readings: Sequence[Reading]) -> list[np.ndarray]:
+        """Whether a step ends at each of the texts' own tokens: bool [T] each."""
+        model, params = self.teacher()
 
+        def boundaries_of(batch: LengthBatch) -> Array:
+            parts_BL = batch.mask_BL.astype(np.int32)
+            candidates_BL = np.zeros(parts_BL.shape, bool)
+            for row, i in enumerate(batch.indices):
+                own = slice(readings[i].prompt_length, len(readings[i].tokens_L))
+                parts_BL[row, own] = 2
+                candidates_BL[row, own] = readings[i].candidates_T
+            placed = put_same((batch.tokens_BL, parts_BL, candidates_BL), row_sharding(self.mesh))
+            return detect_batch(self.classifier, model, params, *placed)
 
-def detect(
-    classifier: BoundaryClassifier,
-    model: LlamaModel,
-    params: Params,
-    mesh: Mesh,
-    readings: Sequence[Reading],
-    *,
-    batch_size: int = 16,
-) -> list[np.ndarray]:
-    """Whether a step ends at each of the texts' own tokens: bool [T] each.
-
-    Args:
-      batch_size: rows at one time, rounded up to the devices; neighbours in length go together.
-    """
-    rows = rows_at_once(batch_size, len(readings), row_ways(mesh))
-    found: list[np.ndarray] = [np.zeros(0, bool)] * len(readings)
-    for batch in batches_by_length([reading.tokens_L for reading in readings], rows, LENGTH_MULTIPLE):
-        parts_BL = batch.mask_BL.astype(np.int32)
-        candidates_BL = np.zeros(parts_BL.shape, bool)
-        texts = [slice(readings[i].prompt_length, len(readings[i].tokens_L)) for i in batch.indices]
-        for row, (i, text) in enumerate(zip(batch.indices, texts, strict=True)):
-            parts_BL[row, text] = 2
-            candidates_BL[row, text] = readings[i].candidates_T
-        placed = put_same((batch.tokens_BL, parts_BL, candidates_BL), row_sharding(mesh))
-        found_BL = to_host(detect_batch(classifier, model, params, *placed))
-        for row, (i, text) in enumerate(zip(batch.indices, texts, strict=True)):
-            found[i] = found_BL[row, text]
-    return found
+        return run_on_readings(boundaries_of, readings, self.mesh, self.batch_size)
 
 
 def detect_batch(
@@ -151,7 +135,7 @@ def detect_batch(
     """Where steps end, by one forward pass of the teacher and the head. bool [B, L].
 
     Args:
-      tokens_BL: int32, one text behind its prompt a row.
+      tokens_BL: int32, one text after its prompt a row.
       parts_BL: int32, 0 padding, 1 the prompt, 2 the text.
       candidates_BL: bool, the tokens at which a step may end.
     """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +15,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
 from rtd_jax.base.types import Array, Params
-from rtd_jax.data.formats import TextFormat
-from rtd_jax.steps.classifier import (
-    BoundaryClassifier,
-    in_rows,
-    row_ids,
-    text_boundaries,
-    text_probabilities,
-)
+from rtd_jax.steps.classifier import BoundaryClassifier, in_rows, row_ids, text_boundaries, text_probabilities
 from rtd_jax.steps.head import HeadSettings, Scale, boundary_logits, boundary_loss, init_head, measure_scale
+from rtd_jax.steps.prose import Reading
 from rtd_jax.steps.scores import counts, precision_recall_f1
 
 
@@ -46,19 +41,25 @@ class FitSettings:
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Texts whose steps are known, with one array for each text: states [T, N, D], labels and candidates bool [T]."""
+    """Texts whose steps are known, as the teacher read them, and the states [T, N, D] of each."""
 
+    readings: Sequence[Reading]
     states: Sequence[np.ndarray]
-    labels: Sequence[np.ndarray]
-    candidates: Sequence[np.ndarray]
+
+    @property
+    def labels(self) -> list[np.ndarray]:
+        """Whether a step ends at each token. bool [T] of each text."""
+        return [reading.labels_T for reading in self.readings]
+
+    @property
+    def candidates(self) -> list[np.ndarray]:
+        """Whether a step may end at each token. bool [T] of each text."""
+        return [reading.candidates_T for reading in self.readings]
 
     @property
     def counted(self) -> list[np.ndarray]:
         """The candidates that count in the loss: all but the last of each text, which is a boundary by construction."""
-        kept = [x.copy() for x in self.candidates]
-        for x in kept:
-            x[np.flatnonzero(x)[-1:]] = False
-        return kept
+        return [x & (np.cumsum(x[::-1])[::-1] > 1) for x in self.candidates]
 
     @property
     def right(self) -> list[np.ndarray]:
@@ -66,53 +67,35 @@ class Examples:
         return [np.flatnonzero(x) for x in self.labels]
 
 
-@dataclass(frozen=True)
-class Identity:
-    """The teacher, tokenizer, layers and form of text that a classifier is fitted to."""
-
-    teacher: str
-    teacher_name: str
-    tokenizer: str
-    layers: tuple[int, ...]
-    text: TextFormat
-
-
 def fit_classifier(
-    identity: Identity,
+    make_classifier: Callable[[HeadSettings, Params, Scale], BoundaryClassifier],
     head: HeadSettings,
     settings: FitSettings,
     train: Examples,
     validation: Examples,
-    note: Callable[[str], None] = print,
+    note: Callable[[str], None],
 ) -> BoundaryClassifier:
     """Fits to `train`. Epoch, calibration, threshold and minimum length of a step are chosen on `validation`.
+
+    Args:
+      make_classifier: (head, params, scale) -> a classifier of the teacher whose states the examples have.
 
     Raises:
       ValueError: there are no texts, or no boundary inside any of them.
     """
     for name, examples in (("training", train), ("validation", validation)):
-        if not examples.states or not any(
-            (x & y).any() for x, y in zip(examples.labels, examples.counted, strict=True)
-        ):
+        if not any((x & y).any() for x, y in zip(examples.labels, examples.counted, strict=True)):
             raise ValueError(
                 f"none of the {len(examples.states)} {name} texts has two steps; boundaries cannot be learned from them"
             )
-    scale = measure_scale(list(train.states))
-    arrays = _Arrays(
-        in_rows(train.states, rows=settings.rows),
-        row_ids([len(x) for x in train.states], rows=settings.rows),
-        in_rows(train.labels, rows=settings.rows),
-        in_rows(train.counted, rows=settings.rows),
-    )
+    scale = measure_scale(train.states)
+    lengths = [len(x) for x in train.states]
+    columns = (in_rows(column, settings.rows) for column in (train.states, train.labels, train.counted))
+    arrays = row_ids(lengths, settings.rows), *columns
     _, layers, width = train.states[0].shape
     params = init_head(head, layers, width, settings.seed)
-    blank = BoundaryClassifier(
-        **{field.name: getattr(identity, field.name) for field in dataclasses.fields(identity)},
-        head=head,
-        params=params,
-        scale=scale,
-    )
-    per_epoch = len(arrays.ids_BL) // settings.rows
+    unfitted = make_classifier(head, params, scale)
+    per_epoch = len(arrays[0]) // settings.rows
     total = per_epoch * settings.epochs
     schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, max(total // 20, 1), max(total, 2))
     optimizer = optax.chain(
@@ -120,20 +103,20 @@ def fit_classifier(
     )
     update = functools.partial(_update, head, optimizer, settings.positive_weight)
     state = optimizer.init(params)
-    rng, best, best_precision = np.random.default_rng(settings.seed), blank, -1.0
+    rng, best, best_precision = np.random.default_rng(settings.seed), unfitted, -1.0
     chosen, labels = np.concatenate(validation.counted), np.concatenate(validation.labels)
     for epoch in range(1, settings.epochs + 1):
         losses = []
         order = rng.permutation(per_epoch * settings.rows).reshape(per_epoch, settings.rows)
         for number, rows in enumerate(order):
             key = jax.random.key((epoch * per_epoch + number) * 1000 + settings.seed)
-            params, state, loss = update(params, state, scale, key, *arrays.take(rows))
+            params, state, loss = update(params, state, scale, key, tuple(array[rows] for array in arrays))
             losses.append(loss)
             if (done := (epoch - 1) * per_epoch + number + 1) % 100 == 0:
                 note(f"update {done} of {total}: loss {float(loss):.4f}")
-        fitted = dataclasses.replace(blank, params=jax.tree.map(jnp.copy, params))  # params are donated
-        raw = np.concatenate(text_probabilities(fitted, validation.states))
-        precision = float(average_precision_score(labels[chosen], raw[chosen]))
+        fitted = dataclasses.replace(unfitted, params=jax.tree.map(jnp.copy, params))  # params are donated
+        probabilities = np.concatenate(text_probabilities(fitted, validation.states))
+        precision = float(average_precision_score(labels[chosen], probabilities[chosen]))
         note(
             f"epoch {epoch} of {settings.epochs}: loss {float(np.mean(jax.device_get(losses))):.4f}, average precision "
             f"{precision:.4f} on validation"
@@ -155,30 +138,17 @@ def calibrated(classifier: BoundaryClassifier, settings: FitSettings, validation
     p = np.clip(np.concatenate(raw)[chosen].astype(np.float64), 1e-12, 1 - 1e-7)
     logits = np.log(p) - np.log1p(-p)
     fit = LogisticRegression(C=1e6).fit(logits[:, None], np.concatenate(validation.labels)[chosen])
-    slope, intercept = float(fit.coef_[0, 0]), float(fit.intercept_[0])
-    classifier = dataclasses.replace(classifier, slope=slope, intercept=intercept)
+    classifier = dataclasses.replace(classifier, slope=float(fit.coef_[0, 0]), intercept=float(fit.intercept_[0]))
     probabilities = text_probabilities(classifier, validation.states)
-    scored: dict[tuple[int, float], float] = {}
-    for min_tokens in settings.min_tokens:
-        for threshold in settings.thresholds:
-            found = text_boundaries(probabilities, validation.candidates, threshold, min_tokens)
-            places = [np.flatnonzero(x) for x in found]
-            scored[min_tokens, threshold] = precision_recall_f1(counts(places, validation.right))[2]
-    best = max(scored.values())
-    good = {key: f1 for key, f1 in scored.items() if f1 >= best - 1e-3}
-    min_tokens, threshold = min(good, key=lambda key: (abs(key[1] - 0.5), -good[key], key[0]))
+
+    def f1_of(min_tokens: int, threshold: float) -> float:
+        ends = text_boundaries(probabilities, validation.candidates, threshold, min_tokens)
+        return precision_recall_f1(counts([np.flatnonzero(x) for x in ends], validation.right))[2]
+
+    scored = {pair: f1_of(*pair) for pair in itertools.product(settings.min_tokens, settings.thresholds)}
+    good = {pair: f1 for pair, f1 in scored.items() if f1 >= max(scored.values()) - 1e-3}
+    min_tokens, threshold = min(good, key=lambda pair: (abs(pair[1] - 0.5), -good[pair], pair[0]))
     return dataclasses.replace(classifier, threshold=threshold, min_tokens=min_tokens)
-
-
-@dataclass(frozen=True)
-class _Arrays:
-    states_BLND: np.ndarray
-    ids_BL: np.ndarray
-    labels_BL: np.ndarray
-    counted_BL: np.ndarray
-
-    def take(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
-        return self.states_BLND[rows], self.ids_BL[rows], self.labels_BL[rows], self.counted_BL[rows]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
@@ -190,11 +160,10 @@ def _update(
     state: Any,
     scale: Scale,
     key: jax.Array,
-    states_BLND: Array,
-    ids_BL: Array,
-    labels_BL: Array,
-    counted_BL: Array,
+    batch: tuple[Array, ...],
 ) -> tuple[Params, Any, jax.Array]:
+    ids_BL, states_BLND, labels_BL, counted_BL = batch
+
     def loss_of(params: Params) -> jax.Array:
         logits_BL = boundary_logits(head, params, scale, states_BLND, ids_BL, key)
         return boundary_loss(logits_BL, labels_BL, counted_BL, positive_weight)

@@ -1,14 +1,15 @@
-"""A small network that reads hidden states around a token and says whether a step ends there.
+"""A small network that decides from the hidden states around a token whether a step ends there.
 
 The teacher is causal: the state at the last token of a step cannot know that a new step follows, but the states of the
-next tokens can. Chains are complete when they are cut, so the network looks both ways: each block sees its own token
+next tokens can. Chains are complete when they are cut, so the network reads both ways: each block sees its own token
 and the two tokens that are `dilation` away, within the chain.
 
 Further axis: P, the hidden units of the network.
 """
 
-import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import chex
 import jax
@@ -22,7 +23,7 @@ from rtd_jax.base.types import Array, Params
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """Shape of the network. Its receptive field is 1 + 2 * sum(dilations) tokens, and one more behind."""
+    """Shape of the network. Its receptive field is 1 + 2 * sum(dilations) tokens, and one more before."""
 
     width: int = 128  # hidden units
     dilations: tuple[int, ...] = (1, 2, 4)  # tokens to either side, one block each; () sees no neighbour but the last
@@ -35,10 +36,8 @@ class HeadSettings:
             raise ValueError(f"dropout is {self.dropout}; expected 0 or more and below 1")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("mean_ND", "deviation_ND"), meta_fields=())
-@dataclass(frozen=True, eq=False)
-class Scale:
-    """What is taken off each dimension of the states, and what it is divided by. float32 [N, D] each."""
+class Scale(NamedTuple):
+    """Mean and standard deviation by which each dimension of the states is standardised. float32 [N, D] each."""
 
     mean_ND: Array
     deviation_ND: Array
@@ -57,8 +56,8 @@ def neighbours(x_BLP: Array, chain_ids_BL: Array, offset: int) -> jax.Array:
 def turns(states_BLND: Array, chain_ids_BL: Array) -> tuple[jax.Array, jax.Array]:
     """Differences to the previous state, d_t = h_t - h_{t-1} [B, L, N, D], and cos(d_t, d_{t+1}) [B, L, N].
 
-    The cosine says how straight the trajectory runs through token t: 1 is straight on, -1 is back. Where a chain begins
-    or ends, the difference and the cosine that do not exist are 0.
+    The cosine says how straight the trajectory runs through token t: 1 is straight on, -1 is back. Differences and
+    cosines that do not exist, where a chain begins or ends, are 0.
     """
     chex.assert_rank([states_BLND, chain_ids_BL], [4, 2])
     chex.assert_equal_shape_prefix([states_BLND, chain_ids_BL], 2)
@@ -146,7 +145,7 @@ def boundary_loss(logits_BL: Array, labels_BL: Array, counted_BL: Array, positiv
     return jnp.sum(jnp.where(counted_BL, losses_BL * weights_BL, 0.0)) / jnp.maximum(jnp.sum(weights_BL), 1e-9)
 
 
-def measure_scale(states: list[np.ndarray]) -> Scale:
+def measure_scale(states: Sequence[np.ndarray]) -> Scale:
     """Mean and standard deviation (at least 1e-3) of every dimension over all tokens. states [T, N, D] each."""
     count = sum(len(x) for x in states)
     mean_ND = sum(x.sum(0, dtype=np.float64) for x in states) / count

@@ -5,7 +5,7 @@ and every run of white space becomes one space, when a classifier is fitted, whe
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,70 +32,57 @@ class Prose:
 
 def unmarked(text: str) -> Prose:
     """Removes the marks from a text, and makes each run of white space one space, with none at either end."""
-    kept = np.ones(len(text), bool)
+    is_kept = np.ones(len(text), bool)
     for match in _MARKS.finditer(text):
-        kept[match.start() : match.end()] = False
+        is_kept[match.start() : match.end()] = False
     characters: list[str] = []
     origin: list[int] = []
-    for index in np.flatnonzero(kept):
-        character = text[index]
-        if character.isspace():
-            if not characters or characters[-1] == " ":
-                continue
-            character = " "
-        characters.append(character)
-        origin.append(int(index))
-    if characters and characters[-1] == " ":
-        characters.pop()
-        origin.pop()
-    return Prose("".join(characters), np.asarray(origin, np.int32))
+    for index in np.flatnonzero(is_kept):
+        character = " " if text[index].isspace() else text[index]
+        if character != " " or (characters and characters[-1] != " "):
+            characters.append(character)
+            origin.append(int(index))
+    kept = "".join(characters).rstrip()
+    return Prose(kept, np.array(origin[: len(kept)], np.int32))
 
 
-def joined_steps(trace: Trace, *, marked: bool = False) -> tuple[str, tuple[Span, ...]]:
-    """The steps of a trace as one text without marks, and the span of each step in it.
+# By name, what is done to a step before the teacher reads it. "marked" measures how much easier the marks make it, and
+# "bare" is a control: without capital letters and . ! ? , ; : at the ends of words, neither can give a step away.
+FORMS: dict[str, Callable[[str], str]] = {
+    "plain": lambda step: unmarked(step).text,
+    "marked": str,
+    "bare": lambda step: re.sub(r"[.!?,;:]+(?=\s|$)", "", unmarked(step).text.lower()).strip(),
+}
 
-    Args:
-      marked: leave all marks in and write one step a line, to measure how much easier the marks make it.
+
+def joined_steps(trace: Trace, form: str = "plain") -> tuple[str, tuple[Span, ...]]:
+    """The steps of a trace as one text, in one of `FORMS`, and the span of each step in it.
+
+    Marked steps stand on a line each, the others follow after a space. A step of which nothing is left has no span.
 
     Raises:
-      ValueError: nothing is left of the steps.
+      ValueError: nothing is left of any step.
     """
-    pieces = trace.steps if marked else [unmarked(step).text for step in trace.steps]
-    return _join(pieces, "\n" if marked else " ", trace.source)
-
-
-def bare_steps(trace: Trace) -> tuple[str, tuple[Span, ...]]:
-    """As `joined_steps`, in lower case and without . ! ? , ; : at the ends of words.
-
-    A control: here a classifier can find steps neither by capital letters nor by full stops.
-    """
-    pieces = [re.sub(r"[.!?,;:]+(?=\s|$)", "", unmarked(step).text.lower()).strip() for step in trace.steps]
-    return _join(pieces, " ", trace.source)
-
-
-def _join(pieces: Sequence[str], separator: str, source: str) -> tuple[str, tuple[Span, ...]]:
-    """The pieces that are not empty as one text, and the span of each. The separator is one character."""
-    pieces = [piece for piece in pieces if piece]
+    pieces = [piece for step in trace.steps if (piece := FORMS[form](step))]
     if not pieces:
-        raise ValueError(f"{source or 'trace'}: nothing is left of its steps without marks; leave it out")
-    ends = np.cumsum([len(piece) + 1 for piece in pieces]) - 1
-    spans = tuple((int(end) - len(piece), int(end)) for piece, end in zip(pieces, ends, strict=True))
-    return separator.join(pieces), spans
+        raise ValueError(f"{trace.source or 'trace'}: nothing is left of its steps without marks; leave it out")
+    text = ("\n" if form == "marked" else " ").join(pieces)
+    return text, Trace.of_steps(trace.prompt, pieces, "").spans
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A text as the teacher reads it, behind its prompt: L tokens, of which the last T belong to the text.
+    """A text as the teacher reads it, after its prompt: L tokens, of which the last T belong to the text.
 
     A token is a candidate for a boundary where a word ends: it covers the last character before white space, or the
     last character of the text.
     """
 
+    text: str  # without its prompt
     tokens_L: np.ndarray  # int32
     ends_T: np.ndarray  # int32: where the token ends in the text, white space at its end left out
     candidates_T: np.ndarray  # bool: a word ends here
     labels_T: np.ndarray  # bool: a step ends here; all False where the steps are not known
-    source: str = ""
 
     @property
     def prompt_length(self) -> int:
@@ -131,17 +118,18 @@ def read(
     closing: dict[int, int] = {}  # where tokens end in the text -> the last token that ends there
     for place, (start, end) in enumerate(offsets[first:]):
         start = max(int(start), 0)
-        covered = text[start:end].rstrip()
-        ends_T[place] = start + len(covered) if covered.strip() else (ends_T[place - 1] if place else 0)
-        if covered.strip():
-            closing[int(ends_T[place])] = place
+        if covered := text[start:end].rstrip():
+            ends_T[place] = start + len(covered)
+            closing[start + len(covered)] = place
+        elif place:
+            ends_T[place] = ends_T[place - 1]
     for end, place in closing.items():
         candidates_T[place] = end == len(text) or text[end].isspace()
-    for index, (_, end) in enumerate(spans):
+    for number, (_, end) in enumerate(spans, start=1):
         if end not in closing:
             raise ValueError(
-                f"{source}: step {index + 1} ends at character {end} of {len(text)}, inside a token; tokens end there "
-                f"only if white space follows"
+                f"{source}: step {number} ends at character {end} of {len(text)}, inside a token; tokens end there "
+                "only if white space follows"
             )
         labels_T[closing[end]] = True
-    return Reading(tokens, ends_T, candidates_T, labels_T, source)
+    return Reading(text, tokens, ends_T, candidates_T, labels_T)

@@ -1,12 +1,14 @@
-"""Measures of a segmentation: matched boundaries, their precision, recall and F1, calibration; and two rules.
+"""Measures of a segmentation (matched boundaries, precision, recall, F1, calibration), and two rule-based baselines.
 
-What has an interval is in `rtd_jax.eval.segmentation`.
+Measures with an interval are in `rtd_jax.eval.segmentation`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+from rtd_jax.steps.prose import Reading
 
 Places = Sequence[np.ndarray]  # for each chain the tokens at which steps end, ascending
 
@@ -35,38 +37,39 @@ def precision_recall_f1(counts_C3: np.ndarray) -> tuple[float, float, float]:
     return matched / max(found, 1), matched / max(right, 1), 2 * matched / max(found + right, 1)
 
 
-def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> dict[str, Any]:
-    """Compares predicted probabilities with how often they come true, in bins of equal width weighted by their size.
+def calibration(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Compares predicted probabilities with how often they come true, in ten bins of equal width weighted by size.
 
     Expected calibration error = sum_b n_b / n |mean p_b - share_b|; Brier score = mean (p - label)^2.
     """
-    place = np.minimum((probabilities * bins).astype(int), bins - 1)
-    shown = []
-    error = 0.0
-    for index in range(bins):
-        inside = place == index
-        if inside.any():
-            p, share = float(probabilities[inside].mean()), float(labels[inside].mean())
-            error += inside.mean() * abs(p - share)
-            shown.append({"count": int(inside.sum()), "probability": p, "share": share})
+    bin_of = np.minimum((probabilities * 10).astype(int), 9)
+    error, bins = 0.0, []
+    for index in np.unique(bin_of):
+        is_inside = bin_of == index
+        p, share = float(probabilities[is_inside].mean()), float(labels[is_inside].mean())
+        error += is_inside.mean() * abs(p - share)
+        bins.append({"count": int(is_inside.sum()), "probability": p, "share": share})
     return {
         "tokens": len(labels),
         "expected_calibration_error": float(error),
         "brier": float(np.mean((probabilities - labels) ** 2)),
-        "bins": shown,
+        "bins": bins,
     }
 
 
-def sentence_ends(text: str, ends: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """A baseline without a model: a step ends behind . ! or ?, also where closing quotes or brackets follow.
+def sentence_ends(reading: Reading) -> np.ndarray:
+    """A baseline without a model: a step ends after . ! or ?, also where closing quotes or brackets follow.
 
     Returns the indices of tokens among the candidates; the last candidate is always one.
     """
-    chosen = [i for i in np.flatnonzero(candidates) if text[: ends[i]].rstrip("\"')]”’")[-1:] in (".", "!", "?")]
-    return np.unique([*chosen, np.flatnonzero(candidates)[-1]]).astype(int)
+    return _ends_among_candidates(reading, lambda end: reading.text[:end].rstrip("\"')]”’")[-1:] in (".", "!", "?"))
 
 
-def line_ends(text: str, ends: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+def line_ends(reading: Reading) -> np.ndarray:
     """A baseline without a model: a step ends at a line end. Returns indices of tokens, as `sentence_ends`."""
-    chosen = [i for i in np.flatnonzero(candidates) if text[ends[i] :][:1] == "\n"]
-    return np.unique([*chosen, np.flatnonzero(candidates)[-1]]).astype(int)
+    return _ends_among_candidates(reading, lambda end: reading.text[end : end + 1] == "\n")
+
+
+def _ends_among_candidates(reading: Reading, is_end: Callable[[int], bool]) -> np.ndarray:
+    candidates = np.flatnonzero(reading.candidates_T)
+    return np.array([i for i in candidates if i == candidates[-1] or is_end(reading.ends_T[i])])

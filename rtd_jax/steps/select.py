@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rtd_jax.data.trace import Span, Trace
+from rtd_jax.data.trace import Span, Trace, spans_of
 
-CLASSIFIER = "classifier:"
+_CLASSIFIER = "classifier:"
 
 
 def recut(traces: Sequence[Trace], segmentation: str) -> list[Trace]:
@@ -19,7 +19,7 @@ def recut(traces: Sequence[Trace], segmentation: str) -> list[Trace]:
     leaves the steps too: a classifier needs its teacher, so it has cut the chains before (see `steps/detector.py`).
 
     Raises:
-      ValueError: a segmentation that does not exist, or a chain that `random_spans` refuses.
+      ValueError: there is no such segmentation.
     """
     if segmentation == "random":
         return [replace(trace, spans=random_spans(trace)) for trace in traces]
@@ -29,29 +29,21 @@ def recut(traces: Sequence[Trace], segmentation: str) -> list[Trace]:
 
 
 def random_spans(trace: Trace) -> tuple[Span, ...]:
-    """As many spans as the trace has steps, ending behind random words.
+    """As many spans as the trace has steps, ending after random words.
 
     A control for the question whether it is the *steps* that help, or boundaries at any place. No boundary is right by
     chance, unless the steps have too few words for that. The same trace gets the same spans in every run and on every
-    machine. Words behind the last span are in none.
-
-    Raises:
-      ValueError: the trace has fewer words than steps.
+    machine. Words after the last span are in none.
     """
     right = {end for _, end in trace.spans}
     ends = [match.end() for match in re.finditer(r"\S+", trace.body[: trace.spans[-1][1]])]
     wrong = [end for end in ends if end not in right]
     if len(wrong) < trace.depth:  # the steps are short: some boundaries have to be right
         wrong = ends
-    if len(wrong) < trace.depth:
-        raise ValueError(
-            f"{trace.source or 'trace'}: {trace.depth} random boundaries need as many words, the steps have "
-            f"{len(wrong)}; leave this trace out"
-        )
+    assert len(wrong) >= trace.depth, trace  # every step ends with a word of its own
     digest = hashlib.sha256(f"{trace.prompt}\0{trace.completion}".encode()).digest()
     chosen = sorted(random.Random(int.from_bytes(digest)).sample(wrong, trace.depth))
-    starts = [0, *chosen[:-1]]
-    return tuple((_skip_space(trace.body, start), end) for start, end in zip(starts, chosen, strict=True))
+    return spans_of(trace.body[: chosen[-1]], chosen)
 
 
 def classifier_folder(segmentation: str) -> Path | None:
@@ -60,16 +52,11 @@ def classifier_folder(segmentation: str) -> Path | None:
     Raises:
       ValueError: the name of the folder is missing.
     """
-    if not segmentation.startswith(CLASSIFIER):
+    if not segmentation.startswith(_CLASSIFIER):
         return None
-    folder = segmentation.removeprefix(CLASSIFIER)
+    folder = segmentation.removeprefix(_CLASSIFIER)
     if not folder:
         raise ValueError(
             f"segmentation is {segmentation!r}; say which classifier, e.g. 'classifier:rtd_jax/bundled/tiny_boundaries'"
         )
     return Path(folder).expanduser()
-
-
-def _skip_space(text: str, start: int) -> int:
-    """The first character at or behind `start` that is no white space."""
-    return start + len(text[start:]) - len(text[start:].lstrip())

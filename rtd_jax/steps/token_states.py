@@ -1,13 +1,13 @@
-"""Hidden states at every token of many texts: read once, by several layers, and kept on disk.
+"""Hidden states of several layers at every token of many texts, read once and kept on disk.
 
-A boundary classifier is fitted on them again and again; the teacher is run once. States are divided by their root mean
-square, which is what the next layer's norm does to them up to its learned scale: layers become comparable, the massive
-activations of first tokens do no harm, and float16 holds them.
+A boundary classifier is fitted to them again and again, and the teacher runs once. Each state is divided by its root
+mean square, as the norm of the next layer does it, up to that norm's learned scale. So layers become comparable, the
+very large activations of first tokens do no harm, and float16 can hold the states.
 """
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -20,37 +20,47 @@ from safetensors.numpy import load_file, save_file
 from rtd_jax.base.files import replacing
 from rtd_jax.base.sharding import put_same, row_sharding, row_ways, to_host
 from rtd_jax.base.types import Array, Params
-from rtd_jax.data.by_length import batches_by_length, rows_at_once
+from rtd_jax.data.by_length import LengthBatch, batches_by_length, rows_at_once
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.steps.prose import Reading
 
-SHARD = 256  # texts of a file; what a kill can cost at most
+SHARD = 256  # texts of a file: as many as are read again at most, if a run is killed
 LENGTH_MULTIPLE = 32  # tokens; rows are as long as their longest text, rounded up to this
 
 
 def token_states(
-    model: LlamaModel,
-    params: Params,
-    mesh: Mesh,
-    readings: Sequence[Reading],
-    layers: Sequence[int],
-    *,
-    batch_size: int = 16,
+    model: LlamaModel, params: Params, mesh: Mesh, readings: Sequence[Reading], layers: Sequence[int], batch_size: int
 ) -> list[np.ndarray]:
     """States of the texts' own tokens (not of the prompts'), of unit root mean square. float16 [T, N, D] each.
 
     Args:
       layers: N of them, as `LlamaModel.hidden` counts.
+      batch_size: see `run_on_readings`.
+    """
+
+    def states_of(batch: LengthBatch) -> Array:
+        placed = put_same((batch.tokens_BL, batch.mask_BL.astype(np.int32)), row_sharding(mesh))
+        return unit_states(model, tuple(layers), params, *placed)
+
+    return run_on_readings(states_of, readings, mesh, batch_size)
+
+
+def run_on_readings(
+    run: Callable[[LengthBatch], Array], readings: Sequence[Reading], mesh: Mesh, batch_size: int
+) -> list[np.ndarray]:
+    """The results for the texts' own tokens of a program that reads batches: [T, ...] each.
+
+    Args:
+      run: batch -> [B, L, ...]
       batch_size: rows at one time, rounded up to the devices; neighbours in length go together.
     """
     rows = rows_at_once(batch_size, len(readings), row_ways(mesh))
-    found: list[np.ndarray] = [np.zeros(0)] * len(readings)
+    results: list[np.ndarray] = [np.zeros(0)] * len(readings)
     for batch in batches_by_length([reading.tokens_L for reading in readings], rows, LENGTH_MULTIPLE):
-        placed = put_same((batch.tokens_BL, batch.mask_BL.astype(np.int32)), row_sharding(mesh))
-        states_BLND = to_host(unit_states(model, tuple(layers), params, *placed))
+        results_BL = to_host(run(batch))
         for row, i in enumerate(batch.indices):
-            found[i] = states_BLND[row, readings[i].prompt_length : len(readings[i].tokens_L)].copy()
-    return found
+            results[i] = results_BL[row, readings[i].prompt_length : len(readings[i].tokens_L)].copy()
+    return results
 
 
 def kept_states(
@@ -59,25 +69,25 @@ def kept_states(
     readings: Sequence[Reading],
     layers: Sequence[int],
     run: Callable[[Sequence[Reading]], list[np.ndarray]],
-    note: Callable[[str], None] = print,
-) -> Iterator[list[np.ndarray]]:
-    """`run` on shards of the readings, in order; a shard that `folder` holds already is read instead.
+    note: Callable[[str], None],
+) -> list[np.ndarray]:
+    """What `run` gives for the readings, in shards; a shard that `folder` holds already is read instead.
 
     Args:
-      folder: of one safetensors file a shard, named by what determines its content.
+      folder: has one safetensors file a shard, named by what determines its content.
       teacher: its fingerprint.
-      run: (readings) -> states, as `token_states` gives them.
+      run: readings -> states, as `token_states` gives them.
 
     Raises:
-      ValueError: a file is damaged, with its name.
+      ValueError: a file is damaged; the error names it.
     """
+    states: list[np.ndarray] = []
     for start in range(0, len(readings), SHARD):
         shard = readings[start : start + SHARD]
         digest = hashlib.sha256(f"{teacher}:{tuple(layers)}".encode())
         for reading in shard:
             digest.update(f"{reading.prompt_length}:{len(reading.tokens_L)}:".encode() + reading.tokens_L.tobytes())
         path = folder / f"{digest.hexdigest()[:32]}.safetensors"
-        ends = np.cumsum([len(reading.ends_T) for reading in shard])
         if path.exists():
             try:
                 states_TND = load_file(path)["states"]
@@ -88,17 +98,18 @@ def kept_states(
             with replacing(path) as temporary:
                 save_file({"states": states_TND}, temporary)
             note(f"hidden states of {start + len(shard)} of {len(readings)} texts are in {folder}")
-        yield np.split(states_TND, ends[:-1])
+        states += np.split(states_TND, np.cumsum([len(reading.ends_T) for reading in shard])[:-1])
+    return states
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def unit_states(model: LlamaModel, layers: tuple[int, ...], params: Params, tokens_BL: Array, there_BL: Array) -> Array:
-    """States of some layers at every token of rows that hold one text each, of unit root mean square.
+def unit_states(model: LlamaModel, layers: tuple[int, ...], params: Params, tokens_BL: Array, mask_BL: Array) -> Array:
+    """States of N layers at every token of rows that hold one text each, of unit root mean square.
 
-    float16 [B, L, N, D].
+    `mask_BL` says which places hold a token. float16 [B, L, N, D].
     """
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-    ids_BL = jnp.asarray(there_BL, jnp.int32)
+    ids_BL = jnp.asarray(mask_BL, jnp.int32)
     _, states = model.hidden(params, tokens_BL, positions_BL, ids_BL, layers=layers)
     states_BLND = jnp.stack(states, axis=2).astype(jnp.float32)
     square_BLN1 = jnp.mean(jnp.square(states_BLND), axis=-1, keepdims=True)

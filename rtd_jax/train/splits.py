@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.base.types import Params
+from rtd_jax.data.by_length import round_up
 from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import solved_examples
 from rtd_jax.data.sources import load_traces
@@ -86,7 +87,7 @@ def prefixed_chains(
 
 def row_length_of(chains: Sequence[EncodedChain]) -> int:
     """Tokens of a row that holds the longest, a multiple of 64."""
-    return -(-max(len(chain) for chain in chains) // 64) * 64
+    return round_up(max(map(len, chains)), 64)
 
 
 def _unit_hash(text: str) -> float:

@@ -16,6 +16,7 @@ from rtd_jax.apps.distill.prepare import Experiment
 from rtd_jax.base.boundaries import shifted_labels, step_boundaries
 from rtd_jax.base.sharding import host_share, put_batch, row_sharding, row_ways, to_host
 from rtd_jax.base.types import Array, Batch, Params
+from rtd_jax.data.by_length import round_up
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.formats import stop_token_ids
 from rtd_jax.data.packing import fixed_batches
@@ -58,7 +59,7 @@ def make_sampler(experiment: Experiment) -> Sampler:
                 max_new_tokens=settings.max_new_tokens,
                 eos_ids=stop_ids,
                 vocab_size=experiment.vocab_size,
-                batch_size=-(-settings.batch_size // ways) * ways,
+                batch_size=round_up(settings.batch_size, ways),
                 pad_id=experiment.tokenizer.pad_token_id or 0,
                 sampling=Sampling(settings.temperature),
             ),

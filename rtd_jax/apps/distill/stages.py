@@ -14,7 +14,7 @@ from rtd_jax.base.means import Mean, Metrics
 from rtd_jax.base.sharding import host_share, put_batch
 from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain
-from rtd_jax.data.loader import BatchLoader, make_loader
+from rtd_jax.data.loader import BatchLoader
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.evaluate import first_of_each_depth
@@ -307,7 +307,7 @@ def _loader(experiment: Experiment, stage: Stage) -> BatchLoader:
     earlier = [chain for chain in experiment.train.encoded if chain.depth < stage.low]
     replay = recipe.curriculum.replay if earlier else 0.0
     pools = [(own, 1.0 - replay), (earlier, replay)] if replay else [(own, 1.0)]
-    return make_loader(
+    return BatchLoader(
         pools,
         rows=recipe.batch_size,
         row_length=recipe.data.row_length,

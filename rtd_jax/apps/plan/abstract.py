@@ -58,7 +58,7 @@ def architecture(path: str) -> LlamaConfig:
             f"the sizes of {path!r} are not known here; give a folder with its config.json, or one of "
             f"{', '.join(table)}"
         )
-    return LlamaConfig.from_hf(table[path], path)
+    return LlamaConfig.from_hf(table[path])
 
 
 def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:

@@ -21,78 +21,72 @@ _MAX_RESULT = 99  # numbers up to here are one token of the bundled tokenizer
 
 
 def corrupt(trace: Trace, rng: random.Random, rate: float) -> LabelledChain:
-    """A generator's chain with each step made wrong with chance `rate`, going on from what was written.
+    """A chain of the word problems with each step made wrong with probability `rate`.
 
-    Raises:
-      ValueError: a step that the generator did not write.
+    Each step goes on from the value that the step before it states.
     """
-    facts = []
-    for index, step in enumerate(trace.steps):
-        match = _STEP.fullmatch(step)
-        if match is None:
-            raise ValueError(f"{trace.source}: step {index + 1} is {step!r}; expected one that the generator wrote")
-        facts.append(match)
-    value = int(facts[0]["value"])
+    facts = [match for step in trace.steps if (match := _STEP.fullmatch(step))]
+    assert len(facts) == trace.depth, trace
+    value, place = int(facts[0]["value"]), 0
     steps: list[str] = []
     labels: list[bool | None] = []
-    place = 0
     while place < len(facts):
-        fact, is_right = facts[place], True
+        kinds = []
         if rng.random() < rate:
-            kinds = [_wrong_result, _wrong_operand, *([_skip] if place + 1 < len(facts) else [])]
+            kinds = [_wrong_result, _wrong_operand, *([_skipped_fact] if place + 1 < len(facts) else [])]
             rng.shuffle(kinds)
-            made = next((found for kind in kinds if (found := kind(facts, place, value, rng)) is not None), None)
-        else:
-            made = None
-        if made is not None:
-            text, value, place, is_right = *made, False
-        else:
-            honest = _written(fact["said"], value, fact["sign"], int(fact["operand"]))
-            if honest is None:  # the wrong value has left the numbers that a step can be written with
+        for kind in [*kinds, _right_step]:
+            written = kind(facts, place, value, rng)
+            if written is not None:
                 break
-            text, value = honest
+        else:  # the wrong value has left the numbers that a step can be written with
+            break
+        text, value, place = written
         steps.append(text)
-        labels.append(is_right)
+        labels.append(kind is _right_step)
         place += 1
     return LabelledChain(Trace.of_steps(trace.prompt, steps, "", source=trace.source), tuple(labels))
 
 
-_Made = tuple[str, int, int]  # the step's text, the value it states, and the place of the fact it used
+_Written = tuple[str, int, int]  # the step's text, the value it states, and the place of the fact it used
 
 
-def _wrong_result(facts: list[re.Match], place: int, value: int, rng: random.Random) -> _Made | None:
+def _wrong_result(facts: list[re.Match], place: int, value: int, rng: random.Random) -> _Written:
     fact = facts[place]
     right = _apply(value, fact["sign"], int(fact["operand"]))
     middle = value if right is None else right
-    options = [middle + sign * d for d in (1, 2, 3, 5, 10) for sign in (1, -1)]
-    options = [x for x in options if 0 <= x <= _MAX_RESULT]
-    wrong = rng.choice(options)
+    near = [middle + sign * distance for distance in (1, 2, 3, 5, 10) for sign in (1, -1)]
+    wrong = rng.choice([result for result in near if 0 <= result <= _MAX_RESULT])
     return f"{fact['said']}: <<{value}{fact['sign']}{fact['operand']}={wrong}>>{wrong}.", wrong, place
 
 
-def _wrong_operand(facts: list[re.Match], place: int, value: int, rng: random.Random) -> _Made | None:
+def _wrong_operand(facts: list[re.Match], place: int, value: int, rng: random.Random) -> _Written | None:
     fact = facts[place]
     if fact["sign"] in "*/":  # "all doubled" says no number
         return None
-    operands = [x for x in OPERANDS if x != int(fact["operand"])]
+    operands = [operand for operand in OPERANDS if operand != int(fact["operand"])]
     rng.shuffle(operands)
     for operand in operands:
         said = re.sub(rf"\b{fact['operand']}\b", str(operand), fact["said"])
-        made = _written(said, value, fact["sign"], operand)
-        if made is not None:
-            return *made, place
+        written = _write(said, value, fact["sign"], operand, place)
+        if written is not None:
+            return written
     return None
 
 
-def _skip(facts: list[re.Match], place: int, value: int, rng: random.Random) -> _Made | None:
-    fact = facts[place + 1]
-    made = _written(fact["said"], value, fact["sign"], int(fact["operand"]))
-    return None if made is None else (*made, place + 1)
+def _skipped_fact(facts: list[re.Match], place: int, value: int, rng: random.Random) -> _Written | None:
+    return _right_step(facts, place + 1, value, rng)
 
 
-def _written(said: str, value: int, sign: str, operand: int) -> tuple[str, int] | None:
+def _right_step(facts: list[re.Match], place: int, value: int, rng: random.Random) -> _Written | None:
+    fact = facts[place]
+    return _write(fact["said"], value, fact["sign"], int(fact["operand"]), place)
+
+
+def _write(said: str, value: int, sign: str, operand: int, place: int) -> _Written | None:
+    """None where the result cannot be written."""
     result = _apply(value, sign, operand)
-    return None if result is None else (f"{said}: <<{value}{sign}{operand}={result}>>{result}.", result)
+    return None if result is None else (f"{said}: <<{value}{sign}{operand}={result}>>{result}.", result, place)
 
 
 def _apply(value: int, sign: str, operand: int) -> int | None:

@@ -8,7 +8,7 @@ where it is, and only the place of the ball tells which swaps move it, so a mist
 Distractors are swaps on another table ("Meanwhile"), and swaps after the month that is asked for.
 
 The first month is drawn as in `generators.word_problems`. A pair of cups is written as one number, and no two facts
-have the same one, so that each fact can be found by what stands in it: what is hard is the chain, not the search.
+have the same one, so that each fact can be found by its number: the chain is the difficulty, not the search.
 """
 
 import random
@@ -16,18 +16,13 @@ import random
 from rtd_jax.data.generators.streams import Generator, as_row
 from rtd_jax.data.generators.word_problems import MONTHS, NAMES
 
-MAX_DEPTH = 6
 CUPS = range(1, 7)
 PAIRS = tuple(10 * a + b for a in CUPS for b in CUPS if a != b)  # 42: the cups 4 and 2; one token each
 OWN_SWAPS = 0.75  # share of the swaps that move the ball
 BEYOND = range(3)  # swaps after the month that is asked for
 ELSEWHERE = range(1, 3)  # swaps on another table
-
-
-def closed_words() -> list[str]:
-    """Every word that the generator can write, sorted."""
-    words = ("The", "ball", "is", "under", "cup", "Under", "which", "it", "after", "Meanwhile")
-    return sorted({*MONTHS, *NAMES, *words})
+# Every word that the generator can write.
+WORDS = {*MONTHS, *NAMES, "The", "ball", "is", "under", "cup", "Under", "which", "it", "after", "Meanwhile"}
 
 
 def moved(cup: int, pair: int) -> int:
@@ -59,5 +54,5 @@ def _problem(rng: random.Random, depth: int) -> dict[str, str]:
     return as_row(question, steps, answer)
 
 
-GENERATOR = Generator("cups", "cups 3", _problem, MAX_DEPTH, closed_words)
+GENERATOR = Generator("cups", "cups 3", _problem, 6, WORDS)
 generate = GENERATOR.generate

@@ -6,8 +6,8 @@ Each step restates the next ride and says on which floor it ends, from 0 to 9: `
 counts and all are asked for, so that a small model of random weights learns them in some hundred updates, where the
 word problems of `rtd_jax.data.generators.word_problems` take it thousands.
 
-A problem can start in any month, and no two of its rides are equally long, so that each ride can be found by what
-stands in it.
+A problem can start in any month, and no two of its rides are equally long, so that each ride can be found by its
+length.
 """
 
 import random
@@ -15,13 +15,8 @@ import random
 from rtd_jax.data.generators.streams import Generator, as_row
 from rtd_jax.data.generators.word_problems import MONTHS, NAMES
 
-MAX_DEPTH = 6
 FLOORS = range(10)
-
-
-def closed_words() -> list[str]:
-    """Every word that the generator can write, sorted."""
-    return sorted({*MONTHS, *NAMES, "is", "on", "floor", "up", "down"})
+WORDS = {*MONTHS, *NAMES, "is", "on", "floor", "up", "down"}  # every word that the generator can write
 
 
 def _problem(rng: random.Random, depth: int) -> dict[str, str]:
@@ -41,5 +36,5 @@ def _problem(rng: random.Random, depth: int) -> dict[str, str]:
     return as_row(" ".join(facts), steps, floor)
 
 
-GENERATOR = Generator("lift", "lift 1", _problem, MAX_DEPTH, closed_words)
+GENERATOR = Generator("lift", "lift 1", _problem, 6, WORDS)
 generate = GENERATOR.generate

@@ -2,9 +2,9 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 
 from rtd_jax.data.schemas.gsm8k import from_gsm8k
 from rtd_jax.data.trace import Trace
@@ -26,7 +26,7 @@ class Generator:
       version: names the stream; another version draws other problems from the same seed.
       problem: (rng, depth) -> a row: `question`, `answer`.
       max_depth: reasoning steps of the deepest problem.
-      words: () -> every word that the generator can write, sorted.
+      words: every word that the generator can write.
       options: fields of `SourceSettings` that `generate` takes.
     """
 
@@ -34,17 +34,11 @@ class Generator:
     version: str
     problem: Callable[[random.Random, int], dict[str, str]]
     max_depth: int
-    words: Callable[[], list[str]]
+    words: Collection[str]
     options: tuple[str, ...] = ()
 
     def generate(
-        self,
-        count: int,
-        depths: Sequence[int] = DEPTHS,
-        split: str = "train",
-        seed: int = 0,
-        *,
-        keep_marks: bool = True,
+        self, count: int, depths: Sequence[int] = DEPTHS, split: str = "train", seed: int = 0, keep_marks: bool = True
     ) -> list[Trace]:
         """`count` distinct problems, depths in turn; a longer list starts with the shorter one.
 
@@ -52,13 +46,10 @@ class Generator:
           keep_marks: leave the <<48/2=24>> in.
 
         Raises:
-          ValueError: a split, count or depth that does not exist.
+          ValueError: there is no such split or depth.
         """
-        rows = self.rows(count, depths, split, seed)
-        return [
-            from_gsm8k(row, f"{self.name}-{split}:{number}", keep_marks=keep_marks)
-            for number, row in enumerate(rows, start=1)
-        ]
+        rows = enumerate(self.rows(count, depths, split, seed), start=1)
+        return [from_gsm8k(row, f"{self.name}-{split}:{number}", keep_marks=keep_marks) for number, row in rows]
 
     def rows(
         self, count: int, depths: Sequence[int] = DEPTHS, split: str = "train", seed: int = 0
@@ -66,15 +57,10 @@ class Generator:
         """As `generate`, as rows of GSM8K's schema: `question`, `answer`."""
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
-        if count < 0:
-            raise ValueError(f"count is {count}; expected 0 or more problems")
         if not depths or len(set(depths)) != len(depths) or not all(1 <= depth <= self.max_depth for depth in depths):
             raise ValueError(f"depths are {tuple(depths)}; expected distinct numbers from 1 to {self.max_depth}")
-        streams = [
-            list(islice(self._stream(depth, split, seed), (count - i + len(depths) - 1) // len(depths)))
-            for i, depth in enumerate(depths)
-        ]
-        return [streams[i % len(depths)][i // len(depths)] for i in range(count)]
+        streams = [self._stream(depth, split, seed) for depth in depths]
+        return [next(stream) for stream in islice(cycle(streams), count)]
 
     def _stream(self, depth: int, split: str, seed: int) -> Iterator[dict[str, str]]:
         """Endless rows that the split owns, no question twice."""

@@ -10,7 +10,7 @@ The first month or shelf is drawn so that none belongs to deep problems alone: a
 follows a month in shallow problems can do so in deep ones.
 
 Distractors tell what other people have or do. No number is stated twice in a problem, so that each fact can be found by
-what stands in it: what is hard is the chain, not the search.
+its number: the chain is the difficulty, not the search.
 """
 
 import random
@@ -29,21 +29,15 @@ GAINS = ("bought", "found", "earned", "won")
 LOSSES = ("sold", "lost", "dropped", "used")
 DOINGS = ("buys", "finds", "sells", "loses")  # of other people
 
-# What a fact says and its step repeats: {n} is the operand, {v} the verb. A number stands right behind its month or
-# shelf, because a tiny model learns fastest to copy what follows a match.
-LEDGER = {"gain": "{n} {v}", "lose": "{n} {v}", "double": "all doubled", "halve": "half lost"}
-SHELF = {"gain": "{n} more", "lose": "{n} fewer", "double": "twice as many", "halve": "half as many"}
+# What a fact says and its step repeats, by the sign of its operation: {n} is the operand, {v} the verb. A number stands
+# right after its month or shelf, because a tiny model learns fastest to copy what follows a match.
+LEDGER = {"+": "{n} {v}", "-": "{n} {v}", "*": "all doubled", "/": "half lost"}
+SHELF = {"+": "{n} more", "-": "{n} fewer", "*": "twice as many", "/": "half as many"}
+WEIGHTS = {"+": 7, "-": 7, "*": 1, "/": 1}  # how often an operation is drawn
 
-_SIGNS = {"gain": "+", "lose": "-", "double": "*", "halve": "/"}
-_WEIGHTS = {"gain": 7, "lose": 7, "double": 1, "halve": 1}
-
-
-def closed_words() -> list[str]:
-    """Every word that the generator can write, sorted."""
-    texts = [*NAMES, *THINGS, *MONTHS, *SHELVES, *GAINS, *LOSSES, *DOINGS, *LEDGER.values(), *SHELF.values()]
-    texts += ["How many does have are on shelf Shelf starts with has holds Meanwhile"]
-    words = (word.strip(".,:?") for text in texts for word in text.split())
-    return sorted({word for word in words if word and "{" not in word})
+_TEXTS = (*NAMES, *THINGS, *MONTHS, *SHELVES, *GAINS, *LOSSES, *DOINGS, *LEDGER.values(), *SHELF.values())
+_FRAME = "How many does have are on shelf Shelf starts with has holds Meanwhile"
+WORDS = {word for text in (*_TEXTS, _FRAME) for word in text.split() if "{" not in word}  # every word it can write
 
 
 def _problem(rng: random.Random, depth: int) -> dict[str, str]:
@@ -58,11 +52,10 @@ def _ledger(rng: random.Random, depth: int) -> dict[str, str]:
     first = rng.randrange(len(MONTHS))
     for i in range(depth):
         month = MONTHS[(first + i) % len(MONTHS)]
-        operation, operand, result = _operation(rng, value, numbers)
-        verb = rng.choice(GAINS if operation == "gain" else LOSSES)
-        said = f"{month} " + LEDGER[operation].format(n=operand, v=verb)
+        sign, operand, result = _operation(rng, value, numbers)
+        said = f"{month} " + LEDGER[sign].format(n=operand, v=rng.choice(GAINS if sign == "+" else LOSSES))
         facts.append(f"{said}.")
-        steps.append(_step(said, value, operation, operand, result))
+        steps.append(f"{said}: <<{value}{sign}{operand}={result}>>{result}.")
         value = result
     _add_distractors(rng, facts, depth, other, numbers)
     return as_row(" ".join([f"How many {thing} does {hero} have?", *facts]), steps, value)
@@ -74,19 +67,15 @@ def _shelves(rng: random.Random, depth: int) -> dict[str, str]:
     shelves = SHELVES[rng.randrange(len(SHELVES) - depth - 1) :]
     facts, steps, value = [f"Shelf {shelves[0]} holds {start}."], [], start
     for shelf in shelves[1 : depth + 1]:
-        operation, operand, result = _operation(rng, value, numbers)
-        said = f"Shelf {shelf} " + SHELF[operation].format(n=operand)
+        sign, operand, result = _operation(rng, value, numbers)
+        said = f"Shelf {shelf} " + SHELF[sign].format(n=operand)
         facts.append(f"{said}.")
-        steps.append(_step(said, value, operation, operand, result))
+        steps.append(f"{said}: <<{value}{sign}{operand}={result}>>{result}.")
         value = result
     if rng.random() < 0.5:  # one shelf more than is asked for: only the question says where to stop
         facts.append(f"Shelf {shelves[depth + 1]} {numbers.pop()} {rng.choice(('more', 'fewer'))}.")
     _add_distractors(rng, facts, depth, rng.choice(NAMES), numbers)
     return as_row(" ".join([f"How many {thing} are on shelf {shelves[depth]}?", *facts]), steps, value)
-
-
-def _step(said: str, value: int, operation: str, operand: int, result: int) -> str:
-    return f"{said}: <<{value}{_SIGNS[operation]}{operand}={result}>>{result}."
 
 
 def _draw_numbers(rng: random.Random) -> tuple[int, list[int]]:
@@ -108,25 +97,18 @@ def _add_distractors(rng: random.Random, facts: list[str], depth: int, person: s
 
 
 def _operation(rng: random.Random, value: int, numbers: list[int]) -> tuple[str, int, int]:
-    """Draws (operation, operand, result) with the result in range. The operand is taken out of `numbers`."""
-    operations, odds = list(_WEIGHTS), list(_WEIGHTS.values())
+    """Draws (sign, operand, result) with the result in range. The operand is taken out of `numbers`."""
     while True:
-        operation = rng.choices(operations, odds)[0]
-        operand = 2 if operation in ("double", "halve") else rng.choice(numbers)
-        match operation:
-            case "gain":
-                result = value + operand
-            case "lose":
-                result = value - operand
-            case "double":
-                result = 2 * value
-            case _:
-                result = value // 2 if value % 2 == 0 and value > 0 else -1
+        (sign,) = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))
+        operand = rng.choice(numbers) if sign in "+-" else 2
+        if sign == "/" and (value == 0 or value % 2):
+            continue
+        result = {"+": value + operand, "-": value - operand, "*": value * 2, "/": value // 2}[sign]
         if 0 <= result <= MAX_VALUE:
-            if operation in ("gain", "lose"):
+            if sign in "+-":
                 numbers.remove(operand)
-            return operation, operand, result
+            return sign, operand, result
 
 
-GENERATOR = Generator("synthetic", "synthetic 8", _problem, MAX_DEPTH, closed_words, options=("keep_marks",))
+GENERATOR = Generator("synthetic", "synthetic 8", _problem, MAX_DEPTH, WORDS, options=("keep_marks",))
 generate, generate_rows = GENERATOR.generate, GENERATOR.rows

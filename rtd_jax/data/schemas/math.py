@@ -1,6 +1,7 @@
 """MATH (arXiv:2103.03874): competition problems whose solutions are prose and formulas."""
 
 import re
+from dataclasses import replace
 
 from rtd_jax.data.schemas.schema import Row, Schema, text_field
 from rtd_jax.data.sentences import sentences
@@ -18,15 +19,10 @@ def from_math(row: Row, source: str = "row") -> Trace:
     """
     solution = text_field(row, "solution", source)
     level = _LEVEL.fullmatch(str(row.get("level", "")).strip())
-    return Trace.of_steps(
-        text_field(row, "problem", source).strip(),
-        sentences(solution),
-        boxed(solution, source),
-        "",
-        source,
-        subject=str(row.get("type") or row.get("subject") or ""),
-        level=int(level[1]) if level else 0,
-    )
+    prompt, answer = text_field(row, "problem", source).strip(), boxed(solution, source)
+    trace = Trace.of_steps(prompt, sentences(solution), answer, source=source)
+    subject = str(row.get("type") or row.get("subject") or "")
+    return replace(trace, subject=subject, level=int(level[1]) if level else 0)
 
 
 def boxed(solution: str, source: str = "row") -> str:
@@ -38,8 +34,7 @@ def boxed(solution: str, source: str = "row") -> str:
     start = max(solution.rfind(r"\boxed"), solution.rfind(r"\fbox"))
     if start < 0:
         raise ValueError(rf"{source}: no \boxed{{}} in 'solution'; expected the answer there")
-    start = start + len(r"\boxed") if solution.startswith(r"\boxed", start) else start + len(r"\fbox")
-    rest = solution[start:].lstrip()
+    rest = solution[start:].removeprefix(r"\boxed").removeprefix(r"\fbox").lstrip()
     if not rest.startswith("{"):
         words, rest = rest.split("$")[0].split(), ""
         if words:

@@ -5,7 +5,7 @@ from rtd_jax.data.trace import LabelledChain, Trace
 
 
 def labelled_from_processbench(row: Row, source: str = "row") -> list[LabelledChain]:
-    """`problem`, `steps`, `label`: the index of the first wrong step, or -1. Nobody judged the steps behind it."""
+    """`problem`, `steps`, `label`: the index of the first wrong step, or -1. Nobody judged the steps after it."""
     steps, label = texts_field(row, "steps", source), row.get("label")
     if not isinstance(label, int) or isinstance(label, bool) or not -1 <= label < len(steps):
         raise ValueError(

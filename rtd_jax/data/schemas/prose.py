@@ -12,8 +12,7 @@ def from_prose(row: Row, source: str = "row") -> Trace:
     text, stated = split_answer(text_field(row, "text", source))
     if not text:
         raise ValueError(f"{source}: field 'text' is {row['text']!r}; expected a chain of reasoning")
-    answer = answer_field(row, source) if "answer" in row else stated
-    answer = answer or ""
+    answer = (answer_field(row, source) if "answer" in row else stated) or ""
     final = answer_line(answer) if answer else ""
     return Trace(text_field(row, "prompt", source).strip(), text, ((0, len(text)),), answer, final, source)
 

@@ -1,5 +1,8 @@
 """TRL's stepwise supervision: a list of steps, each of which may be labelled right or wrong."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from rtd_jax.data.schemas.schema import Row, Schema, answer_field, text_field, texts_field
 from rtd_jax.data.trace import LabelledChain, Trace, answer_line
 
@@ -12,13 +15,9 @@ def from_stepwise(row: Row, source: str = "row") -> Trace:
     chain has no final line.
     """
     steps = texts_field(row, "completions", source)
-    labels, right = row.get("labels"), len(steps)
-    if labels is not None:
-        if not isinstance(labels, list | tuple) or len(labels) != len(steps):
-            raise ValueError(
-                f"{source}: field 'labels' is {labels!r}; expected one label for each of the {len(steps)} steps"
-            )
-        right = next((index for index, label in enumerate(labels) if not label), len(steps))
+    right = len(steps)
+    if row.get("labels") is not None:
+        right = next((index for index, label in enumerate(_labels(row, source, steps)) if not label), len(steps))
         if right == 0:
             raise ValueError(f"{source}: the chain is empty: its first step is labelled wrong; leave the row out")
     answer = answer_field(row, source) if right == len(steps) else None
@@ -28,14 +27,22 @@ def from_stepwise(row: Row, source: str = "row") -> Trace:
 
 def labelled_from_stepwise(row: Row, source: str = "row") -> list[LabelledChain]:
     """`prompt`, `completions` (list of steps), `labels` (one bool a step; null where nobody judged)."""
-    steps, labels = texts_field(row, "completions", source), row.get("labels")
-    if not isinstance(labels, list | tuple) or len(labels) != len(steps):
-        raise ValueError(f"{source}: field 'labels' is {labels!r}; expected one for each of the {len(steps)} steps")
-    for index, label in enumerate(labels):
+    steps = texts_field(row, "completions", source)
+    labels = _labels(row, source, steps)
+    for number, label in enumerate(labels, start=1):
         if label is not None and not isinstance(label, bool):
-            raise ValueError(f"{source}: label {index + 1} is {label!r}; expected true, false or null")
+            raise ValueError(f"{source}: label {number} is {label!r}; expected true, false or null")
     prompt = text_field(row, "prompt", source).strip()
     return [LabelledChain(Trace.of_steps(prompt, steps, "", source=source), tuple(labels))]
+
+
+def _labels(row: Row, source: str, steps: list[str]) -> Sequence[Any]:
+    labels = row.get("labels")
+    if not isinstance(labels, list | tuple) or len(labels) != len(steps):
+        raise ValueError(
+            f"{source}: field 'labels' is {labels!r}; expected one label for each of the {len(steps)} steps"
+        )
+    return labels
 
 
 SCHEMA = Schema("stepwise", from_stepwise, labelled=labelled_from_stepwise)
