@@ -20,7 +20,7 @@ from rtd_jax.data.sources import SourceSettings, load_traces
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT
 from rtd_jax.eval.states import boundary_states
 from rtd_jax.losses import coherence
-from rtd_jax.train.subjects import load_model
+from rtd_jax.train.saved_models import load_model
 
 BUNDLED = ROOT / "rtd_jax" / "bundled" / "tiny_teacher"
 DEPTHS = range(1, 7)

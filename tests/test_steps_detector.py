@@ -25,7 +25,7 @@ from rtd_jax.steps.detector import Detector
 from rtd_jax.steps.prose import joined_steps, read
 from rtd_jax.steps.token_states import kept_states, token_states
 from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.subjects import load_model
+from rtd_jax.train.saved_models import load_model
 
 BUNDLED = Path(__file__).resolve().parents[1] / "rtd_jax" / "bundled"
 TEACHER, CLASSIFIER = BUNDLED / "tiny_teacher", BUNDLED / "tiny_boundaries"

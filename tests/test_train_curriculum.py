@@ -1,11 +1,14 @@
 """Stages, budgets and endings: plain logic, no arrays."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 
 from rtd_jax.train.curriculum import (
     CurriculumSettings,
     StageRecord,
-    ended,
+    reason_to_end,
     record_validation,
     stage_budget,
     stages,
@@ -48,21 +51,21 @@ def test_threshold_ends_a_stage_only_at_a_fresh_validation():
     settings = CurriculumSettings(plateau_patience=0)
     first = stages(settings)[0]
     open_record = record(updates=10)
-    assert ended(open_record, first, settings) is None
+    assert reason_to_end(open_record, first, settings) is None
     record_validation(open_record, 0.1)  # at the threshold counts
-    assert ended(open_record, first, settings) == "threshold"
+    assert reason_to_end(open_record, first, settings) == "threshold"
     assert open_record.reached_threshold_at == 10
     open_record.updates = 11
-    assert ended(open_record, first, settings) is None
+    assert reason_to_end(open_record, first, settings) is None
 
 
 def test_budget_ends_a_stage_and_threshold_is_looked_at_first():
     settings = CurriculumSettings(plateau_patience=0)
     first = stages(settings)[0]
     spent = record(updates=100)
-    assert ended(spent, first, settings) == "budget"
+    assert reason_to_end(spent, first, settings) == "budget"
     record_validation(spent, 0.05)
-    assert ended(spent, first, settings) == "threshold"
+    assert reason_to_end(spent, first, settings) == "threshold"
 
 
 def test_plateau_needs_patience_without_improvement():
@@ -73,7 +76,7 @@ def test_plateau_needs_patience_without_improvement():
     for updates, coherence in ((10, 1.0), (20, 0.8), (30, 0.79), (40, 0.75)):
         slow.updates = updates
         record_validation(slow, coherence)
-        endings.append(ended(slow, first, settings))
+        endings.append(reason_to_end(slow, first, settings))
     # 0.79 and 0.75 are both above 0.9 x 0.8 = 0.72: two validations without a tenth's improvement.
     assert endings == [None, None, None, "plateau"]
 
@@ -83,8 +86,8 @@ def test_min_updates_holds_back_threshold_and_plateau_not_budget():
     first = stages(settings)[0]
     early = record(updates=10)
     record_validation(early, 0.0)
-    assert ended(early, first, settings) is None
-    assert ended(record(updates=40, budget=40), first, settings) == "budget"
+    assert reason_to_end(early, first, settings) is None
+    assert reason_to_end(record(updates=40, budget=40), first, settings) == "budget"
 
 
 def test_the_last_stage_spends_its_budget_and_still_notes_the_threshold():
@@ -92,21 +95,20 @@ def test_the_last_stage_spends_its_budget_and_still_notes_the_threshold():
     last = stages(settings)[-1]
     deep = record(updates=10)
     record_validation(deep, 0.0)
-    assert ended(deep, last, settings) is None
+    assert reason_to_end(deep, last, settings) is None
     assert deep.reached_threshold_at == 10
     deep.updates = 100
-    assert ended(deep, last, settings) == "budget"
+    assert reason_to_end(deep, last, settings) == "budget"
     assert (
-        ended(record(updates=10, validations=[(10, 0.0)]), last, CurriculumSettings(spend_budget=False)) == "threshold"
+        reason_to_end(record(updates=10, validations=[(10, 0.0)]), last, CurriculumSettings(spend_budget=False))
+        == "threshold"
     )
 
 
 def test_a_record_survives_json():
-    import json
-
     full = record(updates=10)
     record_validation(full, 0.25)
-    assert StageRecord.from_dict(json.loads(json.dumps(full.to_dict()))) == full
+    assert StageRecord.from_dict(json.loads(json.dumps(asdict(full)))) == full
 
 
 @pytest.mark.parametrize("changes", [{"depths": ()}, {"depths": (0, 1)}, {"replay": 1.0}, {"validate_every": 0}])

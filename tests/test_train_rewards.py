@@ -15,7 +15,7 @@ from tiny_run import recipe, source, write_teacher
 
 from rtd_jax.apps.distill.own_chains import drawn_chain, make_sampler
 from rtd_jax.apps.distill.prepare import prepare
-from rtd_jax.apps.distill.stages import Run, Sinks, run_stages
+from rtd_jax.apps.distill.stages import Run, Trainer
 from rtd_jax.apps.pretrain import SizeSettings, model_config
 from rtd_jax.apps.reward_model import LabelledSteps, RewardModelRecipe, fit_head, judge, train_reward_model
 from rtd_jax.base.console import Display
@@ -54,10 +54,8 @@ TOKENIZER = tiny_tokenizer()
 
 def chain_of(text: str, ended: bool = True, row_length: int = 64, max_steps: int = 9):
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
-    prompt = [5, 6, 7]
-    return drawn_chain(TOKENIZER, prompt, ids, ended=ended, row_length=row_length, max_steps=max_steps, pieces={}), [
-        TOKENIZER.decode([i]) for i in ids
-    ]
+    pieces = [TOKENIZER.decode([i]) for i in ids]
+    return drawn_chain([5, 6, 7], ids, pieces, ended, row_length, max_steps), pieces
 
 
 def test_a_drawn_chain_has_its_own_ids_and_a_boundary_at_the_end_of_each_line():
@@ -302,9 +300,8 @@ def test_what_is_drawn_depends_on_the_update_and_not_on_the_mesh(folder, single)
 def trained(experiment, run: Run, workdir: Path) -> list[dict]:
     """Trains all stages; returns the lines of the log without what depends on the clock."""
     log = MetricsLog(workdir, int(run.state.step))
-    sinks = Sinks(Checkpoints(workdir, keep=2), log, Display(8, silent=True), {}, Clock())
-    with sinks.clock.span("training"):
-        run_stages(experiment, run, sinks)
+    with run.clock.span("training"):
+        Trainer(experiment, run, Checkpoints(workdir, keep=2), log, Display(8, silent=True)).train_stages()
     log.close()
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
@@ -312,19 +309,18 @@ def trained(experiment, run: Run, workdir: Path) -> list[dict]:
 
 def test_a_resumed_run_draws_again_and_ends_with_the_same_bits(single, tmp_path):
     experiment, state = single
-    whole = Run(jax.device_put(state, jax.sharding.SingleDeviceSharding(jax.devices()[0])))
+    whole = Run(jax.device_put(state, jax.sharding.SingleDeviceSharding(jax.devices()[0])), Clock())
     lines = trained(experiment, whole, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "stages")
     path = tmp_path / "checkpoints" / "rolling" / "4"
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole.state)
-    resumed = Run.from_meta(restore_state(path, abstract), read_meta(path))
+    resumed = Run.from_meta(restore_state(path, whole.state), Clock(), read_meta(path))
     assert int(resumed.state.step) == 4
     assert trained(experiment, resumed, tmp_path) == lines
     jax.tree.map(np.testing.assert_array_equal, to_host(resumed.state), to_host(whole.state))
     assert sum("reward/step_reward" in line for line in lines) == 4
     assert any(line["update"] > 4 and line.get("reward/policy_loss", 0) != 0 for line in lines)
     for curve in (whole.curve, resumed.curve):
-        assert [look["update"] for look in curve] == [4, 8]
+        assert [point["update"] for point in curve] == [4, 8]
         assert curve[0].pop("seconds") < curve[1].pop("seconds")
     assert whole.curve == resumed.curve
 
@@ -381,7 +377,7 @@ def test_fine_tuning_on_chains_of_thought_reads_a_file_and_never_the_teacher(fol
     # The same chains as the generator's own, by another way: what is trained on is what the file says.
     for ours, theirs in zip(experiment.train.encoded, load_splits(base, TOKENIZER)[0].encoded, strict=True):
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
-    run = Run(state)
+    run = Run(state, Clock())
     lines = trained(experiment, run, tmp_path)
     assert (run.records[0].updates, run.records[0].validations, run.records[0].coherence) == (4, [], None)
     losses = [line["distill/hard_loss"] for line in lines if "loss" in line]

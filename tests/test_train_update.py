@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rtd_jax.apps.pretrain import SizeSettings, model_config
@@ -283,8 +284,6 @@ NO_TRAJECTORY = {"alignment_weight": 0.0, "coherence_weight": 0.0}
 
 def _map_gradients(**changes):
     """f's and g's gradients, read off one plain SGD update."""
-    import optax
-
     sgd = optax.sgd(1.0)
     key = jax.random.PRNGKey(0)
     params = {"student": STUDENT.init(key), **maps(key, 16, 32)}
@@ -296,8 +295,6 @@ def _map_gradients(**changes):
 
 
 def test_one_map_for_both_gets_both_gradients_and_none_is_the_identity():
-    import optax
-
     key, sgd = jax.random.PRNGKey(0), optax.sgd(1.0)
 
     def update(teacher, teacher_params, own, **changes):

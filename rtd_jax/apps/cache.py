@@ -1,10 +1,9 @@
-"""Runs the teacher once over a recipe's chains and keeps what training reads of it (rtd_jax/teacher/cache.py)."""
+"""Runs the teacher once over a recipe's chains and stores what training reads of it (see rtd_jax/teacher/cache.py)."""
 
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +27,10 @@ from rtd_jax.train.splits import load_splits, make_detector, prefixed_chains, ro
 
 
 def cache_teacher(recipe: Recipe, _: Path) -> Path:
-    """Writes the teacher's outputs on every training and validation chain, and on those of the calibration.
+    """Writes the teacher's outputs on every training and validation chain, and on the prefixed ones of the calibration.
 
-    What the folder has already is kept, so that a run that was killed goes on, and other data are added. Of several
-    processes each writes shards of the rows that it feeds, into the folder that all of them see or into one of its own.
+    What the folder already has is kept. So a run that was killed goes on, and other data are added. Each of several
+    processes writes shards of the rows that it feeds, into a folder that all of them see or into one of its own.
 
     Raises:
       ValueError: no folder is given, it holds a cache of something else, or processes do not find the same in it.
@@ -46,62 +45,59 @@ def cache_teacher(recipe: Recipe, _: Path) -> Path:
     identity = cache_identity(recipe, teacher)
     writer = CacheWriter(folder, identity)
     train, validation = load_splits(recipe.data, teacher.tokenizer, make_detector(recipe, teacher))
-    calibration: list[EncodedChain] = []
+    prefixed: list[EncodedChain] = []
     for stage in stages(recipe.curriculum):
-        chosen = validation.of_stage(stage)[: recipe.curriculum.validation_chains]
-        traces = [validation.traces[i] for i in chosen]
-        calibration += prefixed_chains(recipe, teacher.tokenizer, train.traces, traces)
-    wanted = _missing((*train.encoded, *validation.encoded), writer), _missing(calibration, writer)
-    total = sum(map(len, wanted))
-    _same_everywhere(folder, wanted)
-    speaks = jax.process_index() == 0
-    if speaks:
-        print(f"{len(writer.keys)} chains are in {folder}, {total} are to be added", flush=True)
+        held_out = validation.of_stage(stage, recipe.curriculum.validation_chains)
+        prefixed += prefixed_chains(recipe, teacher.tokenizer, train.traces, held_out.traces)
+    missing = _missing((*train.encoded, *validation.encoded), writer), _missing(prefixed, writer)
+    total = sum(map(len, missing))
+    _check_same_everywhere(folder, missing)
+    note = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
+    note(f"{len(writer.keys)} chains are in {folder}, {total} are to be added")
     if not total:
         return folder
     run = functools.partial(_forward, teacher.model, identity, recipe.loss.chunk_length)
     forward = jax.jit(run, out_shardings=row_sharding(mesh))
-    share, writes, done = host_share(mesh), _writes(mesh), len(writer.keys)
-    shapes = (recipe.data.row_length, recipe.data.chains_per_row), (row_length_of(calibration or wanted[0]), 1)
-    for chains, (row_length, chains_per_row) in zip(wanted, shapes, strict=True):
+    share, is_writer, done = host_share(mesh), _is_writer(mesh), len(writer.keys)
+    shapes = (recipe.data.row_length, recipe.data.chains_per_row), (row_length_of(prefixed or missing[0]), 1)
+    for chains, (row_length, chains_per_row) in zip(missing, shapes, strict=True):
         slots = max((len(chain.boundaries) for chain in chains), default=0)
         for start in range(0, len(chains), recipe.cache.chains_per_shard):
             shard = chains[start : start + recipe.cache.chains_per_shard]
             batches = fixed_batches(shard, recipe.batch_size, row_length, chains_per_row, slots, share=share)
             outputs = ((batch, forward(teacher.params, put_batch(batch, mesh))) for batch in batches)
             records = list(_records(outputs, identity))
-            if writes and records:
+            if is_writer and records:
                 writer.write(records)
             done += len(shard)
-            if speaks:
-                print(f"{done} chains are in {folder}", flush=True)
+            note(f"{done} chains are in {folder}")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the cache is written")  # whoever returns may start to read
     return folder
 
 
-def _same_everywhere(folder: Path, wanted: tuple[list[EncodedChain], ...]) -> None:
-    """Raises ValueError when processes do not lack the same chains; nobody writes before all have looked."""
+def _check_same_everywhere(folder: Path, missing: tuple[list[EncodedChain], ...]) -> None:
+    """Raises ValueError where processes do not miss the same chains. None of them writes before all have looked."""
     if jax.process_count() == 1:
         return
-    keys = "".join(_key(chain) for chains in wanted for chain in chains)
-    mine = np.frombuffer(hashlib.sha256(keys.encode()).digest(), np.uint8)
-    if np.any(multihost_utils.process_allgather(mine) != mine):
+    keys = "".join(_key(chain) for chains in missing for chain in chains)
+    digest = np.frombuffer(hashlib.sha256(keys.encode()).digest(), np.uint8)
+    if np.any(multihost_utils.process_allgather(digest) != digest):
         raise ValueError(
             f"the {jax.process_count()} processes do not find the same chains in {folder}; give a folder that all "
             "hosts see, or put the shards of all hosts together before going on"
         )
 
 
-def _writes(mesh: Mesh) -> bool:
-    """Whether this process writes the rows that it feeds: of several that feed the same, the first does."""
+def _is_writer(mesh: Mesh) -> bool:
+    """Whether this process writes the rows that it feeds: of several that feed the same rows, the first does."""
     first, count = host_share(mesh)
-    of_part = mesh.devices.reshape(row_ways(mesh), -1)[first * (row_ways(mesh) // count)]
-    return jax.process_index() == min(device.process_index for device in of_part)
+    devices = mesh.devices.reshape(row_ways(mesh), -1)[first * (row_ways(mesh) // count)]
+    return jax.process_index() == min(device.process_index for device in devices)
 
 
 def _missing(chains: Iterable[EncodedChain], writer: CacheWriter) -> list[EncodedChain]:
-    """Those that are not there, each once."""
+    """Chains that are missing from the cache, without duplicates."""
     keyed = {_key(chain): chain for chain in chains}
     return [chain for key, chain in keyed.items() if key not in writer.keys]
 
@@ -113,21 +109,27 @@ def _key(chain: EncodedChain) -> str:
 def _forward(
     model: LlamaModel, identity: Identity, chunk_length: int, params: Params, batch: Batch
 ) -> tuple[TopK, Array]:
-    """Predictions at every token, and the layers' states at every boundary, [B, N, C, K, D]."""
+    """The predictions at every token, and the states of N layers at every boundary, [B, N, C, K, D]."""
     hidden_BLD, layers_BLD = model.hidden(
         params, batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL, layers=identity.layers
     )
-    sizes: dict[str, Any] = {"k": identity.top_k, "vocab_size": identity.vocab_size, "chunk_length": chunk_length}
-    top_k = top_k_predictions(hidden_BLD, model.head(params), temperature=identity.temperature, **sizes)
+    top_k = top_k_predictions(
+        hidden_BLD,
+        model.head(params),
+        k=identity.top_k,
+        temperature=identity.temperature,
+        vocab_size=identity.vocab_size,
+        chunk_length=chunk_length,
+    )
     return top_k, jnp.stack([gather_boundaries(x_BLD, batch.boundary_positions_BCK) for x_BLD in layers_BLD], axis=1)
 
 
 def _records(batches: Iterable[tuple[Batch, tuple[TopK, Array]]], identity: Identity) -> Iterator[tuple[str, bytes]]:
-    """(key, record) of every chain of the batches, which hold this process's rows."""
+    """(key, record) of every chain in this process's rows of the batches."""
     for batch, outputs in batches:
-        of_rows, states_BNCKD = jax.tree.map(_own_rows, outputs)
+        top_k, states_BNCKD = jax.tree.map(_own_rows, outputs)
         for key, row, slot, mask_K, predicting_P in packed_chains(batch):
-            top = TopK(*(array[row, predicting_P] for array in of_rows))
+            top = TopK(*(array[row, predicting_P] for array in top_k))
             yield key, encode_record(top, states_BNCKD[row, :, slot][:, mask_K], identity)
 
 

@@ -23,7 +23,7 @@ from rtd_jax.eval.metrics import MODEL_KEYS, Record, make_report
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.eval.tasks import EXAMPLES_SEED, TASKS, Problems, load_problems
 from rtd_jax.models.open import FloatDtype, WeightDtype
-from rtd_jax.train.subjects import LoadedModel, load_model
+from rtd_jax.train.saved_models import LoadedModel, load_model
 
 OPEN_FROM = 5  # depths 1, 2, 3, 4, 5+
 SCORING_ROWS = 8  # of 512 tokens, read together on each device

@@ -1,5 +1,6 @@
 """Trains a tiny Llama from scratch on the generator's problems: how the bundled teacher was made."""
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -8,10 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +18,7 @@ from rtd_jax.apps.report.tables import depth_table
 from rtd_jax.base.console import Display, print_table
 from rtd_jax.base.files import check_writable, write_json
 from rtd_jax.base.means import Metrics
+from rtd_jax.base.settings import check_at_least
 from rtd_jax.base.sharding import MeshSettings, check_rows, host_share, make_mesh, put_batch, row_sharding
 from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain, encode_traces
@@ -67,8 +67,7 @@ class Phase:
     chains_per_row: int  # at most
 
     def __post_init__(self) -> None:
-        if min(self.updates, self.max_depth, self.batch_size, self.row_length, self.chains_per_row) < 1:
-            raise ValueError(f"every number of a phase must be at least 1, this one is {self}")
+        check_at_least(1, self, "updates", "max_depth", "batch_size", "row_length", "chains_per_row")
 
 
 @dataclass(frozen=True)
@@ -120,58 +119,51 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
     tokenizer = tiny_tokenizer(closed_words(recipe.train.schema))
     model = LlamaModel(model_config(recipe.model, tokenizer), activation_sharding=row_sharding(mesh))
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
-    state, iterator = _starting_point(recipe, model, optimizer, mesh, latest)
+    params_key, run_key = jax.random.split(jax.random.PRNGKey(recipe.seed))
+
+    def fresh_state(key: jax.Array) -> TrainState:
+        return create_state({"student": model.init(key)}, optimizer, run_key)
+
+    shardings = state_shardings(jax.eval_shape(fresh_state, params_key), optimizer, mesh, {})
+    state, position = jax.jit(fresh_state, out_shardings=shardings)(params_key), None
+    if latest is not None:
+        state, position = restore_state(latest, state), json.loads(read_meta(latest)["iterator"])
     objective = Objective((Labels(1.0, len(tokenizer)),))
     update = make_train_step(model, None, optimizer, objective)
-    coefficients = objective.coefficients()
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return update(state, {}, put_batch(batch, mesh), coefficients)
+        return update(state, {}, put_batch(batch, mesh), objective.coefficients())
 
-    log = MetricsLog(workdir, int(state.step))
-    traces = load_traces(recipe.train)
-    with Display(recipe.total_updates, int(state.step), silent=jax.process_index() != 0) as display:
+    def shown(means: dict[str, float], speed: float) -> dict[str, str]:
+        return {"loss": f"{means['loss']:.4f}", "tokens/s": f"{speed:,.0f}"}
+
+    start, traces = int(state.step), load_traces(recipe.train)
+    with (
+        contextlib.closing(MetricsLog(workdir, start)) as log,
+        Display(recipe.total_updates, start, silent=jax.process_index() != 0) as display,
+    ):
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
-        display.note(
-            f"pretraining {parameters:,} parameters on {len(traces)} problems in {workdir}, from update "
-            f"{int(state.step)}"
-        )
+        display.note(f"pretraining {parameters:,} parameters on {len(traces)} problems from update {start}: {workdir}")
+        log_periods = (recipe.log_every, recipe.checkpoint_every)
         last = 0  # update at which the phase ends
         for number, phase in enumerate(recipe.phases, start=1):
             last += phase.updates
-            if int(state.step) >= last:
+            if start >= last:
                 continue
-            loader = _loader(recipe, phase, number, traces, tokenizer, host_share(mesh))
-            if iterator is not None:
-                loader.set_state(iterator)
-                iterator = None
-            loop = Loop(
-                state,
-                loader,
-                step,
-                mesh,
-                ("phase", number),
-                log,
-                display,
-                lambda at: at % recipe.checkpoint_every == 0 or at % recipe.log_every == 0,
-                lambda means, speed: {"loss": f"{means['loss']:.4f}", "tokens/s": f"{speed:,.0f}"},
-            )
-            loop.run([partial(_save_or_end, last, recipe.checkpoint_every, checkpoints, settings)])
+            loader = _loader(recipe, number, traces, tokenizer, mesh)
+            if position is not None:
+                loader.set_state(position)
+                position = None
+            loop = Loop(state, loader, step, mesh, ("phase", number), log, display, log_periods, shown)
+            loop.run(partial(_save_or_end, recipe, checkpoints, last))
             state = loop.state
-        log.close()
         save_pretrained(workdir / "model", model.config, state.params["student"], tokenizer=tokenizer)
+        scoring = ScoringSettings(recipe.phases[-1].row_length, recipe.phases[-1].batch_size)
+        evaluator = ChainEvaluator(tokenizer, recipe.text, DecodingSettings(recipe.max_new_tokens), scoring, mesh)
         problems = first_of_each_depth(load_traces(recipe.test), recipe.problems_per_depth)
-        last_phase = recipe.phases[-1]
-        evaluator = ChainEvaluator(
-            tokenizer,
-            recipe.text,
-            DecodingSettings(recipe.max_new_tokens),
-            ScoringSettings(last_phase.row_length, last_phase.batch_size),
-            mesh,
-        )
-        progress = decoding_notes(display.note, "model")
-        result, _ = evaluator(model, state.params["student"], problems, progress=progress)
-    report: dict[str, Any] = {
+        notes = decoding_notes(display.note, "model")
+        result, _ = evaluator(model, state.params["student"], problems, progress=notes)
+    report = {
         "model": result,
         "updates": int(state.step),
         "wall_seconds": round(time.monotonic() - started, 1),
@@ -186,75 +178,47 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
     return workdir / "model"
 
 
-def _save_or_end(last: int, every: int, checkpoints: Checkpoints, settings: dict[str, Any], loop: Loop) -> str | None:
-    """Between updates: a rolling checkpoint where one is due, and at the phase's end, without a place in its data."""
-    at_end = loop.update == last
-    if loop.update and (at_end or loop.update % every == 0):
+def _save_or_end(recipe: PretrainRecipe, checkpoints: Checkpoints, last: int, loop: Loop) -> bool:
+    """Saves a rolling checkpoint where one is due, and at the phase's end, there without a position in its data."""
+    is_end = loop.update == last
+    if loop.update and (is_end or loop.update % recipe.checkpoint_every == 0):
         loop.settle()
-        position = None if at_end else loop.loader.get_state()
-        checkpoints.save_rolling(loop.state, {"iterator": json.dumps(position), "settings": settings})
-    return "budget" if at_end else None
+        position = None if is_end else loop.loader.get_state()
+        meta = {"iterator": json.dumps(position), "settings": dataclasses.asdict(recipe)}
+        checkpoints.save_rolling(loop.state, meta)
+    return is_end
 
 
 def model_config(sizes: SizeSettings, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
     """A Llama of these sizes over this tokenizer, embeddings tied."""
+    shape = dataclasses.asdict(sizes)
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        width=sizes.width,
-        mlp_width=sizes.mlp_width,
-        layers=sizes.layers,
-        heads=sizes.heads,
-        kv_heads=sizes.kv_heads,
-        head_dim=sizes.head_dim,
         norm_eps=1e-5,
-        rope=RopeConfig(theta=sizes.rope_theta),
+        rope=RopeConfig(theta=shape.pop("rope_theta")),
         tied_embeddings=True,
-        max_positions=sizes.max_positions,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **shape,
     )
 
 
-def _starting_point(
-    recipe: PretrainRecipe,
-    model: LlamaModel,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    latest: Path | None,
-) -> tuple[TrainState, dict[str, Any] | None]:
-    """A fresh state, or the newest checkpoint's with its data position (None at the start of a phase)."""
-    params_key, run_key = jax.random.split(jax.random.PRNGKey(recipe.seed))
-    abstract = jax.eval_shape(lambda p: create_state({"student": p}, optimizer, run_key), model.abstract_params())
-    shardings = state_shardings(abstract, optimizer, mesh, {})
-    if latest is None:
-        create = jax.jit(
-            lambda key: create_state({"student": model.init(key)}, optimizer, run_key), out_shardings=shardings
-        )
-        return create(params_key), None
-    layout = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    return restore_state(latest, layout), json.loads(read_meta(latest)["iterator"])
-
-
 def _loader(
-    recipe: PretrainRecipe,
-    phase: Phase,
-    number: int,
-    traces: Sequence[Trace],
-    tokenizer: PreTrainedTokenizerBase,
-    share: tuple[int, int],
+    recipe: PretrainRecipe, number: int, traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, mesh: Mesh
 ) -> BatchLoader:
+    """The batches of phase `number`, counted from 1."""
+    phase = recipe.phases[number - 1]
     chosen = [trace for trace in traces if trace.depth <= phase.max_depth]
     if not chosen:
         raise ValueError(f"phase {number} has no problem of depth {phase.max_depth} or less; raise its max_depth")
-    chains = encode_chains(chosen, recipe, phase, tokenizer)
     return BatchLoader(
-        [(chains, 1.0)],
+        [(encode_chains(chosen, recipe, phase, tokenizer), 1.0)],
         rows=phase.batch_size,
         row_length=phase.row_length,
         chains_per_row=phase.chains_per_row,
         max_boundaries=1 + phase.max_depth,
         seed=recipe.seed * 1000 + number,
-        share=share,
+        share=host_share(mesh),
     )
 
 

@@ -1,4 +1,4 @@
-"""Trains a process reward model: a head on what the frozen teacher makes of steps labelled right or wrong."""
+"""Trains a process reward model: a head on the frozen teacher's states, from steps labelled right or wrong."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from rtd_jax.base.files import check_writable, write_json
+from rtd_jax.base.settings import check_at_least
 from rtd_jax.base.sharding import MeshSettings, check_rows, make_mesh, put_batch, to_host
 from rtd_jax.base.types import Params
 from rtd_jax.data.encoding import encode_traces
@@ -52,24 +53,22 @@ class RewardModelRecipe:
     def __post_init__(self) -> None:
         if not self.layers and not self.surprise:
             raise ValueError("layers is empty and surprise False: the head would read nothing; give layers=(-1,)")
-        for name in ("row_length", "batch_size", "epochs", "steps_per_update"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least(1, self, "row_length", "batch_size", "epochs", "steps_per_update")
         if self.hidden < 0 or self.learning_rate <= 0:
             raise ValueError(f"hidden is {self.hidden} and learning_rate {self.learning_rate}; give >= 0 and > 0")
 
 
 class LabelledSteps(NamedTuple):
-    """Labelled steps of a split, as the head sees them."""
+    """The M labelled steps of a split, with the W features that the head reads."""
 
     features_MW: np.ndarray  # float32
     right_M: np.ndarray  # bool
-    chains_M: np.ndarray  # int, which chain each belongs to
-    places_M: np.ndarray  # int, which step of it, from 0
+    chains_M: np.ndarray  # int, the chain of each step
+    places_M: np.ndarray  # int, its place in the chain, from 0
 
 
 def train_reward_model(recipe: RewardModelRecipe, workdir: Path) -> Path:
-    """Writes <workdir>/model (see `teacher.reward_head`) and report.json. Returns the latter's path.
+    """Writes <workdir>/model (see `teacher.reward_head`) and <workdir>/report.json, whose path it returns.
 
     Raises:
       ValueError: settings, data or teacher that cannot be used, with the way out.
@@ -77,62 +76,53 @@ def train_reward_model(recipe: RewardModelRecipe, workdir: Path) -> Path:
     check_writable(workdir)
     if jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes were started, but one trains a reward model")
-    note = partial(print, flush=True)
     mesh = make_mesh(recipe.mesh)
     check_rows(recipe.batch_size, mesh)
-    teacher = open_model(recipe.teacher, mesh, note)
+    teacher = open_model(recipe.teacher, mesh, partial(print, flush=True))
     layers = tuple(teacher.config.layer_index(layer) for layer in recipe.layers)
     chains = {name: load_labelled(getattr(recipe, name)) for name in ("train", "test")}
     train, test = (_read(recipe, teacher, layers, name, chains[name]) for name in ("train", "test"))
     head, losses = fit_head(recipe, train)
+    scores = {"train": judge(head, train, recipe), "test": judge(head, test, recipe)}
     identity = RewardIdentity(
-        teacher.fingerprint,
-        teacher.tokenizer_fingerprint,
-        recipe.text.identity,
-        layers,
-        recipe.surprise,
-        train.features_MW.shape[1],
+        teacher=teacher.fingerprint,
+        tokenizer=teacher.tokenizer_fingerprint,
+        text=recipe.text.identity,
+        layers=layers,
+        surprise=recipe.surprise,
+        width=train.features_MW.shape[1],
     )
-    report: dict[str, Any] = {
-        "settings": dataclasses.asdict(recipe),
-        "train_loss": losses,
-        "train": judge(head, train, recipe),
-        "test": judge(head, test, recipe),
-    }
     save_head(workdir / "model", head, identity)
-    write_json(workdir / "report.json", report)
-    for name in ("train", "test"):
-        found = report[name]
-        area, within = (f"{x['value']} ({x['low']} to {x['high']})" for x in (found["auroc"], found["auroc_within"]))
-        note(
-            f"{name}: {found['steps']} steps, {found['wrong']} wrong; AUROC {area}, among steps of the same place "
-            f"{within}; accuracy {found['accuracy']['mean']:.3f} ± {found['accuracy']['stderr'] or 0:.3f}, saying "
-            f"'right' always {found['always_right']:.3f}"
+    write_json(workdir / "report.json", {"settings": dataclasses.asdict(recipe), "train_loss": losses, **scores})
+    for name, score in scores.items():
+        area, within = (f"{x['value']} ({x['low']} to {x['high']})" for x in (score["auroc"], score["auroc_within"]))
+        accuracy = score["accuracy"]
+        teacher.note(
+            f"{name}: {score['steps']} steps, {score['wrong']} wrong; AUROC {area}, among steps of the same place "
+            f"{within}; accuracy {accuracy['mean']:.3f} ± {accuracy['stderr'] or 0:.3f}, saying 'right' always "
+            f"{score['always_right']:.3f}"
         )
-    note(f"reward model: {workdir / 'model'}   report: {workdir / 'report.json'}")
+    teacher.note(f"reward model: {workdir / 'model'}   report: {workdir / 'report.json'}")
     return workdir / "report.json"
 
 
 def fit_head(recipe: RewardModelRecipe, steps: LabelledSteps) -> tuple[Params, list[float]]:
-    """Logistic regression by AdamW, its cosine over all updates: (params, mean loss in nats of each epoch).
+    """Logistic regression by AdamW, its cosine over all updates: (params, mean loss of each epoch in nats).
 
     Raises:
       ValueError: all steps have the same label.
     """
-    count = len(steps.right_M)
-    if not 0 < int(steps.right_M.sum()) < count:
-        raise ValueError(
-            f"{int(steps.right_M.sum())} of {count} training steps are labelled right; a reward model needs both kinds"
-        )
+    count, right_count = len(steps.right_M), int(steps.right_M.sum())
+    if not 0 < right_count < count:
+        raise ValueError(f"{right_count} of {count} training steps are labelled right; a reward model needs both kinds")
     per_update = min(recipe.steps_per_update, count)
     updates = count // per_update
-    params = init_head(jax.random.key(recipe.seed), steps.features_MW.shape[1], recipe.hidden)
-    params |= {"mean": jnp.asarray(steps.features_MW.mean(0)), "scale": jnp.asarray(steps.features_MW.std(0) + 1e-6)}
-    trained = {name: x for name, x in params.items() if name not in ("mean", "scale")}
-    measured = {name: params[name] for name in ("mean", "scale")}
+    features, right = jnp.asarray(steps.features_MW), jnp.asarray(steps.right_M, jnp.float32)
+    measured = {"mean": jnp.asarray(steps.features_MW.mean(0)), "scale": jnp.asarray(steps.features_MW.std(0) + 1e-6)}
+    initial = init_head(jax.random.key(recipe.seed), features.shape[1], recipe.hidden)
+    trained = {name: x for name, x in initial.items() if name not in measured}
     schedule = optax.cosine_decay_schedule(recipe.learning_rate, recipe.epochs * updates)
     optimizer = optax.adamw(schedule, weight_decay=recipe.weight_decay)
-    features, right = jnp.asarray(steps.features_MW), jnp.asarray(steps.right_M, jnp.float32)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def epoch(trained: Params, opt_state: Any, order: jax.Array) -> tuple[Params, Any, jax.Array]:
@@ -163,18 +153,17 @@ def judge(head: Params, steps: LabelledSteps, recipe: RewardModelRecipe) -> dict
     """AUROC and accuracy of a head on labelled steps; intervals over whole chains."""
     logits = np.asarray(step_logits(head, steps.features_MW))
     options: dict[str, Any] = {"resamples": recipe.resamples, "seed": recipe.seed}
-    chains = steps.chains_M
 
     def area(strata: np.ndarray | None) -> dict[str, Any]:
-        found = auroc(logits, steps.right_M, chains, strata, **options).interval_row()
-        return {name: round(x, 4) if isinstance(x, float) else x for name, x in found.items()}
+        row = auroc(logits, steps.right_M, steps.chains_M, strata, **options).interval_row()
+        return {name: round(x, 4) if isinstance(x, float) else x for name, x in row.items()}
 
     return {
         "steps": len(logits),
         "wrong": int(np.sum(~steps.right_M)),
         "auroc": area(None),
         "auroc_within": area(steps.places_M),
-        "accuracy": estimate((logits > 0) == steps.right_M, chains).error_row(),
+        "accuracy": estimate((logits > 0) == steps.right_M, steps.chains_M).error_row(),
         "always_right": float(steps.right_M.mean()),
     }
 
@@ -186,7 +175,7 @@ def _read(
     name: str,
     chains: Sequence[LabelledChain],
 ) -> LabelledSteps:
-    """The features of every labelled step of the chains."""
+    """The labelled steps of the chains that fit into a row, with their features."""
     encoded, report = encode_traces(
         teacher.tokenizer,
         [chain.trace for chain in chains],
@@ -194,24 +183,25 @@ def _read(
         row_length=recipe.row_length,
         max_dropped_fraction=recipe.max_dropped_fraction,
     )
+    teacher.note(f"{name}: {report}")
     dropped = set(report.dropped)
     kept = [chain for i, chain in enumerate(chains) if i not in dropped]
-    teacher.note(f"{name}: {report}")
+    labelled = [
+        (i, k, label) for i, chain in enumerate(kept) for k, label in enumerate(chain.labels) if label is not None
+    ]
+    if not labelled:
+        raise ValueError(f"{name}: none of the {len(kept)} chains that fit has a labelled step; raise row_length")
+    chains_M, places_M, right_M = (np.array(column) for column in zip(*labelled, strict=True))
     slots = max(len(chain.boundaries) for chain in encoded)
     batches = fixed_batches(encoded, recipe.batch_size, recipe.row_length, 1, slots)
     forward = jax.jit(make_step_reader(teacher.model, layers, recipe.surprise, len(teacher.tokenizer)))
-    features, right, of_chain, places = [], [], [], []
-    for number, batch in enumerate(batches):
-        found_BKW = to_host(forward(teacher.params, put_batch(batch, teacher.mesh)))[:, 0]
-        for row, chain in enumerate(kept[number * recipe.batch_size :][: recipe.batch_size]):
-            for place, label in enumerate(chain.labels):
-                if label is not None:
-                    features.append(found_BKW[row, place + 1])
-                    right.append(label)
-                    of_chain.append(number * recipe.batch_size + row)
-                    places.append(place)
-        if (number + 1) % max(1, len(batches) // 10) == 0:
-            teacher.note(f"{name}: the teacher has read {number + 1} of {len(batches)} batches")
-    if not right:
-        raise ValueError(f"{name}: none of the {len(kept)} chains that fit has a labelled step; raise row_length")
-    return LabelledSteps(np.stack(features), np.array(right, bool), np.array(of_chain), np.array(places))
+    # A chain a row, in order: the labelled steps of batch n are edges[n] to edges[n + 1].
+    edges = np.searchsorted(chains_M, np.arange(len(batches) + 1) * recipe.batch_size)
+    features = []
+    for number, batch in enumerate(batches, start=1):
+        features_BKW = to_host(forward(teacher.params, put_batch(batch, teacher.mesh)))[:, 0]
+        steps = slice(edges[number - 1], edges[number])
+        features.append(features_BKW[chains_M[steps] % recipe.batch_size, places_M[steps] + 1])
+        if number % max(1, len(batches) // 10) == 0:
+            teacher.note(f"{name}: the teacher has read {number} of {len(batches)} batches")
+    return LabelledSteps(np.concatenate(features), right_M, chains_M, places_M)

@@ -1,9 +1,9 @@
-"""Teacher-calibrated thresholds: how coherent is the teacher with *itself* when only the context changes?
+"""Teacher-calibrated thresholds: the teacher's coherence loss against itself when only the context changes.
 
 The article trains a stage "until coherence loss on that stage's validation set falls below a teacher-calibrated
 threshold" without saying how it is calibrated. Here the teacher reads each validation chain twice, once as it is and
 once behind solved examples. The coherence loss between the two readings is what even a perfect copy of the teacher
-would show when nothing but the context differs. Times a configured factor, that is the threshold.
+would have. The threshold is this loss times a factor from the settings.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,13 +28,13 @@ def make_self_comparison(
 
     The two batches hold the same chains in the same rows, one a row; rows may be of different lengths.
     """
-    joined = tuple(zip(term.reads.student_boundaries, term.reads.teacher_boundaries, strict=True))
+    layers = tuple(zip(term.reads.student_boundaries, term.reads.teacher_boundaries, strict=True))
 
     @jax.jit
     def measure(on_plain: TeacherSource, plain: Batch, on_prefixed: TeacherSource, prefixed: Batch) -> Mean:
         target = teacher_on(teacher, on_plain, plain, term.reads)
         other = teacher_on(teacher, on_prefixed, prefixed, term.reads)
-        states = {student: other.boundary_states[of_teacher] for student, of_teacher in joined}
+        states = {student_layer: other.boundary_states[layer] for student_layer, layer in layers}
         both = plain._replace(boundary_mask_BCK=plain.boundary_mask_BCK & prefixed.boundary_mask_BCK)
         nothing = jnp.zeros(())  # a term on boundary states reads neither final states nor a head
         outputs = Outputs(StudentOutputs(nothing, nothing, states, {}), target, both)
@@ -45,7 +45,7 @@ def make_self_comparison(
 
 
 def mean_over(measure: Callable[..., Mean], groups: Iterable[tuple]) -> float:
-    """Runs `measure(*group)` over the groups and divides once at the end."""
+    """The mean of `measure` over all groups of arguments together: sums and counts are added, then divided once."""
     total = 0.0
     count = 0.0
     for group in groups:

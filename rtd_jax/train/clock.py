@@ -1,4 +1,4 @@
-"""Where the time of a run goes, by what it is spent on."""
+"""A timer with named sections, for the time that a run spends on each of them."""
 
 import contextlib
 import time
@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 
 class Clock:
-    """Seconds by name. Spans may lie inside one another: each second counts for the innermost only."""
+    """Seconds by section. Sections may lie inside one another: each second counts for the innermost only."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -15,7 +15,7 @@ class Clock:
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Counts the time until the block ends as `name`."""
+        """Counts the time of the block for section `name`."""
         self._settle()
         self._open.append(name)
         try:
@@ -25,12 +25,12 @@ class Clock:
             self._open.pop()
 
     def seconds(self) -> dict[str, float]:
-        """What was counted so far, in the order of first use."""
+        """The seconds of each section so far, in the order of first use."""
         self._settle()
         return {name: round(value, 2) for name, value in self._seconds.items()}
 
     def total(self, without: Collection[str] = ()) -> float:
-        """Seconds of all names but those."""
+        """Seconds of all sections but those named."""
         self._settle()
         return sum(value for name, value in self._seconds.items() if name not in without)
 

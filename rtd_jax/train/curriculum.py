@@ -1,9 +1,10 @@
-"""Stages by reasoning depth: what each trains on, how long it may take, and why it ended. Plain Python, no arrays."""
+"""Stages by reasoning depth: what each trains on, how long it may take, and what ends it. Plain Python, no arrays."""
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
+
+from rtd_jax.base.settings import check_at_least
 
 EndedBy = Literal["threshold", "plateau", "budget"]
 
@@ -12,7 +13,7 @@ EndedBy = Literal["threshold", "plateau", "budget"]
 class CurriculumSettings:
     """The schedule from one-step problems to long chains."""
 
-    # Settings of the coherence loss on validation chains, which may end a stage.
+    # Settings about the coherence loss on validation chains, which can end a stage.
     READ_BY_VALIDATION: ClassVar = (
         *("threshold_factor", "calibration_shots", "validate_every", "validation_chains", "min_updates"),
         *("plateau_patience", "plateau_tolerance"),
@@ -34,11 +35,7 @@ class CurriculumSettings:
             raise ValueError(f"curriculum.depths is {self.depths}; give increasing step counts, e.g. (1, 2, 3, 4, 5)")
         if not 0.0 <= self.replay < 1.0:
             raise ValueError(f"curriculum.replay is {self.replay}; give a share in [0, 1), e.g. 0.3")
-        if self.validate_every < 1 or self.validation_chains < 1:
-            raise ValueError(
-                f"curriculum.validate_every is {self.validate_every} and validation_chains {self.validation_chains}; "
-                "both must be at least 1"
-            )
+        check_at_least(1, self, "validate_every", "validation_chains", group="curriculum.")
 
     def unread_settings(self) -> dict[str, str]:
         unread = {}
@@ -54,12 +51,15 @@ class CurriculumSettings:
 
 @dataclass(frozen=True)
 class Stage:
-    """Depths `low` to `high` (inclusive; None: open), replaying `low - 1` and below down to the first stage's depth."""
+    """Depths `low` to `high`, both included; the last stage is open (`high` is None). Earlier depths are replayed."""
 
     index: int
     low: int
     high: int | None
-    is_last: bool
+
+    @property
+    def is_last(self) -> bool:
+        return self.high is None
 
     @property
     def name(self) -> str:
@@ -75,20 +75,15 @@ class Stage:
 def stages(settings: CurriculumSettings) -> list[Stage]:
     """The stages in order; without a curriculum, one that holds every depth.
 
-    A stage holds the depths from the one before it (exclusive) to its own (inclusive): depths (2, 4) give 1-2 and 3+.
+    A stage holds the depths above those of the one before it, up to its own: depths (2, 4) give 1-2 and 3+.
     """
-    if not settings.enabled:
-        return [Stage(0, 1, None, True)]
-    count = len(settings.depths)
-    lows = [1, *(depth + 1 for depth in settings.depths[:-1])]
-    return [
-        Stage(i, low, None if i == count - 1 else depth, i == count - 1)
-        for i, (low, depth) in enumerate(zip(lows, settings.depths, strict=True))
-    ]
+    depths = settings.depths if settings.enabled else (1,)
+    lows, highs = (1, *(depth + 1 for depth in depths[:-1])), (*depths[:-1], None)
+    return [Stage(i, low, high) for i, (low, high) in enumerate(zip(lows, highs, strict=True))]
 
 
 def stage_budget(total_updates: int, spent: int, stage: Stage, stage_count: int) -> int:
-    """Updates this stage may spend: an equal share of what is left, so that what earlier stages saved passes on."""
+    """Updates that a stage may spend: an equal share of what is left, so later stages get what earlier ones saved."""
     return math.ceil((total_updates - spent) / (stage_count - stage.index))
 
 
@@ -106,39 +101,35 @@ class StageRecord:
     ended_by: EndedBy | None = None
     validations: list[tuple[int, float]] = field(default_factory=list)  # (updates into the stage, coherence)
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "StageRecord":
+        """The record of a dict that `dataclasses.asdict` made and that went through JSON."""
         return cls(**{**value, "validations": [(int(u), float(c)) for u, c in value["validations"]]})
 
 
 def record_validation(record: StageRecord, coherence: float) -> None:
-    """Notes a validation after `record.updates` updates of the stage."""
+    """Adds the coherence loss of a validation after `record.updates` updates of the stage."""
     record.coherence = coherence
     record.validations.append((record.updates, coherence))
     if coherence <= record.threshold and record.reached_threshold_at is None:
         record.reached_threshold_at = record.updates
 
 
-def ended(record: StageRecord, stage: Stage, settings: CurriculumSettings) -> EndedBy | None:
-    """Which of the three conditions ends the stage now, if any; the threshold is looked at before the others."""
-    may_stop = record.updates >= settings.min_updates and not (stage.is_last and settings.spend_budget)
-    fresh = bool(record.validations) and record.validations[-1][0] == record.updates
-    if may_stop and fresh and record.validations[-1][1] <= record.threshold:
+def reason_to_end(record: StageRecord, stage: Stage, settings: CurriculumSettings) -> EndedBy | None:
+    """Which of the three conditions ends the stage now, if any. The threshold goes before the others."""
+    may_end_early = record.updates >= settings.min_updates and not (stage.is_last and settings.spend_budget)
+    is_validated = bool(record.validations) and record.validations[-1][0] == record.updates
+    if may_end_early and is_validated and record.validations[-1][1] <= record.threshold:
         return "threshold"
     if record.updates >= record.budget:
         return "budget"
-    if may_stop and fresh and _plateaued(record.validations, settings):
+    if may_end_early and is_validated and _has_plateaued(record, settings):
         return "plateau"
     return None
 
 
-def _plateaued(validations: list[tuple[int, float]], settings: CurriculumSettings) -> bool:
-    if not settings.plateau_patience or len(validations) <= settings.plateau_patience:
+def _has_plateaued(record: StageRecord, settings: CurriculumSettings) -> bool:
+    patience, values = settings.plateau_patience, [coherence for _, coherence in record.validations]
+    if not patience or len(values) <= patience:
         return False
-    values = [coherence for _, coherence in validations]
-    best_before = min(values[: -settings.plateau_patience])
-    best_since = min(values[-settings.plateau_patience :])
-    return best_since > best_before * (1.0 - settings.plateau_tolerance)
+    return min(values[-patience:]) > min(values[:-patience]) * (1.0 - settings.plateau_tolerance)

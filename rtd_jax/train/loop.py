@@ -1,14 +1,16 @@
-"""The one loop: updates on the batches of a loader, with hooks between them, able to stop anywhere.
+"""The one training loop: updates on the batches of a loader; it can stop after any update.
 
 An update is dispatched, the next batch is made while the device works on it, and its metrics are fetched only after the
-next one was dispatched: the device never waits for Python. What an app does between updates (validation, checkpoints,
-drawing chains, ending a stage) are hooks; each runs before every update, in order.
+next update was dispatched: the device never waits for Python. What an app does between two updates (validation,
+checkpoints, drawing chains, ending a stage) is a function that the loop calls before every update.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,11 +19,8 @@ from rtd_jax.base.means import Metrics
 from rtd_jax.base.sharding import host_share
 from rtd_jax.base.types import Batch
 from rtd_jax.data.loader import BatchLoader
-from rtd_jax.train.metrics import MetricsLog, Window, check_finite
+from rtd_jax.train.metrics import MetricsLog, check_finite
 from rtd_jax.train.state import TrainState
-
-# Runs before an update; a reason that it returns ends the stretch of updates there.
-Hook = Callable[["Loop"], str | None]
 
 
 @dataclass
@@ -30,11 +29,11 @@ class Loop:
 
     Attributes:
       state: what the updates change; the newest, perhaps still being computed.
-      loader: gives this process's rows of each batch; its position can be saved by a hook.
+      loader: gives this process's rows of each batch; its position can be saved.
       step: (state, rows on the host) -> (state, metrics); dispatches an update.
       where: (kind, name) of the stretch, such as ("stage", "3"); in every line of the log, and in errors.
-      log_is_due: whether a line is written after so many updates.
-      shown: what the display shows of a line: (means, tokens per second) -> texts by name.
+      log_periods: a line is written after each multiple of one of these numbers of updates.
+      shown: (means, tokens per second) of a line -> texts by name, for the display.
     """
 
     state: TrainState
@@ -44,52 +43,55 @@ class Loop:
     where: tuple[str, Any]
     log: MetricsLog
     display: Display
-    log_is_due: Callable[[int], bool]
+    log_periods: tuple[int, ...]
     shown: Callable[[dict[str, float], float], dict[str, str]]
     update: int = field(init=False)  # updates done or dispatched, over the whole run
-    _window: Window = field(init=False, default_factory=Window)
     _pending: tuple[int, Metrics] | None = field(init=False, default=None)
+    # Since the last line of the log:
+    _sums: dict[str, tuple[float, float]] = field(init=False, default_factory=dict)  # (sum, count) of each metric
+    _tokens: int = field(init=False, default=0)
+    _started: float = field(init=False, default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         self.update = int(self.state.step)
 
-    def run(self, hooks: Sequence[Hook]) -> str:
-        """Runs updates until a hook gives a reason to end; returns the reason, with every metric logged.
+    def run(self, before_update: Callable[["Loop"], bool]) -> None:
+        """Runs updates until `before_update`, which is called before each, returns True; then every metric is logged.
 
         Raises:
           ValueError: a loss or gradient is not finite; nothing after the last checkpoint was saved.
         """
         _, hosts = host_share(self.mesh)
-        while True:
-            for hook in hooks:
-                reason = hook(self)
-                if reason is not None:
-                    self.settle()
-                    self._write_line()
-                    return reason
+        while not before_update(self):
             batch = next(self.loader)
-            self._window.add_tokens(int(np.count_nonzero(batch.chain_ids_BL)) * hosts)
+            self._tokens += int(np.count_nonzero(batch.chain_ids_BL)) * hosts
             self.state, metrics = self.step(self.state, batch)
             self.update += 1
             self.settle()
             self._pending = (self.update, metrics)
-            if self.log_is_due(self.update):
-                self.settle()
-                means, speed = self._write_line()
-                self.display.update(self.update, self.place, self.shown(means, speed))
+            if any(self.update % period == 0 for period in self.log_periods):
+                self._write_line()
+        self._write_line()
 
     def settle(self) -> None:
-        """Waits for the newest update and adds its metrics to the next line; hooks call it before they read the state.
+        """Waits for the newest update and adds its metrics to the next line. Call it before the state is read.
 
         Raises:
           ValueError: one of the metrics is not finite.
         """
-        if self._pending is not None:
-            (update, metrics), self._pending = self._pending, None
-            check_finite(self._window.add(metrics), update, self.place)
+        if self._pending is None:
+            return
+        (update, metrics), self._pending = self._pending, None
+        values = {}
+        for name, mean in jax.device_get(metrics).items():
+            added, counted = float(mean.sum), float(mean.count)
+            total, count = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (total + added, count + counted)
+            values[name] = added / max(counted, 1e-30)
+        check_finite(values, update, self.place)
 
     def write(self, scalars: dict[str, float], update: int | None = None) -> None:
-        """A line of the log, at this update if no other is given."""
+        """Writes a line of the log, at the current update unless another is given."""
         kind, name = self.where
         self.log.write(self.update if update is None else update, scalars, **{kind: name})
 
@@ -98,8 +100,13 @@ class Loop:
         """The stretch in words, "stage 3"."""
         return " ".join(map(str, self.where))
 
-    def _write_line(self) -> tuple[dict[str, float], float]:
-        means, speed = self._window.flush()
+    def _write_line(self) -> None:
+        """Logs and shows the means since the last line, if there are any, and starts the next line."""
+        self.settle()
+        means = {name: total / count for name, (total, count) in self._sums.items() if count > 0}
+        now = time.perf_counter()
+        speed = self._tokens / max(now - self._started, 1e-9)
+        self._sums, self._tokens, self._started = {}, 0, now
         if means:
             self.write({**means, "perf/tokens_per_sec": speed})
-        return means, speed
+            self.display.update(self.update, self.place, self.shown(means, speed))

@@ -23,11 +23,7 @@ class OptimizerSettings:
 
 
 def learning_rate_schedule(settings: OptimizerSettings, total_updates: int) -> optax.Schedule:
-    """Linear warm-up, then a cosine that ends at update `total_updates`.
-
-    Raises:
-      ValueError: the warm-up leaves no updates.
-    """
+    """Learning rate by update: a linear warm-up, then a cosine that ends at update `total_updates`."""
     warmup = min(settings.warmup_updates, total_updates // 2)  # a 20-update trial keeps the recipe's shape
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else settings.learning_rate,
@@ -39,7 +35,7 @@ def learning_rate_schedule(settings: OptimizerSettings, total_updates: int) -> o
 
 
 def make_optimizer(settings: OptimizerSettings, total_updates: int) -> optax.GradientTransformation:
-    """The optimizer of the recipe. Its count is the global update, so micro-batches do not advance the schedule."""
+    """The optimizer of a recipe. It counts global updates, so micro-batches do not advance the schedule."""
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(

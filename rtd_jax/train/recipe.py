@@ -1,10 +1,11 @@
-"""Everything a run is told, as one tree of frozen dataclasses. The configs in configs/ are these, with comments."""
+"""All settings of a training run, as one tree of frozen dataclasses. The files in configs/ say what differs."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from jax.sharding import Mesh
 
+from rtd_jax.base.settings import check_at_least
 from rtd_jax.base.sharding import MeshSettings
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings
@@ -18,6 +19,8 @@ from rtd_jax.teacher.cache import CacheSettings, Identity
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.optimizer import OptimizerSettings
 from rtd_jax.train.update import UpdateSettings
+
+SIZES = ("layers", "width", "mlp_width", "heads", "kv_heads", "head_dim")  # of a student with random weights
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,10 @@ class StudentSettings:
     remat: Remat = "none"  # what the backward pass recomputes; "full" keeps one state per layer
 
     def __post_init__(self) -> None:
-        needed = {"pretrained": ("path",), "teacher_layers": ("layers",)}.get(
-            self.init, ("layers", "width", "mlp_width", "heads", "kv_heads", "head_dim")
-        )
-        missing = [name for name in needed if not getattr(self, name)]
-        unused = [
-            name
-            for name in ("path", "layers", "width", "mlp_width", "heads", "kv_heads", "head_dim")
-            if getattr(self, name) and name not in needed
-        ]
+        needed = {"pretrained": ("path",), "teacher_layers": ("layers",), "random": SIZES}[self.init]
+        given = [name for name in ("path", *SIZES) if getattr(self, name)]
+        missing = [name for name in needed if name not in given]
+        unused = [name for name in given if name not in needed]
         if missing or unused:
             raise ValueError(
                 f"init={self.init!r} "
@@ -96,22 +94,20 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured by free-running greedy decoding: test problems at the end, validation problems on the way."""
+    """What is measured by greedy decoding: test problems at the end, validation problems in midrun evaluations."""
 
     problems_per_depth: int = 100  # test problems
     max_new_tokens: int = 256  # of a generated solution
     batch_size: int = 64  # problems decoded at one time
     teacher: bool = True  # evaluate the teacher beside the student
-    every: int = 0  # updates between looks at validation problems, for accuracy against updates and time; 0: none
-    curve_problems: int = 20  # validation problems of each depth for these looks
+    every: int = 0  # updates between midrun evaluations, for accuracy against updates and time; 0: none
+    curve_problems: int = 20  # validation problems of each depth in a midrun evaluation
     drift_problems: int = 0  # validation problems of each depth on which states are compared at the end; 0: none
 
     def __post_init__(self) -> None:
-        for name in ("every", "drift_problems"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"evaluation.{name} is {getattr(self, name)}; 0 leaves it out, else give a number")
-        if self.every and self.curve_problems < 1:
-            raise ValueError(f"evaluation.curve_problems is {self.curve_problems}; it must be at least 1")
+        check_at_least(0, self, "every", "drift_problems", group="evaluation.")
+        if self.every:
+            check_at_least(1, self, "curve_problems", group="evaluation.")
 
     def unread_settings(self) -> dict[str, str]:
         return {} if self.every else {"curve_problems": "evaluation.every is 0"}
@@ -141,16 +137,8 @@ class Recipe:
     resume_from: str = ""  # a stage checkpoint of another run; "" starts afresh or resumes this workdir
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "total_updates",
-            "micro_batches",
-            "log_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least(1, self, "batch_size", "total_updates", "micro_batches")
+        check_at_least(1, self, "log_every", "checkpoint_every", "keep_checkpoints")
         if self.loss.reward_weight:
             self._check_reward()
         curriculum = self.curriculum
@@ -182,10 +170,10 @@ class Recipe:
 
     def unread_settings(self) -> dict[str, str]:
         """Keys that a training run does not read because of others, and why; groups say the same of their own keys."""
-        loss, unread = self.loss, {}
-        if not loss.reward_weight:
+        unread = {}
+        if not self.loss.reward_weight:
             unread["reward"] = "loss.reward_weight is 0"
-        if not loss.teaches():
+        if not self.loss.teaches():
             names = [f"loss.{name}" for name in ("anchor_prompt", "projections", "transition_form")]
             if not self.teacher.cache:
                 names.append("loss.temperature")
@@ -205,7 +193,7 @@ class Recipe:
 
     @property
     def rows_at_once(self) -> int:
-        """Rows of a micro-batch; validation and scoring take no more, so that they fit where an update does."""
+        """Rows of a micro-batch. Validation and scoring take no more at one time, so they fit where an update does."""
         return self.batch_size // self.micro_batches
 
     @property
@@ -216,7 +204,7 @@ class Recipe:
     def objective(
         self, student: LlamaConfig, teacher: LlamaConfig, vocab_size: int, mesh: Mesh | None = None
     ) -> Objective:
-        """What is minimised, for two models.
+        """The objective for two models.
 
         Raises:
           ValueError: a layer that a model does not have.
@@ -225,7 +213,7 @@ class Recipe:
 
 
 def cache_identity(recipe: Recipe, teacher: OpenModel) -> Identity:
-    """What a cache must have been written with to serve this recipe.
+    """What a teacher cache must have been written with, for this recipe to read it.
 
     Raises:
       ValueError: the recipe names a layer that the teacher does not have.

@@ -1,4 +1,4 @@
-"""Training and validation chains of a recipe, cut into steps and encoded."""
+"""The training and validation chains of a recipe, cut into steps and encoded."""
 
 import hashlib
 from collections.abc import Sequence
@@ -24,32 +24,36 @@ from rtd_jax.train.recipe import DataSettings, Recipe
 
 @dataclass(frozen=True)
 class Chains:
-    """The chains of one split that fit into a row, as traces and encoded, in the same order.
+    """The chains of a split that fit into a row, as traces and encoded, in the same order.
 
-    Traces have the steps that a person or a classifier found; they decide the depth. With random boundaries (a control)
-    only the encoded chains have them.
+    The steps of the traces are those that a person or a classifier marked; they decide the depth. Random boundaries (a
+    control) are in the encoded chains only.
     """
 
     traces: tuple[Trace, ...]
     encoded: tuple[EncodedChain, ...]
-    too_long: int
+    too_long: int = 0  # chains left out, because they do not fit into a row
 
-    def of_stage(self, stage: Stage) -> list[int]:
-        return [i for i, trace in enumerate(self.traces) if stage.holds(trace.depth)]
+    def of_stage(self, stage: Stage, limit: int | None = None) -> "Chains":
+        """The chains whose depth belongs to a stage, or the first `limit` of them."""
+        chosen = [i for i, trace in enumerate(self.traces) if stage.holds(trace.depth)][:limit]
+        return Chains(tuple(self.traces[i] for i in chosen), tuple(self.encoded[i] for i in chosen))
 
 
 def load_splits(
     data: DataSettings, tokenizer: PreTrainedTokenizerBase, detector: Detector | None = None
 ) -> tuple[Chains, Chains]:
-    """Training and validation chains, cut by the detector if there is one, and encoded."""
+    """The training and validation chains, cut by the detector if there is one, and encoded."""
     traces = load_traces(data.train)
     if data.validation is not None:
         held_out = load_traces(data.validation)
     else:
         # By a stable hash of the prompt, so that the split survives new rows and another order.
-        chosen = [_unit_hash(trace.prompt) < data.validation_fraction for trace in traces]
-        held_out = [trace for trace, out in zip(traces, chosen, strict=True) if out]
-        traces = [trace for trace, out in zip(traces, chosen, strict=True) if not out]
+        groups: dict[bool, list[Trace]] = {True: [], False: []}
+        for trace in traces:
+            hashed = int.from_bytes(hashlib.sha256(trace.prompt.encode()).digest()[:8], "big") / 2**64
+            groups[hashed < data.validation_fraction].append(trace)
+        held_out, traces = groups[True], groups[False]
         if not held_out or not traces:
             raise ValueError(
                 f"data.validation_fraction {data.validation_fraction} leaves {len(traces)} training and "
@@ -61,7 +65,7 @@ def load_splits(
 
 
 def encode_split(traces: Sequence[Trace], data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Chains:
-    """Tokenises traces; those longer than a row are counted, and an error when they are too many."""
+    """Encodes traces and leaves out those longer than a row. Raises ValueError where they are too many."""
     encoded, report = encode_traces(
         tokenizer,
         recut(traces, data.segmentation),
@@ -77,25 +81,20 @@ def encode_split(traces: Sequence[Trace], data: DataSettings, tokenizer: PreTrai
 def prefixed_chains(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Sequence[Trace], traces: Sequence[Trace]
 ) -> list[EncodedChain]:
-    """The same chains behind solved training examples, however long: the other context of the calibration."""
-    text = recipe.data.text
-    shots = train[: recipe.curriculum.calibration_shots]
+    """The chains of `traces` behind solved training examples, of any length: the other context of the calibration."""
+    text, shots = recipe.data.text, train[: recipe.curriculum.calibration_shots]
     context = solved_examples(text, [(shot.prompt, shot.completion) for shot in shots])
     text = replace(text, context=text.context + context)
     return encode_traces(tokenizer, recut(traces, recipe.data.segmentation), text, row_length=2**31 - 1)[0]
 
 
 def row_length_of(chains: Sequence[EncodedChain]) -> int:
-    """Tokens of a row that holds the longest, a multiple of 64."""
-    return round_up(max(map(len, chains)), 64)
-
-
-def _unit_hash(text: str) -> float:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    """Tokens of a row that holds the longest of the chains, a multiple of 64."""
+    return round_up(max(len(chain) for chain in chains), 64)
 
 
 def make_detector(recipe: Recipe, teacher: OpenModel) -> Detector | None:
-    """What cuts the recipe's chains, where that is a classifier.
+    """The detector that cuts the recipe's chains into steps; None where no classifier does.
 
     Raises:
       ValueError: the classifier is missing or damaged, or was fitted to another teacher.
@@ -104,8 +103,8 @@ def make_detector(recipe: Recipe, teacher: OpenModel) -> Detector | None:
     if folder is None:
         return None
     classifier = load_classifier(folder)
-    named = f"the recipe's teacher {teacher.directory}"
-    classifier.check_teacher(teacher.fingerprint, teacher.tokenizer_fingerprint, named)
+    name = f"the recipe's teacher {teacher.directory}"
+    classifier.check_teacher(teacher.fingerprint, teacher.tokenizer_fingerprint, name)
 
     def load() -> tuple[LlamaModel, Params]:
         if recipe.teacher.cache and not teacher.is_loaded:

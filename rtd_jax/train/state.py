@@ -35,7 +35,7 @@ def state_shardings(
     axes: Mapping[str, tuple[str, ...]],
     offload: bool = False,
 ) -> TrainState:
-    """Sharding of each array of the state. Optimizer moments lie like the parameter they belong to.
+    """The sharding of each array of the state. The moments of a parameter are sharded like the parameter.
 
     Args:
       axes: logical axes of what is learned beside the student (`Objective.param_axes`).

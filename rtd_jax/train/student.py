@@ -11,11 +11,11 @@ from rtd_jax.models.config import LlamaConfig, layers_to_copy
 from rtd_jax.models.from_hf import load_config, load_params, resolve
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import OpenModel
-from rtd_jax.train.recipe import StudentSettings
+from rtd_jax.train.recipe import SIZES, StudentSettings
 
 
 def student_config(student: StudentSettings, teacher: LlamaConfig) -> LlamaConfig:
-    """The student's sizes: those of its checkpoint, those of the teacher with fewer layers, or as the settings say.
+    """The student's sizes: its checkpoint's, the teacher's with fewer layers, or the settings' own.
 
     Raises:
       ValueError: the checkpoint cannot be used, or the settings ask for more layers than the teacher has.
@@ -26,15 +26,7 @@ def student_config(student: StudentSettings, teacher: LlamaConfig) -> LlamaConfi
         if not 1 <= student.layers <= teacher.layers:
             raise ValueError(f"student.layers is {student.layers}; the teacher has {teacher.layers} to take them from")
         return replace(teacher, layers=student.layers)
-    return replace(
-        teacher,
-        layers=student.layers,
-        width=student.width,
-        mlp_width=student.mlp_width,
-        heads=student.heads,
-        kv_heads=student.kv_heads,
-        head_dim=student.head_dim,
-    )
+    return replace(teacher, **{name: getattr(student, name) for name in SIZES})
 
 
 def student_model(settings: StudentSettings, config: LlamaConfig, mesh: Mesh) -> LlamaModel:

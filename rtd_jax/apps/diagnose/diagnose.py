@@ -32,7 +32,7 @@ from rtd_jax.steps.classifier import load_classifier
 from rtd_jax.steps.detector import Detector
 from rtd_jax.steps.select import classifier_folder
 from rtd_jax.teacher.cache import TeacherCache
-from rtd_jax.train.subjects import LoadedModel, load_model, stage_checkpoint
+from rtd_jax.train.saved_models import LoadedModel, load_model, stage_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,21 +1,23 @@
-"""From a recipe to everything a run needs in memory: models, params, chains, mesh, optimizer, step."""
+"""From a recipe to everything that a run needs in memory: models, params, chains, mesh and the update."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from rtd_jax.base.sharding import check_rows, make_mesh, put_batch
+from rtd_jax.base.sharding import check_rows, host_share, make_mesh, put_batch
 from rtd_jax.base.types import Batch, Params
-from rtd_jax.data.encoding import chains_fingerprint
+from rtd_jax.data.encoding import EncodedChain, chains_fingerprint
+from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.tokenizer_match import compare_tokenizers
-from rtd_jax.methods.term import Objective
+from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings
+from rtd_jax.eval.scoring import ScoringSettings
+from rtd_jax.methods.term import Objective, Term
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.from_hf import resolve
 from rtd_jax.models.model import LlamaModel
@@ -34,20 +36,17 @@ from rtd_jax.train.update import TeacherSource, TrainStep, make_train_step
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that stays the same while a run goes on."""
+    """Everything that stays the same during a run."""
 
     recipe: Recipe
     mesh: Mesh
     tokenizer: PreTrainedTokenizerBase
-    vocab_size: int
     teacher: LlamaModel | None  # None where its outputs are read from a cache, or not at all
-    teacher_config: LlamaConfig
     teacher_params: Params  # empty without a teacher
     cache: TeacherCache | None
     reward: RewardModel | None  # None where no reward is learned from
     student: LlamaModel
     objective: Objective
-    optimizer: optax.GradientTransformation
     step: TrainStep
     train: Chains
     validation: Chains
@@ -56,122 +55,148 @@ class Experiment:
     max_boundaries: int  # slots of a chain, the prompt's end included
     fingerprints: dict[str, str]
 
-    def source(self, batch: Batch, states_only: bool = False) -> TeacherSource:
-        """The teacher, as a step or an evaluation of this very batch takes it: its params, or its cached outputs.
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary that are not padding."""
+        return len(self.tokenizer)
+
+    @property
+    def yardstick(self) -> Term:
+        """The term whose value on validation chains can end a stage."""
+        assert self.objective.yardstick is not None
+        return self.objective.yardstick
+
+    @property
+    def evaluator(self) -> ChainEvaluator:
+        """Evaluates models in the recipe's form of text."""
+        recipe = self.recipe
+        return ChainEvaluator(
+            self.tokenizer,
+            recipe.data.text,
+            DecodingSettings(recipe.evaluation.max_new_tokens, recipe.evaluation.batch_size),
+            ScoringSettings(recipe.data.row_length, recipe.rows_at_once),
+            self.mesh,
+        )
+
+    def batches(
+        self, chains: Sequence[EncodedChain], chains_per_row: int = 1, row_length: int | None = None
+    ) -> list[Batch]:
+        """The chains in order, in batches of as many rows as a micro-batch has; this process's rows, on the host."""
+        rows, length = self.recipe.rows_at_once, row_length or self.recipe.data.row_length
+        return fixed_batches(chains, rows, length, chains_per_row, self.max_boundaries, share=host_share(self.mesh))
+
+    def on_devices(self, batch: Batch, states_only: bool = False) -> tuple[TeacherSource, Batch]:
+        """The teacher, as an update or an evaluation of this batch takes it, and the batch: (params or outputs, batch).
 
         Args:
           batch: this process's rows, on the host.
-          states_only: leave the predictions out.
+          states_only: read only the boundary states from a cache, and read them whether or not the loss does.
         """
-        if not (self.objective.reads_teacher or states_only):
-            return {}
-        if self.cache is None:
-            return self.teacher_params
-        dtype = self.recipe.teacher.compute_dtype
-        return put_batch(self.cache.outputs(batch, states_only=states_only, dtype=dtype), self.mesh)
+        source: TeacherSource = {}
+        if self.objective.reads_teacher or states_only:
+            source = self.teacher_params
+            if self.cache is not None:
+                dtype = self.recipe.teacher.compute_dtype
+                source = put_batch(self.cache.outputs(batch, states_only=states_only, dtype=dtype), self.mesh)
+        return source, put_batch(batch, self.mesh)
 
 
 def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experiment, TrainState]:
-    """Everything a run needs, and its initial state. Cheap checks come first, weights last; `note` says what goes on.
+    """Everything that a run needs, and its initial state. `note` gets a line of text before each slow part.
+
+    What is quick to check comes first, and weights are loaded last.
 
     Raises:
-      ValueError: anything in the recipe, the data or the checkpoints that cannot work, with the place and the way out.
+      ValueError: anything in the recipe, the data or the models that cannot work, with the place and the way out.
     """
     mesh = make_mesh(recipe.mesh)
     check_rows(recipe.batch_size, mesh, recipe.micro_batches)
-    loaded = open_model(recipe.teacher, mesh, note)
-    teacher_dir, teacher_config, tokenizer = loaded.directory, loaded.config, loaded.tokenizer
-    student_dir = resolve(recipe.student.path) if recipe.student.init == "pretrained" else None
-    of_student = student_config(recipe.student, teacher_config)
-    if student_dir is not None:
-        for line in compare_tokenizers(tokenizer, load_tokenizer(student_dir), str(teacher_dir), str(student_dir)):
-            note(line)
-    vocab_size = len(tokenizer)
-    for name, config in (("teacher", teacher_config), ("student", of_student)):
-        if config.vocab_size < vocab_size:
-            raise ValueError(
-                f"the tokenizer has {vocab_size} tokens but the {name}'s embedding only {config.vocab_size} rows; "
-                f"give the {name} that belongs to the tokenizer in {teacher_dir}"
-            )
-
+    teacher = open_model(recipe.teacher, mesh, note)
+    config = _checked_config(recipe, teacher)
     note("reading and tokenising the chains")
-    detector = make_detector(recipe, loaded)
-    train, validation = load_splits(recipe.data, tokenizer, detector)
+    detector = make_detector(recipe, teacher)
+    train, validation = load_splits(recipe.data, teacher.tokenizer, detector)
     plan = tuple(stages(recipe.curriculum))
-    _check_stages(plan, train, validation)
-    for split, chains in (("train", train), ("validation", validation)):
-        if chains.too_long:
-            note(
-                f"{split}: {chains.too_long} chains longer than a row of {recipe.data.row_length} tokens were left out"
-            )
-
-    cache = None
+    _check_chains(recipe, plan, {"training": train, "validation": validation}, note)
+    cache, reward = None, None
     if recipe.teacher.cache:
-        cache = TeacherCache(Path(recipe.teacher.cache).expanduser(), cache_identity(recipe, loaded))
+        cache = TeacherCache(Path(recipe.teacher.cache).expanduser(), cache_identity(recipe, teacher))
         note(f"the teacher is read from the cache {recipe.teacher.cache}: its weights are not loaded")
-    reward = None
     if recipe.loss.reward_weight:
         check_rows(recipe.reward.rows, mesh, recipe.micro_batches, "reward.prompts_per_update x reward.samples =")
         folder = Path(recipe.reward.model).expanduser()
-        reward = load_head(folder, loaded.fingerprint, loaded.tokenizer_fingerprint, recipe.data.text.identity)
-    needed = _needs_weights(recipe)
-    teacher = loaded.model if needed else None
-    student = student_model(recipe.student, of_student, mesh)
-    teacher_params = loaded.params if needed else {}
+        reward = load_head(folder, teacher.fingerprint, teacher.tokenizer_fingerprint, recipe.data.text.identity)
+    is_run = not recipe.teacher.cache and bool(
+        recipe.loss.teaches()
+        or recipe.loss.reward_weight
+        or recipe.evaluation.teacher
+        or recipe.evaluation.drift_problems
+    )
+    student = student_model(recipe.student, config, mesh)
+    model, params = (teacher.model, teacher.params) if is_run else (None, {})
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
-    objective = recipe.objective(of_student, teacher_config, vocab_size, mesh)
-    state = _initial_state(recipe, student, loaded, objective, optimizer)
-    step = make_train_step(student, teacher, optimizer, objective, recipe.update, mesh)
+    objective = recipe.objective(config, teacher.config, len(teacher.tokenizer), mesh)
     experiment = Experiment(
         recipe=recipe,
         mesh=mesh,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        teacher=teacher,
-        teacher_config=teacher_config,
-        teacher_params=teacher_params,
+        tokenizer=teacher.tokenizer,
+        teacher=model,
+        teacher_params=params,
         cache=cache,
         reward=reward,
         student=student,
         objective=objective,
-        optimizer=optimizer,
-        step=step,
+        step=make_train_step(student, model, optimizer, objective, recipe.update, mesh),
         train=train,
         validation=validation,
         detector=detector,
         stages=plan,
         max_boundaries=1 + max(t.depth for chains in (train, validation) for t in chains.traces),
         fingerprints={
-            "teacher": loaded.fingerprint,
+            "teacher": teacher.fingerprint,
             "cache": "" if cache is None else cache.fingerprint,
             "reward": "" if reward is None else reward.digest,
-            "tokenizer": loaded.tokenizer_fingerprint,
+            "tokenizer": teacher.tokenizer_fingerprint,
             "data": chains_fingerprint((*train.encoded, *validation.encoded)),
-            "student_config": _digest(repr(of_student)),
+            "student_config": hashlib.sha256(repr(config).encode()).hexdigest(),
         },
     )
-    return experiment, state
+    return experiment, _initial_state(recipe, student, teacher, objective, optimizer)
 
 
-def _needs_weights(recipe: Recipe) -> bool:
-    """Whether anything that the recipe does runs the teacher."""
-    return not recipe.teacher.cache and bool(
-        recipe.loss.teaches()
-        or recipe.loss.reward_weight
-        or recipe.evaluation.teacher
-        or recipe.evaluation.drift_problems
-    )
+def _checked_config(recipe: Recipe, teacher: OpenModel) -> LlamaConfig:
+    """The student's sizes. Raises ValueError where the models' vocabularies or tokenizers do not fit together."""
+    config = student_config(recipe.student, teacher.config)
+    if recipe.student.init == "pretrained":
+        folder = resolve(recipe.student.path)
+        for line in compare_tokenizers(teacher.tokenizer, load_tokenizer(folder), str(teacher.directory), str(folder)):
+            teacher.note(line)
+    vocab_size = len(teacher.tokenizer)
+    for name, rows in (("teacher", teacher.config.vocab_size), ("student", config.vocab_size)):
+        if rows < vocab_size:
+            raise ValueError(
+                f"the tokenizer has {vocab_size} tokens but the {name}'s embedding only {rows} rows; give the {name} "
+                f"that belongs to the tokenizer in {teacher.directory}"
+            )
+    return config
 
 
-def _check_stages(plan: Sequence[Stage], train: Chains, validation: Chains) -> None:
-    for split, chains in (("training", train), ("validation", validation)):
+def _check_chains(
+    recipe: Recipe, plan: Sequence[Stage], splits: Mapping[str, Chains], note: Callable[[str], None]
+) -> None:
+    """Raises ValueError where a stage has no chain. Notes how many chains were left out."""
+    for split, chains in splits.items():
         for stage in plan:
-            if not chains.of_stage(stage):
-                have = sorted({trace.depth for trace in chains.traces})
+            if not chains.of_stage(stage, 1).traces:
+                depths = sorted({trace.depth for trace in chains.traces})
                 raise ValueError(
-                    f"curriculum stage {stage.name} has no {split} chain: the chains have {have} steps. Set "
-                    f"curriculum.depths to depths that exist, e.g. {tuple(have[:5])}, or add data"
+                    f"curriculum stage {stage.name} has no {split} chain: the chains have {depths} steps. Set "
+                    f"curriculum.depths to depths that exist, e.g. {tuple(depths[:5])}, or add data"
                 )
+        if chains.too_long:
+            note(
+                f"{split}: {chains.too_long} chains longer than a row of {recipe.data.row_length} tokens were left out"
+            )
 
 
 def _initial_state(
@@ -192,7 +217,3 @@ def _initial_state(
     shardings = state_shardings(abstract, optimizer, teacher.mesh, axes, recipe.optimizer.offload)
     params = initial_student(recipe.student, student, teacher, student_key, shardings.params["student"])
     return jax.jit(assemble, out_shardings=shardings, donate_argnums=0)(params)
-
-
-def _digest(text: Any) -> str:
-    return hashlib.sha256(str(text).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The end of a run: evaluation of a model in the recipe's text form, and the tables a person reads."""
+"""The end of a run: the drift between student and teacher, and the tables and the page that a person reads."""
 
 import json
 from collections.abc import Sequence
@@ -11,65 +11,46 @@ from rtd_jax.apps.distill.prepare import Experiment
 from rtd_jax.apps.report.page import write_report
 from rtd_jax.apps.report.tables import depth_table
 from rtd_jax.base.console import print_table
-from rtd_jax.base.sharding import host_share, put_batch, to_host
+from rtd_jax.base.sharding import to_host
 from rtd_jax.base.types import Params
-from rtd_jax.data.packing import fixed_batches
 from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure, transitions
-from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, first_of_each_depth
-from rtd_jax.eval.scoring import ScoringSettings
+from rtd_jax.eval.evaluate import first_of_each_depth
 from rtd_jax.methods.maps import state_map, transition_map
-from rtd_jax.methods.term import Setup
 from rtd_jax.train.update import make_boundary_reader
 
 RESAMPLES = 200  # for the intervals of the drift section
 
 
-def make_evaluator(experiment: Experiment) -> ChainEvaluator:
-    """What evaluates models in the recipe's form of text."""
-    recipe = experiment.recipe
-    return ChainEvaluator(
-        experiment.tokenizer,
-        recipe.data.text,
-        DecodingSettings(recipe.evaluation.max_new_tokens, recipe.evaluation.batch_size),
-        ScoringSettings(recipe.data.row_length, recipe.rows_at_once),
-        experiment.mesh,
-    )
-
-
 def drift_section(experiment: Experiment, params: Params) -> dict[str, Any]:
-    """Does the student leave the teacher's trajectory? On validation chains, whose states a cache has too.
+    """Does the student leave the teacher's trajectory? Measured on validation chains: a cache has their states too.
 
-    What `rtd_jax.eval.drift.measure` says: CKA and cosines by step, and whether the cosine of a transition tells right
-    steps and chains from wrong ones. What is right is the student's own: steps under teacher forcing, chains by
-    free-running decoding. f and g are the run's own where its loss trained them; else linear maps fitted on one half of
-    the chains and used on the other.
+    See `rtd_jax.eval.drift.measure`: CKA and cosines by step, and whether the cosine of a transition tells right steps
+    and chains from wrong ones. Steps are judged under teacher forcing, chains by what the student decodes freely. f and
+    g are the run's own where its loss trained them; else linear maps, fitted on one half of the chains and used on the
+    other.
     """
-    recipe, split = experiment.recipe, experiment.validation
-    problems = first_of_each_depth(split.traces, recipe.evaluation.drift_problems)
+    loss, split = experiment.recipe.loss, experiment.validation
+    problems = first_of_each_depth(split.traces, experiment.recipe.evaluation.drift_problems)
     place = {id(trace): i for i, trace in enumerate(split.traces)}
     chains = [split.encoded[place[id(trace)]] for trace in problems]
-    _, records = make_evaluator(experiment)(experiment.student, params["student"], problems)
-    setup = Setup(experiment.student.config, experiment.teacher_config, experiment.vocab_size)
-    read = make_boundary_reader(experiment.student, experiment.teacher, recipe.loss.matched_layers(setup))
-    share, shape = host_share(experiment.mesh), (recipe.rows_at_once, recipe.data.row_length, 1)
+    _, records = experiment.evaluator(experiment.student, params["student"], problems)
+    reads = experiment.yardstick.reads
+    layers = reads.student_boundaries[0], reads.teacher_boundaries[0]
+    read = make_boundary_reader(experiment.student, experiment.teacher, layers)
     parts = []
-    for batch in fixed_batches(chains, *shape, experiment.max_boundaries, share=share):
-        source = experiment.source(batch, states_only=True)
-        placed = put_batch(batch, experiment.mesh)
-        both = to_host((*read(params, source, placed), placed.boundary_mask_BCK))
-        parts.append([x[:, 0] for x in both])
-    of_student, of_teacher, mask = (np.concatenate(x)[: len(chains)] for x in zip(*parts, strict=True))
-    states = BoundaryStates(of_student, of_teacher, mask.astype(bool))
-    loss = recipe.loss
-    trained = {"f": bool(loss.alignment_weight or loss.token_alignment_weight), "g": bool(loss.coherence_weight)}
-    own = {"f": state_map(params), "g": transition_map(params)}
-    maps: dict[str, Sequence[Map]] = {
-        name: [None if own[name] is None else np.asarray(to_host(own[name]))] * len(chains)
-        if is_own
-        else cross_fitted(transitions(states) if name == "g" else states, seed=0)
-        for name, is_own in trained.items()
-    }
-    found = measure(
+    for batch in experiment.batches(chains):
+        source, placed = experiment.on_devices(batch, states_only=True)
+        parts.append([x[:, 0] for x in to_host((*read(params, source, placed), placed.boundary_mask_BCK))])
+    student_CKS, teacher_CKD, mask_CK = (np.concatenate(x)[: len(chains)] for x in zip(*parts, strict=True))
+    states = BoundaryStates(student_CKS, teacher_CKD, mask_CK.astype(bool))
+    is_trained = {"f": bool(loss.alignment_weight or loss.token_alignment_weight), "g": bool(loss.coherence_weight)}
+    maps: dict[str, Sequence[Map]] = {}
+    for name, own in (("f", state_map(params)), ("g", transition_map(params))):
+        if is_trained[name]:
+            maps[name] = [None if own is None else np.asarray(to_host(own))] * len(chains)
+        else:
+            maps[name] = cross_fitted(transitions(states) if name == "g" else states, seed=0)
+    section = measure(
         states,
         (maps["f"], maps["g"]),
         [record["teacher_forced"] for record in records],
@@ -77,7 +58,7 @@ def drift_section(experiment: Experiment, params: Params) -> dict[str, Any]:
         resamples=RESAMPLES,
         seed=0,
     )
-    return found | {"maps": {name: "the run's own" if is_own else "fitted" for name, is_own in trained.items()}}
+    return section | {"maps": {name: "the run's own" if own else "fitted" for name, own in is_trained.items()}}
 
 
 def print_report(report: dict[str, Any], workdir: Path) -> None:
@@ -87,13 +68,13 @@ def print_report(report: dict[str, Any], workdir: Path) -> None:
         print_table(f"Accuracy by reasoning depth: {name} (± one standard error)", *depth_table(report[name]))
     stages = [
         (
-            s["depth"],
-            s["updates"],
-            f"{s['threshold']:.4f}",
-            "-" if s["coherence"] is None else f"{s['coherence']:.4f}",
-            s["ended_by"],
+            stage["depth"],
+            stage["updates"],
+            f"{stage['threshold']:.4f}",
+            "-" if stage["coherence"] is None else f"{stage['coherence']:.4f}",
+            stage["ended_by"],
         )
-        for s in report["stages"]
+        for stage in report["stages"]
     ]
     print_table("Curriculum", ["stage", "updates", "threshold", "coherence", "ended by"], stages)
     perplexities = ", ".join(f"{name} {report[name]['perplexity']:.3f}" for name in names)
@@ -105,12 +86,11 @@ def print_report(report: dict[str, Any], workdir: Path) -> None:
 
 
 def write_page(report: dict[str, Any], workdir: Path) -> None:
-    """report.html of a run: what report.json, metrics.jsonl and generations.jsonl in `workdir` say."""
+    """Writes report.html of a run, from its report, and metrics.jsonl and generations.jsonl in `workdir`."""
     lines = (workdir / "generations.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    examples = [record for record in map(json.loads, lines) if record["model"] == "student"]
     models = {name: report[name] for name in ("student", "teacher") if name in report}
     shown = {"title": f"Run {workdir.name}", "models": models, "stages": report["stages"]}
     if "drift" in report:
         shown["texts"] = {"reference": report["drift"]}
-    examples = [record for record in records if record["model"] == "student"]
     write_report(workdir, shown, examples, workdir / "metrics.jsonl")

@@ -1,5 +1,6 @@
 """`train`: from a recipe and a work directory to a distilled student and its report."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -9,8 +10,8 @@ from typing import Any
 import jax
 
 from rtd_jax.apps.distill.prepare import Experiment, prepare
-from rtd_jax.apps.distill.report import drift_section, make_evaluator, print_report, write_page
-from rtd_jax.apps.distill.stages import Run, Sinks, run_stages
+from rtd_jax.apps.distill.report import drift_section, print_report, write_page
+from rtd_jax.apps.distill.stages import Run, Trainer
 from rtd_jax.base.console import Display
 from rtd_jax.base.files import check_writable, write_json, write_jsonl
 from rtd_jax.base.types import Params
@@ -42,82 +43,74 @@ def train(recipe: Recipe, workdir: Path) -> Path:
     latest = checkpoints.latest()
     if latest is not None:  # before anything heavy is loaded
         check_same_settings(latest, settings)
-    speaks = jax.process_index() == 0
+    is_lead = jax.process_index() == 0
     clock = Clock()
     with clock.span("loading and tokenising"):
-        experiment, state = prepare(recipe, functools.partial(print, flush=True) if speaks else lambda _: None)
-        run = _starting_point(experiment, state, latest)
-    if speaks:
+        experiment, state = prepare(recipe, functools.partial(print, flush=True) if is_lead else lambda _: None)
+        run = _starting_point(experiment, state, clock, latest)
+    if is_lead:
         write_json(workdir / "settings.json", settings)
-    log = MetricsLog(workdir, int(run.state.step))
-    try:
-        with Display(recipe.total_updates, int(run.state.step), silent=not speaks) as display:
-            display.note(_summary(experiment, run, workdir))
-            run_stages(experiment, run, Sinks(checkpoints, log, display, settings, clock))
-            display.note("writing the student as a Hugging Face folder, then evaluating by greedy decoding")
-            with clock.span("evaluation"):
-                save_pretrained(
-                    workdir / "student",
-                    experiment.student.config,
-                    run.state.params["student"],
-                    tokenizer=experiment.tokenizer,
-                )
-                report = _evaluate(experiment, run, display, workdir)
-    finally:
-        log.close()
+    with (
+        contextlib.closing(MetricsLog(workdir, int(run.state.step))) as log,
+        Display(recipe.total_updates, int(run.state.step), silent=not is_lead) as display,
+    ):
+        display.note(_summary(experiment, run, workdir))
+        Trainer(experiment, run, checkpoints, log, display).train_stages()
+        display.note("writing the student as a Hugging Face folder, then evaluating by greedy decoding")
+        with clock.span("evaluation"):
+            student, params = experiment.student, run.state.params["student"]
+            save_pretrained(workdir / "student", student.config, params, tokenizer=experiment.tokenizer)
+            report = _evaluate(experiment, run, display, workdir)
     report["wall_seconds"] = round(time.monotonic() - started, 1)
-    report["train_seconds"] = round(run.seconds(clock), 1)  # of all processes that the run had
+    report["train_seconds"] = round(run.seconds, 1)  # of all processes that the run had
     report["seconds"] = clock.seconds()  # of this process: a run that was resumed has had others before
-    if speaks:
+    if is_lead:
         write_json(workdir / "report.json", report)
         write_page(report, workdir)
         print_report(report, workdir)
     return workdir / "report.json"
 
 
-def _starting_point(experiment: Experiment, state: TrainState, latest: Path | None) -> Run:
-    """This workdir's newest checkpoint if it has one, else `resume_from`'s stage checkpoint, else a fresh run."""
+def _starting_point(experiment: Experiment, state: TrainState, clock: Clock, latest: Path | None) -> Run:
+    """The workdir's newest checkpoint if it has one, else the stage checkpoint of `resume_from`, else a fresh run."""
     resume_from = experiment.recipe.resume_from
     if latest is None and not resume_from:
-        return Run(state)
-    path = latest if latest is not None else Path(resume_from).expanduser().absolute()
+        return Run(state, clock)
+    path = latest or Path(resume_from).expanduser().absolute()
     meta = read_meta(path)
-    own = latest is not None
-    _check_fingerprints(path, meta["fingerprints"], experiment.fingerprints, data_too=own)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    run = Run.from_meta(restore_state(path, abstract), meta)
-    if not own:
+    own = () if latest is None else ("data", "cache", "reward")  # another run may have had other ones
+    for name in ("teacher", "tokenizer", "student_config", *own):
+        before, now = str(meta["fingerprints"].get(name, "")), experiment.fingerprints[name]
+        if before != now:
+            raise ValueError(
+                f"{path} was made with another {name.replace('_', ' ')} (fingerprint {before[:12]}, now {now[:12]}); "
+                "restore it, or start afresh in another --workdir"
+            )
+    run = Run.from_meta(restore_state(path, state), clock, meta)
+    if latest is None:
         if run.iterator is not None:
             raise ValueError(
                 f"resume_from {path} was taken inside a stage; give a stage checkpoint (checkpoints/stages/<n>)"
             )
-        names = [stage.name for stage in experiment.stages[: len(run.records)]]
-        if names != [record.depth for record in run.records]:
+        finished = [record.depth for record in run.records]
+        planned = [stage.name for stage in experiment.stages[: len(finished)]]
+        if finished != planned:
             raise ValueError(
-                f"{path} finished stages {[record.depth for record in run.records]}, but this recipe begins with "
-                f"{names}; use the same curriculum.depths"
+                f"{path} finished stages {finished}, but this recipe begins with {planned}; use the same "
+                "curriculum.depths"
             )
     return run
 
 
-def _check_fingerprints(path: Path, before: dict[str, str], now: dict[str, str], data_too: bool) -> None:
-    for name in ("teacher", "tokenizer", "student_config", *(("data", "cache", "reward") if data_too else ())):
-        if before.get(name, "") != now[name]:
-            raise ValueError(
-                f"{path} was made with another {name.replace('_', ' ')} (fingerprint {str(before.get(name))[:12]}, now "
-                f"{now[name][:12]}); restore it, or start afresh in another --workdir"
-            )
-
-
 def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path) -> dict[str, Any]:
-    recipe = experiment.recipe
-    test = load_traces(recipe.data.test)
+    """Evaluates student and teacher on the test problems: the content of report.json. Writes generations.jsonl."""
+    recipe, test = experiment.recipe, load_traces(experiment.recipe.data.test)
     if recipe.data.test.schema == "prose" and experiment.detector is not None:  # others have steps of their own
         test = experiment.detector.cut(test)
     fitting = encode_split(test, recipe.data, experiment.tokenizer).traces
     problems = first_of_each_depth(fitting, recipe.evaluation.problems_per_depth)
     report: dict[str, Any] = {
-        "stages": [record.to_dict() for record in run.records],
+        "stages": [dataclasses.asdict(record) for record in run.records],
         "updates": int(run.state.step),
         "perplexity": {},
         "chain_accuracy": {},
@@ -127,35 +120,34 @@ def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path)
     if recipe.evaluation.teacher and experiment.teacher is not None:  # a cache cannot write solutions
         models["teacher"] = (experiment.teacher, experiment.teacher_params)
     generations: list[dict[str, Any]] = []
-    evaluator = make_evaluator(experiment)
     for name, (model, params) in models.items():
-        report[name], records = evaluator(model, params, problems, progress=decoding_notes(display.note, name))
+        note = decoding_notes(display.note, name)
+        report[name], records = experiment.evaluator(model, params, problems, progress=note)
         for key in ("chain_accuracy", "step_accuracy", "perplexity"):
             report[key][name] = report[name][key]
         generations += [{"model": name, **record} for record in records]
     if recipe.evaluation.every:
         report["curve"] = run.curve
     if recipe.evaluation.drift_problems:
-        if experiment.teacher is None and experiment.cache is None:
-            display.note("no drift is measured: neither the teacher nor a cache of it is there")
-        else:
-            display.note("reading validation chains with both models")
-            report["drift"] = drift_section(experiment, run.state.params)
+        display.note("reading validation chains with both models")
+        report["drift"] = drift_section(experiment, run.state.params)
     if jax.process_index() == 0:
         write_jsonl(workdir / "generations.jsonl", generations)
     return report
 
 
 def _summary(experiment: Experiment, run: Run, workdir: Path) -> str:
-    def million(params: Params) -> str:
+    """What the run begins with, in a line."""
+
+    def millions(params: Params) -> str:
         return f"{sum(x.size for x in jax.tree.leaves(params)) / 1e6:.2f}M"
 
-    of_teacher = "not needed" if experiment.teacher is None else f"{million(experiment.teacher_params)} params"
-    of_teacher = "from its cache" if experiment.cache else of_teacher
-    mesh = " x ".join(f"{name} {size}" for name, size in experiment.mesh.shape.items())
-    begin = f"resuming at update {int(run.state.step)}" if int(run.state.step) else "starting"
+    teacher = "from its cache" if experiment.cache else "not needed"
+    if experiment.teacher is not None:
+        teacher = f"{millions(experiment.teacher_params)} params"
+    step = int(run.state.step)
     return (
-        f"{begin} in {workdir}: teacher {of_teacher}, student "
-        f"{million(run.state.params['student'])}, {len(experiment.train.encoded)} training chains, mesh {mesh} on "
-        f"{jax.devices()[0].platform}"
+        f"{f'resuming at update {step}' if step else 'starting'} in {workdir}: teacher {teacher}, student "
+        f"{millions(run.state.params['student'])}, {len(experiment.train.encoded)} training chains, mesh "
+        f"{' x '.join(f'{name} {size}' for name, size in experiment.mesh.shape.items())} on {jax.devices()[0].platform}"
     )

@@ -1,6 +1,6 @@
-"""Opens any saved model by one string: a Hugging Face folder, a hub name, or a stage checkpoint of a run."""
+"""Loads any saved model by one string: a Hugging Face folder, a hub name, or a stage checkpoint of a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -32,8 +32,8 @@ class LoadedModel:
       name: for reports.
       params: empty where they were not asked for.
       directory: the Hugging Face folder or the stage checkpoint.
-      text: the form of text that a run trained it on. It and what follows are unset for a Hugging Face folder.
-      f, g: the run's maps from its width to the teacher's, for states and for transitions. [S, D]
+      text: the form of text that a run trained it on. Unset for a Hugging Face folder, as are the attributes below.
+      f, g: the run's maps for states and for transitions, [S, D]; the identity where it has none.
       layers: the (student, teacher) layers that the maps join.
       teacher_fingerprint: of the run's teacher.
     """
@@ -71,16 +71,16 @@ def load_model(
       ValueError: there is no model of that name, it is not a Llama, or it is a checkpoint whose teacher is gone; or a
         stage checkpoint is asked for without weights: a cache belongs to a Hugging Face folder.
     """
-    mesh = make_mesh(MeshSettings())
-    stage = stage_checkpoint(path)
+    mesh, stage = make_mesh(MeshSettings()), stage_checkpoint(path)
     if stage is not None and not weights:
         raise ValueError(f"{path} is a run's checkpoint, of which there is no teacher cache; give the teacher's folder")
     if stage is not None:
-        return _from_stage(stage, dtype, compute_dtype, mesh)
-    opened = open_model(ModelSettings(path, dtype, compute_dtype), mesh, lambda _: None)
-    name = _labelled(opened.directory.name, dtype)
-    params = opened.params if weights else {}
-    return LoadedModel(name, opened.model, params, opened.tokenizer, mesh, opened.directory)
+        loaded = _load_stage(stage, dtype, compute_dtype, mesh)
+    else:
+        opened = open_model(ModelSettings(path, dtype, compute_dtype), mesh, lambda _: None)
+        params, directory = opened.params if weights else {}, opened.directory
+        loaded = LoadedModel(directory.name, opened.model, params, opened.tokenizer, mesh, directory)
+    return loaded if dtype == "float32" else replace(loaded, name=f"{loaded.name} ({dtype})")
 
 
 def stage_checkpoint(path: str) -> Path | None:
@@ -92,7 +92,7 @@ def stage_checkpoint(path: str) -> Path | None:
     return max(stages, key=lambda x: int(x.name)).absolute() if stages else None
 
 
-def _from_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh: Mesh) -> LoadedModel:
+def _load_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh: Mesh) -> LoadedModel:
     meta = read_meta(path)
     recipe = build(Recipe, meta["settings"], "settings")
     try:
@@ -105,29 +105,27 @@ def _from_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh:
         ) from error
     model = LlamaModel(config, compute_dtype, activation_sharding=row_sharding(mesh))
     objective = recipe.objective(config, teacher.config, config.vocab_size)
-    maps = jax.eval_shape(lambda: objective.init_params(jax.random.key(0), config.width, teacher.config.width))
-    abstract: Params = {"student": model.abstract_params(), **maps}
+    learned = jax.eval_shape(lambda: objective.init_params(jax.random.key(0), config.width, teacher.config.width))
+    abstract: Params = {"student": model.abstract_params(), **learned}
     axes = {"student": logical_axes(abstract["student"]), **objective.param_axes()}
     restored = restore_params(path, abstract, param_shardings(abstract, axes, mesh))
-    params, f, g = restored["student"], state_map(restored), transition_map(restored)
+    params = restored["student"]
     if dtype == INT8:
         params = jax.jit(quantize_params)(params)
     elif dtype != "float32":
         params = jax.tree.map(lambda x: x.astype(dtype), params)
+    maps = state_map(restored), transition_map(restored)
+    f, g = (np.eye(config.width) if x is None else np.asarray(x) for x in maps)
     return LoadedModel(
-        name=_labelled(f"{path.parents[2].name}, stage {path.name}", dtype),
+        name=f"{path.parents[2].name}, stage {path.name}",
         model=model,
         params=params,
         tokenizer=teacher.tokenizer,
         mesh=mesh,
         directory=path,
         text=recipe.data.text,
-        f=np.eye(config.width) if f is None else np.asarray(f),
-        g=np.eye(config.width) if g is None else np.asarray(g),
+        f=f,
+        g=g,
         layers=recipe.loss.matched_layers(Setup(config, teacher.config, config.vocab_size)),
         teacher_fingerprint=meta["fingerprints"]["teacher"],
     )
-
-
-def _labelled(name: str, dtype: str) -> str:
-    return name if dtype == "float32" else f"{name} ({dtype})"
