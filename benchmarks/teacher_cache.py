@@ -159,7 +159,7 @@ def what_is_lost(name: str, overrides: dict[str, Any], batches: int) -> str:
                 tails.append([top.tail_BL[counted].mean(), top.soft_tail_BL[counted].mean()])
             kl, kl_cached, soft, soft_cached = np.mean(found, axis=0)
             keys = {_key(chain): len(chain) for chain in (*online.train.encoded, *online.validation.encoded)}
-            size = sum(cache.size(key) for key in keys)
+            size = sum(path.stat().st_size for path in place.glob("shard-*.array_record"))
             tail, soft_tail = np.mean(tails, axis=0)
             rows.append(
                 (
@@ -174,7 +174,8 @@ def what_is_lost(name: str, overrides: dict[str, Any], batches: int) -> str:
             )
     columns = ("k", "KL at T = 1", "T^2 KL at T = 4", "gradient's cosine", "mass of the bucket at T = 1, 4")
     table = markdown_table((*columns, "bytes a token on disk", "tokens/s read"), rows)
-    width, vocab = online.teacher_config.width, online.vocab_size
+    assert online.teacher is not None
+    width, vocab = online.teacher.config.width, online.vocab_size
     return table + (
         f"\n\n`{name}`, teacher width {width}, vocabulary {vocab:,}; {batches} batches of {recipe.batch_size} rows, at "
         "the student's start, compact storage. The gradient is that of the KD loss by all params of the student."
