@@ -32,7 +32,8 @@ from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.base.types import Batch, TeacherOutputs, TopK
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.term import Objective, Setup
-from rtd_jax.models import LlamaConfig, LlamaModel
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.model import LlamaModel
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import TrainState, create_state

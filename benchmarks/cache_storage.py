@@ -34,7 +34,8 @@ from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.sources import SourceSettings, load_traces
-from rtd_jax.models import LlamaConfig, LlamaModel
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import ModelSettings, open_model
 from rtd_jax.teacher.cache import (
     CacheSettings,
@@ -43,7 +44,6 @@ from rtd_jax.teacher.cache import (
     TeacherCache,
     chain_key,
     encode_record,
-    predicting_positions,
 )
 from rtd_jax.teacher.predictions import top_k_predictions
 
@@ -67,7 +67,7 @@ def predictions(model: LlamaModel, params: Any, vocab_size: int, chains: Sequenc
     for batch in fixed_batches(chains, ROWS, length, 1, slots):
         top = jax.device_get(forward(params, batch))
         for row in range(min(ROWS, len(chains) - len(found))):
-            predicting = predicting_positions(batch.loss_weights_BL[row])
+            predicting = np.flatnonzero(np.asarray(batch.loss_weights_BL[row])[1:] > 0)
             found.append(TopK(*(array[row, predicting] for array in top)))
         print(f"{len(found)} of {len(chains)} chains", flush=True)
     return found

@@ -29,7 +29,8 @@ Generate = Callable[[list[list[int]], int], list[list[int]]]
 def ours(model: Path) -> Generate:
     """rtd_jax, float32."""
     from rtd_jax.eval.decoding import GenerateSettings, generate
-    from rtd_jax.models import LlamaModel, load_config, load_params
+    from rtd_jax.models.from_hf import load_config, load_params
+    from rtd_jax.models.model import LlamaModel
 
     config = load_config(model)
     llama, params = LlamaModel(config), load_params(model, config)

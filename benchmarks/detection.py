@@ -48,7 +48,7 @@ def published_flops(name: str) -> tuple[float, float, float]:
     """FLOPs for a batch of a published recipe: an update, the teacher's reading of it, and the head alone."""
     recipe = build(Recipe, importlib.import_module(f"configs.{name}").get_config().to_dict())
     abstract = abstract_step(recipe, make_mesh(MeshSettings(), jax.devices()[:1]))
-    traced = abstract.step.trace(abstract.state, abstract.source, abstract.batch, abstract.objective.coefficients())
+    traced = abstract.step.trace(*abstract.arguments)
     config = abstract.teacher.config
     rows = jax.ShapeDtypeStruct(abstract.batch.tokens_BL.shape, jnp.int32)
     states = jax.ShapeDtypeStruct((*rows.shape, LAYERS, config.width), jnp.float16)

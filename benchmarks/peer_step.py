@@ -33,7 +33,8 @@ def ours(
     from rtd_jax.base.sharding import MeshSettings, make_mesh
     from rtd_jax.methods import LossSettings
     from rtd_jax.methods.term import Setup
-    from rtd_jax.models import LlamaModel, load_config, load_params
+    from rtd_jax.models.from_hf import load_config, load_params
+    from rtd_jax.models.model import LlamaModel
     from rtd_jax.train.state import create_state
     from rtd_jax.train.update import make_train_step
 

@@ -24,7 +24,8 @@ from rtd_jax.base.types import Batch
 from rtd_jax.losses import kd
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.term import Setup
-from rtd_jax.models import LlamaConfig, LlamaModel
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.model import LlamaModel
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import create_state
 from rtd_jax.train.update import apply_update, make_train_step

@@ -31,7 +31,8 @@ from rtd_jax.data.loader import BatchLoader
 from rtd_jax.losses import kd_sums, top_k_kd_sums
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.term import Setup
-from rtd_jax.models import LlamaConfig, LlamaModel
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import open_model
 from rtd_jax.teacher.cache import TeacherCache, chain_key
 from rtd_jax.teacher.online import teacher_outputs

@@ -22,15 +22,11 @@ TEACHER = "meta-llama/Meta-Llama-3-70B-Instruct"
 def get_config(arg: str = "") -> ConfigDict:
     words = words_of(arg, ("grid", "cached"))
     c = defaults(StudyRecipe)
-    c.base = "configs/rtd_8b.py"  # config of every run; all methods train on the teacher's chains
-    c.parallel = 1  # a run takes all devices
+    c.base = (
+        "configs/rtd_8b.py"  # config of every run, which takes all devices; all methods train on the teacher's chains
+    )
     c.seeds = (0, 1, 2)  # of projections and data order; the same for every method
-    c.baseline = "kd"  # what differences are taken to
-    c.deep = 4  # steps from which a problem counts as deep
-    c.report = ""  # where the report is written besides <workdir>/study.md
-    c.only = ()  # methods that are run; () runs all
 
-    c.prepare = ConfigDict()
     c.prepare.reward = (
         "reward_model",
         "--config=configs/reward_tiny.py",
@@ -52,7 +48,6 @@ def get_config(arg: str = "") -> ConfigDict:
         "--config.teacher.cache={cache}",
     )
 
-    c.tasks = ConfigDict()
     c.tasks.gsm8k = (
         "evaluation.teacher=False",
         "evaluation.problems_per_depth=300",
@@ -61,16 +56,15 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     every = methods()
     every["kd_long"] = Method((*KD, "total_updates=64000"), "longer")  # about RTD's time, by the article's 60%
-    asks = {"kd_long": "is RTD better than KD with 1.6 times the updates, about its time?"}
-    every["rtd"] = dataclasses.replace(every["rtd"], compared_with=every["rtd"].compared_with | asks)
+    question = {"kd_long": "is RTD better than KD with 1.6 times the updates, about its time?"}
+    every["rtd"] = dataclasses.replace(every["rtd"], compared_with=every["rtd"].compared_with | question)
     if "grid" in words:
         every = only(every, ["kd"]) | weight_grid(True)
     else:
         smaller = ("student.path=meta-llama/Llama-3.2-1B-Instruct",)
         c.tasks.smaller_student = (*c.tasks.gsm8k, *smaller)  # is the gain smaller below a capacity?
-        c.task_methods = ConfigDict()
         c.task_methods.smaller_student = ("kd", "rtd", "kd_curriculum")  # of all methods
-        c.smaller_than = ConfigDict({"smaller_student": "gsm8k"})  # {task of a smaller student: of the larger}
+        c.smaller_than = {"smaller_student": "gsm8k"}  # {task of a smaller student: of the larger}
     if "cached" in words:
         for name in FROM_CACHE:
             if name in every:

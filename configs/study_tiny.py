@@ -220,14 +220,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.base = "configs/rtd_tiny.py"  # config of every run
     c.parallel = 2  # runs side by side, on equal shares of the cores; 0: only the report of finished runs
     c.seeds = (0,) if smoke else (0, 1, 2, 3, 4)  # of params and data order; the same for every method
-    c.baseline = "kd"  # what differences are taken to
-    c.deep = 4  # steps from which a problem counts as deep
-    c.report = ""  # where the report is written besides <workdir>/study.md
-    c.only = ()  # methods that are run; () runs all
 
     # Made once, where a run asks for it: a command of `python -m rtd_jax` and its flags; {name} is its folder.
     few = ("--config.train.limit=60", "--config.test.limit=60", "--config.epochs=2", "--config.resamples=20")
-    c.prepare = ConfigDict()
     c.prepare.traces = (  # the teacher's own chains, where the answer is right
         "traces",
         "--config=configs/traces_tiny.py",
@@ -269,14 +264,12 @@ def get_config(arg: str = "") -> ConfigDict:
         "evaluation.curve_problems=10",
         "evaluation.drift_problems=32",
     )
-    whole = ("evaluation.teacher=False", *(SMALL if smoke else measured))
-    c.tasks = ConfigDict()  # overrides
-    c.about = ConfigDict()  # for the report
-    c.task_methods = ConfigDict()  # of a task that does not have all
+    evaluation = ("evaluation.teacher=False", *(SMALL if smoke else measured))
     budget = () if smoke else (f"data.train.limit={FEW}", "total_updates=300")
-    c.tasks.few_problems = (*whole, *budget)  # the task that has all methods
-    about = f"Word problems, {FEW} to train on, 300 updates, the learning rate annealed over them."
-    c.about.few_problems = about  # for the report
+    c.tasks.few_problems = (*evaluation, *budget)  # the task that has all methods
+    c.about.few_problems = (  # for the report
+        f"Word problems, {FEW} to train on, 300 updates, the learning rate annealed over them."
+    )
 
     every = methods()
     every["cot_ft"] = changed(every["cot_ft"], "data.train.schema=stepwise", "data.train.location={traces}")
@@ -284,8 +277,8 @@ def get_config(arg: str = "") -> ConfigDict:
     # model without compression: at first only the labels have a gradient, and the other terms hold on to the
     # trajectory. A tenth of the learning rate, for it has nothing to learn anew; `self_kd` is the same without RTD.
     slowly = ("student.layers=4", "optimizer.learning_rate=2e-4")
-    asks = {"self_kd": "does coherence add to training the teacher on?"}
-    every["self_distillation"] = Method(slowly, "self-distillation", asks, **ALIGNED, **COHERENT, **STAGED)
+    question = {"self_kd": "does coherence add to training the teacher on?"}
+    every["self_distillation"] = Method(slowly, "self-distillation", question, **ALIGNED, **COHERENT, **STAGED)
     every["self_kd"] = Method((*KD, *slowly))
     if smoke:
         every = only(every, SMOKE)
@@ -296,18 +289,18 @@ def get_config(arg: str = "") -> ConfigDict:
         every = conditions()
     elif "lift" in words:
         every = only(every, AT_ONCE)
-        c.tasks, c.about = ConfigDict(), ConfigDict()
-        _add_lift(c, whole)
+        del c.tasks.few_problems, c.about.few_problems
+        _add_lift(c, evaluation)
         c.seeds = tuple(range(10))  # seeds differ widely there
     else:
         _add_larger_student(c)
         if "cached" not in words:  # the cache is the bundled teacher's, on word problems
-            _add_cups(c, whole)
-            _add_lift(c, whole)
+            _add_cups(c, evaluation)
+            _add_lift(c, evaluation)
             c.task_methods.lift = PARTS  # all combinations
-        updates, asks = f"total_updates={PLATEAU}", "is anything left when both have had many more updates?"
+        updates, question = f"total_updates={PLATEAU}", "is anything left when both have had many more updates?"
         every["kd_plateau"] = Method((*KD, updates), "longer")
-        every["rtd_plateau"] = Method((updates,), "longer", {"kd_plateau": asks}, **ALIGNED, **COHERENT, **STAGED)
+        every["rtd_plateau"] = Method((updates,), "longer", {"kd_plateau": question}, **ALIGNED, **COHERENT, **STAGED)
         c.about.few_problems += (
             f" `kd_plateau` and `rtd_plateau` have {PLATEAU} updates: what is left to be learned by then."
         )
@@ -322,10 +315,10 @@ def get_config(arg: str = "") -> ConfigDict:
     return c
 
 
-def _add_lift(c: ConfigDict, whole: tuple[str, ...]) -> None:
+def _add_lift(c: ConfigDict, evaluation: tuple[str, ...]) -> None:
     """Students that learn from nothing: every stage of the curriculum has something to learn, and updates for it."""
     c.tasks.lift = (
-        *whole,
+        *evaluation,
         *(f"data.{split}.schema=lift" for split in ("train", "validation", "test")),
         "teacher.path={lift_teacher}/model",
         "data.train.limit=6000",
@@ -350,15 +343,15 @@ def _add_larger_student(c: ConfigDict) -> None:
     c.tasks.larger_student = (*c.tasks.few_problems, "student.layers=3")  # else the same
     c.task_methods.larger_student = ("kd", "rtd")  # their difference is what is compared
     c.about.larger_student = "As few_problems, with a student of three layers."  # for the report
-    c.smaller_than = ConfigDict({"few_problems": "larger_student"})  # {task of a smaller student: of the larger}
+    c.smaller_than = {"few_problems": "larger_student"}  # {task of a smaller student: of the larger}
 
 
-def _add_cups(c: ConfigDict, whole: tuple[str, ...]) -> None:
+def _add_cups(c: ConfigDict, evaluation: tuple[str, ...]) -> None:
     """Problems of another nature."""
     path = "{cups_teacher}/model"
     budget = ("student.layers=3", "data.train.limit=3000", "total_updates=300")
-    of_cups = tuple(f"data.{split}.schema=cups" for split in ("train", "validation", "test"))
-    c.tasks.cups = (*whole, *of_cups, f"teacher.path={path}", *budget)  # more problems than the others have
+    data = tuple(f"data.{split}.schema=cups" for split in ("train", "validation", "test"))
+    c.tasks.cups = (*evaluation, *data, f"teacher.path={path}", *budget)  # more problems than the others have
     c.about.cups = (
         "A ball under swapped cups: keeping track instead of reckoning, with a teacher of its own; students of three "
         "layers, 3,000 problems to train on, 300 updates. Two layers learned too little to be compared. Where the "

@@ -25,8 +25,9 @@ from rtd_jax.data.encoding import encode_traces
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT
+from rtd_jax.data.trace import Trace
 from rtd_jax.eval.cka import linear_cka
-from rtd_jax.eval.drift import BoundaryStates, cross_fitted, measure
+from rtd_jax.eval.drift import BoundaryStates, cross_fitted, measure, transitions
 from rtd_jax.eval.states import boundary_states
 from rtd_jax.models.config import layers_to_copy
 from rtd_jax.models.from_hf import load_config, load_params
@@ -216,13 +217,13 @@ def test_cka_falls_the_more_of_the_teacher_is_pruned(tmp_path):
 
         config, params = load_config(BUNDLED), jax.device_get(load_params(BUNDLED, load_config(BUNDLED)))
         params |= {"layers": jax.tree.map(prune, params["layers"])}
-        return save_pretrained(tmp_path / f"magnitude{share}", config, params, tokenizer_dir=BUNDLED)
+        return save_pretrained(tmp_path / f"magnitude{share}", config, params, tokenizer=whole.tokenizer)
 
     def with_layers(count):
         config = load_config(BUNDLED)
         params = load_params(BUNDLED, config, layers=layers_to_copy(config.layers, count))
         config = dataclasses.replace(config, layers=count)
-        return save_pretrained(tmp_path / f"layers{count}", config, params, tokenizer_dir=BUNDLED)
+        return save_pretrained(tmp_path / f"layers{count}", config, params, tokenizer=whole.tokenizer)
 
     by_magnitude = [final_cka(without_small(share), chains, reference_CD) for share in (0.3, 0.6, 0.9)]
     by_layers = [final_cka(with_layers(count), chains, reference_CD) for count in (3, 2, 1)]
@@ -257,7 +258,7 @@ def test_models_of_different_tokenizers_meet_at_the_same_characters(teacher, for
     assert [s["chains"] for s in report["texts"]["reference"]["steps"]] == [12, 12, 10, 8, 6, 4, 2]
     # What a student wrote may have words that the teacher's list lacks; that is said, and not the end of it.
     notes: list[str] = []
-    poor = dataclasses.replace(traces[1], steps=("Zebras: <<1+1=2>>2.",), source="generation 2")
+    poor = Trace.of_steps(traces[1].prompt, ("Zebras: <<1+1=2>>2.",), "2", "#### 2", "generation 2")
     own = [(0, traces[0], [True, True]), (1, poor, [None])]
     assert readable(own, loaded, TINY_FORMAT, notes.append) == own[:1]
     (line,) = notes
@@ -287,7 +288,7 @@ def test_any_pair_of_layers_of_models_of_any_width(teacher, foreign):
     for one, other in ((0, 0), (1, 2), (2, 1), (2, 3)):  # layers of teacher and student
         teacher_CKD, student_CKD = of_teacher[one], of_student[other]
         states = BoundaryStates(student_CKD, teacher_CKD, mask_CK)
-        maps = tuple(cross_fitted(states, transitions=transitions, seed=0) for transitions in (False, True))
+        maps = cross_fitted(states, seed=0), cross_fitted(transitions(states), seed=0)
         found = measure(states, maps, [[None] * 3] * 24, failed, resamples=20, seed=0)
         for step in found["steps"][1:]:
             assert -1 <= step["boundary_cosine"]["value"] <= 1

@@ -1,5 +1,6 @@
 """Evaluation of folders with models in them, scoring again without one, and agreement with lm-evaluation-harness."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from tiny_run import write_teacher
 from rtd_jax.apps.evaluate import EvaluateSettings, evaluate
 from rtd_jax.data.schemas.math import from_math
 from rtd_jax.data.schemas.strategyqa import from_strategyqa
+from rtd_jax.eval import metrics
 from rtd_jax.eval.answers import flexible_answer, harness_match, strict_answer
+from rtd_jax.eval.estimates import estimate
 from rtd_jax.eval.tasks import SUBJECTS, TASKS, load_problems
 
 TEXTS = [
@@ -106,6 +109,25 @@ def test_what_was_written_is_scored_again_without_the_model(synthetic, tmp_path)
     evaluate(again)
     assert sections(tmp_path) == sections(synthetic)  # teacher-forced scores and perplexity included
     assert (tmp_path / "generations.jsonl").read_text() == (synthetic / "generations.jsonl").read_text()
+
+
+def test_a_metric_in_the_list_is_in_the_report_the_printed_tables_and_the_page(tmp_path, monkeypatch, capsys):
+    words = metrics.Metric(
+        "words", lambda scored: scored.by_depth(lambda record: [len(record["text"].split())]), "words", is_share=False
+    )
+    lines = dataclasses.replace(words, name="lines", measure=lambda scored: {"all": estimate([3, 5])}, is_column=False)
+    monkeypatch.setattr(metrics, "TEXT_METRICS", (*metrics.TEXT_METRICS, words, lines))
+    row = {"prompt": "How many?", "reference": ["2+2=4"], "answer": "4", "text": "2+2=4\n#### 4"}
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"text": "4"}) + "\n")
+    evaluate(EvaluateSettings(generations=str(tmp_path / "theirs.jsonl"), out=str(tmp_path)))
+    found = sections(tmp_path)[""]["theirs"]
+    assert found["words"] == {key: {"mean": 2.0, "stderr": None, "n": 2} for key in ("1", "all")}
+    printed, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
+    assert [line.split()[-2] for line in printed.splitlines() if line.startswith("│ ")] == ["2.000"] * 2
+    assert "<th>words</th>" in page
+    assert page.count("<td>2.000</td>") == 2
+    assert "words: 4.000 ± 1.000" in printed
+    assert "<p>words: 4.000 ± 1.000</p>" in page
 
 
 def test_math_by_level_and_subject(tmp_path, teacher):

@@ -108,9 +108,7 @@ def test_no_collective_moves_logits_or_a_stack_of_layers(recipe, sizes, changes)
     mesh = make_mesh(MeshSettings(*sizes))
     recipe = cached(recipe, **changes) if changes.pop("cached", False) else recipe
     abstract = abstract_step(recipe, mesh)
-    compiled = abstract.step.lower(
-        abstract.state, abstract.source, abstract.batch, abstract.objective.coefficients()
-    ).compile()
+    compiled = abstract.step.lower(*abstract.arguments).compile()
     collectives = Hlo(compiled.as_text()).collectives()
     assert collectives
     tokens = {ROWS, LENGTH, CHUNK, *(ROWS // n for n in (2, 4, 8)), ROWS * CHUNK}
@@ -126,7 +124,7 @@ def test_no_collective_moves_logits_or_a_stack_of_layers(recipe, sizes, changes)
 
 def test_a_plan_of_the_whole_recipe(recipe, capsys):
     target = find_target("cpu:8")
-    found = plan(recipe, target, lambda _: None)
+    found = plan(recipe, target)
     assert set(found.programs) == {"update", "validation", "decoding (teacher)"}
     assert found.flops_without_remat / found.ideal_flops == pytest.approx(1.0, abs=0.05)
     update = found.programs["update"]
@@ -140,7 +138,7 @@ def test_a_plan_of_the_whole_recipe(recipe, capsys):
 
 def test_a_plan_from_a_cache_holds_no_teacher_and_stands_beside_the_online_one(recipe, capsys):
     target = find_target("cpu:8")
-    found = plan(cached(recipe), target, lambda _: None)
+    found = plan(cached(recipe), target)
     assert set(found.programs) == {"update", "validation", "decoding (student)"}
     online, from_cache = found.updates["online"], found.updates["cached"]
     assert from_cache is found.programs["update"]

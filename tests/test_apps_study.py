@@ -21,7 +21,15 @@ from scipy import stats
 from configs import rtd_8b, rtd_tiny, study_8b, study_tiny
 from rtd_jax.apps.report.sections import write_sections
 from rtd_jax.apps.study import runner
-from rtd_jax.apps.study.claims import TaskRuns, added_by, gains_by_depth, p_and_seeds, shares, smaller_gain
+from rtd_jax.apps.study.claims import (
+    TaskRuns,
+    component_gains,
+    gains_by_depth,
+    p_and_seeds,
+    shares,
+    smaller_gain,
+    verdict,
+)
 from rtd_jax.apps.study.recipe import Method, StudyRecipe
 from rtd_jax.apps.study.report import markdown, study_report
 from rtd_jax.apps.study.runner import Job, Preparation, prepare_once, run_jobs
@@ -34,7 +42,6 @@ from rtd_jax.apps.study.statistics import (
     seeds_to_find,
     share_interval,
     share_of_gain_lost,
-    verdict,
 )
 from rtd_jax.apps.study.study import study as write_study
 from rtd_jax.base.settings import build
@@ -122,15 +129,14 @@ def test_share_of_gain_and_verdicts():
     full, ablated, base = (Estimate(mean, 0, 1, 5) for mean in (0.8, 0.5, 0.4))
     assert share_of_gain_lost(full, ablated, base) == pytest.approx(0.75)
     assert share_of_gain_lost(base, ablated, full) is None
-    better = difference(
-        [outcome("rtd", s, [1] * 20) for s in range(3)], [outcome("kd", s, [0] * 20) for s in range(3)], everything
-    )
-    assert verdict(1, better) == "agrees"
-    assert verdict(-1, better) == "disagrees"
+    good = [outcome("rtd", seed, [1] * 20) for seed in range(3)]
+    bad = [outcome("kd", seed, [0] * 20) for seed in range(3)]
+    assert verdict(difference(good, bad, everything)) == "agrees"
+    assert verdict(difference(bad, good, everything)) == "disagrees"
     one = difference([outcome("rtd", 0, [1] * 20)], [outcome("kd", 0, [0] * 20)], everything)
-    assert verdict(1, one) == "undecided"  # sure of these problems, not of another seed
+    assert verdict(one) == "undecided"  # sure of these problems, not of another seed
     unclear = difference([outcome("rtd", 0, [1, 0] * 4)], [outcome("kd", 0, [0, 1] * 4)], everything)
-    assert verdict(1, unclear) == verdict(-1, unclear) == verdict(1, None) == "undecided"
+    assert verdict(unclear) == verdict(None) == "undecided"
 
 
 def test_a_share_of_the_gain_has_an_interval_where_there_is_a_gain():
@@ -151,8 +157,8 @@ def test_a_share_of_the_gain_has_an_interval_where_there_is_a_gain():
 def test_numbers_of_seeds_have_students_interval():
     found = over_seeds([1.0, 2.0, 3.0])
     assert (found.value, found.low, found.high) == pytest.approx((2.0, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
-    assert verdict(1, over_seeds([1.0])) == "undecided"  # one seed says nothing about others
-    assert verdict(1, over_seeds([1.0, 1.1, 1.2])) == "agrees"
+    assert verdict(over_seeds([1.0])) == "undecided"  # one seed says nothing about others
+    assert verdict(over_seeds([1.0, 1.1, 1.2])) == "agrees"
 
 
 def drift(ckas, area):
@@ -307,7 +313,7 @@ def test_a_component_is_worth_the_mean_of_what_it_adds_to_each_combination():
         name: [outcome(name, seed, [1] * solved(parts) + [0] * (8 - solved(parts)), depths=[4] * 8) for seed in (0, 1)]
         for name, parts in ((name, METHODS[name].components) for name in study_tiny.PARTS)
     }
-    rows = added_by(of_task(runs))
+    rows = component_gains(of_task(runs))
     means = [(component, found.value) for component, to, found in rows if to == "mean of the 4"]
     assert means == [("alignment", 1 / 8), ("coherence", 2 / 8), ("curriculum", 3 / 8)]
     assert len(rows) == 15
@@ -315,18 +321,18 @@ def test_a_component_is_worth_the_mean_of_what_it_adds_to_each_combination():
     assert of_coherence["`kd_curriculum` (gives `rtd_no_alignment`)"] == 2 / 8
     # What a component does differs with its company; seeds that one combination lacks are left out of the mean.
     runs["rtd"] = [outcome("rtd", 0, [1] * 8, depths=[4] * 8)]
-    found = {to: found for component, to, found in added_by(of_task(runs)) if component == "coherence"}
+    found = {to: found for component, to, found in component_gains(of_task(runs)) if component == "coherence"}
     assert found["mean of the 4"].value == pytest.approx((2 + 2 + 2 + 3) / 4 / 8)
     assert found["mean of the 4"].n == 1
     del runs["rtd"]  # then the two without the curriculum are left
-    rows = added_by(of_task(runs))
+    rows = component_gains(of_task(runs))
     assert [(x, to, found.value) for x, to, found in rows if to.startswith("mean")] == [
         ("alignment", "mean of the 2", 1 / 8),
         ("coherence", "mean of the 2", 2 / 8),
     ]
     assert len(rows) == 6
     del runs["alignment_only"]
-    assert added_by(of_task(runs)) == []
+    assert component_gains(of_task(runs)) == []
 
 
 def test_a_grid_names_its_best_weights():
@@ -361,31 +367,30 @@ def fake_train(monkeypatch, tmp_path):
     return base
 
 
-def test_finished_runs_are_kept_and_failed_ones_named_and_repeated(fake_train, tmp_path):
+def test_finished_runs_are_kept_and_failed_ones_named_and_repeated(fake_train, tmp_path, capsys):
     jobs = [Job("task", "kd", seed, (f"seed={seed}",), tmp_path / "runs" / str(seed)) for seed in range(3)]
     (tmp_path / "broken").touch()
-    lines = []
     with pytest.raises(ValueError, match=r"1 of 3 runs failed, first task kd seed 1: its log is .*runs/1/log.txt"):
-        run_jobs(jobs, fake_train, 1, lines.append, tmp_path / "compiled")
-    assert sum("chain accuracy 25.0%" in line for line in lines) == 2
+        run_jobs(jobs, fake_train, 1, tmp_path / "compiled")
+    assert capsys.readouterr().out.count("chain accuracy 25.0%") == 2
     (tmp_path / "broken").unlink()
-    run_jobs(jobs, fake_train, 2, lines.append, tmp_path / "compiled")
+    run_jobs(jobs, fake_train, 2, tmp_path / "compiled")
     assert [(job.workdir / "calls").read_text() for job in jobs] == ["x", "xx", "x"]
 
 
 def test_a_workdir_of_another_study_is_refused_before_anything_starts(fake_train, tmp_path, monkeypatch):
     job = Job("task", "kd", 0, ("seed=0",), tmp_path / "runs" / "0")
-    run_jobs([job], fake_train, 1, print, tmp_path / "compiled")
+    run_jobs([job], fake_train, 1, tmp_path / "compiled")
     other = Job("task", "kd", 0, ("seed=0", "loss.alpha=0.5"), job.workdir)
     with pytest.raises(ValueError, match=r"runs/0 was begun with other settings .* give the study another --workdir"):
-        run_jobs([other], fake_train, 1, print, tmp_path / "compiled")
+        run_jobs([other], fake_train, 1, tmp_path / "compiled")
     text = fake_train.read_bytes()
     fake_train.write_text("# another config\n")
     with pytest.raises(ValueError, match="begun with other settings"):
-        run_jobs([job], fake_train, 1, print, tmp_path / "compiled")
+        run_jobs([job], fake_train, 1, tmp_path / "compiled")
     # The same settings were written otherwise before: such runs go on.
     monkeypatch.setitem(runner.EARLIER_TEXTS, fake_train.name, hashlib.sha256(text).hexdigest())
-    run_jobs([job], fake_train, 1, print, tmp_path / "compiled")
+    run_jobs([job], fake_train, 1, tmp_path / "compiled")
 
 
 def test_a_study_that_is_asked_to_stop_takes_its_runs_along(tmp_path):
@@ -404,7 +409,7 @@ def test_a_study_that_is_asked_to_stop_takes_its_runs_along(tmp_path):
         "from rtd_jax.apps.study import runner\n"
         f"runner.PROGRAM = (sys.executable, {str(trainer)!r})\n"
         f"job = runner.Job('task', 'kd', 0, ('seed=0',), Path({str(workdir)!r}))\n"
-        f"runner.run_jobs([job], Path({str(base)!r}), 1, print, Path({str(tmp_path / 'compiled')!r}))\n"
+        f"runner.run_jobs([job], Path({str(base)!r}), 1, Path({str(tmp_path / 'compiled')!r}))\n"
     )
     study = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     started = workdir / "started"
@@ -456,22 +461,22 @@ def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, 
     )
     monkeypatch.setattr("rtd_jax.apps.study.runner.PROGRAM", (sys.executable, str(program)))
     monkeypatch.chdir(tmp_path)  # where commands are started
-    prepare_once(made[:2], lambda _: None)
-    prepare_once(made[:2], lambda _: None)
+    prepare_once(made[:2])
+    prepare_once(made[:2])
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls == [f"--to={tmp_path}/prepared/traces", f"--to={tmp_path}/prepared/cache"]
     # Records of earlier versions name scripts.
     assert json.loads(made[1].record.read_text()) == ["make", calls[1]]
     made[0].record.write_text(json.dumps(["launch/make.py", calls[0]]))
-    prepare_once(made[:2], lambda _: None)
+    prepare_once(made[:2])
     assert len((tmp_path / "calls").read_text().splitlines()) == 2
     other = Preparation("cache", ("make", "--to=elsewhere"), made[1].folder)
     with pytest.raises(ValueError, match=r"prepared/cache was made by another command"):
-        prepare_once([other], print)
+        prepare_once([other])
     with pytest.raises(ValueError, match=r"preparing x failed \(error: there is no command none\): its log is .*x.log"):
-        prepare_once([Preparation("x", ("none",), tmp_path / "x")], print)
+        prepare_once([Preparation("x", ("none",), tmp_path / "x")])
     for changes, says in (
-        ({"only": ("kdd",)}, "only names 'kdd'"),
+        ({"only": ("kdd",)}, "only names the method 'kdd'"),
         ({"task_methods": {"v": ()}}, "names the task 'v'"),
         ({"methods": {"kd": Method((), "whole"), "rtd": Method((), "whole")}}, "kd and rtd have the role 'whole'"),
     ):

@@ -40,7 +40,7 @@ def test_following_the_ball_gives_the_steps_and_the_answer():
                 break
         assert list(trace.steps) == wanted
         assert trace.answer == str(now)
-        assert score_chain(trace.completion, trace).chain_correct
+        assert score_chain(trace.completion, trace)["correct"]
 
 
 def test_a_wrong_cup_is_a_wrong_step():
@@ -49,8 +49,8 @@ def test_a_wrong_cup_is_a_wrong_step():
     now = int(steps[1][-2])
     steps[1] = steps[1].replace(f"={now}>>{now}.", f"={now % 6 + 1}>>{now % 6 + 1}.")
     score = score_chain("\n".join([*steps, trace.final]), trace)
-    assert not score.chain_correct
-    assert score.first_error == 1
+    assert not score["correct"]
+    assert score["first_error"] == 1
 
 
 def test_depth_is_told_by_the_month_alone_and_most_swaps_move_the_ball():

@@ -29,7 +29,7 @@ def test_riding_gives_the_steps_and_the_answer():
             assert 0 <= floor <= 9
         assert list(trace.steps) == wanted
         assert trace.answer == str(floor)
-        assert score_chain(trace.completion, trace).chain_correct
+        assert score_chain(trace.completion, trace)["correct"]
         months.add((trace.depth, rides[-1][0]))
     assert len(months) == 6 * 12  # every month ends problems of every depth
 
@@ -40,8 +40,8 @@ def test_a_wrong_floor_is_a_wrong_step():
     floor = int(steps[1][-2])
     steps[1] = steps[1].replace(f"={floor}>>{floor}.", f"={(floor + 1) % 10}>>{(floor + 1) % 10}.")
     score = score_chain("\n".join([*steps, trace.final]), trace)
-    assert not score.chain_correct
-    assert score.first_error == 1
+    assert not score["correct"]
+    assert score["first_error"] == 1
 
 
 def test_splits_are_disjoint_and_the_stream_is_fixed():

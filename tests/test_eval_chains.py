@@ -10,7 +10,8 @@ from rtd_jax.data.schemas.gsm8k import from_gsm8k
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.chains import score_chain, split_solution
 from rtd_jax.eval.estimates import by_depth, depth_key, difference, estimate, perplexity_estimate
-from rtd_jax.eval.steps import independent_chain_accuracy, scored_spans, steps_correct, tokens_in_spans
+from rtd_jax.eval.metrics import ScoredTexts, independent_chain_accuracy
+from rtd_jax.eval.reference import scored_spans, tokens_in_spans
 
 TRACE = Trace.of_steps("q", ("48/2 = <<48/2=24>>24 clips.", "48+24 = <<48+24=72>>72 in all."), "72", "#### 72")
 
@@ -34,20 +35,20 @@ TRACE = Trace.of_steps("q", ("48/2 = <<48/2=24>>24 clips.", "48+24 = <<48+24=72>
 )
 def test_first_error_is_the_first_wrong_line(text, correct, first_error, steps):
     score = score_chain(text, TRACE)
-    assert (score.chain_correct, score.first_error, score.steps, score.depth) == (correct, first_error, steps, 2)
+    assert (score["correct"], score["first_error"], len(split_solution(text)[0])) == (correct, first_error, steps)
 
 
 def test_answer_may_be_right_while_the_chain_is_wrong():
     score = score_chain("1\n2\n#### 72", TRACE)
-    assert (score.answer_strict, score.answer_flexible, score.chain_correct) == (True, True, False)
+    assert (score["answer_strict"], score["answer_flexible"], score["correct"]) == (True, True, False)
     unstated = score_chain("24\n72", TRACE)
-    assert (unstated.answer_strict, unstated.answer_flexible) == (False, True)
+    assert (unstated["answer_strict"], unstated["answer_flexible"]) == (False, True)
 
 
 def test_prose_chains_are_as_right_as_their_answer():
     trace = Trace.of_steps("q", ("The battle was in 1066.", "Phones came 800 years later."), "no", "#### no")
-    assert score_chain("Nobody had phones.\n#### no", trace).chain_correct
-    assert score_chain("Nobody had phones.\n#### yes", trace).first_error == 1
+    assert score_chain("Nobody had phones.\n#### no", trace)["correct"]
+    assert score_chain("Nobody had phones.\n#### yes", trace)["first_error"] == 1
 
 
 def test_split_solution_drops_blank_lines():
@@ -95,28 +96,32 @@ def test_scored_tokens_are_those_that_cover_the_result():
     offsets = [(0, 2), (2, 9), (9, 11), (11, 15), (15, 16), (16, 18), (18, 25)]
     tokens = tokens_in_spans([(0, 0), *offsets], spans)  # a bos token covers nothing
     assert [t.tolist() for t in tokens] == [[3], [6, 7]]
-    chosen = np.array([0, 1, 1, 1, 1, 1, 1, 0], bool)
-    assert steps_correct(chosen, tokens) == [True, False]
     with pytest.raises(ValueError, match="no token covers characters 30 to 31"):
         tokens_in_spans(offsets, [(30, 31)])
 
 
+def independent(right, depths, open_from=None, problems=None):
+    columns = zip(right, depths, problems or range(len(right)), strict=True)
+    records = [{"right": steps, "depth": depth, "problem": problem} for steps, depth, problem in columns]
+    return independent_chain_accuracy(ScoredTexts(records, open_from), "right")
+
+
 def test_independent_errors_compound():
     # The article's example: 92% of steps give 72% of four-step chains.
-    found = independent_chain_accuracy([[1] * 23 + [0] * 2], [4], 4)
+    found = independent([[1] * 23 + [0] * 2], [4], 4)
     assert found.keys() == {"4+"}
     assert found["4+"].error_row() == {"mean": pytest.approx(0.7164, abs=1e-4), "stderr": None, "n": 1}
-    both = independent_chain_accuracy([[1] * 12, [1] * 11 + [0] * 2], [4, 5], 4)
+    both = independent([[1] * 12, [1] * 11 + [0] * 2], [4, 5], 4)
     assert both["4+"].value == pytest.approx((0.92**4 + 0.92**5) / 2)
-    assert independent_chain_accuracy([[], [1]], [1, 2], 4).keys() == {"2"}  # the first has nothing to compare
+    assert independent([[], [1]], [1, 2], 4).keys() == {"2"}  # the first has nothing to compare
 
 
 def test_standard_error_of_step_accuracy_to_the_depth():
     # a = 3/4 of steps, a^2 = 9/16. stderr of a, by chains: residual sums are 1/2 and -1/2, over 4: 1/4. Times 2 a.
-    found = independent_chain_accuracy([[1, 1], [1, 0]], [2, 2])
+    found = independent([[1, 1], [1, 0]], [2, 2])
     assert found["2"].error_row() == {"mean": 9 / 16, "stderr": pytest.approx(2 * 3 / 4 * 1 / 4), "n": 2}
     # Two samples of one problem that make up for each other leave nothing to vary between problems.
-    found = independent_chain_accuracy([[1, 1], [1, 0], [1, 0], [1, 1]], [2] * 4, clusters=[0, 0, 1, 1])
+    found = independent([[1, 1], [1, 0], [1, 0], [1, 1]], [2] * 4, problems=[0, 0, 1, 1])
     assert found["2"].stderr == pytest.approx(0.0)
 
 
@@ -142,4 +147,4 @@ def test_every_gsm8k_solution_is_right_by_its_own_measure(shared_data, keep_mark
     for i, line in enumerate(lines):
         trace = from_gsm8k(json.loads(line), f"test.jsonl:{i + 1}", keep_marks=keep_marks)
         score = score_chain(trace.completion, trace)
-        assert (score.chain_correct, score.answer_strict, score.answer_flexible) == (True, True, True), trace
+        assert (score["correct"], score["answer_strict"], score["answer_flexible"]) == (True, True, True), trace

@@ -136,7 +136,7 @@ def test_ended_and_inactive_rows_emit_pad():
     tokens = jnp.asarray([[5, 31], [9, 3], [8, 31]], jnp.int32)
     new_BN, counts_B = greedy(
         Countdown(), {}, tokens, jnp.asarray([1, 2, 1], jnp.int32), jnp.asarray([True, True, False]),
-        max_new_tokens=6, eos_ids=(0,), vocab_size=VOCAB, pad_id=31,
+        settings=GenerateSettings(6, eos_ids=(0,), vocab_size=VOCAB, pad_id=31),
     )  # fmt: skip
     assert new_BN.tolist() == [[4, 3, 2, 1, 31, 31], [2, 1, 31, 31, 31, 31], [31] * 6]
     assert counts_B.tolist() == [4, 2, 0]
@@ -214,10 +214,10 @@ def test_nucleus_worked_by_hand():
 def test_a_text_can_end_a_row(params, prompts, monkeypatch):
     monkeypatch.setattr(decode, "STOP_INTERVAL", 3)
     free = generate(MODEL, params, prompts, **options())
-    looks = []
+    checked = []
 
     def stopped(ids):
-        looks.append(len(ids))
+        checked.append(len(ids))
         return free[0][4] in ids
 
     found = generate(MODEL, params, prompts, **options(stopped=stopped))
@@ -226,7 +226,7 @@ def test_a_text_can_end_a_row(params, prompts, monkeypatch):
         assert row == whole[: len(row)]  # nothing else changes
         assert len(row) > end or len(row) == len(whole)
     assert min(map(len, found)) < 12
-    assert set(looks) <= {1, 4, 7, 10}
+    assert set(checked) <= {1, 4, 7, 10}
 
 
 @pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}])

@@ -12,9 +12,10 @@ from rtd_jax.data.encoding import encode_traces
 from rtd_jax.data.formats import render
 from rtd_jax.data.generators.word_problems import generate as problems
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
+from rtd_jax.eval.chains import score_texts
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, first_of_each_depth
+from rtd_jax.eval.metrics import make_report
 from rtd_jax.eval.scoring import ScoringSettings
-from rtd_jax.eval.text_scores import score_texts
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.model import LlamaModel
 
@@ -88,22 +89,27 @@ def run(model, params, tokenizer, traces, *, open_from=None, progress=None, **ch
 def test_perfect_model_is_perfect(tokenizer, traces):
     model, params = oracle(tokenizer, traces, [trace.completion for trace in traces])
     report, records = run(model, params, tokenizer, traces)
-    for table in (report.chain_accuracy, report.answer_strict, report.answer_flexible, report.step_accuracy):
+    for table in (
+        report["chain_accuracy"],
+        report["answer_strict"],
+        report["answer_flexible"],
+        report["step_accuracy"],
+    ):
         assert list(table) == ["1", "2", "3", "all"]
-        assert all(entry.value == 1.0 and entry.stderr == 0.0 for entry in table.values())
-    assert report.chain_accuracy["2"].n == 4
-    assert report.step_accuracy["3"].n == 12
-    assert report.step_accuracy["all"].n == 4 * (1 + 2 + 3)
-    assert report.perplexity == pytest.approx(1.0)
-    assert (report.unfinished, report.problems, report.text_format) == (0, 12, "plain")
+        assert all(entry["mean"] == 1.0 and entry["stderr"] == 0.0 for entry in table.values())
+    assert report["chain_accuracy"]["2"]["n"] == 4
+    assert report["step_accuracy"]["3"]["n"] == 12
+    assert report["step_accuracy"]["all"]["n"] == 4 * (1 + 2 + 3)
+    assert report["perplexity"] == pytest.approx(1.0)
+    assert (report["unfinished"], report["problems"], report["text_format"]) == (0, 12, "plain")
     for record, trace in zip(records, traces, strict=True):
         assert record["prompt"] == trace.prompt
         assert record["completions"] == record["reference"] == list(trace.steps)
         assert (record["final"], record["correct"], record["first_error"]) == (trace.final, True, -1)
     # The predicted tokens are those that training weighs.
     chains, _ = encode_traces(tokenizer, traces, FORMAT, row_length=1024)
-    assert report.predicted_tokens == sum(int(chain.loss_weights.sum()) for chain in chains)
-    json.dumps([report.to_dict(), records], allow_nan=False)
+    assert report["predicted_tokens"] == sum(int(chain.loss_weights.sum()) for chain in chains)
+    json.dumps([report, records], allow_nan=False)
 
 
 def test_wrong_chains_are_found_where_they_go_wrong(tokenizer, traces):
@@ -121,19 +127,19 @@ def test_wrong_chains_are_found_where_they_go_wrong(tokenizer, traces):
     length = len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) - 1
     params["next_PL"] = params["next_PL"].at[endless, length:].set(WRONG)
     report, records = run(model, params, tokenizer, traces)
-    assert {key: entry.value for key, entry in report.chain_accuracy.items()} == {
+    assert {key: entry["mean"] for key, entry in report["chain_accuracy"].items()} == {
         "1": 1.0, "2": 0.75, "3": 0.75, "all": pytest.approx(10 / 12),
     }  # fmt: skip
     # One of four is wrong: sample sd 1/2, over root 4.
-    assert report.chain_accuracy["2"].stderr == pytest.approx(0.25)
-    assert report.answer_strict["2"].value == 1.0
-    assert report.answer_strict["3"].value == 0.75
+    assert report["chain_accuracy"]["2"]["stderr"] == pytest.approx(0.25)
+    assert report["answer_strict"]["2"]["mean"] == 1.0
+    assert report["answer_strict"]["3"]["mean"] == 0.75
     assert [record["first_error"] for record in records if not record["correct"]] == (
         [1, 0] if broken < endless else [0, 1]
     )
-    assert (report.unfinished, records[endless]["finished"]) == (1, False)
+    assert (report["unfinished"], records[endless]["finished"]) == (1, False)
     # Teacher forcing does not see any of it.
-    assert report.step_accuracy["all"].value == 1.0
+    assert report["step_accuracy"]["all"]["mean"] == 1.0
 
 
 def test_step_accuracy_looks_at_results_only(tokenizer, traces):
@@ -142,21 +148,21 @@ def test_step_accuracy_looks_at_results_only(tokenizer, traces):
     assert tokenizer.unk_token_id not in around
     model, params = oracle(tokenizer, traces, written, wrong_ids=around)
     report, _ = run(model, params, tokenizer, traces)
-    assert report.step_accuracy["all"].value == 1.0
-    assert report.perplexity > 1.5  # though those tokens are surely wrong
+    assert report["step_accuracy"]["all"]["mean"] == 1.0
+    assert report["perplexity"] > 1.5  # though those tokens are surely wrong
 
     number = traces[0].answer  # depth 1: the result of its only step
     model, params = oracle(tokenizer, traces, written, [tokenizer.convert_tokens_to_ids(number)])
     report, _ = run(model, params, tokenizer, traces, open_from=2)
     results = [step.split("=")[1].split(">>")[0] for trace in traces for step in trace.steps]
     right = np.asarray([result != number for result in results])
-    assert report.step_accuracy["all"].value == pytest.approx(right.mean())
+    assert report["step_accuracy"]["all"]["mean"] == pytest.approx(right.mean())
     # Steps of one problem are one cluster: sqrt(C / (C - 1) * sum of squared cluster sums of residuals) / n.
     sums = [part.sum() for part in np.split(right - right.mean(), np.cumsum([trace.depth for trace in traces])[:-1])]
-    assert report.step_accuracy["all"].stderr == pytest.approx(np.sqrt(12 / 11 * np.sum(np.square(sums))) / 24)
-    assert list(report.step_accuracy) == ["1", "2+", "all"]
-    deep = report.step_accuracy["2+"].value
-    assert report.independent_chain_accuracy["2+"].value == pytest.approx((deep**2 + deep**3) / 2)
+    assert report["step_accuracy"]["all"]["stderr"] == pytest.approx(np.sqrt(12 / 11 * np.sum(np.square(sums))) / 24)
+    assert list(report["step_accuracy"]) == ["1", "2+", "all"]
+    deep = report["step_accuracy"]["2+"]["mean"]
+    assert report["independent_chain_accuracy"]["2+"]["mean"] == pytest.approx((deep**2 + deep**3) / 2)
 
 
 def test_random_model_runs_and_keeps_its_params(tokenizer, traces):
@@ -171,10 +177,10 @@ def test_random_model_runs_and_keeps_its_params(tokenizer, traces):
         model, params, tokenizer, traces, max_new_tokens=4, progress=lambda done, total: seen.append((done, total))
     )
     jax.tree.map(np.testing.assert_array_equal, before, params)
-    assert report.chain_accuracy["all"].value == 0.0
+    assert report["chain_accuracy"]["all"]["mean"] == 0.0
     # Weights of 0.02 leave the logits near zero: all real words are about as likely.
-    assert report.perplexity == pytest.approx(len(tokenizer), rel=0.05)
-    assert math.isfinite(report.perplexity)
+    assert report["perplexity"] == pytest.approx(len(tokenizer), rel=0.05)
+    assert math.isfinite(report["perplexity"])
     assert (seen[-1], len(records)) == ((12, 12), 12)
 
 
@@ -189,22 +195,23 @@ def test_texts_are_scored_without_a_model(traces):
         "\n".join([*t.steps[:-1], t.steps[-1].replace(f"={t.answer}>>{t.answer}", "=99>>99"), t.final]) for t in traces
     ]
     texts = [[t.completion, bad] for t, bad in zip(traces, spoiled, strict=True)]
-    scores, records = score_texts(traces, texts, open_from=3)
-    assert (scores.problems, scores.samples, scores.unfinished) == (12, 2, 0)
-    assert scores.chain_accuracy["all"].value == 0.5
-    assert scores.chain_accuracy["all"].stderr == 0.0  # every problem is half right: problems are the sample
-    assert scores.answer_strict["all"].value == scores.exact_match_flexible["all"].value == 1.0
+    records = score_texts(traces, texts)
+    scores = make_report(records, open_from=3)
+    assert (scores["problems"], scores["samples"], scores["unfinished"]) == (12, 2, 0)
+    assert scores["chain_accuracy"]["all"]["mean"] == 0.5
+    assert scores["chain_accuracy"]["all"]["stderr"] == 0.0  # every problem is half right: problems are the sample
+    assert scores["answer_strict"]["all"]["mean"] == scores["exact_match_flexible"]["all"]["mean"] == 1.0
     # One wrong result in each second sample: of 2 * 2 results at depth 2, three are right.
-    assert [scores.step_accuracy_free[key].value for key in ("1", "2", "3+")] == [0.5, 0.75, pytest.approx(5 / 6)]
-    assert scores.independent_chain_accuracy_free["2"].error_row() == {
+    assert [scores["step_accuracy_free"][key]["mean"] for key in ("1", "2", "3+")] == [0.5, 0.75, pytest.approx(5 / 6)]
+    assert scores["independent_chain_accuracy_free"]["2"] == {
         "mean": pytest.approx(0.75**2),
         "stderr": 0.0,
         "n": 8,
     }
-    assert scores.first_error == {"1": {"1": 4}, "2": {"2": 4}, "3+": {"3": 4}, "all": {"1": 4, "2": 4, "3": 4}}
-    assert scores.first_error_position["3+"].value == 3.0
-    again, _ = score_texts(traces, [[r["text"] for r in records if r["problem"] == i] for i in range(12)], open_from=3)
-    assert again == scores
+    assert scores["first_error"] == {"1": {"1": 4}, "2": {"2": 4}, "3+": {"3": 4}, "all": {"1": 4, "2": 4, "3": 4}}
+    assert scores["first_error_position"]["3+"]["mean"] == 3.0
+    again = score_texts(traces, [[r["text"] for r in records if r["problem"] == i] for i in range(12)])
+    assert make_report(again, open_from=3) == scores
     with pytest.raises(ValueError, match="same number"):
         score_texts(traces, [["x"], *[["x", "y"]] * 11])
 
@@ -213,12 +220,12 @@ def test_stop_texts_end_a_generation_and_samples_are_grouped(tokenizer, traces):
     written = [trace.completion + "\n\nQuestion: How many" for trace in traces]
     model, params = oracle(tokenizer, traces, written)
     report, records = run(model, params, tokenizer, traces, stop_texts=("\n\nQuestion:",), samples=2)
-    assert (report.problems, report.samples, report.unfinished, len(records)) == (12, 2, 0, 24)
-    assert report.chain_accuracy["all"].value == 1.0
+    assert (report["problems"], report["samples"], report["unfinished"], len(records)) == (12, 2, 0, 24)
+    assert report["chain_accuracy"]["all"]["mean"] == 1.0
     assert [record["text"] for record in records[::2]] == [trace.completion for trace in traces]
     assert [(record["problem"], record["sample"]) for record in records[:3]] == [(0, 0), (0, 1), (1, 0)]
     assert records[2]["teacher_forced"] == [True, True]
-    assert report.perplexity_by_depth["2"].error_row() == {
+    assert report["perplexity_by_depth"]["2"] == {
         "mean": pytest.approx(1.0),
         "stderr": pytest.approx(0.0),
         "n": 4,

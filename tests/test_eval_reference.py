@@ -23,7 +23,7 @@ def test_a_repeated_step_is_scored_in_its_own_place(monkeypatch, trace, result):
     text = render(tokenizer, trace.prompt, trace.completion, TextFormat())
     place = len(text.prompt) + text.completion_offset + result
 
-    def score(model, params, tokens, **_):
+    def score(model, params, tokens, settings, **_):
         offsets = tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         chosen = [not start <= place < end for start, end in offsets]
         assert chosen.count(False) == 1
@@ -31,4 +31,4 @@ def test_a_repeated_step_is_scored_in_its_own_place(monkeypatch, trace, result):
 
     monkeypatch.setattr(reference, "score_chains", score)
     (found,) = reference.score_references(None, {}, tokenizer, [trace], [text])
-    assert found.steps == [True, True, False]
+    assert found["teacher_forced"] == [True, True, False]

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from rtd_jax.models import LlamaConfig, LlamaModel
 from rtd_jax.models import decoder as llama_module
+from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.decoder import attention_kernel
+from rtd_jax.models.model import LlamaModel
 
 CONFIG = LlamaConfig(64, 64, 128, layers=2, heads=4, kv_heads=2, head_dim=16)
 CALL = "__cudnn$fmhaScaleBiasSoftmax"
@@ -78,6 +79,6 @@ def test_prompts_are_read_by_cudnn_and_tokens_added_by_xla(a100):
     model = LlamaModel(CONFIG, "bfloat16")
     params = model.abstract_params("bfloat16")
     # Causal without a mask: cuDNN's own, which skips what is not seen.
-    assert "__cudnn$fmhaSoftmax" in lowered_for_gpu(lambda *x: model.prefill(*x), params, ids(2, 64), ids(2))
-    cache = jax.eval_shape(lambda: model.init_cache(2, 64))
+    assert "__cudnn$fmhaSoftmax" in lowered_for_gpu(lambda *x: model.prefill(*x, 64), params, ids(2, 64), ids(2))
+    cache = jax.eval_shape(lambda *x: model.prefill(*x, 64), params, ids(2, 64), ids(2))[1]
     assert "__cudnn" not in lowered_for_gpu(lambda *x: model.decode(*x), params, cache, ids(2), ids(2))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rtd_jax.models import LlamaConfig, layers_to_copy, layers_to_match
+from rtd_jax.models.config import LlamaConfig, layers_to_copy, layers_to_match
 
 CONFIG = LlamaConfig(16, 8, 8, layers=3, heads=1, kv_heads=1, head_dim=8)
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from models_tiny import VARIANTS, hf_model, positions, random_tokens
 
-from rtd_jax.models import LlamaModel, load_config, load_params
+from rtd_jax.models.decoder import KVCache
+from rtd_jax.models.from_hf import load_config, load_params
+from rtd_jax.models.model import LlamaModel
 
 LENGTHS = (9, 1, 14, 6)
 NEW = 16
@@ -77,7 +79,8 @@ def test_what_pads_a_prompt_does_not_matter(trio):
 def test_decoding_can_start_from_an_empty_cache(trio):
     _, model, params = trio
     tokens_BL = random_tokens(4, 5)
-    cache = model.init_cache(4, max(LENGTHS) + NEW)
+    shape = (3, 4, model.config.kv_heads, max(LENGTHS) + NEW, model.config.head_dim)
+    cache = KVCache(np.zeros(shape, np.float32), np.zeros(shape, np.float32))
     for i in range(5):
         hidden_BD, cache = decode(model, params, cache, tokens_BL[:, i], np.full(4, i, np.int32))
     expected = hidden(model, params, tokens_BL, positions(4, 5), np.ones_like(tokens_BL))[:, -1]

@@ -19,9 +19,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from models_tiny import VARIANTS, hf_model, random_tokens
 from safetensors.torch import load_file
 
-from rtd_jax.models import LlamaModel, layers_to_copy, load_config, load_params, logical_axes, save_pretrained
 from rtd_jax.models import from_hf as checkpoint
 from rtd_jax.models import to_hf as export
+from rtd_jax.models.config import layers_to_copy
+from rtd_jax.models.from_hf import load_config, load_params
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.to_hf import save_pretrained
+from rtd_jax.models.weights import logical_axes
 
 SHARD = 40_000  # bytes: several files for the tiny model
 
@@ -41,7 +45,7 @@ def assert_same_tensors(ours: Path, theirs: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
 @pytest.mark.parametrize("variant", ["gqa", "mqa_with_wide_heads", "llama3"])
-def test_round_trip_is_bitwise_and_transformers_loads_it(variant, sharded, dtype, tmp_path):
+def test_round_trip_is_bitwise_and_transformers_loads_it(variant, sharded, dtype, tmp_path, monkeypatch):
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     rounded = hf_model(**VARIANTS[variant]).to(getattr(torch, dtype))
     rounded.save_pretrained(theirs, **({"max_shard_size": SHARD} if sharded else {}))
@@ -49,7 +53,9 @@ def test_round_trip_is_bitwise_and_transformers_loads_it(variant, sharded, dtype
 
     config = load_config(theirs)
     params = load_params(theirs, config, dtype=dtype)
-    save_pretrained(ours, config, params, **({"max_shard_bytes": SHARD} if sharded else {}))
+    if sharded:
+        monkeypatch.setattr(export, "MAX_SHARD_BYTES", SHARD)
+    save_pretrained(ours, config, params)
     assert (len(list(ours.glob("*.safetensors"))) > 1) == sharded
     assert_same_tensors(ours, theirs)
     assert load_config(ours) == config
@@ -63,40 +69,17 @@ def test_round_trip_is_bitwise_and_transformers_loads_it(variant, sharded, dtype
         assert torch.equal(again(tokens).logits, expected)
 
 
-def test_index_accounts_for_every_tensor_and_byte(tmp_path):
+def test_index_accounts_for_every_tensor_and_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "MAX_SHARD_BYTES", SHARD)
     hf_model().save_pretrained(tmp_path / "theirs")
     config = load_config(tmp_path / "theirs")
-    out = save_pretrained(tmp_path / "ours", config, load_params(tmp_path / "theirs", config), max_shard_bytes=SHARD)
+    out = save_pretrained(tmp_path / "ours", config, load_params(tmp_path / "theirs", config))
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = {file.name: load_file(file) for file in out.glob("*.safetensors")}
     assert index["weight_map"] == {name: file for file, found in files.items() for name in found}
     sizes = {file: sum(x.nbytes for x in found.values()) for file, found in files.items()}
     assert index["metadata"]["total_size"] == sum(sizes.values())
     assert max(sizes.values()) <= SHARD
-
-
-def test_saving_in_another_dtype_rounds_once(tmp_path):
-    hf = hf_model()
-    hf.save_pretrained(tmp_path / "theirs")
-    config = load_config(tmp_path / "theirs")
-    save_pretrained(tmp_path / "ours", config, load_params(tmp_path / "theirs", config), dtype="bfloat16")
-    hf.to(torch.bfloat16).save_pretrained(tmp_path / "rounded")
-    assert_same_tensors(tmp_path / "ours", tmp_path / "rounded")
-    assert json.loads((tmp_path / "ours" / "config.json").read_text())["dtype"] == "bfloat16"
-
-
-def test_the_tokenizer_goes_along(tmp_path):
-    hf_model().save_pretrained(tmp_path / "theirs")
-    (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
-    (tmp_path / "theirs" / "chat_template.jinja").write_text("hello")
-    (tmp_path / "theirs" / "notes.txt").write_text("not of the tokenizer")
-    config = load_config(tmp_path / "theirs")
-    out = save_pretrained(
-        tmp_path / "ours", config, load_params(tmp_path / "theirs", config), tokenizer_dir=tmp_path / "theirs"
-    )
-    assert (out / "chat_template.jinja").read_text() == "hello"
-    assert (out / "tokenizer.json").exists()
-    assert not (out / "notes.txt").exists()
 
 
 # Shardings ------------------------------------------------------------------------------------------------------------
@@ -183,7 +166,10 @@ def test_each_device_reads_its_part_and_every_byte_is_read_once(tmp_path, monkey
 MEMORY = """
     import ctypes, gc, sys
     import jax
-    from rtd_jax.models import LlamaConfig, LlamaModel, load_params, save_pretrained
+    from rtd_jax.models.config import LlamaConfig
+    from rtd_jax.models.from_hf import load_params
+    from rtd_jax.models.model import LlamaModel
+    from rtd_jax.models.to_hf import save_pretrained
 
     def status(field):
         with open("/proc/self/status") as lines:
@@ -274,8 +260,9 @@ def test_an_interrupted_save_leaves_what_was_there(saved, error, monkeypatch):
         Path(path).write_bytes(b"half")
 
     monkeypatch.setattr(export, "save_file", fail_on_the_second_file)
+    monkeypatch.setattr(export, "MAX_SHARD_BYTES", SHARD)
     with pytest.raises((OSError, KeyboardInterrupt)) as raised:
-        save_pretrained(directory, config, params, max_shard_bytes=SHARD)
+        save_pretrained(directory, config, params)
     assert len(written) == 2
     if isinstance(error, OSError):
         assert str(directory) in str(raised.value)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rtd_jax.models import LlamaConfig, LlamaModel, RopeConfig
+from rtd_jax.models.config import LlamaConfig, RopeConfig
 from rtd_jax.models.decoder import REMAT_POLICIES, rope_frequencies
-from rtd_jax.models.model import chain_mask
+from rtd_jax.models.model import LlamaModel, chain_mask
 
 CONFIG = LlamaConfig(61, 32, 48, layers=3, heads=4, kv_heads=2, head_dim=8, init_std=0.3)
 MODEL = LlamaModel(CONFIG)

@@ -11,8 +11,10 @@ import rtd_jax.models.open
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
-from rtd_jax.models import LlamaConfig, LlamaModel, save_pretrained
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import ModelSettings, OpenModel, open_model
+from rtd_jax.models.to_hf import save_pretrained
 
 CONFIG = LlamaConfig(len(tiny_tokenizer()), 8, 8, layers=2, heads=1, kv_heads=1, head_dim=8)
 

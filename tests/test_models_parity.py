@@ -9,7 +9,8 @@ import torch
 import transformers
 from models_tiny import VARIANTS, hf_model, old_spelling, positions, random_tokens, rewrite_config
 
-from rtd_jax.models import LlamaModel, load_config, load_params
+from rtd_jax.models.from_hf import load_config, load_params
+from rtd_jax.models.model import LlamaModel
 
 TOLERANCE = 1e-4
 

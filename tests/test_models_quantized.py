@@ -8,10 +8,11 @@ from models_tiny import VARIANTS, hf_model, random_tokens
 from qwix import QArray
 
 from rtd_jax.base.sharding import MeshSettings, make_mesh, param_shardings
-from rtd_jax.eval.decoding import generate
-from rtd_jax.models import LlamaModel, load_config, load_params, logical_axes
+from rtd_jax.eval.decoding import GenerateSettings, generate
+from rtd_jax.models.from_hf import load_config, load_params
+from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.quantized import as_float, quantize_params, quantize_weight
-from rtd_jax.models.weights import TABLE
+from rtd_jax.models.weights import TABLE, logical_axes
 
 WEIGHTS = {weight.path: weight for weight in TABLE}
 
@@ -81,5 +82,5 @@ def test_hidden_states_and_head_are_those_of_the_rounded_weights(directory):
     np.testing.assert_array_equal(model.head(quantized), model.head(rounded))
     assert float(jnp.max(jnp.abs(got - hidden(params, *inputs)))) > 1e-4  # the rounding is real
     prompts = [row.tolist() for row in np.asarray(tokens)]
-    decode = {"max_new_tokens": 6, "eos_ids": (), "vocab_size": config.vocab_size}
-    assert generate(model, quantized, prompts, **decode) == generate(model, rounded, prompts, **decode)
+    settings = GenerateSettings(max_new_tokens=6, eos_ids=(), vocab_size=config.vocab_size)
+    assert generate(model, quantized, prompts, settings) == generate(model, rounded, prompts, settings)

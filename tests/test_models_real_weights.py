@@ -13,7 +13,8 @@ import transformers
 from models_tiny import positions
 from real_weights import real_weights_dir
 
-from rtd_jax.models import LlamaModel, load_config, load_params
+from rtd_jax.models.from_hf import load_config, load_params
+from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.quantized import quantize_params
 
 pytestmark = pytest.mark.real_weights

@@ -168,7 +168,7 @@ def test_neither_batch_size_nor_packing_nor_mesh_shows_in_a_cache(teacher, exact
     other = dataclasses.replace(other, data=dataclasses.replace(other.data, chains_per_row=1))
     cache_teacher(other, tmp_path)
     experiment, _ = prepare(other, lambda _: None)
-    readers = [TeacherCache(folder, experiment.cache._identity) for folder in (exact, tmp_path)]
+    readers = [TeacherCache(folder, experiment.cache.identity) for folder in (exact, tmp_path)]
     assert readers[0]._places.keys() == readers[1]._places.keys()
     for key in list(readers[0]._places)[:20]:
         (top, states), (other_top, other_states) = (reader.read(key) for reader in readers)
@@ -218,7 +218,7 @@ def test_damage_is_named(teacher, exact, copy):
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 4
     shard.write_bytes(bytes(flipped))
-    broken = TeacherCache(copy, whole._identity)
+    broken = TeacherCache(copy, whole.identity)
     mine = [key for key, (name, _, _) in broken._places.items() if name == shard.stem]
     with pytest.raises(ValueError, match=r"record \d+ is damaged"):
         list(map(broken.read, mine))

@@ -19,7 +19,7 @@ from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import open_model
-from rtd_jax.teacher.cache import CacheWriter, Identity, chain_key, encode_record, predicting_positions
+from rtd_jax.teacher.cache import CacheWriter, Identity, chain_key, encode_record, packed_chains
 from rtd_jax.teacher.predictions import top_k_predictions
 from rtd_jax.train.curriculum import stages
 from rtd_jax.train.recipe import Recipe, cache_identity
@@ -128,14 +128,9 @@ def _records(batches: Iterable[tuple[Batch, tuple[TopK, Array]]], identity: Iden
     """(key, record) of every chain in this process's rows of the batches."""
     for batch, outputs in batches:
         top_k, states_BNCKD = jax.tree.map(_own_rows, outputs)
-        for row, slot in zip(*np.nonzero(np.any(batch.boundary_mask_BCK, axis=-1)), strict=True):
-            columns = np.flatnonzero(batch.chain_ids_BL[row] == slot + 1)
-            mask, weights = batch.boundary_mask_BCK[row, slot], batch.loss_weights_BL[row, columns]
-            boundaries = batch.boundary_positions_BCK[row, slot][mask] - columns[0]
-            predicting = columns[predicting_positions(weights)]
-            top = TopK(*(array[row, predicting] for array in top_k))
-            record = encode_record(top, states_BNCKD[row, :, slot][:, mask], identity)
-            yield chain_key(batch.tokens_BL[row, columns], boundaries, weights), record
+        for key, row, slot, mask_K, predicting_P in packed_chains(batch):
+            top = TopK(*(array[row, predicting_P] for array in top_k))
+            yield key, encode_record(top, states_BNCKD[row, :, slot][:, mask_K], identity)
 
 
 def _own_rows(x: jax.Array) -> np.ndarray:

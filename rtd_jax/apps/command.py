@@ -1,7 +1,7 @@
 """The commands: `python -m rtd_jax train --config=...`, or `python launch/train.py --config=...` from a clone.
 
-What every command does is here: read the flags, build the settings, run, and say in one line what went wrong. Settings
-and main functions are imported when they are needed, so that `--help` and refused flags do not wait for jax.
+This module does what every command needs: it reads the flags, builds the settings, runs the command, and reports an
+error in one line. Settings and main functions are imported when they are needed, because importing jax is slow.
 """
 
 import dataclasses
@@ -34,7 +34,19 @@ class Command:
     recipe: str = ""  # settings that --config gives
     flags: str = ""  # settings that are flags themselves, one for each field
     example: str = ""  # flags of an example
-    reads_all: bool = True  # of the recipe, so that it can warn of overrides that have no effect
+    reads_all: bool = True  # whether it reads the whole recipe, so that overrides without effect are warned of
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """The flags that every command with a recipe has beside --config."""
+
+    print_config: bool = False  # Show every key with its value, origin and meaning, and end.
+    workdir: str | None = None  # Folder of what the run writes; default runs/<config>.
+    distributed: bool = False  # One of several processes; JAX finds the others (SLURM, TPU pods, Open MPI, Kubernetes).
+    coordinator: str | None = None  # host:port of process 0, where JAX cannot find the cluster.
+    processes: int | None = None  # With --coordinator: how many processes there are.
+    process: int | None = None  # With --coordinator: which of them this is, from 0.
 
 
 COMMANDS = {
@@ -127,7 +139,8 @@ def main(argv: Sequence[str]) -> None:
 def run(name: str, argv: Sequence[str] | None = None) -> None:
     """Runs a command with its flags, by default those of this process, and ends the process.
 
-    A ValueError or OSError is what a user can mend: its message is printed without traceback; the exit status is 2.
+    A ValueError or OSError is a mistake that the user can correct: its message is printed without a traceback, and the
+    exit status is 2.
     """
     argv = list(sys.argv if argv is None else argv)
     command, values = COMMANDS[name], flags.FLAGS
@@ -136,10 +149,10 @@ def run(name: str, argv: Sequence[str] | None = None) -> None:
         print(help_text(command, argv[0], [values[flag] for flag in defined]))
         sys.exit(0)
 
-    def parsed(arguments: Sequence[str]) -> None:
+    def run_parsed(arguments: Sequence[str]) -> None:
         debug = values["debug"].value
-        logging.set_verbosity(logging.DEBUG if debug else logging.WARNING)  # orbax narrates every file it writes
-        if not debug:  # a failed save or restore is reported once, below, not for each array
+        logging.set_verbosity(logging.DEBUG if debug else logging.WARNING)  # orbax logs every file it writes
+        if not debug:  # a failed save or restore is reported once, below, and not for each array
             python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL + 1)
         try:
             if len(arguments) > 1:
@@ -151,84 +164,74 @@ def run(name: str, argv: Sequence[str] | None = None) -> None:
                 raise
             _refuse(str(error))
 
-    app.run(parsed, argv=argv, flags_parser=lambda arguments: _parse_flags(arguments, values))
+    app.run(run_parsed, argv=argv, flags_parser=lambda arguments: _parse_flags(arguments, values))
 
 
 def _run(command: Command, values: flags.FlagValues) -> None:
-    own = read_flags(_imported(command.flags), values) if command.flags else None
+    own = read_flags(_import(command.flags), values) if command.flags else None
     if not command.recipe:
-        _imported(command.main)(own)
+        _import(command.main)(own)
         return
-    settings = _imported(command.recipe)
+    settings, run_flags = _import(command.recipe), read_flags(RunFlags, values)
     if values["config"].value is None:
         raise ValueError("--config is missing; try --config=configs/rtd_tiny.py, or --help")
-    if values["print_config"].value:
+    if run_flags.print_config:
         print(config_text(settings, values))
         return
     recipe = build(settings, values["config"].value.to_dict())
-    _join_cluster(values)
-    if command.reads_all and values["process"].value in (None, 0):
+    _join_cluster(run_flags)
+    if command.reads_all and not run_flags.process:
         for line in unread_overrides(recipe, config_flags.get_override_values(values["config"])):
             print(f"warning: {line}", file=sys.stderr, flush=True)
-    _imported(command.main)(recipe, own if command.flags else _workdir(values))
+    config_file = Path(config_flags.get_config_filename(values["config"]).split(":")[0])
+    workdir = Path(run_flags.workdir or f"runs/{config_file.stem}").expanduser()
+    _import(command.main)(recipe, own if command.flags else workdir)
 
 
 def define_flags(command: Command, argv: list[str], values: flags.FlagValues) -> list[str]:
-    """The flags of a command: --config and its company for a recipe, and one for each field of `command.flags`.
+    """Defines the flags of a command: --config and RunFlags for a recipe, and one for each field of `command.flags`.
 
     Returns their names.
     """
-    ours: dict[str, Any] = {"flag_values": values}
     before = set(values)
     if command.recipe:
         config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/rtd_tiny.py.", values, sys_argv=argv)
         values["config"].parser = _ConfigFile(command.recipe)
-        flags.DEFINE_bool("print_config", False, "Show every key with its value, origin and meaning, and end.", **ours)
-        flags.DEFINE_string("workdir", None, "Folder of what the run writes; default runs/<config>.", **ours)
-        flags.DEFINE_bool(
-            "distributed",
-            False,
-            "This is one of several processes; JAX finds the cluster (SLURM, TPU pods, Open MPI, Kubernetes).",
-            **ours,
-        )
-        flags.DEFINE_string("coordinator", None, "host:port of process 0, where JAX cannot find the cluster.", **ours)
-        flags.DEFINE_integer("processes", None, "With --coordinator: how many processes there are.", **ours)
-        flags.DEFINE_integer("process", None, "With --coordinator: which of them this is, from 0.", **ours)
+        _define_fields(RunFlags, values)
     if command.flags:
-        _define_fields(_imported(command.flags), values)
-    flags.DEFINE_bool("debug", False, "Show the traceback of an error.", **ours)
+        _define_fields(_import(command.flags), values)
+    flags.DEFINE_bool("debug", False, "Show the traceback of an error.", flag_values=values)
     return [name for name in values if name not in before]
 
 
 def _define_fields(settings: type, values: flags.FlagValues) -> None:
-    """A flag for each field, with its default, and the comment beside it as its help."""
+    """Defines a flag for each field, with its default, and the comment beside it as its help."""
     hints, meanings = typing.get_type_hints(settings), comments(settings)
+    define: Any = {
+        bool: flags.DEFINE_bool,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        tuple: flags.DEFINE_list,
+    }
     for field in dataclasses.fields(settings):
         default = None if field.default is dataclasses.MISSING else field.default
         hint = value_types(hints[field.name])[0]
-        text = meanings.get(field.name, "")
-        if typing.get_origin(hint) is typing.Literal:
+        kind, text = typing.get_origin(hint) or hint, meanings.get(field.name, "")
+        if kind is typing.Literal:
             text += f" (one of {', '.join(map(str, typing.get_args(hint)))})"
-        if typing.get_origin(hint) is tuple:
-            flags.DEFINE_list(field.name, list(default or ()), text, flag_values=values)
-        elif hint is bool:
-            flags.DEFINE_bool(field.name, bool(default), text, flag_values=values)
-        elif hint in (int, float):
-            define = flags.DEFINE_integer if hint is int else flags.DEFINE_float
-            define(field.name, default, text, flag_values=values)
-        else:
-            flags.DEFINE_string(field.name, default, text, flag_values=values)
+        default = list(default or ()) if kind is tuple else default
+        define.get(kind, flags.DEFINE_string)(field.name, default, text, flag_values=values)
 
 
 def read_flags(settings: type, values: flags.FlagValues) -> Any:
     """Builds `settings` from its flags.
 
     Raises:
-      ValueError: a flag without default was not given, a list that is to have numbers has something else, or what the
-        settings themselves refuse.
+      ValueError: a flag without default is missing, a list of numbers has something else, or the settings refuse a
+        value.
     """
     hints = typing.get_type_hints(settings)
-    found: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = values[field.name].value
         if value is None and field.default is dataclasses.MISSING:
@@ -238,8 +241,8 @@ def read_flags(settings: type, values: flags.FlagValues) -> Any:
                 value = [int(item) for item in value or ()]
             except ValueError as error:
                 raise ValueError(f"--{field.name} is {value!r}; expected whole numbers with commas between") from error
-        found[field.name] = value
-    return build(settings, found, "--")
+        given[field.name] = value
+    return build(settings, given, "--")
 
 
 class _ConfigFile(flags.ArgumentParser):
@@ -253,53 +256,50 @@ class _ConfigFile(flags.ArgumentParser):
         if not Path(file).is_file():
             raise flags.Error(f"--config: there is no file {file}; give a config file such as configs/rtd_tiny.py")
         try:
-            found = runpy.run_path(file)["get_config"](*([argument] if colon else []))
-            return defaults(_imported(self._recipe), found)
+            values = runpy.run_path(file)["get_config"](*([argument] if colon else []))
+            return defaults(_import(self._recipe), values)
         except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
             raise flags.Error(f"{path}: {_one_line(error)}") from error
 
-    def flag_type(self) -> str:
-        return "config file"
-
 
 def _parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
-    """Flags by absl; what it does not know, and an override of a key that is not there, is one line."""
-    if "--debug" in argv:
-        return values(argv)
+    """Parses flags by absl; a flag or a key of the config that does not exist is refused in one line."""
     try:
         return values(argv)
-    except flags.Error as error:
-        _refuse(f"{_one_line(error)} (--help shows all flags)")
-    except (KeyError, AttributeError, TypeError) as error:
+    except (flags.Error, KeyError, AttributeError, TypeError) as error:
+        if "--debug" in argv:
+            raise
+        if isinstance(error, flags.Error):
+            _refuse(f"{_one_line(error)} (--help shows all flags)")
         _refuse(f"a --config override names what the config does not have: {_one_line(error)}")
 
 
 def _one_line(error: Exception) -> str:
-    """A message, as it is read best: those of ml_collections are quoted twice, and list a group's keys and values."""
+    """An error's message in one line; ml_collections quotes its own twice and appends a group's keys and values."""
     text = str(error).replace("\\n", " ").replace("\n", " ").replace("\\'", "'").strip("'")
     return re.sub(r' Other fields present: "{.*}"', "", text)
 
 
 def _refuse(reason: str) -> NoReturn:
-    """Exits with the reason on a line of its own, the last one: threads of a failed save complain on."""
+    """Exits with the reason as the last line. Later output is dropped: threads of a failed save still print."""
     with os.fdopen(os.dup(2), "w") as stderr, open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
         stderr.write(f"\nerror: {reason}\n")
     sys.exit(2)
 
 
-def _join_cluster(values: flags.FlagValues) -> None:
+def _join_cluster(run_flags: RunFlags) -> None:
     """Connects to the other processes, if there are any; afterwards jax.devices() are those of all of them.
 
     Raises:
       ValueError: flags that do not fit together, or a cluster that cannot be joined.
     """
-    given: Any = [values[name].value for name in ("coordinator", "processes", "process")]
+    given: Any = (run_flags.coordinator, run_flags.processes, run_flags.process)
     if None in given and any(value is not None for value in given):
         raise ValueError("--coordinator=host:port, --processes and --process are given together or not at all")
-    if not values["distributed"].value and given[0] is None:
+    if not run_flags.distributed and given[0] is None:
         return
-    import jax  # it is slow to import, and flags are refused before
+    import jax  # slow to import
 
     try:
         jax.distributed.initialize(*given)
@@ -310,13 +310,8 @@ def _join_cluster(values: flags.FlagValues) -> None:
         ) from error
 
 
-def _workdir(values: flags.FlagValues) -> Path:
-    config = Path(config_flags.get_config_filename(values["config"]).split(":")[0])
-    return Path(values["workdir"].value or f"runs/{config.stem}").expanduser()
-
-
-def _imported(place: str) -> Any:
-    """What a "module:name" stands for."""
+def _import(place: str) -> Any:
+    """Imports what "module:name" stands for."""
     module, name = place.split(":")
     return getattr(importlib.import_module(module), name)
 
@@ -332,7 +327,7 @@ Every setting of the config can be overridden:
 
 
 def help_text(command: Command, program: str, defined: Sequence[flags.Flag]) -> str:
-    """What --help shows: what the command does, its flags, how settings are overridden, and an example."""
+    """The text of --help: what the command does, its flags, how settings are overridden, and an example."""
     lines = [command.about, "", f"usage: {program} [FLAGS]", ""]
     width = max(len(flag.name) for flag in defined)
     for flag in defined:
@@ -344,7 +339,7 @@ def help_text(command: Command, program: str, defined: Sequence[flags.Flag]) -> 
 
 
 def config_text(settings: type, values: flags.FlagValues) -> str:
-    """Every key of the config as an aligned table: value, where it is from, and what it means with its unit."""
+    """Every key of the config as an aligned table: its value, the value's origin, and its meaning with the unit."""
     overrides = config_flags.get_override_values(values["config"])
     rows = [("key", "value", "origin", "meaning")]
     for setting in settings_of(settings, values["config"].value or {}):

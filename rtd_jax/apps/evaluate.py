@@ -3,41 +3,38 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rtd_jax.apps.report.page import gap_lines, percent, plus_minus, write_report
+from rtd_jax.apps.report.page import gap_lines, write_report
+from rtd_jax.apps.report.tables import depth_table, group_table, percent, total_lines
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import check_writable, write_json, write_jsonl
 from rtd_jax.base.sharding import row_sharding, row_ways
 from rtd_jax.data.formats import render
 from rtd_jax.data.schemas.arc import ChoiceQuestion
 from rtd_jax.data.trace import Trace, answer_line
+from rtd_jax.eval.chains import score_texts
 from rtd_jax.eval.choices import choice_log_likelihoods, score_choices
 from rtd_jax.eval.decoding import Sampling
-from rtd_jax.eval.estimates import error_rows
-from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, Progress, full_report
+from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, Progress
+from rtd_jax.eval.metrics import MODEL_KEYS, Record, make_report
 from rtd_jax.eval.scoring import ScoringSettings
-from rtd_jax.eval.tasks import EXAMPLES_SEED, TASKS, Problems, load_problems, question_of
-from rtd_jax.eval.text_scores import Record, score_texts
+from rtd_jax.eval.tasks import EXAMPLES_SEED, TASKS, Problems, load_problems
 from rtd_jax.models.open import FloatDtype, WeightDtype
 from rtd_jax.train.saved_models import LoadedModel, load_model
 
 OPEN_FROM = 5  # depths 1, 2, 3, 4, 5+
 SCORING_ROWS = 8  # of 512 tokens, read together on each device
 NOTE_SECONDS = 10.0  # between two progress lines of one kind
-# Fields of a record that do not follow from its text: with them a file of records gives the whole report again.
-KEPT = ("teacher_forced", "reference_nats", "reference_tokens", "max_new_tokens", "text_format", "decoding")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSettings:
     """What is evaluated on what."""
 
-    model: tuple[
-        str, ...
-    ] = ()  # Hugging Face folders, hub names, stage checkpoints or runs' folders, with commas between
+    model: tuple[str, ...] = ()  # Hugging Face folders, hub names, stage checkpoints, runs' folders; commas between
     tasks: tuple[str, ...] = ("gsm8k",)  # of gsm8k, math, strategyqa, arc_challenge, synthetic
     data_root: str = ""  # folder with gsm8k/test.jsonl and so on; "" is the hub
     generations: str = ""  # JSONL of texts to score in place of a model's
@@ -77,7 +74,16 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
     """
     out = Path(settings.out).expanduser()
     check_writable(out)
-    sections, records, protocol = _rescored(settings) if settings.generations else _measured(settings, note)
+    sections: dict[str, dict[str, Any]] = {}
+    protocol: dict[str, Any] = {}
+    records: list[Record] = []
+    if settings.generations:
+        evaluations = _rescore(Path(settings.generations).expanduser())
+    else:
+        evaluations = _measure(settings, protocol, note)
+    for task, name, evaluation, scored in evaluations:
+        sections.setdefault(task, {})[name] = evaluation
+        records += [{"model": name, "task": task, **record} for record in scored]
     names = {name for models in sections.values() for name in models}
     report = {
         "kind": "evaluation",
@@ -95,14 +101,17 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
     return out / "report.json"
 
 
-Found = tuple[dict[str, Any], list[Record], dict[str, Any]]  # sections, records, protocol
+Scores = tuple[dict[str, Any], list[Record]]  # a report of one model on one task, and its records
 
 
-def _measured(settings: EvaluateSettings, note: Callable[[str], None]) -> Found:
-    """Evaluates one model after the other, so that memory holds one at a time."""
-    sections: dict[str, Any] = {task: {} for task in settings.tasks}
-    records: list[Record] = []
-    protocol: dict[str, Any] = {}
+def _measure(
+    settings: EvaluateSettings, protocol: dict[str, Any], note: Callable[[str], None]
+) -> Iterator[tuple[str, str, *Scores]]:
+    """(task, model, report, records), one model after the other, so that memory holds one at a time.
+
+    Writes into `protocol` how each task is asked.
+    """
+    names: set[tuple[str, str]] = set()
     for path in settings.model:
         note(f"loading {path}")
         loaded = load_model(path, settings.dtype, settings.compute_dtype)
@@ -118,18 +127,16 @@ def _measured(settings: EvaluateSettings, note: Callable[[str], None]) -> Found:
                 revision=settings.revision,
                 trained_on=loaded.text,
             )
-            name = path if loaded.name in sections[task] else loaded.name
+            name = path if (task, loaded.name) in names else loaded.name
+            names.add((task, name))
             protocol[task] = problems.protocol
-            run = _choose if TASKS[task].is_choice else _solve
-            report, found = run(settings, task, problems, loaded, note)
-            sections[task][name] = report
-            records += [{"model": name, "task": task, **record} for record in found]
-    return sections, records, protocol
+            measure = _choose if TASKS[task].is_choice else _solve
+            yield task, name, *measure(settings, task, problems, loaded, note)
 
 
 def _solve(
     settings: EvaluateSettings, task: str, problems: Problems, loaded: LoadedModel, note: Callable[[str], None]
-) -> tuple[dict[str, Any], list[Record]]:
+) -> Scores:
     """Problems that are solved in steps: decoded freely, and their reference chains read."""
     traces = [item for item in problems.items if isinstance(item, Trace)]
     rendered = [
@@ -151,7 +158,7 @@ def _solve(
         OPEN_FROM,
         problems.text_format,
     )
-    report, records = evaluator(
+    return evaluator(
         loaded.model,
         loaded.params,
         traces,
@@ -159,20 +166,19 @@ def _solve(
         progress=_progress(note, f"{loaded.name}, {task}: %d of %d texts decoded"),
         scoring_progress=_progress(note, f"{loaded.name}, {task}: %d of %d reference chains read"),
     )
-    return report.to_dict(), records
 
 
 def _choose(
     settings: EvaluateSettings, task: str, problems: Problems, loaded: LoadedModel, note: Callable[[str], None]
-) -> tuple[dict[str, Any], list[Record]]:
+) -> Scores:
     """Questions with choices: the log-likelihood of each choice's text."""
     questions = [item for item in problems.items if isinstance(item, ChoiceQuestion)]
     pairs = []
     for question, text, turns in zip(questions, problems.texts, problems.turns, strict=True):
-        prompt = render(loaded.tokenizer, question_of(question), "", text, turns).prompt
+        prompt = render(loaded.tokenizer, question.question, "", text, turns).prompt
         between = " " if text.kind == "plain" else ""  # a chat's turn begins without a space
         pairs.append((prompt, [between + choice for choice in question.choices]))
-    found = choice_log_likelihoods(
+    log_likelihoods = choice_log_likelihoods(
         loaded.model,
         loaded.params,
         loaded.tokenizer,
@@ -181,8 +187,7 @@ def _choose(
         batch_sharding=row_sharding(loaded.mesh),
         progress=_progress(note, f"{loaded.name}, {task}: %d of %d choices read"),
     )
-    report, records = score_choices(questions, found, problems.text_format)
-    return report.to_dict(), records
+    return score_choices(questions, log_likelihoods, problems.text_format)
 
 
 def _progress(note: Callable[[str], None], line: str) -> Progress:
@@ -198,13 +203,12 @@ def _progress(note: Callable[[str], None], line: str) -> Progress:
     return progress
 
 
-def _rescored(settings: EvaluateSettings) -> Found:
-    """Scores the rows of a JSONL file; from records that this program wrote it makes the whole report again.
+def _rescore(path: Path) -> Iterator[tuple[str, str, *Scores]]:
+    """(task, model, report, records) of the rows of a JSONL file; records of this program give the whole report again.
 
     A row holds a text (prompt, reference, answer, text) or choices (prompt, choices, answer, log_likelihoods), and may
     name its model and task.
     """
-    path = Path(settings.generations).expanduser()
     groups: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -221,50 +225,45 @@ def _rescored(settings: EvaluateSettings) -> Found:
         groups.setdefault((row.get("task", ""), row.get("model", path.stem)), []).append((row, place))
     if not groups:
         raise ValueError(f"{path}: the file is empty; expected one JSON object a line")
-    sections: dict[str, Any] = {}
-    records: list[Record] = []
     for (task, model), rows in groups.items():
-        report, found = (_rescored_choices if "choices" in rows[0][0] else _rescored_texts)(rows)
-        sections.setdefault(task, {})[model] = report
-        records += [{"model": model, "task": task, **record} for record in found]
-    return sections, records, {}
+        yield task, model, *(_rescore_choices if "choices" in rows[0][0] else _rescore_texts)(rows)
 
 
-def _rescored_texts(rows: Sequence[tuple[dict[str, Any], str]]) -> tuple[dict[str, Any], list[Record]]:
+def _rescore_texts(rows: Sequence[tuple[dict[str, Any], str]]) -> Scores:
     problems: dict[Any, tuple[Trace, list[str], list[dict[str, Any]]]] = {}
     for row, place in rows:
-        trace, text = _row(row, place)
-        _, texts, kept = problems.setdefault(row.get("problem", trace.prompt), (trace, [], []))
+        trace, text = _trace_and_text(row, place)
+        _, texts, rows_of_problem = problems.setdefault(row.get("problem", trace.prompt), (trace, [], []))
         texts.append(text)
-        kept.append({key: row[key] for key in KEPT if key in row} | {"finished": bool(row.get("finished", True))})
-    traces, texts_of, kept_of = zip(*problems.values(), strict=True)
-    finished = [[x.pop("finished") for x in kept] for kept in kept_of]
-    scores, records = score_texts(traces, texts_of, finished, open_from=OPEN_FROM)
+        rows_of_problem.append(row)
+    traces, texts_of, rows_of = zip(*problems.values(), strict=True)
+    finished = [[bool(row.get("finished", True)) for row in rows_of_problem] for rows_of_problem in rows_of]
+    records = score_texts(traces, texts_of, finished)
     for record in records:
-        record |= kept_of[record["problem"]][record["sample"]]
-    if all(key in record for record in records for key in KEPT):
-        return full_report(scores, records, OPEN_FROM).to_dict(), records
-    return error_rows(scores), records
+        row = rows_of[record["problem"]][record["sample"]]
+        record |= {key: row[key] for key in MODEL_KEYS if key in row}
+    return make_report(records, OPEN_FROM), records
 
 
-def _rescored_choices(rows: Sequence[tuple[dict[str, Any], str]]) -> tuple[dict[str, Any], list[Record]]:
+def _rescore_choices(rows: Sequence[tuple[dict[str, Any], str]]) -> Scores:
     questions = []
     for row, place in rows:
         if not all(key in row for key in ("prompt", "choices", "answer", "log_likelihoods")):
             raise ValueError(f"{place}: a row of choices has prompt, choices, answer (an index) and log_likelihoods")
         questions.append(ChoiceQuestion(row["prompt"], tuple(row["choices"]), row["answer"], place))
-    report, records = score_choices(
-        questions, [row["log_likelihoods"] for row, _ in rows], rows[0][0].get("text_format", "")
-    )
-    return report.to_dict(), records
+    log_likelihoods = [row["log_likelihoods"] for row, _ in rows]
+    return score_choices(questions, log_likelihoods, rows[0][0].get("text_format", ""))
 
 
-def _row(row: Any, place: str) -> tuple[Trace, str]:
-    missing = [key for key in ("prompt", "reference", "answer") if not isinstance(row, dict) or key not in row]
-    if missing or not ("text" in row or "completions" in row):
+def _trace_and_text(row: dict[str, Any], place: str) -> tuple[Trace, str]:
+    """The problem of a row with its reference chain, and the text that was written for it."""
+    missing = [key for key in ("prompt", "reference", "answer") if key not in row]
+    if not ("text" in row or "completions" in row):
+        missing.append("text")
+    if missing:
         raise ValueError(
-            f"{place}: {(missing or ['text'])[0]!r} is missing; a row has prompt, reference (a list of steps), answer, "
-            "and text (or completions, a list of steps, and final)"
+            f"{place}: {missing[0]!r} is missing; a row has prompt, reference (a list of steps), answer, and text (or "
+            "completions, a list of steps, and final)"
         )
     answer = str(row["answer"])
     # MATH's reference states its answer in a box and has no line for it; that decides how its answers are read.
@@ -277,29 +276,15 @@ def _row(row: Any, place: str) -> tuple[Trace, str]:
 
 def _print(task: str, models: dict[str, Any]) -> None:
     """Prints the tables of one task."""
-    keys: Sequence[str] = ("chain_accuracy", "answer_strict", "answer_flexible", "step_accuracy", "step_accuracy_free")
-    for name, found in models.items():
-        if "accuracy_norm" in found:
-            shares = (f"acc {percent(found['accuracy'])}", f"acc_norm {percent(found['accuracy_norm'])}")
-            print(f"{task}: {name}: {', '.join(shares)} % of {found['questions']} questions (± one standard error)")
+    for name, evaluation in models.items():
+        if "accuracy_norm" in evaluation:
+            shares = f"acc {percent(evaluation['accuracy'])}, acc_norm {percent(evaluation['accuracy_norm'])}"
+            print(f"{task}: {name}: {shares} % of {evaluation['questions']} questions (± one standard error)")
             continue
-        rows = [
-            (depth, entry["n"], *(percent(found.get(key, {}).get(depth)) for key in keys))
-            for depth, entry in found["chain_accuracy"].items()
-        ]
-        columns = ("depth", "texts", "chain %", "answer strict", "answer flexible", "step forced", "step free")
-        print_table(f"{task or 'texts'}: {name} (± one standard error)", columns, rows)
-        for key in ("exact_match_strict", "exact_match_flexible", "math_verify"):
-            if found.get(key):
-                print(f"{key}: {percent(found[key]['all'])}")
-        if found.get("perplexity_by_depth"):
-            print(f"perplexity of the reference texts: {plus_minus(found['perplexity_by_depth']['all'])}")
-        for kind, groups in found.get("groups", {}).items():
-            measured = list(next(iter(groups.values())))
-            of_groups = [
-                (group, entry["chain_accuracy"]["n"], *(percent(entry.get(key)) for key in measured))
-                for group, entry in groups.items()
-            ]
-            print_table(f"{task}: {name}, by {kind}", (kind, "texts", *measured), of_groups)
+        print_table(f"{task or 'texts'}: {name} (± one standard error)", *depth_table(evaluation))
+        for line in total_lines(evaluation):
+            print(line)
+        for kind, groups in evaluation.get("groups", {}).items():
+            print_table(f"{task}: {name}, by {kind}", *group_table(kind, groups))
     for line in gap_lines(models, task):
         print(line)

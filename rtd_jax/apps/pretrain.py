@@ -164,15 +164,15 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
         notes = decoding_notes(display.note, "model")
         result, _ = evaluator(model, state.params["student"], problems, progress=notes)
     report = {
-        "model": result.to_dict(),
+        "model": result,
         "updates": int(state.step),
         "wall_seconds": round(time.monotonic() - started, 1),
         "settings": settings,
     }
     write_json(workdir / "report.json", report)
     rows = [
-        (depth, percent(chain.error_row()), percent(result.step_accuracy[depth].error_row()))
-        for depth, chain in result.chain_accuracy.items()
+        (depth, percent(chain), percent(result["step_accuracy"][depth]))
+        for depth, chain in result["chain_accuracy"].items()
     ]
     print_table("Accuracy by reasoning depth (± one standard error)", ["depth", "chain %", "step %"], rows)
     print(

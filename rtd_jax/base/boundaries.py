@@ -33,24 +33,23 @@ def transition_boundaries(boundary_mask_BCK: Array, anchor_prompt: bool) -> Arra
 
 
 def step_tokens(batch: Batch) -> Array:
-    """Which tokens belong to which step, bool [B, C, K - 1, L]: those behind boundary i - 1 up to boundary i."""
+    """Which tokens belong to which step, bool [B, C, K - 1, L]: those after boundary i - 1, up to boundary i."""
     place_L = jnp.arange(batch.tokens_BL.shape[1])
     ends, begins = batch.boundary_positions_BCK[..., 1:, None], batch.boundary_positions_BCK[..., :-1, None]
     return (place_L > begins) & (place_L <= ends) & batch.boundary_mask_BCK[..., 1:, None]
 
 
 def shifted_labels(batch: Batch) -> tuple[Array, Array]:
-    """Labels and loss weights at the position that *makes* each prediction: token l + 1 seen from position l.
+    """Labels and loss weights, [B, L], at the position that *makes* each prediction: position l predicts token l + 1.
 
-    The last position of a row predicts nothing. Weights already vanish on the first token of every chain, so no label
-    crosses from one packed chain into the next.
+    The last position of a row predicts nothing. The first token of every chain has weight 0, so no label crosses from
+    one packed chain into the next.
     """
-
     return shifted(batch.tokens_BL), shifted(batch.loss_weights_BL)
 
 
 def shifted(x_BL: Array) -> Array:
-    """What belongs to a predicted token, at the position that makes the prediction; 0 at a row's last position."""
+    """Moves each token's value to the position before it, which predicts the token; 0 at a row's last position."""
     return jnp.pad(x_BL[:, 1:], ((0, 0), (0, 1)))
 
 

@@ -1,42 +1,36 @@
-"""What a person sees while a run goes on: a live panel in a terminal, plain lines elsewhere."""
+"""The progress display of a run: a live panel in a terminal, plain lines elsewhere."""
 
-import io
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 PLAIN_INTERVAL = 5.0  # seconds between progress lines when not a terminal
 
 
 class Display:
-    """Progress over a run's updates; a context manager. `note` prints a line that stays on the screen.
+    """Progress over a run's updates, as a context manager.
 
     With several processes all but one are `silent`, because they would print the same lines.
     """
 
-    def __init__(self, total_updates: int, done: int = 0, console: Console | None = None, silent: bool = False):
-        # Outside a terminal rich would wrap lines at 80 columns, which breaks up paths that people copy.
-        self._console = Console(file=io.StringIO()) if silent else console or Console()
-        if not self._console.is_terminal:
-            self._console = Console(width=200, soft_wrap=True, file=self._console.file)
+    def __init__(self, total_updates: int, done: int = 0, silent: bool = False):
+        self._console = Console()
+        is_live = self._console.is_terminal and not silent
+        if (
+            not is_live
+        ):  # outside a terminal rich would wrap lines at 80 columns, which breaks up paths that people copy
+            self._console = Console(width=200, soft_wrap=True, quiet=silent)
         self._total, self._start, self._started = total_updates, done, time.monotonic()
         self._last_plain = 0.0
         self._live: Live | None = None
-        if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
+        if is_live:
+            columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "ETA"
+            self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console)
             self._task = self._progress.add_task("updates", total=total_updates, completed=done)
             self._live = Live(self._progress, console=self._console, refresh_per_second=4, transient=True)
 
@@ -50,7 +44,7 @@ class Display:
             self._live.stop()
 
     def note(self, text: str) -> None:
-        """Prints a line."""
+        """Prints a line that stays on the screen."""
         self._console.print(text, highlight=False, markup=False)
 
     def update(self, done: int, place: str, values: dict[str, str]) -> None:
@@ -80,6 +74,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     console = Console()
-    if not console.is_terminal and console.width < 120:  # in a log file nothing forces a cell to be cut
-        console = Console(width=120, file=console.file)
+    if not console.is_terminal and console.width < 160:  # in a log file nothing forces a cell to be cut
+        console = Console(width=160, file=console.file)
     console.print(table)

@@ -33,18 +33,18 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, way_out: str = "restore it or write it again") -> Any:
     """Reads a JSON file.
 
     Raises:
-      ValueError: the file is missing or damaged; names the file and the place.
+      ValueError: the file is missing or damaged; names the file, the place in it, and the way out.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore it or write it again") from error
+        raise ValueError(f"{path}: no such file; {way_out}") from None
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path}: not valid JSON ({error}); {way_out}") from error
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

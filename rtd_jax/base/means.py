@@ -1,7 +1,7 @@
 """Masked reductions, and means kept as (sum, count) until the last moment.
 
-A mean of micro-batch means is not the mean of the batch. Every metric therefore travels as a `Mean`, is added across
-micro-batches, devices and updates, and is divided only when a person reads it.
+A mean of micro-batch means is not the mean of the batch. Every metric is therefore kept as a `Mean`, added across
+micro-batches, devices and updates, and divided only when it is shown.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from rtd_jax.base.types import Array
 
 
 class Mean(NamedTuple):
-    """A mean in the making: `sum / count`. Both float32 scalars; addition is exact bookkeeping, not averaging."""
+    """A mean as its sum and its count, both float32 scalars."""
 
     sum: Array
     count: Array  # type: ignore[assignment]  # hides tuple.count, which nobody calls on a mean
@@ -42,7 +42,7 @@ def masked_sum(values: Array, mask: Array, axis: int | tuple[int, ...] | None = 
 
 
 def mean_per_chain(values_K: Array, mask_K: Array) -> Array:
-    """Mean over the last axis of what the mask keeps, float32 [...]; 0 for chains with nothing kept.
+    """Mean over the last axis where the mask is True, float32 [...]; 0 where it is True nowhere.
 
     Args:
       values_K: float [..., K].

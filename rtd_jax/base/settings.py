@@ -1,16 +1,15 @@
 """Settings are frozen dataclasses; a config is a ConfigDict that is made from them and read back into them.
 
-Each component owns its settings dataclass. `defaults` gives the ConfigDict with every setting of one, so every setting
-is a key that a config file and the command line can change; `build` makes the dataclass of it again. A misspelt,
-missing or unused key is an error that names the near one. A pure function never sees a ConfigDict.
+Each component owns its settings dataclass. `defaults` makes the ConfigDict with every setting of one, so every setting
+is a key that a config file and the command line can change; `build` makes the dataclass from it again. A misspelt,
+missing or unused key is an error that names the most similar one. A pure function never sees a ConfigDict.
 """
 
 import dataclasses
 import difflib
 import functools
 import inspect
-import io
-import tokenize
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -24,11 +23,11 @@ T = TypeVar("T")
 
 
 def defaults(cls: type, values: Mapping[str, Any] | None = None, path: str = "config") -> ConfigDict:
-    """A ConfigDict with every setting of dataclass `cls`: at its default, or as `values` have it.
+    """A ConfigDict with every setting of dataclass `cls`, at its value in `values` or at its default.
 
     A setting without default is None until it is given, and has its type from the start. An optional group (type
-    `Settings | None`) has all its keys, too: it is there when its keys without default are given (see `build`). The
-    ConfigDict is locked, so a misspelt key is an error where it is written; groups of type dict stay open.
+    `Settings | None`) has all its keys too; `build` makes it None unless its keys without default are given. The
+    ConfigDict is locked, so that a misspelt key is an error where it is written; groups of type dict stay open.
 
     Raises:
       ValueError: `values` has a key that `cls` does not have.
@@ -42,17 +41,18 @@ def defaults(cls: type, values: Mapping[str, Any] | None = None, path: str = "co
     config.lock()
     for name, hint in hints.items():
         if typing.get_origin(hint) is dict:
-            config[name].unlock()  # with all that is in it
-            for group in (x for x in config[name].values() if isinstance(x, ConfigDict)):
+            config[name].unlock()  # which unlocks the groups in it, too
+            for group in (value for value in config[name].values() if isinstance(value, ConfigDict)):
                 group.lock()
     return config
 
 
 def _entry(hint: Any, value: Any, path: str) -> Any:
-    """`value` as ml_collections keeps it, so that overrides of the setting's type are taken and others refused."""
-    group, is_only = _group(hint), len(value_types(hint)) == 1
-    if group is not None and (_is_group(value) or dataclasses.is_dataclass(value) or (value is None and is_only)):
-        return defaults(group, vars(value) if dataclasses.is_dataclass(value) else value, path)
+    """`value` as ml_collections keeps it, so that overrides of the setting's type are accepted and others refused."""
+    group = _group(hint)
+    value = vars(value) if dataclasses.is_dataclass(value) else value
+    if group is not None and (_is_group(value) or (value is None and len(value_types(hint)) == 1)):
+        return defaults(group, value, path)
     if typing.get_origin(hint) is dict and (value is None or _is_group(value)):
         item = typing.get_args(hint)[1]
         return ConfigDict({key: _entry(item, entry, f"{path}.{key}") for key, entry in (value or {}).items()})
@@ -61,7 +61,7 @@ def _entry(hint: Any, value: Any, path: str) -> Any:
         return placeholder(kind)
     if kind is object:
         return FieldReference(value, field_type=object)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int:
         return float(value)
     return tuple(value) if kind is tuple and isinstance(value, list) else value
 
@@ -94,13 +94,13 @@ def _is_group(value: Any) -> bool:
 
 
 def _kind(hint: Any) -> type:
-    """The type whose parser reads a setting on the command line; object takes any literal."""
-    options = value_types(hint)
-    if len(options) > 1:
+    """The type whose parser reads a setting on the command line; the parser of object accepts any literal."""
+    option, *others = value_types(hint)
+    if others:
         return object
-    if typing.get_origin(options[0]) is typing.Literal:
-        return type(typing.get_args(options[0])[0])
-    return typing.get_origin(options[0]) or options[0]
+    if typing.get_origin(option) is typing.Literal:
+        return type(typing.get_args(option)[0])
+    return typing.get_origin(option) or option
 
 
 class Setting(NamedTuple):
@@ -114,56 +114,47 @@ class Setting(NamedTuple):
 
 
 def settings_of(cls: type, values: Mapping[str, Any], default: Mapping | None = None, path: str = "") -> list[Setting]:
-    """Every setting of dataclass `cls` with its value in `values`, in the order of the dataclass.
+    """Lists every setting of dataclass `cls` with its value in `values`, in the order of the dataclass.
 
-    `default` are those that a group has of its own where it is a part of other settings.
+    `default` holds the defaults where they are not those of `cls`: a group has others as a part of other settings.
     """
-    found: list[Setting] = []
+    settings: list[Setting] = []
     default, hints = defaults(cls).to_dict() if default is None else default, typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        name = field.name
-        value, group = values.get(name, default[name]), _group(hints[name])
-        if group is not None and _is_group(value):
-            found += settings_of(group, value, default[name], f"{path}{name}.")
-        elif typing.get_origin(hints[name]) is dict and value:
-            group, meaning = _group(typing.get_args(hints[name])[1]), comments(cls).get(name, "")
-            for key, entry in value.items():
-                if group is not None and _is_group(entry):
-                    found += settings_of(group, entry, None, f"{path}{name}.{key}.")
-                else:
-                    found.append(Setting(f"{path}{name}.{key}", entry, None, meaning, cls))
-        else:
-            found.append(Setting(path + name, value, default[name], comments(cls).get(name, ""), cls))
-    return found
+    for name in (field.name for field in dataclasses.fields(cls)):
+        hint, value, meaning = hints[name], values.get(name, default[name]), comments(cls).get(name, "")
+        entries = [(hint, name, value, default[name])]
+        if typing.get_origin(hint) is dict and value:
+            item = typing.get_args(hint)[1]
+            entries = [(item, f"{name}.{key}", entry, None) for key, entry in value.items()]
+        for entry_hint, key, entry, entry_default in entries:
+            group = _group(entry_hint)
+            if group is not None and _is_group(entry):
+                settings += settings_of(group, entry, entry_default, f"{path}{key}.")
+            else:
+                settings.append(Setting(path + key, entry, entry_default, meaning, cls))
+    return settings
 
 
 @functools.cache
 def comments(cls: type) -> dict[str, str]:
-    """The comment at the end of each field's line in the source: what a setting means, and its unit."""
-    found: dict[str, str] = {}
-    for part in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-        name = ""
-        for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(part)).readline):
-            if token.type == tokenize.NAME and token.line.startswith(f"    {token.string}: "):
-                name = token.string if token.start[1] == 4 else name
-            elif token.type == tokenize.NEWLINE:
-                name = ""
-            elif token.type == tokenize.COMMENT and name:
-                found[name] = token.string.lstrip("# ")
-    return found
+    """The comment at the end of each field's source, by field: what a setting means, and its unit."""
+    # A field's source is its line, and below it what is indented further or closes its brackets.
+    field = re.compile(r"^    (\w+): .*(?:\n(?: {5,}|    [)\]}]).*)*  # (.*)$", re.MULTILINE)
+    parts = [part for part in reversed(cls.__mro__) if dataclasses.is_dataclass(part)]
+    return {name: comment for part in parts for name, comment in field.findall(inspect.getsource(part))}
 
 
 def unread_settings(settings: Any, path: str = "") -> dict[str, str]:
-    """Keys (of settings or of whole groups) that have no effect under the values of others, and why.
+    """Keys (of settings or of whole groups) that have no effect under the values of others, with the reason.
 
-    A settings dataclass says so itself, in a method `unread_settings() -> dict[str, str]` about its own keys.
+    A settings dataclass may name its own in a method `unread_settings() -> dict[str, str]`.
     """
-    found = {path + key: reason for key, reason in getattr(settings, "unread_settings", dict)().items()}
+    unread = {path + key: reason for key, reason in getattr(settings, "unread_settings", dict)().items()}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
-            found |= unread_settings(value, f"{path}{field.name}.")
-    return found
+            unread |= unread_settings(value, f"{path}{field.name}.")
+    return unread
 
 
 def check_at_least(least: int, settings: Any, *names: str, group: str = "") -> None:
@@ -174,10 +165,10 @@ def check_at_least(least: int, settings: Any, *names: str, group: str = "") -> N
 
 
 def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
-    """Builds dataclass `cls` from a mapping (a ConfigDict is one), nested dataclasses included.
+    """Builds dataclass `cls` from a mapping or ConfigDict, nested dataclasses included.
 
-    Integers are taken for floats and lists for tuples; nothing else is converted. An optional group whose keys without
-    default are all None or "" is None.
+    Integers are accepted for floats and lists for tuples; nothing else is converted. An optional group is None if its
+    keys without default are all None or "".
 
     Raises:
       ValueError: a key that `cls` does not have, a key without default that is missing, or a value of another type; the
@@ -197,38 +188,35 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
 
 def _check_known(cls: type, values: Mapping[str, Any], path: str) -> None:
     names = [field.name for field in dataclasses.fields(cls)]
-    unknown = [key for key in values if key not in names]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], names, n=1)
-        hint = f"; did you mean {path}.{near[0]}?" if near else f"; it has {', '.join(sorted(names))}"
-        raise ValueError(f"{path}.{unknown[0]} is not a setting{hint}")
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {path}.{near[0]}?" if near else f"it has {', '.join(sorted(names))}"
+            raise ValueError(f"{path}.{key} is not a setting; {hint}")
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    origin = typing.get_origin(hint)
+    """`value` as a setting of type `hint`; ValueError where it is of another type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(hint, value, path)
     if origin is typing.Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), map(str, choices), n=1)
-            hint_text = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{path} is {value!r}; expected one of {', '.join(map(repr, choices))}{hint_text}")
+        if value not in arguments:
+            near = difflib.get_close_matches(str(value), map(str, arguments), n=1)
+            suggestion = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{path} is {value!r}; expected one of {', '.join(map(repr, arguments))}{suggestion}")
         return value
-    if dataclasses.is_dataclass(hint):
-        if not _is_group(value):
-            raise ValueError(f"{path} is {value!r}; expected a group of settings")
-        return build(typing.cast(type, hint), value, path)
     if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, list | tuple):
+        if not isinstance(value, list | tuple):
             raise ValueError(f"{path} is {value!r}; expected a tuple")
-        (item, *_) = typing.get_args(hint)
-        return tuple(_convert(item, entry, f"{path}[{i}]") for i, entry in enumerate(value))
-    if origin is dict:
+        return tuple(_convert(arguments[0], entry, f"{path}[{i}]") for i, entry in enumerate(value))
+    if dataclasses.is_dataclass(hint) or origin is dict:
         if not _is_group(value):
             raise ValueError(f"{path} is {value!r}; expected a group of settings")
-        return {key: _convert(typing.get_args(hint)[1], entry, f"{path}.{key}") for key, entry in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if origin is dict:
+            return {key: _convert(arguments[1], entry, f"{path}.{key}") for key, entry in value.items()}
+        return build(typing.cast(type, hint), value, path)
+    if hint is float and type(value) is int:
         return float(value)
     if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise ValueError(f"{path} is {value!r} ({type(value).__name__}); expected {hint.__name__}")
@@ -251,7 +239,7 @@ def _is_left_out(group: type | None, value: Any, path: str) -> bool:
     """Whether an optional group has none of the keys that it must have.
 
     Raises:
-      ValueError: it has none of them, but others were changed.
+      ValueError: it has none of them, but others are not at their defaults.
     """
     if group is None or not _is_group(value):
         return False

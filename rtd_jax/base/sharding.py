@@ -1,8 +1,8 @@
 """One device mesh, and tables from logical axes to mesh axes.
 
 Mesh axes: `data` (replicas of everything), `fsdp` (rows of the batch, and a slice of every weight), `tensor` (heads,
-MLP and vocabulary). Weights name their dimensions logically (rtd_jax/models/weights.py); a table places each. Teacher
-and student may use different tables: the frozen 70B can stay where it lies and let the activations travel.
+MLP and vocabulary). Weights have logical axes (rtd_jax/models/weights.py), and a table assigns each to mesh axes.
+Teacher and student may use different tables: the weights of a frozen 70B can stay in place while activations travel.
 """
 
 import math
@@ -20,7 +20,7 @@ ROW_AXES = ("data", "fsdp")  # the batch axis is spread over both
 MeshAxes = str | tuple[str, ...] | None
 LogicalToMesh = Mapping[str, MeshAxes]
 
-# Weights lie in slices over fsdp and are gathered for each layer; rows stay on their devices.
+# Weights are sliced over fsdp and gathered for each layer; rows stay on their devices.
 FSDP: LogicalToMesh = {
     "layers": None,
     "embed": "fsdp",
@@ -101,16 +101,16 @@ def constrain(x: Any, mesh: Mesh | None, *axes: Any) -> Any:
 def mesh_spec(shape: tuple[int, ...], axes: Sequence[MeshAxes], mesh: Mesh) -> PartitionSpec:
     """Spec of an array whose dimensions are spread over mesh axes where these divide them, and whole otherwise.
 
-    As the compiler writes it, because jit compares specs as written: no mesh axis of one device, no trailing None.
+    It has no mesh axis of one device and no trailing None, as the compiler writes specs: jit compares them literally.
     """
 
-    def of_dimension(size: int, axis: MeshAxes) -> MeshAxes:
+    def dividing_axes(size: int, axis: MeshAxes) -> MeshAxes:
         names = tuple(name for name in _names(axis) if mesh.shape[name] > 1)
         if not names or size % math.prod(mesh.shape[name] for name in names):
             return None
         return names[0] if len(names) == 1 else names
 
-    spec = [of_dimension(size, axis) for size, axis in zip(shape, axes, strict=True)]
+    spec = [dividing_axes(size, axis) for size, axis in zip(shape, axes, strict=True)]
     while spec and spec[-1] is None:
         spec.pop()
     return PartitionSpec(*spec)

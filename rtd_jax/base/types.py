@@ -38,14 +38,14 @@ class Batch(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """The teacher's predictions as a cache keeps them: at each token the k most probable ones, and one bucket more.
+    """The teacher's predictions as a cache stores them: at each token the k most probable ids, and one bucket.
 
-    The bucket is all the other tokens together. It is kept at both temperatures at which the losses read it: the mass
-    beyond the top k at temperature T is 1 - sum_top p^(1/T) / sum_v p^(1/T), and the second sum runs over exactly the
-    probabilities that were not kept. Behind 64 equally likely tokens, T = 4 makes 0.31 of a bucket of mass 0.01 if a
-    hundred tokens share it, and 0.99 if 128,000 do. So it is computed where the whole distribution is at hand.
+    The bucket holds all other tokens together. Its mass is stored at both temperatures at which the losses read it,
+    because it cannot be computed from the k entries: at temperature T it is 1 - sum_top p^(1/T) / sum_v p^(1/T), where
+    the second sum includes the probabilities that were not stored. Beside 64 equally likely tokens, a bucket of mass
+    0.01 has mass 0.31 at T = 4 if a hundred tokens share it, and 0.99 if 128,000 do.
 
-    The k entries share what the bucket leaves, so `log_probs_BLM` may be off by a constant for each token (a rounding).
+    The k entries share the mass that the bucket leaves, so `log_probs_BLM` may be off by a constant for each token.
     """
 
     ids_BLM: Array  # int32, distinct, below the real vocabulary size
@@ -55,12 +55,12 @@ class TopK(NamedTuple):
 
 
 class TeacherOutputs(NamedTuple):
-    """What the objective needs of the teacher for one batch: its predictions in one of two forms, and its states.
+    """The teacher's outputs on a batch: its predictions in one of two forms, and its states by layer.
 
-    Online, `hidden_BLD` is the state that the LM head reads; it meets the head inside the chunked loss, so [B, L, V]
+    Online, `hidden_BLD` is the state that the LM head reads. The head is applied inside the chunked loss, so [B, L, V]
     logits never exist. From a cache, `top_k` has the predictions, and `hidden_BLD` is None.
-    `boundary_states` are the states at the boundaries, [B, C, K, D], by the layer that they are from.
-    `token_states` are whole layers, [B, L, D] each, for methods that match states at every token; online only.
+    `boundary_states` are the states at the boundaries, [B, C, K, D] for each layer.
+    `token_states` are the states at every token, [B, L, D] for each layer; online only.
     """
 
     hidden_BLD: Array | None

@@ -9,7 +9,9 @@ both are always reported.
 import re
 import threading
 from fractions import Fraction
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
+
+from rtd_jax.data.trace import Problem, Trace
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -25,32 +27,6 @@ _LETTER = re.compile(r"[A-H]")
 _MAX_EXPRESSION = 4_000  # characters at the end of a solution in which its answer is looked for
 _VERIFY_SECONDS = 5  # for one answer; sympy would work on 9^{9^{9^9}} for ever
 _MAX_CHARACTERS = 200  # a number longer than this is a model stuck in a loop; Python refuses to parse 4,300 digits
-
-
-class Answered(Protocol):
-    """What an answer is compared with; `steps` may be empty where there is an answer."""
-
-    @property
-    def steps(self) -> tuple[str, ...]: ...
-    @property
-    def answer(self) -> str: ...
-    @property
-    def final(self) -> str: ...
-
-
-class Reference(Answered, Protocol):
-    """A problem with its reference chain, as in `rtd_jax.data.trace.Trace`."""
-
-    @property
-    def prompt(self) -> str: ...
-    @property
-    def spans(self) -> tuple[tuple[int, int], ...]: ...  # of the steps, in characters of the completion
-    @property
-    def depth(self) -> int: ...
-    @property
-    def subject(self) -> str: ...
-    @property
-    def level(self) -> int: ...
 
 
 class AnswerMatch(NamedTuple):
@@ -109,16 +85,16 @@ def strict_answer(text: str) -> str | None:
 
 def flexible_answer(text: str) -> str | None:
     """The last thing that looks like a number, as written; None if nothing does. Harness filter `flexible-extract`."""
-    matches = [match[0] for match in _FLEXIBLE.finditer(text)]
-    return matches[-1] if matches else None
+    matches = list(_FLEXIBLE.finditer(text))
+    return matches[-1][0] if matches else None
 
 
-def harness_match(found: str | None, answer: str) -> bool:
+def harness_match(stated: str | None, answer: str) -> bool:
     """`exact_match` of lm-evaluation-harness' gsm8k: texts, without commas, dollar signs and a full stop at the end.
 
     Stricter than equality of numbers: "18.0" is not "18".
     """
-    return found is not None and _harness_form(found) == _harness_form(answer)
+    return stated is not None and _harness_form(stated) == _harness_form(answer)
 
 
 def same_expression(text: str, answer: str) -> bool:
@@ -128,21 +104,18 @@ def same_expression(text: str, answer: str) -> bool:
     # Its timeouts are signals, which work in the main thread only.
     seconds = _VERIFY_SECONDS if threading.current_thread() is threading.main_thread() else None
     gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=seconds)
-    found = parse(text[-_MAX_EXPRESSION:], parsing_timeout=seconds)
-    return bool(verify(gold, found, timeout_seconds=seconds))
+    stated = parse(text[-_MAX_EXPRESSION:], parsing_timeout=seconds)
+    return bool(verify(gold, stated, timeout_seconds=seconds))
 
 
-def is_expression(trace: Answered) -> bool:
-    """Whether the answer of `trace` is LaTeX that math-verify judges: MATH's, stated in a box and not on a #### line,
-
-    or a text that is no number, yes/no or choice letter.
-    """
+def is_expression(trace: Trace | Problem) -> bool:
+    """Whether the answer is LaTeX that math-verify judges: it has no `####` line, or is no number, yes/no or letter."""
     answer = trace.answer.strip()
     known = parse_number(answer) is not None or answer.lower() in _YES_NO or bool(_LETTER.fullmatch(answer))
     return bool(answer) and (not trace.final or not known)
 
 
-def answer_matches(trace: Answered, text: str) -> AnswerMatch:
+def answer_matches(trace: Trace | Problem, text: str) -> AnswerMatch:
     """Whether `text` reaches the answer of `trace`, read strictly and flexibly.
 
     The kind of the reference answer decides what is looked for: a number, yes/no (true/false), a choice letter, or an
@@ -159,9 +132,9 @@ def answer_matches(trace: Answered, text: str) -> AnswerMatch:
     line = _ANSWER_LINE.search(text)
     stated = line[1].strip() if line else ""
     if is_expression(trace):
-        said = stated or (phrase[1].strip() if (phrase := _MINERVA.search(text)) else "")
+        phrase_or_line = stated or (phrase[1].strip() if (phrase := _MINERVA.search(text)) else "")
         box = boxed(text)
-        strict_text = _same(said, answer) or (not said and _same(box, answer))
+        strict_text = _same(phrase_or_line, answer) or (not phrase_or_line and _same(box, answer))
         verified = same_expression(text, answer)
         return AnswerMatch(strict_text, strict_text or _same(box, answer) or verified, verified)
     if (number := parse_number(answer)) is not None:
@@ -177,8 +150,8 @@ def answer_matches(trace: Answered, text: str) -> AnswerMatch:
         )
     # Lower-case letters and the article "A" would be read as choices: only capitals that stand as one.
     letters = re.findall(r"\(([A-H])\)|(?:\b(?:answer|choice|option)(?: is)?:? *|#### *)([A-H])\b|\b([B-H])\b", text)
-    found = "".join(letters[-1]) if letters else ""
-    return AnswerMatch(stated.strip("().") == answer, found == answer)
+    last = "".join(letters[-1]) if letters else ""
+    return AnswerMatch(stated.strip("().") == answer, last == answer)
 
 
 def boxed(text: str) -> str | None:
@@ -201,12 +174,12 @@ def _harness_form(text: str) -> str:
     return text.lower()
 
 
-def _same(found: str | None, answer: str) -> bool:
-    return found is not None and _plain(found) == _plain(answer)
+def _same(stated: str | None, answer: str) -> bool:
+    return stated is not None and _plain(stated) == _plain(answer)
 
 
 def _plain(text: str) -> str:
-    """Text without the LaTeX that changes only its looks, in lower case."""
+    """Text in lower case, without the LaTeX that changes only how it is set."""
     text = re.sub(r"\\(?:left|right|[!,;: ])|[$\s]", "", text)
     inner = boxed(text)
     return (inner if inner is not None else text).replace("dfrac", "frac").replace("tfrac", "frac").rstrip(".").lower()

@@ -1,32 +1,46 @@
 """Chain accuracy: is every intermediate result right, in order, and the final answer too?
 
 Perplexity and step accuracy hide compounding errors; this does not. It is measured on text that the model wrote freely,
-so one wrong step spoils what follows, as in use.
+so one wrong step spoils what follows, as in use. No model is needed, so a file of texts can be scored again.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from fractions import Fraction
 
-from rtd_jax.eval.answers import Reference, answer_matches, parse_number, step_result
+from rtd_jax.data.trace import Trace
+from rtd_jax.eval.answers import answer_matches, parse_number, step_result
+from rtd_jax.eval.metrics import Record
 
 
-@dataclasses.dataclass(frozen=True)
-class ChainScore:
-    """How one generated solution fares against its reference.
+def score_texts(
+    traces: Sequence[Trace], texts: Sequence[Sequence[str]], finished: Sequence[Sequence[bool]] | None = None
+) -> list[Record]:
+    """Scores texts that somebody wrote for each problem, as many samples of each.
 
-    `first_error` is the index, among the generated lines, of the first step whose result is not the reference's; the
-    answer line counts as the line after the last step, and a missing step counts at the line that stands in its place.
-    -1 exactly when `chain_correct`. (ProcessBench's `label`.)
+    Args:
+      traces: problems with their reference chains.
+      texts: for each problem its samples.
+      finished: for each text whether it came to its own end; None takes all for finished.
+
+    Returns:
+      One record for each text: what `score_chain` says, and its problem and sample (indices).
+
+    Raises:
+      ValueError: there are no problems, or not as many texts for each of them.
     """
-
-    depth: int  # steps of the reference
-    steps: int  # steps generated
-    chain_correct: bool
-    answer_strict: bool
-    answer_flexible: bool
-    first_error: int
-    math_verify: bool | None = None  # None where the answer is no expression
+    if not traces:
+        raise ValueError("there are no problems to evaluate; check the evaluation split and its depths")
+    samples = len(texts[0]) if texts else 0
+    if len(texts) != len(traces) or samples < 1 or any(len(row) != samples for row in texts):
+        raise ValueError(
+            f"{len(traces)} problems have {sorted({len(row) for row in texts})} texts each; expected the "
+            "same number, at least one, for every problem"
+        )
+    return [
+        score_chain(text, trace, finished is None or finished[problem][sample]) | {"problem": problem, "sample": sample}
+        for problem, trace in enumerate(traces)
+        for sample, text in enumerate(texts[problem])
+    ]
 
 
 def split_solution(text: str) -> tuple[list[str], str]:
@@ -34,39 +48,52 @@ def split_solution(text: str) -> tuple[list[str], str]:
 
     What follows the first answer line is not part of the solution.
     """
-    lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     for i, line in enumerate(lines):
         if line.startswith("####"):
             return lines[:i], line
     return lines, ""
 
 
-def score_chain(text: str, trace: Reference) -> ChainScore:
+def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
     """Scores one generated solution.
 
     Lines that conclude no number are not compared, on either side. Where the reference answer is not a number (yes/no,
     a choice, an expression) its steps are prose that cannot be compared, and the chain is as right as its answer. The
     answer has to be right in the strict reading: a solution that never states it is unfinished.
+
+    Returns:
+      prompt, completions (steps of the text), final (its answer line), text, reference (steps), answer, depth, correct,
+      answer_strict, answer_flexible, first_error, steps_right (one bool a reference result), finished (as given). Of
+      MATH also subject, level, and math_verify (whether that library finds the answers equal).
+
+      `first_error` is the index, among the generated lines, of the first step whose result is not the reference's; the
+      answer line counts as the line after the last step, and a missing step counts at the line that stands in its
+      place. -1 where the chain is correct. (ProcessBench's `label`.)
     """
-    steps, answer_line = split_solution(text)
+    steps, final = split_solution(text)
     # A base model may go on with a problem of its own; the harness stops it by stop words, we by the answer line.
-    solution = "\n".join([*steps, answer_line]) if answer_line else text
-    strict, flexible, verified = answer_matches(trace, solution)
-    first_error = -1
-    if comparable(trace):
-        first_error = _first_wrong_step(steps, trace.steps)
-    if first_error < 0 and not strict:
-        first_error = len(steps)
-    return ChainScore(
-        depth=trace.depth,
-        steps=len(steps),
-        chain_correct=first_error < 0,
-        answer_strict=strict,
-        answer_flexible=flexible,
-        first_error=first_error,
-        math_verify=verified,
-    )
+    strict, flexible, verified = answer_matches(trace, "\n".join([*steps, final]) if final else text)
+    generated, reached = results_right(steps, trace.steps) if comparable(trace) else ([], [])
+    correct = strict and all(reached) and False not in generated
+    wrong_step = generated.index(False) if False in generated else len(steps)
+    return {
+        "prompt": trace.prompt,
+        "completions": steps,
+        "final": final,
+        "text": text,
+        "reference": list(trace.steps),
+        "answer": trace.answer,
+        "depth": trace.depth,
+        "correct": correct,
+        "answer_strict": strict,
+        "answer_flexible": flexible,
+        "first_error": -1 if correct else wrong_step,
+        "steps_right": reached,
+        "finished": finished,
+        **({"subject": trace.subject, "level": trace.level} if trace.subject or trace.level else {}),
+        **({} if verified is None else {"math_verify": verified}),
+    }
 
 
 def results_right(steps: Sequence[str], reference: Sequence[str]) -> tuple[list[bool | None], list[bool]]:
@@ -75,18 +102,17 @@ def results_right(steps: Sequence[str], reference: Sequence[str]) -> tuple[list[
     The n-th result of one side is compared with the n-th of the other; steps that conclude no number are None, results
     beyond the reference's wrong, and reference results that were not reached wrong too.
     """
-    found, expected = _results(steps), _results(reference)
-    of_generated: list[bool | None] = [None] * len(steps)
-    of_reference = [False] * len(expected)
-    for place, (line, value) in enumerate(found):
-        right = place < len(expected) and value == expected[place][1]
-        of_generated[line] = right
-        if place < len(expected):
-            of_reference[place] = right
-    return of_generated, of_reference
+    written, expected = _results(steps), _results(reference)
+    generated: list[bool | None] = [None] * len(steps)
+    reached = [False] * len(expected)
+    for place, (line, value) in enumerate(written):
+        generated[line] = place < len(expected) and value == expected[place][1]
+        if generated[line]:
+            reached[place] = True
+    return generated, reached
 
 
-def comparable(trace: Reference) -> bool:
+def comparable(trace: Trace) -> bool:
     """Whether the steps of a reference can be compared: it has no answer of its own, or a number on a `####` line.
 
     MATH's are prose, also where its answer is a number: two right solutions share no sequence of results.
@@ -94,17 +120,7 @@ def comparable(trace: Reference) -> bool:
     return not trace.answer or (bool(trace.final) and parse_number(trace.answer) is not None)
 
 
-def _first_wrong_step(steps: Sequence[str], reference: Sequence[str]) -> int:
-    found = _results(steps)
-    expected = _results(reference)
-    for (line, value), (_, right) in zip(found, expected, strict=False):
-        if value != right:
-            return line
-    if len(found) > len(expected):
-        return found[len(expected)][0]
-    return -1 if len(found) == len(expected) else len(steps)
-
-
 def _results(steps: Sequence[str]) -> list[tuple[int, Fraction]]:
+    """(index of the step, number that it concludes), for the steps that conclude one."""
     results = ((i, step_result(step)) for i, step in enumerate(steps))
     return [(i, result) for i, result in results if result is not None]

@@ -1,58 +1,34 @@
-"""Multiple choice by log-likelihood: which of the given texts does the model hold most likely after the question?
+"""Multiple choice by log-likelihood: which of the given texts is the most likely after the question?
 
 As lm-evaluation-harness scores its `multiple_choice` tasks: `acc` takes the choice with the highest sum of log-
 probabilities, `acc_norm` the one with the highest sum per character of its text.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.base.types import Params
-from rtd_jax.eval.estimates import Estimate, error_rows, estimate
-from rtd_jax.eval.scoring import PackedModel, ScoringSettings, score_chains
-
-Record = dict[str, Any]
-
-
-class Question(Protocol):
-    """A question with its choices, as `rtd_jax.data.schemas.arc.ChoiceQuestion`."""
-
-    @property
-    def question(self) -> str: ...
-    @property
-    def choices(self) -> tuple[str, ...]: ...
-    @property
-    def answer(self) -> int: ...  # index of the right choice
-
-
-@dataclasses.dataclass(frozen=True)
-class ChoiceReport:
-    """How often the right choice wins; standard errors over questions."""
-
-    accuracy: Estimate  # the harness' acc
-    accuracy_norm: Estimate  # the harness' acc_norm
-    chance: float  # accuracy of guessing: the mean of 1 / number of choices
-    questions: int
-    text_format: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested dicts of plain numbers and strings, ready for JSON."""
-        return error_rows(self)
+from rtd_jax.data.schemas.arc import ChoiceQuestion
+from rtd_jax.eval.estimates import estimate
+from rtd_jax.eval.metrics import Record
+from rtd_jax.eval.scoring import ScoringSettings, score_chains
+from rtd_jax.models.model import LlamaModel
 
 
 def score_choices(
-    questions: Sequence[Question], log_likelihoods: Sequence[Sequence[float]], text_format: str = ""
-) -> tuple[ChoiceReport, list[Record]]:
+    questions: Sequence[ChoiceQuestion], log_likelihoods: Sequence[Sequence[float]], text_format: str = ""
+) -> tuple[dict[str, Any], list[Record]]:
     """Scores log-likelihoods of every choice of every question; no model is needed.
 
     Returns:
-      The report, and one record a question: prompt, choices, answer (index), log_likelihoods (nats), chosen and
-      chosen_norm (indices), text_format.
+      The report, ready for JSON: accuracy and accuracy_norm (the harness' acc and acc_norm, with standard errors over
+      questions), chance (accuracy of guessing: the mean of 1 / number of choices), questions, text_format. And one
+      record a question: prompt, choices, answer (index), log_likelihoods (nats), chosen and chosen_norm (indices),
+      text_format.
 
     Raises:
       ValueError: there are no questions, not one finite number for each choice, or no such answer.
@@ -60,38 +36,38 @@ def score_choices(
     if not questions:
         raise ValueError("there are no questions to evaluate; check the evaluation split")
     records: list[Record] = []
-    for i, (asked, found) in enumerate(zip(questions, log_likelihoods, strict=True)):
-        if len(found) != len(asked.choices) or not np.all(np.isfinite(np.asarray(found))):
+    for i, (question, nats) in enumerate(zip(questions, log_likelihoods, strict=True), start=1):
+        choices, answer = question.choices, question.answer
+        if len(nats) != len(choices) or not np.all(np.isfinite(nats)):
             raise ValueError(
-                f"question {i + 1} has {len(asked.choices)} choices and the log-likelihoods {list(found)}; expected a "
-                "finite number for each choice"
+                f"question {i} has {len(choices)} choices and the log-likelihoods {list(nats)}; expected a finite "
+                "number for each choice"
             )
-        if not 0 <= asked.answer < len(asked.choices):
-            raise ValueError(f"question {i + 1} has {len(asked.choices)} choices and the answer {asked.answer}")
-        lengths = np.array([len(choice) for choice in asked.choices], np.float64)
+        if not 0 <= answer < len(choices):
+            raise ValueError(f"question {i} has {len(choices)} choices and the answer {answer}")
         records.append(
             {
-                "prompt": asked.question,
-                "choices": list(asked.choices),
-                "answer": asked.answer,
-                "log_likelihoods": [float(x) for x in found],
-                "chosen": int(np.argmax(found)),
-                "chosen_norm": int(np.argmax(np.asarray(found, np.float64) / lengths)),
+                "prompt": question.question,
+                "choices": list(choices),
+                "answer": answer,
+                "log_likelihoods": [float(x) for x in nats],
+                "chosen": int(np.argmax(nats)),
+                "chosen_norm": int(np.argmax(np.asarray(nats, np.float64) / [len(choice) for choice in choices])),
                 "text_format": text_format,
             }
         )
-    report = ChoiceReport(
-        accuracy=estimate([record["chosen"] == record["answer"] for record in records]),
-        accuracy_norm=estimate([record["chosen_norm"] == record["answer"] for record in records]),
-        chance=float(np.mean([1 / len(record["choices"]) for record in records])),
-        questions=len(records),
-        text_format=text_format,
-    )
+    report = {
+        "accuracy": estimate([record["chosen"] == record["answer"] for record in records]).error_row(),
+        "accuracy_norm": estimate([record["chosen_norm"] == record["answer"] for record in records]).error_row(),
+        "chance": float(np.mean([1 / len(record["choices"]) for record in records])),
+        "questions": len(records),
+        "text_format": text_format,
+    }
     return report, records
 
 
 def choice_log_likelihoods(
-    model: PackedModel,
+    model: LlamaModel,
     params: Params,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[str, Sequence[str]]],
@@ -113,21 +89,21 @@ def choice_log_likelihoods(
     Raises:
       ValueError: a continuation that adds no token.
     """
-    contexts = [prompt.rstrip() for prompt, _ in pairs]
-    wholes = [prompt + continuation for prompt, continuations in pairs for continuation in continuations]
 
     def encode(texts: list[str]) -> list[list[int]]:
         return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
 
-    starts = encode(contexts)
-    ends = iter(encode(wholes))
+    starts = encode([prompt.rstrip() for prompt, _ in pairs])
+    ends = iter(encode([prompt + continuation for prompt, continuations in pairs for continuation in continuations]))
     chains: list[list[int]] = []
+    lengths: list[int] = []
     for start, (prompt, continuations) in zip(starts, pairs, strict=True):
         for continuation in continuations:
             end = next(ends)[len(start) :]
             if not end:
                 raise ValueError(f"{continuation!r} adds no token to the prompt {prompt[-60:]!r}; leave it out")
             chains.append(start + end)
+            lengths.append(len(start))
     scores = score_chains(
         model,
         params,
@@ -137,8 +113,8 @@ def choice_log_likelihoods(
         batch_sharding=batch_sharding,
         progress=progress,
     )
-    of_chain = iter(scores)
-    return [
-        [float(np.sum(np.asarray(next(of_chain).log_probs, np.float64)[len(start) :])) for _ in continuations]
-        for start, (_, continuations) in zip(starts, pairs, strict=True)
-    ]
+    sums = iter(
+        float(np.sum(np.asarray(score.log_probs, np.float64)[length:]))
+        for score, length in zip(scores, lengths, strict=True)
+    )
+    return [[next(sums) for _ in continuations] for _, continuations in pairs]

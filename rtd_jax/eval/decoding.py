@@ -8,7 +8,7 @@ are sorted by length and padded to few lengths: a batch's rows end at similar ti
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -19,6 +19,7 @@ from rtd_jax.base.sharding import put_same, to_host
 from rtd_jax.base.types import Array, Params
 from rtd_jax.data.by_length import LengthBatch, batches_by_length
 from rtd_jax.losses.divergences import mask_padding
+from rtd_jax.models.model import LlamaModel
 
 PROMPT_MULTIPLE = 64  # tokens; prompts are padded to a multiple of this, and each length compiles a program
 STOP_INTERVAL = 16  # tokens after which it is checked again whether the text written so far ends a generation
@@ -47,14 +48,20 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateSettings:
-    """How prompts are continued."""
+    """How prompts are continued; static under jit."""
 
     max_new_tokens: int  # most tokens added to a prompt, the ending id included
-    eos_ids: Sequence[int]  # ids that end a row
+    eos_ids: tuple[int, ...]  # ids that end a row
     vocab_size: int  # ids from here on are padding of the vocabulary and are never chosen
     batch_size: int = 128  # rows decoded together
     pad_id: int = 0  # fills prompts on the right, and rows that have ended
     sampling: Sampling | None = None  # None takes the most probable token; for several samples, repeat the prompt
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"max_new_tokens is {self.max_new_tokens} and batch_size {self.batch_size}; both must be at least 1"
+            )
 
 
 class Decoding(NamedTuple):
@@ -68,20 +75,8 @@ class Decoding(NamedTuple):
     counts_B: Array  # int32, new tokens before the end
 
 
-class CachedModel(Protocol):
-    """What decoding needs of a model: a hashable description with pure functions of params."""
-
-    def __hash__(self) -> int: ...
-
-    def prefill(self, params: Params, tokens_BL: Array, lengths_B: Array, cache_length: int) -> tuple[Array, Any]: ...
-
-    def decode(self, params: Params, cache: Any, tokens_B: Array, positions_B: Array) -> tuple[Array, Any]: ...
-
-    def head(self, params: Params) -> Array: ...
-
-
 def generate(
-    model: CachedModel,
+    model: LlamaModel,
     params: Params,
     prompts: Sequence[Sequence[int]],
     settings: GenerateSettings,
@@ -94,7 +89,7 @@ def generate(
     """A continuation of each prompt, in the order of the prompts: the most probable token each time, or drawn.
 
     Args:
-      model: see `CachedModel`; static under jit.
+      model: static under jit.
       params: the model's parameters, on whatever devices and shardings they live; neither changed nor donated.
       prompts: token ids, each at least one.
       settings: how they are continued.
@@ -111,7 +106,7 @@ def generate(
     Raises:
       ValueError: an empty prompt, an id outside the vocabulary, or a limit below one.
     """
-    _check(prompts, settings)
+    _check(prompts, settings.vocab_size)
     stream_of = np.arange(len(prompts)) if streams is None else np.asarray(streams)
     rows = settings.batch_size if batch_sharding is not None else min(settings.batch_size, max(1, len(prompts)))
     results: list[list[int]] = [[] for _ in prompts]
@@ -129,7 +124,7 @@ def generate(
 
 
 def _continued(
-    model: CachedModel,
+    model: LlamaModel,
     params: Params,
     batch: LengthBatch,
     stream_B: np.ndarray,
@@ -141,14 +136,11 @@ def _continued(
     # A row that holds no prompt reads one pad and is never active.
     arrays = (batch.tokens_BL, np.maximum(batch.lengths_B, 1), batch.lengths_B > 0)
     tokens, lengths, active = put_same(arrays, batch_sharding)
-    most = settings.max_new_tokens
-    eos_ids = tuple(sorted({int(i) for i in settings.eos_ids}))
-    options: dict[str, Any] = {"eos_ids": eos_ids, "vocab_size": settings.vocab_size, "pad_id": settings.pad_id}
     if settings.sampling is None and stopped is None:
-        return greedy(model, params, tokens, lengths, active, max_new_tokens=most, **options)
-    options |= {"sampling": settings.sampling}
+        return greedy(model, params, tokens, lengths, active, settings=settings)
     (stream,) = put_same((stream_B,), batch_sharding)
-    state = _start(model, params, tokens, lengths, active, stream, max_new_tokens=most, **options)
+    state = _start(model, params, tokens, lengths, active, stream, settings)
+    most = settings.max_new_tokens
     interval = most if stopped is None else STOP_INTERVAL
     while int(state.step) < most and np.any(alive_B := np.array(to_host(state.alive_B))):
         if stopped is not None:
@@ -156,22 +148,19 @@ def _continued(
             alive_B &= [not (on and stopped(new_BN[b, : int(state.step)].tolist())) for b, on in enumerate(alive_B)]
             state = state._replace(alive_B=put_same((alive_B,), batch_sharding)[0])
         until = jnp.int32(min(int(state.step) + interval, most))
-        state = _advance(model, params, lengths, stream, state, until, **options)
+        state = _advance(model, params, lengths, stream, state, until, settings)
     return state.new_BN, state.counts_B
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "eos_ids", "vocab_size", "pad_id"))
+@functools.partial(jax.jit, static_argnames=("model", "settings"))
 def greedy(
-    model: CachedModel,
+    model: LlamaModel,
     params: Params,
     tokens_BP: Array,
     lengths_B: Array,
     active_B: Array,
     *,
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...],
-    vocab_size: int,
-    pad_id: int,
+    settings: GenerateSettings,
 ) -> tuple[Array, Array]:
     """Greedy continuation of right-padded prompts, stopping when every active row has ended.
 
@@ -184,76 +173,80 @@ def greedy(
       int32 [B, N] new ids, `pad_id` from the ending id on (that place included), and int32 [B] how many ids came
       before the end.
     """
-    options: dict[str, Any] = {"eos_ids": eos_ids, "vocab_size": vocab_size, "pad_id": pad_id, "sampling": None}
-    prompt_B = jnp.arange(tokens_BP.shape[0])
-    state = _first(model, params, tokens_BP, lengths_B, active_B, prompt_B, max_new_tokens=max_new_tokens, **options)
-    state = _loop(model, params, lengths_B, prompt_B, state, max_new_tokens, **options)
+    streams_B = jnp.arange(tokens_BP.shape[0])  # greedy decoding draws nothing
+    state = _first_token(model, params, tokens_BP, lengths_B, active_B, streams_B, settings)
+    state = _more_tokens(model, params, lengths_B, streams_B, state, settings.max_new_tokens, settings)
     return state.new_BN, state.counts_B
 
 
-def _first(
-    model: CachedModel,
+def _first_token(
+    model: LlamaModel,
     params: Params,
     tokens_BP: Array,
     lengths_B: Array,
     active_B: Array,
-    prompt_B: Array,
-    *,
-    max_new_tokens: int,
-    pad_id: int,
-    **options: Any,
+    streams_B: Array,
+    settings: GenerateSettings,
 ) -> Decoding:
     """Reads the prompts and adds the first token."""
-    chex.assert_rank([tokens_BP, lengths_B, active_B, prompt_B], [2, 1, 1, 1])
-    chex.assert_equal_shape_prefix([tokens_BP, lengths_B, active_B, prompt_B], 1)
-    chex.assert_type([tokens_BP, lengths_B, active_B, prompt_B], [jnp.int32, jnp.int32, bool, int])
+    chex.assert_rank([tokens_BP, lengths_B, active_B, streams_B], [2, 1, 1, 1])
+    chex.assert_equal_shape_prefix([tokens_BP, lengths_B, active_B, streams_B], 1)
+    chex.assert_type([tokens_BP, lengths_B, active_B, streams_B], [jnp.int32, jnp.int32, bool, int])
     batch, prompt_length = tokens_BP.shape
-    hidden_BD, cache = model.prefill(params, tokens_BP, lengths_B, prompt_length + max_new_tokens)
-    empty_BN = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
+    hidden_BD, cache = model.prefill(params, tokens_BP, lengths_B, prompt_length + settings.max_new_tokens)
+    empty_BN = jnp.full((batch, settings.max_new_tokens), settings.pad_id, jnp.int32)
     state = Decoding(jnp.int32(0), cache, lengths_B, active_B, empty_BN, jnp.zeros(batch, jnp.int32))
-    return _record(model, params, hidden_BD, prompt_B, state, pad_id=pad_id, **options)
+    return _choose(model, params, hidden_BD, streams_B, state, settings)
 
 
-def _loop(
-    model: CachedModel, params: Params, lengths_B: Array, prompt_B: Array, state: Decoding, until: Any, **options: Any
+def _more_tokens(
+    model: LlamaModel,
+    params: Params,
+    lengths_B: Array,
+    streams_B: Array,
+    state: Decoding,
+    until: Any,
+    settings: GenerateSettings,
 ) -> Decoding:
     """Adds tokens until there are `until` of them, or every row has ended."""
 
-    def keep_going(state: Decoding) -> Array:
+    def is_unfinished(state: Decoding) -> Array:
         return (state.step < until) & jnp.any(state.alive_B)
 
     def add_token(state: Decoding) -> Decoding:
         hidden_BD, cache = model.decode(params, state.cache, state.last_B, lengths_B + state.step - 1)
-        return _record(model, params, hidden_BD, prompt_B, state._replace(cache=cache), **options)
+        return _choose(model, params, hidden_BD, streams_B, state._replace(cache=cache), settings)
 
-    return jax.lax.while_loop(keep_going, add_token, state)
+    return jax.lax.while_loop(is_unfinished, add_token, state)
 
 
-def _record(
-    model: CachedModel,
+_start = jax.jit(_first_token, static_argnames=("model", "settings"))
+_advance = jax.jit(_more_tokens, static_argnames=("model", "settings"), donate_argnums=4)
+
+
+def _choose(
+    model: LlamaModel,
     params: Params,
     hidden_BD: Array,
-    prompt_B: Array,
+    streams_B: Array,
     state: Decoding,
-    *,
-    eos_ids: tuple[int, ...],
-    vocab_size: int,
-    pad_id: int,
-    sampling: Sampling | None,
+    settings: GenerateSettings,
 ) -> Decoding:
     """Chooses the next token of each row and writes it down."""
     head_DV = model.head(params).astype(hidden_BD.dtype)
     raw_BV = jnp.einsum("bd,dv->bv", hidden_BD, head_DV, preferred_element_type=jnp.float32)
-    logits_BV = mask_padding(raw_BV, vocab_size)
+    logits_BV = mask_padding(raw_BV, settings.vocab_size)
+    sampling = settings.sampling
     if sampling is None:
         chosen_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     else:
         base = jax.random.key(sampling.seed)
-        keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(base, row), state.step))(prompt_B)
+        keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(base, row), state.step))(streams_B)
         kept_BV = nucleus(logits_BV / sampling.temperature, sampling.top_p)
         chosen_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
-    alive_B = state.alive_B & ~jnp.any(chosen_B[:, None] == jnp.asarray(eos_ids, jnp.int32)[None, :], axis=-1)
-    chosen_B = jnp.where(alive_B, chosen_B, pad_id)
+    eos_ids = jnp.asarray(settings.eos_ids, jnp.int32)
+    alive_B = state.alive_B & ~jnp.any(chosen_B[:, None] == eos_ids[None, :], axis=-1)
+    chosen_B = jnp.where(alive_B, chosen_B, settings.pad_id)
     new_BN = jax.lax.dynamic_update_slice(state.new_BN, chosen_B[:, None], (0, state.step))
     return Decoding(state.step + 1, state.cache, chosen_B, alive_B, new_BN, state.counts_B + alive_B)
 
@@ -270,21 +263,13 @@ def nucleus(logits_BV: Array, top_p: float) -> Array:
     return jnp.where(logits_BV >= lowest_B1, logits_BV, -jnp.inf)
 
 
-_STATIC = ("model", "max_new_tokens", "eos_ids", "vocab_size", "pad_id", "sampling")
-_start = jax.jit(_first, static_argnames=_STATIC)
-_advance = jax.jit(_loop, static_argnames=_STATIC, donate_argnums=4)
-
-
-def _check(prompts: Sequence[Sequence[int]], settings: GenerateSettings) -> None:
-    max_new_tokens, batch_size, vocab_size = settings.max_new_tokens, settings.batch_size, settings.vocab_size
-    if max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}; both must be at least 1")
+def _check(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {i} has no tokens; give it at least one, such as the tokenizer's bos id")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            worst = min(prompt) if min(prompt) < 0 else max(prompt)
+        outside = [token for token in (min(prompt), max(prompt)) if not 0 <= token < vocab_size]
+        if outside:
             raise ValueError(
-                f"prompt {i} has token id {worst}, outside the vocabulary of {vocab_size}; "
+                f"prompt {i} has token id {outside[0]}, outside the vocabulary of {vocab_size}; "
                 "encode it with the tokenizer that came with this model"
             )

@@ -1,4 +1,4 @@
-"""Coherence drift: do student and teacher part ways along a chain of steps, and does that go with failure?
+"""Coherence drift: do student and teacher diverge along a chain of steps, and is that associated with failure?
 
 Everything here is float64 NumPy on states at step boundaries, [C, K, D]: C chains, slot 0 the end of the prompt, slot
 i >= 1 the end of step i. Transition i (index i - 1 below) leads into step i: delta_i = h_i - h_{i-1}.
@@ -12,11 +12,12 @@ from scipy import stats
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from rtd_jax.eval.cka import CKA, linear_cka, resampled_cka
+from rtd_jax.eval.cka import linear_cka, resampled_cka
 from rtd_jax.eval.estimates import Estimate, bootstrap, estimate, from_resamples
 
 # Ridge strengths tried, as multiples of the mean square of a coordinate times the number of rows.
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+MIN_CHAINS = 8  # a slot that fewer chains have gets no CKA, and no verdict on where drift starts
 
 Map = np.ndarray | None  # [S, D], or the identity
 
@@ -29,10 +30,16 @@ class BoundaryStates(NamedTuple):
     mask_CK: np.ndarray  # bool; the slots that exist, from the left
 
 
+def transitions(states: BoundaryStates) -> BoundaryStates:
+    """The transitions between neighbouring slots, in the place of states: float64 [C, K-1, D], one slot fewer."""
+    student, teacher = (np.diff(np.asarray(x, np.float64), axis=1) for x in states[:2])
+    return BoundaryStates(student, teacher, states.mask_CK[:, 1:] & states.mask_CK[:, :-1])
+
+
 def cka_by_step(
-    states: BoundaryStates, *, resamples: int, seed: int, chains: np.ndarray | None = None, min_chains: int = 8
+    states: BoundaryStates, *, resamples: int, seed: int, chains: np.ndarray | None = None
 ) -> dict[int, tuple[Estimate, Estimate]]:
-    """{slot: (biased, debiased) CKA over the chains that have it}, for slots that `min_chains` chains have.
+    """{slot: (biased, debiased) CKA over the chains that have it}, for slots that `MIN_CHAINS` chains have.
 
     Intervals are normal, from the standard deviation over random halves of the chains (see `cka.resampled_cka`).
 
@@ -41,36 +48,49 @@ def cka_by_step(
         chains that have it: pass the deep ones alone to follow the same chains through all slots.
     """
     chosen = np.ones(len(states.mask_CK), bool) if chains is None else chains
-    found: dict[int, tuple[Estimate, Estimate]] = {}
-    for slot in range(states.mask_CK.shape[1]):
-        keep = states.mask_CK[:, slot] & chosen
-        if keep.sum() < min_chains:
-            continue
-        pair = states.student_CKS[keep, slot], states.teacher_CKD[keep, slot]
-        value, samples = linear_cka(*pair), resampled_cka(*pair, resamples, np.random.default_rng((seed, slot)))
-        found[slot] = tuple(  # type: ignore[assignment]
-            from_resamples(getattr(value, kind), [getattr(s, kind) for s in samples], int(keep.sum()), most=1.0)
-            for kind in CKA._fields
-        )
-    return found
+    ckas: dict[int, tuple[Estimate, Estimate]] = {}
+    for slot, has_slot in enumerate(states.mask_CK.T):
+        keep = has_slot & chosen
+        count = int(keep.sum())
+        if count >= MIN_CHAINS:
+            pair = states.student_CKS[keep, slot], states.teacher_CKD[keep, slot]
+            value, samples = linear_cka(*pair), resampled_cka(*pair, resamples, np.random.default_rng((seed, slot)))
+            ckas[slot] = (
+                from_resamples(value.biased, [sample.biased for sample in samples], count, most=1.0),
+                from_resamples(value.debiased, [sample.debiased for sample in samples], count, most=1.0),
+            )
+    return ckas
 
 
-def boundary_cosines(states: BoundaryStates, maps: Sequence[Map]) -> np.ndarray:
+def cosines(states: BoundaryStates, maps: Sequence[Map]) -> np.ndarray:
     """cos(f(h_S_i), h_T_i) at every slot; NaN where masked or a state is zero. float64 [C, K].
 
     Args:
-      maps: f for each chain, as `cross_fitted` gives it; one for all chains is `[f] * C`.
+      states: of boundaries, or what `transitions` makes of them.
+      maps: f (or g) for each chain, as `cross_fitted` gives it; one for all chains is `[f] * C`.
+
+    Raises:
+      ValueError: there is not one map for each chain, or the identity is to join two widths.
     """
-    return _cosines(states.student_CKS, states.teacher_CKD, states.mask_CK, maps)
+    student_CKS, teacher_CKD, mask_CK = states
+    if len(maps) != len(mask_CK):
+        raise ValueError(f"{len(maps)} maps for {len(mask_CK)} chains; give one for each chain")
+    cosines_CK = np.full(mask_CK.shape, np.nan)
+    for chain, mapping in enumerate(maps):
+        keep = mask_CK[chain]
+        x, y = np.asarray(student_CKS[chain, keep], np.float64), np.asarray(teacher_CKD[chain, keep], np.float64)
+        if mapping is None and x.shape[-1] != y.shape[-1]:
+            raise ValueError(
+                f"student width {x.shape[-1]}, teacher width {y.shape[-1]}: cosines need a map between them"
+            )
+        x = x if mapping is None else x @ np.asarray(mapping, np.float64)
+        norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
+        dots = np.sum(x * y, axis=-1)
+        cosines_CK[chain, keep] = np.divide(dots, norms, out=np.full(len(x), np.nan), where=norms > 0)
+    return cosines_CK
 
 
-def transition_cosines(states: BoundaryStates, maps: Sequence[Map]) -> np.ndarray:
-    """cos(g(delta_S_i), delta_T_i) for every transition; NaN where masked or a transition is zero. float64 [C, K-1]."""
-    deltas, mask = _transitions(states)
-    return _cosines(*deltas, mask, maps)
-
-
-def cross_fitted(states: BoundaryStates, *, transitions: bool, seed: int) -> list[Map]:
+def cross_fitted(states: BoundaryStates, seed: int) -> list[Map]:
     """For each chain a linear map student -> teacher that has not seen it: fitted on one half, used on the other.
 
     Ridge regression, its strength by leave-one-out error (scikit-learn's RidgeCV). Where the widths agree it shrinks to
@@ -78,34 +98,33 @@ def cross_fitted(states: BoundaryStates, *, transitions: bool, seed: int) -> lis
     itself.
 
     Args:
-      transitions: fit on transitions (for g) or on states (for f).
+      states: of boundaries, for f; or what `transitions` makes of them, for g.
 
     Raises:
       ValueError: fewer than two chains.
     """
-    count = len(states.mask_CK)
+    student_CKS, teacher_CKD, mask_CK = states
+    count = len(mask_CK)
     if count < 2:
         raise ValueError(f"a map fitted on one half and measured on the other needs two chains, got {count}")
-    arrays, mask = _transitions(states) if transitions else ((states.student_CKS, states.teacher_CKD), states.mask_CK)
-    half = np.random.default_rng(seed).permutation(count) < count // 2
-    fitted = {side: _fit(*(array[half == side][mask[half == side]] for array in arrays)) for side in (False, True)}
-    return [fitted[not side] for side in half.tolist()]
+    half_C = np.random.default_rng(seed).permutation(count) < count // 2
+    fitted = {}
+    for side in (False, True):
+        rows = mask_CK & (half_C == side)[:, None]
+        fitted[side] = _fit(student_CKS[rows], teacher_CKD[rows])
+    return [fitted[not side] for side in half_C.tolist()]
 
 
 def mean_by_step(values_CK: np.ndarray) -> dict[int, Estimate]:
     """{column: mean over the chains that have a value there}; NaN is no value."""
-    found = {}
-    for column in range(values_CK.shape[1]):
-        values = values_CK[np.isfinite(values_CK[:, column]), column]
-        if len(values):
-            found[column] = estimate(values)
-    return found
+    columns = enumerate(values_CK.T)
+    return {column: estimate(x[np.isfinite(x)]) for column, x in columns if np.isfinite(x).any()}
 
 
 def decline(values_CK: np.ndarray) -> Estimate:
     """Mean change of a value per step, over chains with at least two values: the slope of each chain's own line.
 
-    Negative: student and teacher part ways along the chain. Chains of different depth are not compared with each other.
+    Negative: student and teacher diverge along the chain. Chains of different depth are not compared with each other.
     """
     slopes = []
     for row in values_CK:
@@ -120,17 +139,15 @@ def drift_starts(values_CK: np.ndarray) -> int | None:
 
     None where there is no such column.
     """
-    below = []
+    start = None
     for column in range(1, values_CK.shape[1]):
         drops = values_CK[:, column] - values_CK[:, 0]
         drops = drops[np.isfinite(drops)]
-        if len(drops) < 8:
+        if len(drops) < MIN_CHAINS:
             break
-        below.append(estimate(drops).high < 0)
-    for column in range(len(below)):
-        if all(below[column:]):
-            return column + 1
-    return None
+        is_below = estimate(drops).high < 0
+        start = (start or column) if is_below else None
+    return start
 
 
 def auroc(
@@ -215,37 +232,34 @@ def measure(
     """
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
     depths = states.mask_CK.sum(1) - 1
-    boundary_CK, transition_CK = boundary_cosines(states, maps[0]), transition_cosines(states, maps[1])
+    # Column 0 of both belongs to the first step: the prompt's end has no transition, and no part in what follows.
+    boundary_CK, transition_CK = cosines(states, maps[0]), cosines(transitions(states), maps[1])
+    by_step = {"boundary_cosine": boundary_CK[:, 1:], "transition_cosine": transition_CK}
     everyone = cka_by_step(states, **options)
     deepest = max((slot for slot in everyone if slot <= 4), default=0)
     same = cka_by_step(states, **options, chains=depths >= deepest)
     boundary, transition = mean_by_step(boundary_CK), mean_by_step(transition_CK)
+    none = (None, None)
     steps = [
         {
             "step": slot,
             "chains": int(states.mask_CK[:, slot].sum()),
-            "cka": _dict(everyone.get(slot, (None, None))[0]),
-            "cka_debiased": _dict(everyone.get(slot, (None, None))[1]),
-            "cka_same_chains": _dict(same.get(slot, (None, None))[1]) if slot <= deepest else None,
-            "boundary_cosine": _dict(boundary.get(slot)),
-            "transition_cosine": _dict(transition.get(slot - 1)),
+            "cka": _row(everyone.get(slot, none)[0]),
+            "cka_debiased": _row(everyone.get(slot, none)[1]),
+            "cka_same_chains": _row(same.get(slot, none)[1]) if slot <= deepest else None,
+            "boundary_cosine": _row(boundary.get(slot)),
+            "transition_cosine": _row(transition.get(slot - 1)),
         }
         for slot in range(states.mask_CK.shape[1])
     ]
     relation, roc = _relation(transition_CK, depths, steps_right, failed, options)
+    starts = {name: drift_starts(values_CK) for name, values_CK in by_step.items()}
     return {
         "chains": len(depths),
         "steps": steps,
         "same_chains": {"steps": deepest, "chains": int(np.sum(depths >= deepest))},
-        "decline": {
-            "boundary_cosine": decline(boundary_CK[:, 1:]).interval_row(),
-            "transition_cosine": decline(transition_CK).interval_row(),
-        },
-        "drift_starts": {
-            # Columns are counted from the first step's; None where nothing falls for good.
-            "boundary_cosine": _step(drift_starts(boundary_CK[:, 1:])),
-            "transition_cosine": _step(drift_starts(transition_CK)),
-        },
+        "decline": {name: decline(values_CK).interval_row() for name, values_CK in by_step.items()},
+        "drift_starts": {name: None if column is None else column + 1 for name, column in starts.items()},
         "relation": relation,
         "roc": roc,
     }
@@ -258,41 +272,35 @@ def _relation(
     failed: np.ndarray,
     options: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How transition cosines go with right and wrong steps and chains: (AUROCs and correlations, ROC curves)."""
-    # One row for each transition whose own step (offset 0) or next step (offset 1) has a known outcome.
+    """Association of transition cosines with right steps and right chains: (AUROCs and correlations, ROC curves)."""
     relation: dict[str, Any] = {}
     roc: dict[str, Any] = {}
-    for name, offset in (("next_step", 1), ("same_step", 0)):
-        rows = [
-            (transition_CK[chain, i], right[i + offset], chain, depths[chain], i)
-            for chain, right in enumerate(steps_right)
-            for i in range(min(len(right) - offset, transition_CK.shape[1]))
-            if right[i + offset] is not None and np.isfinite(transition_CK[chain, i])
-        ]
-        scores, correct, chains, of_depth, index = (
-            (np.array(x) for x in zip(*rows, strict=True)) if rows else [np.array([])] * 5
-        )
-        correct = correct.astype(bool)
-        # The same place in chains of the same depth: neither depth nor place may stand in for the cosine.
-        strata = of_depth * 1000 + index
+
+    def relate(name: str, scores: np.ndarray, correct: np.ndarray, chains: np.ndarray, strata: np.ndarray) -> None:
         relation[name] = {
             "auroc": auroc(scores, correct, chains, **options).interval_row(),
             "auroc_within": auroc(scores, correct, chains, strata, **options).interval_row(),
             "wrong": int(np.sum(~correct)),
         }
         roc[name] = roc_points(scores, correct)
-    means = np.array([np.nanmean(row) if np.isfinite(row).any() else np.nan for row in transition_CK])
-    known = np.isfinite(means)
-    scores, right, of_depth, chains = means[known], ~failed[known], depths[known], np.arange(int(known.sum()))
-    relation["chain"] = {
-        "auroc": auroc(scores, right, chains, **options).interval_row(),
-        "auroc_within": auroc(scores, right, chains, of_depth, **options).interval_row(),
-        "wrong": int(np.sum(~right)),
-    }
-    roc["chain"] = roc_points(scores, right)
+
+    # One row for each transition whose own step (offset 0) or next step (offset 1) has a known outcome.
+    for name, offset in (("next_step", 1), ("same_step", 0)):
+        rows = [
+            (transition_CK[chain, i], right[i + offset], chain, depths[chain] * 1000 + i)
+            for chain, right in enumerate(steps_right)
+            for i in range(min(len(right) - offset, transition_CK.shape[1]))
+            if right[i + offset] is not None and np.isfinite(transition_CK[chain, i])
+        ]
+        scores, correct, chains, strata = np.array(rows).reshape(-1, 4).T
+        # The same place in chains of the same depth: neither depth nor place may stand in for the cosine.
+        relate(name, scores, correct.astype(bool), chains, strata)
+    known = np.isfinite(transition_CK).any(axis=1)
+    means, right, depths = np.nanmean(transition_CK[known], axis=1), ~failed[known], depths[known]
+    relate("chain", means, right, np.arange(len(means)), depths)
     relation["correlation"] = {
-        "spearman": rank_correlation(1 - scores, ~right, **options).interval_row(),
-        "within_depth": rank_correlation(1 - scores, ~right, of_depth, **options).interval_row(),
+        "spearman": rank_correlation(1 - means, ~right, **options).interval_row(),
+        "within_depth": rank_correlation(1 - means, ~right, depths, **options).interval_row(),
     }
     return relation, roc
 
@@ -316,36 +324,5 @@ def _fit(student_RS: np.ndarray, teacher_RD: np.ndarray) -> np.ndarray:
     return prior + np.reshape(ridge.coef_, (y.shape[1], x.shape[1])).T
 
 
-def _transitions(states: BoundaryStates) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    def between(states_CKD: np.ndarray) -> np.ndarray:
-        states_CKD = np.asarray(states_CKD, np.float64)
-        return states_CKD[:, 1:] - states_CKD[:, :-1]
-
-    mask_CK = states.mask_CK[:, 1:] & states.mask_CK[:, :-1]
-    return (between(states.student_CKS), between(states.teacher_CKD)), mask_CK
-
-
-def _cosines(student_CKS: np.ndarray, teacher_CKD: np.ndarray, mask_CK: np.ndarray, maps: Sequence[Map]) -> np.ndarray:
-    if len(maps) != len(mask_CK):
-        raise ValueError(f"{len(maps)} maps for {len(mask_CK)} chains; give one for each chain")
-    found = np.full(mask_CK.shape, np.nan)
-    for chain, mapping in enumerate(maps):
-        keep = mask_CK[chain]
-        x, y = np.asarray(student_CKS[chain, keep], np.float64), np.asarray(teacher_CKD[chain, keep], np.float64)
-        if mapping is None and x.shape[-1] != y.shape[-1]:
-            raise ValueError(
-                f"student width {x.shape[-1]}, teacher width {y.shape[-1]}: cosines need a map between them"
-            )
-        x = x if mapping is None else x @ np.asarray(mapping, np.float64)
-        norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
-        dots = np.sum(x * y, axis=-1)
-        found[chain, keep] = np.divide(dots, norms, out=np.full(len(x), np.nan), where=norms > 0)
-    return found
-
-
-def _dict(found: Estimate | None) -> dict[str, Any] | None:
-    return None if found is None else found.interval_row()
-
-
-def _step(column: int | None) -> int | None:
-    return None if column is None else column + 1
+def _row(value: Estimate | None) -> dict[str, Any] | None:
+    return None if value is None else value.interval_row()

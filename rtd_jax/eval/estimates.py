@@ -1,6 +1,6 @@
-"""Estimates with their uncertainty, and how each kind is made; estimates by reasoning depth.
+"""Estimates with their uncertainty, one way for each kind of sample; estimates by reasoning depth.
 
-There is one type, `Estimate`. How its interval comes about depends on what was sampled:
+There is one type, `Estimate`. How its interval is computed depends on what was sampled:
 
   estimate, ratio, difference, power_mean   independent items or clusters of items: standard error, normal interval
   bootstrap, bootstraps                     any statistic of clusters: percentiles of resampled values
@@ -11,7 +11,7 @@ There is one type, `Estimate`. How its interval comes about depends on what was 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -55,15 +55,11 @@ class Estimate:
         return {name: x if math.isfinite(x) else None for name, x in row.items()} | {"n": self.n}
 
 
-def error_rows(report: Any) -> Any:
-    """`dataclasses.asdict` of a report, with each estimate as its `error_row`."""
-    if isinstance(report, Estimate):
-        return report.error_row()
-    if is_dataclass(report) and not isinstance(report, type):
-        return {field.name: error_rows(getattr(report, field.name)) for field in fields(report)}
-    if isinstance(report, dict):
-        return {key: error_rows(value) for key, value in report.items()}
-    return report
+def error_rows(value: Any) -> Any:
+    """The same with every estimate, also in nested dicts, as its `error_row`."""
+    if isinstance(value, Estimate):
+        return value.error_row()
+    return {key: error_rows(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def estimate(values: Values, clusters: Values | None = None) -> Estimate:
@@ -175,13 +171,13 @@ def bootstraps(
     for _ in range(resamples):
         chosen = rng.integers(0, len(members), len(members))
         drawn.append(statistic(np.concatenate([members[i] for i in chosen])))
-    found = []
+    estimates = []
     for value, samples in zip(values, np.asarray(drawn, np.float64).T, strict=True):
         finite = samples[np.isfinite(samples)]
         known = np.isfinite(value) and len(finite) > 1
         low, high = np.percentile(finite, [2.5, 97.5]) if known else (math.nan, math.nan)
-        found.append(Estimate(value if np.isfinite(value) else math.nan, float(low), float(high), len(rows)))
-    return found
+        estimates.append(Estimate(value if np.isfinite(value) else math.nan, float(low), float(high), len(rows)))
+    return estimates
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], clusters: Values, *, resamples: int, seed: int) -> Estimate:
@@ -254,12 +250,16 @@ def depth_key(depth: int, open_from: int | None) -> str:
     return str(depth) if open_from is None or depth < open_from else f"{open_from}+"
 
 
+def depth_buckets(depths: Values, open_from: int | None) -> dict[str, list[int]]:
+    """The indices of the depths that fall into each bucket (see `depth_key`), shallow ones first."""
+    buckets: dict[str, list[int]] = {}
+    for i in np.argsort(depths, kind="stable").tolist():
+        buckets.setdefault(depth_key(int(depths[i]), open_from), []).append(i)
+    return buckets
+
+
 def by_depth(
-    values: Values,
-    depths: Values,
-    *,
-    open_from: int | None = None,
-    clusters: Values | None = None,
+    values: Values, depths: Values, *, open_from: int | None = None, clusters: Values | None = None
 ) -> dict[str, Estimate]:
     """An estimate for each depth bucket that has values, shallow first, and "all" over everything; {} for no values.
 
@@ -270,11 +270,6 @@ def by_depth(
         raise ValueError(f"{len(values)} values but {len(depths)} depths; give one depth per value")
     if not len(values):
         return {}
-    x, d = np.asarray(values, np.float64), np.asarray(depths)
-    c = np.arange(len(x)) if clusters is None else np.asarray(clusters)
-    buckets = np.minimum(d, open_from) if open_from is not None else d
-    table = {
-        depth_key(int(bucket), open_from): estimate(x[buckets == bucket], c[buckets == bucket])
-        for bucket in np.unique(buckets)
-    }
-    return table | {"all": estimate(x, c)}
+    x, c = np.asarray(values, np.float64), np.arange(len(values)) if clusters is None else np.asarray(clusters)
+    buckets = depth_buckets(depths, open_from)
+    return {key: estimate(x[rows], c[rows]) for key, rows in buckets.items()} | {"all": estimate(x, c)}

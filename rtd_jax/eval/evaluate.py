@@ -2,51 +2,24 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.base.sharding import row_sharding, row_ways
 from rtd_jax.base.types import Params
 from rtd_jax.data.by_length import round_up
-from rtd_jax.data.formats import TextFormat, render, stop_token_ids
+from rtd_jax.data.formats import Rendered, TextFormat, render, stop_token_ids
 from rtd_jax.data.trace import Trace
-from rtd_jax.eval.decoding import CachedModel, GenerateSettings, Sampling, generate
-from rtd_jax.eval.estimates import Estimate, error_rows
-from rtd_jax.eval.reference import ReferenceScore, RenderedText, reference_fields, score_references
-from rtd_jax.eval.scoring import PackedModel, ScoringSettings
-from rtd_jax.eval.text_scores import Record, TextScores, gap, score_texts
+from rtd_jax.eval.chains import score_texts
+from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate
+from rtd_jax.eval.metrics import Record, make_report
+from rtd_jax.eval.reference import score_references
+from rtd_jax.eval.scoring import ScoringSettings
+from rtd_jax.models.model import LlamaModel
 
 Progress = Callable[[int, int], None]  # called with (how many are done, how many there are)
-
-
-class Model(CachedModel, PackedModel, Protocol):
-    """A model that can both decode and score, as `rtd_jax.models.LlamaModel`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationReport(TextScores):
-    """What a model can do, by depth bucket ("1", "2", ..., "all") where it depends on depth.
-
-    Chain and answer accuracy are measured on text that the model wrote freely; step accuracy and perplexity on the
-    reference text, each token given the right prefix. Perplexity is per predicted token of the completion, its end
-    included.
-    """
-
-    step_accuracy: dict[str, Estimate]  # stderr clustered by problem
-    independent_chain_accuracy: dict[str, Estimate]  # what step accuracy would give, were errors independent
-    gap: dict[str, Estimate]  # as gap_free, with the steps of the reference texts
-    perplexity: float
-    perplexity_by_depth: dict[str, Estimate]  # n is the number of problems
-    predicted_tokens: int
-    max_new_tokens: int
-    text_format: str  # "plain", "chat", ...: the same model may score very differently under another
-    decoding: str  # "greedy", or the temperature, top-p and seed of the samples
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested dicts of plain numbers and strings, ready for JSON."""
-        return error_rows(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +57,18 @@ class ChainEvaluator:
 
     def __call__(
         self,
-        model: Model,
+        model: LlamaModel,
         params: Params,
         problems: Sequence[Trace],
-        texts: Sequence[RenderedText] | None = None,
+        texts: Sequence[Rendered] | None = None,
         *,
         progress: Progress | None = None,
         scoring_progress: Progress | None = None,
-    ) -> tuple[EvaluationReport, list[Record]]:
+    ) -> tuple[dict[str, Any], list[Record]]:
         """Evaluates one model; neither changes nor donates its params.
+
+        Chain and answer accuracy are measured on text that the model writes freely; step accuracy and perplexity on the
+        reference text, each token given the right prefix.
 
         Args:
           model: static under jit.
@@ -103,19 +79,15 @@ class ChainEvaluator:
           scoring_progress: called after each batch with (reference chains scored, chains in all).
 
         Returns:
-          The report, and one record per solution as in `score_texts`, with teacher_forced (one bool a reference step),
-          reference_nats and reference_tokens (cross-entropy of the reference text), max_new_tokens, text_format,
-          decoding.
+          The report (see `metrics.make_report`), and one record per solution as in `chains.score_texts`, with
+          `metrics.MODEL_KEYS`.
 
         Raises:
           ValueError: there are no problems, or a text does not fit its tokenizer.
         """
-        if not problems:
-            raise ValueError("there are no problems to evaluate; check the evaluation split and its depths")
         if texts is None:
             texts = [render(self.tokenizer, trace.prompt, trace.completion, self.text) for trace in problems]
-        solutions, finished = self._solutions(model, params, texts, progress)
-        scores, records = score_texts(problems, solutions, finished, open_from=self.open_from)
+        records = score_texts(problems, *self._solutions(model, params, texts, progress))
         references = score_references(
             model,
             params,
@@ -123,7 +95,7 @@ class ChainEvaluator:
             problems,
             texts,
             dataclasses.replace(self.scoring, batch_size=self._rows(self.scoring.batch_size)),
-            batch_sharding=None if self.mesh is None else row_sharding(self.mesh),
+            batch_sharding=self._sharding,
             progress=scoring_progress,
         )
         how = {
@@ -132,25 +104,30 @@ class ChainEvaluator:
             "decoding": "greedy" if self.decoding.sampling is None else str(self.decoding.sampling),
         }
         for record in records:
-            of = references[record["problem"]]
-            record |= {"teacher_forced": of.steps, "reference_nats": of.nats, "reference_tokens": of.tokens, **how}
-        return full_report(scores, records, self.open_from), records
+            record |= references[record["problem"]] | how
+        return make_report(records, self.open_from), records
+
+    @property
+    def _sharding(self) -> NamedSharding | None:
+        return None if self.mesh is None else row_sharding(self.mesh)
 
     def _rows(self, batch_size: int) -> int:
         return batch_size if self.mesh is None else round_up(batch_size, row_ways(self.mesh))
 
     def _solutions(
-        self, model: Model, params: Params, texts: Sequence[RenderedText], progress: Progress | None
+        self, model: LlamaModel, params: Params, texts: Sequence[Rendered], progress: Progress | None
     ) -> tuple[list[list[str]], list[list[bool]]]:
         """For each problem what the model writes, and whether each solution came to its own end."""
         decoding, tokenizer = self.decoding, self.tokenizer
+        if not texts:
+            return [], []
         prompts = tokenizer([text.prompt for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
 
-        def decoded(ids: list[int]) -> str:
+        def decode(ids: list[int]) -> str:
             return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-        def stopped(ids: list[int]) -> bool:
-            return any(stop in decoded(ids) for stop in decoding.stop_texts)
+        def is_stopped(ids: list[int]) -> bool:
+            return any(stop in decode(ids) for stop in decoding.stop_texts)
 
         written = generate(
             model,
@@ -164,14 +141,15 @@ class ChainEvaluator:
                 pad_id=tokenizer.pad_token_id or 0,
                 sampling=decoding.sampling,
             ),
-            stopped=stopped if decoding.stop_texts else None,
-            batch_sharding=None if self.mesh is None else row_sharding(self.mesh),
+            stopped=is_stopped if decoding.stop_texts else None,
+            batch_sharding=self._sharding,
             progress=progress,
         )
-        full = [decoded(ids) for ids in written]
+        full = [decode(ids) for ids in written]
         cut = [_before(text, decoding.stop_texts) for text in full]
         finished = [len(ids) < decoding.max_new_tokens or a != b for ids, a, b in zip(written, full, cut, strict=True)]
-        return _grouped(cut, decoding.samples), _grouped(finished, decoding.samples)
+        samples = [slice(start, start + decoding.samples) for start in range(0, len(written), decoding.samples)]
+        return [cut[part] for part in samples], [finished[part] for part in samples]
 
 
 def decoding_notes(note: Callable[[str], None], name: str) -> Progress:
@@ -189,24 +167,6 @@ def first_of_each_depth(problems: Sequence[Trace], count: int) -> list[Trace]:
     return [problem for depth in sorted(chosen) for problem in chosen[depth]]
 
 
-def full_report(scores: TextScores, records: Sequence[Record], open_from: int | None = None) -> EvaluationReport:
-    """The report of a model from its records, as `ChainEvaluator` makes them; so it can be made again from a file."""
-    first = {record["problem"]: i for i, record in reversed(list(enumerate(records)))}
-    of_problem = [records[first[problem]] for problem in sorted(first)]
-    references = [ReferenceScore(r["teacher_forced"], r["reference_nats"], r["reference_tokens"]) for r in of_problem]
-    return EvaluationReport(
-        **{field.name: getattr(scores, field.name) for field in dataclasses.fields(scores)},
-        **reference_fields(references, [record["depth"] for record in of_problem], open_from),
-        gap=gap(records, [reference.steps for reference in references], [first[problem] for problem in sorted(first)]),
-        **{name: records[0][name] for name in ("max_new_tokens", "text_format", "decoding")},
-    )
-
-
 def _before(text: str, stop_texts: Sequence[str]) -> str:
     """`text` up to the first of the stop texts."""
     return text[: min((text.index(stop) for stop in stop_texts if stop in text), default=len(text))]
-
-
-def _grouped(values: Sequence[Any], size: int) -> list[Any]:
-    """The values in lists of `size`."""
-    return [values[start : start + size] for start in range(0, len(values), size)]

@@ -1,50 +1,42 @@
-"""Scores of reference chains under teacher forcing: which steps are right, and perplexity."""
+"""Scores of reference chains under teacher forcing: which steps are right, and their cross-entropy.
+
+A step is correct when every token of its result is the model's first choice given the right prefix. High step accuracy
+beside low chain accuracy is the compounding that distillation on single tokens does not see.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.base.types import Params
-from rtd_jax.eval.answers import Reference
-from rtd_jax.eval.estimates import Estimate, by_depth, depth_key, perplexity_estimate
-from rtd_jax.eval.scoring import PackedModel, ScoringSettings, score_chains
-from rtd_jax.eval.steps import independent_chain_accuracy, scored_spans, steps_correct, tokens_in_spans
-
-
-class RenderedText(Protocol):
-    """The pieces of a problem's text, as `rtd_jax.data.formats.render` gives them."""
-
-    @property
-    def prompt(self) -> str: ...
-    @property
-    def text(self) -> str: ...  # prompt, completion and what closes the turn
-    @property
-    def completion_offset(self) -> int: ...  # characters between the prompt and the first step
-
-
-class ReferenceScore(NamedTuple):
-    """One reference chain under teacher forcing."""
-
-    steps: list[bool]  # every token of the step's result is the model's first choice
-    nats: float  # cross-entropy, summed over the predicted tokens: the completion and its end
-    tokens: int
+from rtd_jax.data.formats import Rendered
+from rtd_jax.data.trace import Span, Trace
+from rtd_jax.eval.answers import result_span
+from rtd_jax.eval.scoring import ScoringSettings, score_chains
+from rtd_jax.models.model import LlamaModel
 
 
 def score_references(
-    model: PackedModel,
+    model: LlamaModel,
     params: Params,
     tokenizer: PreTrainedTokenizerBase,
-    traces: Sequence[Reference],
-    texts: Sequence[RenderedText],
+    traces: Sequence[Trace],
+    texts: Sequence[Rendered],
     settings: ScoringSettings = ScoringSettings(),
     *,
     batch_sharding: jax.sharding.NamedSharding | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[ReferenceScore]:
-    """Scores the reference chain of each trace; arguments as in `scoring.score_chains`."""
+) -> list[dict[str, Any]]:
+    """Scores the reference chain of each trace; `settings` and what follows as in `scoring.score_chains`.
+
+    Returns:
+      For each trace what its records have besides the scores of their texts: teacher_forced (for each step, whether it
+      is right), reference_nats (cross-entropy, summed over the predicted tokens: the completion and its end), and
+      reference_tokens (their number).
+    """
     prompts = tokenizer([text.prompt for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
     encoded = tokenizer(
         [text.text for text in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -65,32 +57,39 @@ def score_references(
         offset = len(text.prompt) + text.completion_offset
         spans = scored_spans(trace.steps, [offset + start for start, _ in trace.spans])
         predicted = np.asarray(score.log_probs, np.float64)[len(prompt) :]
-        right = steps_correct(np.asarray(score.chosen), tokens_in_spans(offsets, spans))
-        scores.append(ReferenceScore(right, -float(predicted.sum()), len(predicted)))
+        chosen = np.asarray(score.chosen)
+        right = [bool(np.all(chosen[tokens])) for tokens in tokens_in_spans(offsets, spans)]
+        nats, count = -float(predicted.sum()), len(predicted)
+        scores.append({"teacher_forced": right, "reference_nats": nats, "reference_tokens": count})
     return scores
 
 
-def reference_fields(
-    scores: Sequence[ReferenceScore], depths: Sequence[int], open_from: int | None = None
-) -> dict[str, Any]:
-    """The fields of `evaluate.EvaluationReport` that come from reference chains, given their scores and depths."""
-    steps = [(right, i) for i, score in enumerate(scores) for right in score.steps]
-    buckets: dict[str, list[int]] = {}
-    for i in np.argsort(np.asarray(depths), kind="stable"):
-        buckets.setdefault(depth_key(int(depths[i]), open_from), []).append(int(i))
-    perplexities: dict[str, Estimate] = {
-        key: perplexity_estimate([scores[i].nats for i in chains], [scores[i].tokens for i in chains])
-        for key, chains in (buckets | {"all": list(range(len(scores)))}).items()
-    }
-    return {
-        "step_accuracy": by_depth(
-            [right for right, _ in steps],
-            [depths[i] for _, i in steps],
-            open_from=open_from,
-            clusters=[i for _, i in steps],
-        ),
-        "independent_chain_accuracy": independent_chain_accuracy([s.steps for s in scores], depths, open_from),
-        "perplexity": perplexities["all"].value,
-        "perplexity_by_depth": perplexities,
-        "predicted_tokens": sum(score.tokens for score in scores),
-    }
+def scored_spans(steps: Sequence[str], starts: Sequence[int]) -> list[Span]:
+    """Characters that decide whether each step is right, within the text in which step i begins at `starts[i]`.
+
+    The characters of the result (see `answers.result_span`); the whole step where it has no number.
+    """
+    spans = []
+    for step, start in zip(steps, starts, strict=True):
+        first, last = result_span(step) or (0, len(step))
+        spans.append((start + first, start + last))
+    return spans
+
+
+def tokens_in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[np.ndarray]:
+    """For each span of characters the indices of the tokens that cover any of it, given every token's characters.
+
+    Raises:
+      ValueError: no token covers a span, so text and tokens do not belong together.
+    """
+    begins, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
+    tokens = []
+    for start, end in spans:
+        covering = np.flatnonzero((begins < end) & (ends > start))
+        if not len(covering):
+            raise ValueError(
+                f"no token covers characters {start} to {end}; the offsets end at {ends.max(initial=0)}: "
+                "give the offsets of the text in which the spans were found"
+            )
+        tokens.append(covering)
+    return tokens

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import chex
 import jax
@@ -20,19 +20,10 @@ from rtd_jax.base.types import Array, Params
 from rtd_jax.data.by_length import round_up
 from rtd_jax.data.packing import Features, packed_rows
 from rtd_jax.losses.fused import map_logits
+from rtd_jax.models.model import LlamaModel
 
 ROW_MULTIPLE = 64  # tokens; row lengths are rounded up to it, so few programs are compiled
 FEATURES = ("tokens", "tokens_positions", "tokens_segment_ids", "chain")  # of a packed row; `chain` is its number
-
-
-class PackedModel(Protocol):
-    """What scoring needs of a model: a hashable description with pure functions of params."""
-
-    def __hash__(self) -> int: ...
-
-    def hidden(self, params: Params, tokens_BL: Array, positions_BL: Array, chain_ids_BL: Array) -> Array: ...
-
-    def head(self, params: Params) -> Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +47,7 @@ class TokenScores(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("model", "vocab_size", "chunk_tokens"))
 def token_scores(
-    model: PackedModel,
+    model: LlamaModel,
     params: Params,
     tokens_BL: Array,
     positions_BL: Array,
@@ -84,7 +75,7 @@ def token_scores(
         log_probs_Bc = label_Bc - jax.nn.logsumexp(logits_BcV, axis=-1)
         return TokenScores(log_probs_Bc, jnp.argmax(logits_BcV, axis=-1) == labels_Bc)
 
-    made_BL = map_logits(
+    scores_BL = map_logits(
         score,
         hidden_BLD,
         model.head(params),
@@ -95,11 +86,11 @@ def token_scores(
     # From the place that makes a prediction to the token that it predicts.
     same_chain_BL = (chain_ids_BL == jnp.roll(chain_ids_BL, 1, axis=1)) & (chain_ids_BL > 0)
     predicted_BL = same_chain_BL & (jnp.arange(length)[None, :] > 0)
-    return jax.tree.map(lambda x: jnp.where(predicted_BL, jnp.roll(x, 1, axis=1), jnp.zeros((), x.dtype)), made_BL)
+    return jax.tree.map(lambda x: jnp.where(predicted_BL, jnp.roll(x, 1, axis=1), jnp.zeros((), x.dtype)), scores_BL)
 
 
 def score_chains(
-    model: PackedModel,
+    model: LlamaModel,
     params: Params,
     chains: Sequence[Sequence[int]],
     settings: ScoringSettings = ScoringSettings(),
@@ -149,8 +140,8 @@ def score_chains(
         log_probs_BL, chosen_BL = to_host((result.log_probs, result.chosen))
         for row, numbers in enumerate(chain_BL):
             for number in np.unique(numbers[numbers > 0]):
-                of_chain = numbers == number
-                scores[number - 1] = TokenScores(log_probs_BL[row, of_chain], chosen_BL[row, of_chain])
+                is_chain = numbers == number
+                scores[number - 1] = TokenScores(log_probs_BL[row, is_chain], chosen_BL[row, is_chain])
                 done += 1
         if progress is not None:
             progress(done, len(chains))

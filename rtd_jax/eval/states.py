@@ -38,9 +38,7 @@ class ReadyModel(Protocol):
     @property
     def directory(self) -> Path: ...
 
-    def fingerprint(self) -> str:
-        """Identity of the weights' files."""
-        ...
+    def fingerprint(self) -> str: ...  # identity of the weights' files
 
 
 def boundary_states(
@@ -60,8 +58,7 @@ def boundary_states(
         raise ValueError("there are no chains to read; check the data and its row length")
     layer = opened.model.config.layer_index(layer)
     slots = max(len(chain.boundaries) for chain in chains)
-    states_CKD = np.zeros((len(chains), slots, opened.model.config.width), np.float32)
-    mask_CK = np.zeros((len(chains), slots), bool)
+    states: list[np.ndarray] = [np.empty(0)] * len(chains)
     rows = rows_at_once(ROWS, len(chains), row_ways(opened.mesh))
     for batch in batches_by_length([chain.tokens for chain in chains], rows, LENGTH_MULTIPLE):
         boundaries_BK = np.zeros((rows, slots), np.int32)
@@ -69,12 +66,10 @@ def boundary_states(
             boundaries_BK[row, : len(chains[i].boundaries)] = chains[i].boundaries
         arrays = (batch.tokens_BL, batch.mask_BL.astype(np.int32), boundaries_BK)
         placed = put_same(arrays, row_sharding(opened.mesh))
-        found_BKD = to_host(_states(opened.model, opened.params, *placed, layer=layer))
+        states_BKD = to_host(_states(opened.model, opened.params, *placed, layer=layer))
         for row, i in enumerate(batch.indices):
-            count = len(chains[i].boundaries)
-            states_CKD[i, :count] = found_BKD[row, :count]
-            mask_CK[i, :count] = True
-    return states_CKD, mask_CK
+            states[i] = states_BKD[row, : len(chains[i].boundaries)]
+    return _padded(states)
 
 
 def open_cache(folder: str, teacher: ReadyModel, layer: int = -1) -> TeacherCache:
@@ -111,12 +106,16 @@ def cached_key(chain: EncodedChain) -> str:
 
 
 def cached_states(cache: TeacherCache, chains: Sequence[EncodedChain]) -> tuple[np.ndarray, np.ndarray]:
-    """As `boundary_states`, from a cache that has all of these chains: exact up to its storage."""
-    found = [cache.read(cached_key(chain))[1] for chain in chains]
-    slots = max(len(states_KD) for states_KD in found)
-    states_CKD = np.zeros((len(chains), slots, found[0].shape[1]), np.float32)
-    mask_CK = np.zeros((len(chains), slots), bool)
-    for i, states_KD in enumerate(found):
+    """The result of `boundary_states`, from a cache that has all of these chains; as precise as the stored states."""
+    return _padded([cache.read(cached_key(chain))[1] for chain in chains])
+
+
+def _padded(states: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The [K, D] states of each chain as one float32 [C, K, D], zero where a chain has no boundary, and bool [C, K]."""
+    slots = max(len(states_KD) for states_KD in states)
+    states_CKD = np.zeros((len(states), slots, states[0].shape[1]), np.float32)
+    mask_CK = np.zeros((len(states), slots), bool)
+    for i, states_KD in enumerate(states):
         states_CKD[i, : len(states_KD)], mask_CK[i, : len(states_KD)] = states_KD, True
     return states_CKD, mask_CK
 

@@ -7,11 +7,11 @@ which is not ours to hand on.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,9 @@ Item = Trace | ChoiceQuestion
 Turns = Sequence[tuple[str, str]]  # (question as asked, answer)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
-    """A benchmark as it is asked by default, and as the hub has it."""
+    """A benchmark: how it is asked by default, and where the hub has it."""
 
     schema: str
     shots: int
@@ -83,22 +83,18 @@ TASKS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Problems:
-    """What is asked, in which form, with which solved examples before each problem, and how it all came about.
+    """What a model is asked, in which form, and with which solved examples before each problem.
 
-    Of a chat the examples are `turns`; of plain text they are in the problem's `TextFormat`.
+    In a chat the examples are `turns`; in plain text they are part of the problem's `TextFormat`.
     """
 
     items: Sequence[Item]
     texts: Sequence[TextFormat]
     turns: Sequence[Turns]
-    shots: int
-    protocol: Mapping[str, Any]
-
-    @property
-    def text_format(self) -> str:
-        return f"{self.texts[0].kind}, {self.shots}-shot"
+    text_format: str  # for reports: "plain, 5-shot"
+    protocol: Mapping[str, Any]  # for reports: where all of it comes from
 
 
 def load_problems(
@@ -135,32 +131,28 @@ def load_problems(
     if name == "synthetic" and trained_on is not None:
         text = trained_on
     sources = _sources(name, data_root, revision or task.revision)
-    parse = choices_from_arc if task.is_choice else SCHEMAS[task.schema].trace if task.schema in SCHEMAS else None
+    items: list[Item]
     if name == "synthetic":
-        items: list[Item] = [*load_traces(SourceSettings("synthetic", split="test", limit=limit or SYNTHETIC_PROBLEMS))]
+        items = [*load_traces(SourceSettings("synthetic", split="test", limit=limit or SYNTHETIC_PROBLEMS))]
     elif task.is_choice:
         rows = load_rows(dataclasses.replace(sources[0], split=task.split, limit=limit))
         items = [choices_from_arc(row, place) for place, row in rows]
     else:
-        read = [
+        parts = [
             load_traces(dataclasses.replace(source, split=task.split, limit=limit, levels=tuple(levels)))
             for source in sources
         ]
         # A limit cuts the subjects alike, not the last ones away.
-        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*read)) if limit else itertools.chain(*read)
+        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*parts)) if limit else itertools.chain(*parts)
         items = [item for item in in_turn if item is not None][: limit or None]
-    turns: list[Turns] = [()] * len(items)
-    pool = 0
-    if shots:
-        turns, pool = _examples(task, sources, items, text, shots, seed, parse)
+    turns, pool = _examples(task, sources, items, text, shots, seed) if shots else ([()] * len(items), 0)
     drawn = f"drawn for each problem from {task.examples} ({pool} rows) by random.Random({seed}).sample, in order"
-    asked = "".join(_identity(item) for item in items)
     protocol = {
         "data": [f"{source.location}{':' * bool(source.subset)}{source.subset}" for source in sources],
         "revision": sources[0].revision or None,
         "split": task.split,
         "problems": len(items),
-        "fingerprint": hashlib.sha256(asked.encode()).hexdigest()[:16],
+        "fingerprint": hashlib.sha256("".join(map(_identity, items)).encode()).hexdigest()[:16],
         "levels": list(levels),
         "prompt": text.template,
         "chat_template": text.kind == "chat",
@@ -168,16 +160,12 @@ def load_problems(
         "examples": drawn if shots else None,
         "stop_texts": list(task.stops),
     }
+    text_format = f"{text.kind}, {shots}-shot"
     if text.kind == "chat":
-        return Problems(items, [text] * len(items), turns, shots, protocol)
-    contexts = ["".join(f"{asked}{text.completion_prefix}{answer}\n\n" for asked, answer in of) for of in turns]
+        return Problems(items, [text] * len(items), turns, text_format, protocol)
+    contexts = ["".join(f"{asked}{text.completion_prefix}{answer}\n\n" for asked, answer in pairs) for pairs in turns]
     texts = [dataclasses.replace(text, context=text.context + context) for context in contexts]
-    return Problems(items, texts, [()] * len(items), shots, protocol)
-
-
-def question_of(item: Item) -> str:
-    """The question as it fills the prompt template."""
-    return item.question if isinstance(item, ChoiceQuestion) else item.prompt
+    return Problems(items, texts, [()] * len(items), text_format, protocol)
 
 
 def _sources(name: str, data_root: str, revision: str) -> list[SourceSettings]:
@@ -198,58 +186,52 @@ def _sources(name: str, data_root: str, revision: str) -> list[SourceSettings]:
 
 
 def _examples(
-    task: Task,
-    sources: Sequence[SourceSettings],
-    items: Sequence[Item],
-    text: TextFormat,
-    shots: int,
-    seed: int,
-    parse: Callable[..., Item] | None,
+    task: Task, sources: Sequence[SourceSettings], items: Sequence[Item], text: TextFormat, shots: int, seed: int
 ) -> tuple[list[Turns], int]:
     """The solved examples of each problem, and of how many rows they were drawn.
 
     As the harness' ContextSampler: one generator goes through the problems in order. Where examples come from the split
     of the problems, one more is drawn and the problem itself taken out.
     """
-    if parse is None:
+    if task.schema == "synthetic":
         pool: list[Any] = list(load_traces(SourceSettings("synthetic", split="train", limit=SYNTHETIC_PROBLEMS)))
     else:
         pool = [row for source in sources for row in load_rows(dataclasses.replace(source, split=task.examples))]
-    same = task.split == task.examples
-    if len(pool) < shots + same:
+    has_itself = task.split == task.examples
+    if len(pool) < shots + has_itself:
         raise ValueError(
             f"{len(pool)} rows of {task.examples} are too few to draw {shots} solved examples; lower few_shot"
         )
-    made: dict[int, tuple[Item, tuple[str, str]]] = {}
 
+    @functools.cache
     def example(i: int) -> tuple[Item, tuple[str, str]]:
-        if i not in made:
-            place, row = (pool[i].source, {}) if parse is None else pool[i]
-            item = pool[i] if parse is None else parse(row, place)
+        if task.schema == "synthetic":
+            item, answer = pool[i], pool[i].completion
+        elif task.is_choice:
+            item = choices_from_arc(pool[i][1], pool[i][0])
+            answer = item.choices[item.answer]
+        else:
+            (place, row), read = pool[i], SCHEMAS[task.schema].trace
+            assert read is not None
+            item = read(row, place)
             # GSM8K's as published: four rows of its training split have white space that a Trace does not keep.
-            answer = row["answer"] if task.schema == "gsm8k" else _completion(item)
-            made[i] = item, (text.template.replace("{prompt}", question_of(item)), answer)
-        return made[i]
+            answer = row["answer"] if task.schema == "gsm8k" else item.completion
+        question = item.question if isinstance(item, ChoiceQuestion) else item.prompt
+        return item, (text.template.replace("{prompt}", question), answer)
 
     draw = random.Random(seed)
-    found: list[Turns] = []
+    examples: list[Turns] = []
     for item in items:
-        examples = [example(i) for i in draw.sample(range(len(pool)), shots + same)]
-        found.append([solved for other, solved in examples if other != item][:shots])
-    return found, len(pool)
+        drawn = [example(i) for i in draw.sample(range(len(pool)), shots + has_itself)]
+        examples.append([solved for other, solved in drawn if other != item][:shots])
+    return examples, len(pool)
 
 
 def _identity(item: Item) -> str:
-    """What the fingerprint of the problems is made from. Its form stays as it is, so that reports can be compared."""
+    """The text that the fingerprint of the problems is made from; its form is fixed, so that reports are comparable."""
     if isinstance(item, ChoiceQuestion):
         return repr(dataclasses.replace(item, source=""))
-    names = ("prompt", "steps", "answer", "final", "subject", "level")
-    shown = {name: repr(getattr(item, name)) for name in names}
     return (
-        "Trace(prompt={prompt}, steps={steps}, answer={answer}, final={final}, source='', subject={subject}, "
-        "level={level}, text='')"
-    ).format(**shown)
-
-
-def _completion(item: Item) -> str:
-    return item.choices[item.answer] if isinstance(item, ChoiceQuestion) else item.completion
+        f"Trace(prompt={item.prompt!r}, steps={item.steps!r}, answer={item.answer!r}, final={item.final!r}, source='', "
+        f"subject={item.subject!r}, level={item.level!r}, text='')"
+    )

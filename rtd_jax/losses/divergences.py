@@ -45,11 +45,11 @@ def token_terms(
     student, teacher = _below_largest(student), _below_largest(jax.lax.stop_gradient(teacher))
     soft_student, soft_teacher = jnp.exp(student / temperature), jnp.exp(teacher / temperature)
     hard_student, hard_teacher = jnp.exp(student), jnp.exp(teacher)
-    ahead = teacher - student
+    difference = teacher - student
     sums = [_total(x) for x in (soft_student, soft_teacher, hard_student, hard_teacher)]
     logs = [jnp.log(x) for x in sums]
-    soft = temperature**2 * (_total(soft_teacher * ahead) / (temperature * sums[1]) + logs[0] - logs[1])
-    kl_T1 = _total(hard_teacher * ahead) / sums[3] + logs[2] - logs[3]
+    soft = temperature**2 * (_total(soft_teacher * difference) / (temperature * sums[1]) + logs[0] - logs[1])
+    kl_T1 = _total(hard_teacher * difference) / sums[3] + logs[2] - logs[3]
     d_soft = temperature * (soft_student / sums[0] - soft_teacher / sums[1])
     hard, correct, d_hard = _label_terms(student, hard_student, sums[2], labels)
     return Terms(soft[..., 0], hard, kl_T1[..., 0], correct, d_soft, d_hard)
@@ -102,12 +102,12 @@ def _exchange_at(student_BLV: Array, ids_BLM: Array, probs_BLM: Array, mesh: Mes
 
     def local(student: Array, ids: Array, probs: Array, first: Array | int = 0) -> tuple[Array, Array]:
         ids = ids - first
-        here = (ids >= 0) & (ids < student.shape[-1])
-        found = jnp.take_along_axis(student, jnp.where(here, ids, 0), axis=-1)
+        is_local = (ids >= 0) & (ids < student.shape[-1])
+        logits_at_ids = jnp.take_along_axis(student, jnp.where(is_local, ids, 0), axis=-1)
         rows, columns = (jnp.arange(n) for n in ids.shape[:2])
-        places = (rows[:, None, None], columns[None, :, None], jnp.where(here, ids, student.shape[-1]))
+        places = (rows[:, None, None], columns[None, :, None], jnp.where(is_local, ids, student.shape[-1]))
         spread = jnp.full(student.shape, -1.0).at[places].set(probs, mode="drop")
-        return jnp.where(here, found, 0.0), spread
+        return jnp.where(is_local, logits_at_ids, 0.0), spread
 
     if mesh is None:
         return local(student_BLV, ids_BLM, probs_BLM)
@@ -115,8 +115,8 @@ def _exchange_at(student_BLV: Array, ids_BLM: Array, probs_BLM: Array, mesh: Mes
     def on_device(student: Array, ids: Array, probs: Array) -> tuple[Array, Array]:
         if student.shape[-1] == student_BLV.shape[-1]:
             return local(student, ids, probs)
-        found, spread = local(student, ids, probs, jax.lax.axis_index("tensor") * student.shape[-1])
-        return jax.lax.psum(found, "tensor"), spread
+        logits_at_ids, spread = local(student, ids, probs, jax.lax.axis_index("tensor") * student.shape[-1])
+        return jax.lax.psum(logits_at_ids, "tensor"), spread
 
     vocabulary = mesh_spec(student_BLV.shape, (ROW_AXES, None, "tensor"), mesh)
     rows = mesh_spec(ids_BLM.shape, (ROW_AXES, None, None), mesh)

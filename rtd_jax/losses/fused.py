@@ -1,8 +1,8 @@
 """Functions of logits, a chunk of positions at a time, with the LM head applied inside; and sums of losses on them.
 
-The logits of a batch, [B, L, V], never exist. In `fused_sums` the gradient with respect to a chunk's logits is formed
-while they exist, and is carried on to the states and the head: the backward pass only scales what is there. What a loss
-has to give is its value and its gradient with respect to the logits.
+The logits of a batch, [B, L, V], never exist. `fused_sums` computes the gradient with respect to a chunk's logits
+while they exist, and from it the gradients of the states and the head, which the backward pass only scales. A loss
+therefore returns its value and its gradient with respect to the logits.
 """
 
 import functools
@@ -45,8 +45,8 @@ def over_chunks(
         return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length]
 
     def body(sums: Any, chunk: tuple[Array, ...]) -> tuple[Any, Any]:
-        of_chunk, results = part(*chunk)
-        return jax.tree.map(jnp.add, sums, of_chunk), results
+        chunk_sums, results = part(*chunk)
+        return jax.tree.map(jnp.add, sums, chunk_sums), results
 
     chunks = tuple(split(x) for x in arrays_BL)
     shapes, _ = jax.eval_shape(part, *(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in chunks))

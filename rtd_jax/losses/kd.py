@@ -3,9 +3,9 @@
     KD = alpha * T^2 * KL(softmax(z_T / T) || softmax(z_S / T)) + (1 - alpha) * CE(z_S, label)
 
 in nats per predicted token. At a 128k vocabulary one batch of logits is tens of gigabytes, so the LM heads are applied
-inside the loss, a chunk of tokens at a time. While a chunk's logits exist, their gradient is formed as well and carried
-on to the student's states and head: the backward pass only scales what is there, and nothing is recomputed: what
-Liger-Kernel's fused linear losses do (Hsu et al., arXiv:2410.10989), here for two heads and in plain JAX.
+inside the loss, a chunk of tokens at a time. While a chunk's logits exist, the gradients of the student's states and
+head are computed from them. The backward pass only scales these and recomputes nothing. Liger-Kernel's fused linear
+losses do the same (Hsu et al., arXiv:2410.10989); here it is done for two heads and in plain JAX.
 
 Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531; T^2 keeps the
 gradient's size independent of T.
@@ -192,8 +192,8 @@ def _weighted_sums(
     def losses(logits: Array, constants: tuple, chunk: tuple) -> tuple[Array, tuple[Array, ...], Array]:
         constant, temperature, alpha = constants
         weights, labels, *others = chunk
-        of_tokens = terms(logits, jnp.where(weights > 0, labels, 0), weights, temperature, constant, *others)
-        *values, d_soft, d_hard = of_tokens
+        labels = jnp.where(weights > 0, labels, 0)
+        *values, d_soft, d_hard = terms(logits, labels, weights, temperature, constant, *others)
         soft, hard, kl_T1, correct = (jnp.sum(weights * value) for value in values)
         d_logits = weights[..., None] * (alpha * d_soft + (1.0 - alpha) * d_hard)
         return alpha * soft + (1.0 - alpha) * hard, (soft, hard, kl_T1, correct, jnp.sum(weights)), d_logits

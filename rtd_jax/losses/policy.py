@@ -1,14 +1,14 @@
 """Learning from rewards of steps: group-normalised advantages, and the clipped policy term.
 
-Of each prompt N chains are drawn. Step i of chain n gets a reward r_ni by itself, and its advantage is how far that
-lies from the rewards of all steps that were drawn for the prompt:
+N chains are drawn for each prompt. Step i of chain n gets its own reward r_ni. Its advantage is how far that reward
+lies above the mean over all steps that were drawn for the prompt:
 
     A_ni = (r_ni - mean) / max(std, floor),    mean and std over all steps of the prompt's N chains
 
 Source: process supervision in GRPO (Shao et al. 2024, arXiv:2402.03300, section 4.1.3). There a token's advantage is
-the sum over its own and all later steps; here it is its own step's alone, because the baseline is to score each step in
-isolation, without any credit for what follows. The policy term is PPO's (Schulman et al. 2017, arXiv:1707.06347,
-equation 7), over tokens t, with rho_t the ratio of the probabilities now and when the chain was drawn:
+the sum over its own and all later steps. Here it is the advantage of its own step alone, because this baseline scores
+each step in isolation, without credit for later steps. The policy term is PPO's (Schulman et al. 2017,
+arXiv:1707.06347, equation 7), over tokens t. rho_t is the token's probability now over that when the chain was drawn:
 
     L_policy = -mean_t min(rho_t A_t, clip(rho_t, 1 - c, 1 + c) A_t)
 """
@@ -28,9 +28,9 @@ from rtd_jax.losses.fused import fused_sums, map_logits
 
 
 class Rollouts(NamedTuple):
-    """Chains that the student drew, one a row, and what the policy term needs of each of their tokens.
+    """Chains that the student drew, one a row, with two numbers for each of their tokens.
 
-    `batch.loss_weights_BL` is 1 on the tokens of finished steps. The other two belong to the same tokens.
+    `batch.loss_weights_BL` is 1 on the tokens of finished steps.
     """
 
     batch: Batch
@@ -82,8 +82,8 @@ def policy_token_losses(
 ) -> tuple[Array, Array]:
     """(-min(rho A, clip(rho) A), its derivative by log_probs) of each token; rho = exp(log_probs - old_log_probs)."""
     ratio = jnp.exp(log_probs - old_log_probs)
-    free, held = ratio * advantages, jnp.clip(ratio, 1.0 - clip, 1.0 + clip) * advantages
-    return -jnp.minimum(free, held), jnp.where(free <= held, -free, 0.0)
+    gain, clipped_gain = ratio * advantages, jnp.clip(ratio, 1.0 - clip, 1.0 + clip) * advantages
+    return -jnp.minimum(gain, clipped_gain), jnp.where(gain <= clipped_gain, -gain, 0.0)
 
 
 @jax.named_scope("policy")
@@ -119,19 +119,19 @@ def policy_sums(
     def losses(logits: Array, constants: tuple, chunk: tuple) -> tuple[Array, tuple[Array, ...], Array]:
         temperature, clip = constants
         weights, labels, *others = chunk
-        counts = weights > 0
-        old, advantages = (jnp.where(counts, x, 0.0) for x in others)
+        is_counted = weights > 0
+        old, advantages = (jnp.where(is_counted, x, 0.0) for x in others)
         log_probs = jax.nn.log_softmax(mask_padding(logits, vocab_size) / temperature)
-        is_label = jnp.arange(logits.shape[-1]) == jnp.where(counts, labels, 0)[..., None]
-        of_label = jnp.sum(jnp.where(is_label, log_probs, 0.0), axis=-1)
-        of_label = jnp.where(counts, of_label, 0.0)
-        loss, slope = policy_token_losses(of_label, old, advantages, clip)
+        is_label = jnp.arange(logits.shape[-1]) == jnp.where(is_counted, labels, 0)[..., None]
+        label_log_probs = jnp.sum(jnp.where(is_label, log_probs, 0.0), axis=-1)
+        label_log_probs = jnp.where(is_counted, label_log_probs, 0.0)
+        loss, slope = policy_token_losses(label_log_probs, old, advantages, clip)
         clipped = (slope == 0.0) & (advantages != 0.0)
-        log_ratio = of_label - old
+        log_ratio = label_log_probs - old
         kl = jnp.exp(log_ratio) - 1.0 - log_ratio
-        sums = tuple(jnp.sum(jnp.where(counts, weights * x, 0.0)) for x in (clipped, kl, 1.0))
+        sums = tuple(jnp.sum(jnp.where(is_counted, weights * x, 0.0)) for x in (clipped, kl, 1.0))
         d_logits = (weights * slope / temperature)[..., None] * (is_label - jnp.exp(log_probs))
-        return jnp.sum(jnp.where(counts, weights * loss, 0.0)), sums, d_logits
+        return jnp.sum(jnp.where(is_counted, weights * loss, 0.0)), sums, d_logits
 
     traced = (jnp.asarray(temperature, jnp.float32), jnp.asarray(clip, jnp.float32))
     arrays = (weights_BL, labels_BL, old_log_probs_BL, advantages_BL)
@@ -154,10 +154,10 @@ def token_log_probs(
     Arguments as in `policy_sums`; not differentiated.
     """
 
-    def of_labels(logits: Array, labels: Array, weights: Array) -> Array:
+    def pick_labels(logits: Array, labels: Array, weights: Array) -> Array:
         log_probs = jax.nn.log_softmax(logits / temperature)
-        found = jnp.take_along_axis(log_probs, jnp.where(weights > 0, labels, 0)[..., None], axis=-1)[..., 0]
-        return jnp.where(weights > 0, found, 0.0)
+        at_label = jnp.take_along_axis(log_probs, jnp.where(weights > 0, labels, 0)[..., None], axis=-1)[..., 0]
+        return jnp.where(weights > 0, at_label, 0.0)
 
     options: Any = {"vocab_size": vocab_size, "chunk_length": chunk_length, "weights_BL": weights_BL}
-    return map_logits(of_labels, hidden_BLS, head_SV, (labels_BL, weights_BL), **options)
+    return map_logits(pick_labels, hidden_BLS, head_SV, (labels_BL, weights_BL), **options)

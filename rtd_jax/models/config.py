@@ -1,12 +1,13 @@
 """The description of a Llama (its sizes, rotary embedding and special token ids), and how its layers are counted."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ROPE_KINDS = ("default", "llama3")
+_LLAMA3_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,10 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in _ROPE_KINDS:
-            raise ValueError(f"rope kind {self.kind!r} is not supported; known kinds: {', '.join(_ROPE_KINDS)}")
+            raise ValueError(
+                f"rope type {self.kind!r} is not supported; known: {', '.join(_ROPE_KINDS)}. "
+                "Use a checkpoint without it, or a Llama 3.x one"
+            )
         if self.kind == "llama3" and not self.high_freq_factor > self.low_freq_factor > 0:
             raise ValueError(
                 f"llama3 rope needs high_freq_factor > low_freq_factor > 0, got {self.high_freq_factor} and "
@@ -38,50 +42,59 @@ class RopeConfig:
             )
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any], source: str) -> "RopeConfig":
+    def from_hf(cls, hf: dict[str, Any]) -> "RopeConfig":
         """Reads `rope_parameters` (transformers >= 5), or the earlier top-level `rope_theta` and `rope_scaling`."""
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0)
         kind = rope.get("rope_type") or rope.get("type") or "default"
         partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
         if partial != 1.0:
-            raise ValueError(f"{source}: partial_rotary_factor {partial} is not supported; only 1.0 is (plain Llama)")
-        if kind not in _ROPE_KINDS:
-            raise ValueError(
-                f"{source}: rope type {kind!r} is not supported; known: {', '.join(_ROPE_KINDS)}. "
-                "Use a checkpoint without it, or a Llama 3.x one"
-            )
-        if kind == "default":
-            return cls(theta=theta)
-        missing = [key for key in ("factor", "low_freq_factor", "high_freq_factor") if key not in rope]
+            raise ValueError(f"partial_rotary_factor {partial} is not supported; only 1.0 is (plain Llama)")
+        if kind != "llama3":
+            return cls(theta, kind)
+        missing = [key for key in _LLAMA3_FACTORS if key not in rope]
         if missing:
-            raise ValueError(f"{source}: rope type 'llama3' lacks {', '.join(missing)}; add them as in Llama-3.1")
-        return cls(
-            theta=theta,
-            kind=kind,
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_positions=int(
-                rope.get("original_max_position_embeddings") or hf.get("max_position_embeddings") or 2048
-            ),
-        )
+            raise ValueError(f"rope type 'llama3' lacks {', '.join(missing)}; add them as in Llama-3.1")
+        positions = rope.get("original_max_position_embeddings") or hf.get("max_position_embeddings") or 2048
+        factors = {key: float(rope[key]) for key in _LLAMA3_FACTORS}
+        return cls(theta=theta, kind=kind, original_max_positions=int(positions), **factors)
 
     def to_hf(self) -> dict[str, Any]:
         """Keys for `config.json` in both spellings: a reader that knows only one would silently use theta 10,000."""
         scaling: dict[str, Any] = {"rope_type": self.kind}
         if self.kind == "llama3":
-            scaling |= {
-                "factor": self.factor,
-                "low_freq_factor": self.low_freq_factor,
-                "high_freq_factor": self.high_freq_factor,
-                "original_max_position_embeddings": self.original_max_positions,
-            }
+            scaling |= {key: getattr(self, key) for key in _LLAMA3_FACTORS}
+            scaling["original_max_position_embeddings"] = self.original_max_positions
         return {
             "rope_theta": self.theta,
             "rope_scaling": None if self.kind == "default" else scaling,
             "rope_parameters": {"rope_theta": self.theta, **scaling},
         }
+
+
+def _to_hashable(token_ids: int | list[int]) -> int | tuple[int, ...]:
+    return tuple(token_ids) if isinstance(token_ids, list) else token_ids
+
+
+# The entries of a Hugging Face config.json, by our names for them. Reading and writing both use these tables.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "mlp_width": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+}
+_OPTIONS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "norm_eps": ("rms_norm_eps", float),
+    "tied_embeddings": ("tie_word_embeddings", bool),
+    "max_positions": ("max_position_embeddings", int),
+    "init_std": ("initializer_range", float),
+    "bos_token_id": ("bos_token_id", _to_hashable),
+    "eos_token_id": ("eos_token_id", _to_hashable),
+    "pad_token_id": ("pad_token_id", _to_hashable),
+}
 
 
 @dataclass(frozen=True)
@@ -105,8 +118,7 @@ class LlamaConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads", "head_dim", "max_positions")
-        for name in sizes:
+        for name in (*_SIZES, "max_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"LlamaConfig.{name} is {getattr(self, name)}; it must be at least 1")
         if self.heads % self.kv_heads:
@@ -118,57 +130,36 @@ class LlamaConfig:
             raise ValueError(f"LlamaConfig.head_dim {self.head_dim} is odd; rotary embedding needs pairs")
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> "LlamaConfig":
-        """Builds a config from the content of a Hugging Face `config.json`; error messages name `source`.
+    def from_hf(cls, hf: dict[str, Any]) -> "LlamaConfig":
+        """Builds a config from the content of a Hugging Face `config.json`.
 
         Raises:
-          ValueError: another architecture, missing sizes, or what this decoder does not compute (biases, other
-            activations, other rope types, quantised weights).
+          ValueError or TypeError: another architecture, missing or impossible sizes, or what this decoder does not
+            compute (biases, other activations, other rope types, quantised weights).
         """
         if hf.get("model_type") != "llama":
-            raise ValueError(
-                f"{source}: model_type is {hf.get('model_type')!r}, expected 'llama'; use a Llama checkpoint"
-            )
-        missing = [key for key in _REQUIRED if hf.get(key) is None]
+            raise ValueError(f"model_type is {hf.get('model_type')!r}, expected 'llama'; use a Llama checkpoint")
+        derived = ("kv_heads", "head_dim")
+        missing = [key for name, key in _SIZES.items() if name not in derived and hf.get(key) is None]
         if missing:
-            raise ValueError(f"{source}: missing {', '.join(missing)}; take config.json from the original checkpoint")
+            raise ValueError(f"missing {', '.join(missing)}; take config.json from the original checkpoint")
         for key in ("attention_bias", "mlp_bias"):
             if hf.get(key):
-                raise ValueError(f"{source}: {key} is {hf[key]!r}; only Llamas without biases are supported")
+                raise ValueError(f"{key} is {hf[key]!r}; only Llamas without biases are supported")
         if hf.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"{source}: hidden_act is {hf['hidden_act']!r}; only 'silu' is supported")
+            raise ValueError(f"hidden_act is {hf['hidden_act']!r}; only 'silu' is supported")
         if hf.get("quantization_config"):
             raise ValueError(
-                f"{source}: the checkpoint is quantised (quantization_config); use the original float weights, or "
-                "dequantise it and save it again with transformers"
+                "the checkpoint is quantised (quantization_config); use the original float weights, or dequantise it "
+                "and save it again with transformers"
             )
-        heads = int(hf["num_attention_heads"])
-        width = int(hf["hidden_size"])
+        width, heads = int(hf["hidden_size"]), int(hf["num_attention_heads"])
         if not hf.get("head_dim") and width % heads:
-            raise ValueError(
-                f"{source}: hidden_size {width} is not a multiple of num_attention_heads {heads}; set head_dim"
-            )
-        eos = hf.get("eos_token_id")
-        try:
-            return cls(
-                vocab_size=int(hf["vocab_size"]),
-                width=width,
-                mlp_width=int(hf["intermediate_size"]),
-                layers=int(hf["num_hidden_layers"]),
-                heads=heads,
-                kv_heads=int(hf.get("num_key_value_heads") or heads),
-                head_dim=int(hf.get("head_dim") or width // heads),
-                norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-                rope=RopeConfig.from_hf(hf, source),
-                tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
-                max_positions=int(hf.get("max_position_embeddings", 2048)),
-                init_std=float(hf.get("initializer_range", 0.02)),
-                bos_token_id=hf.get("bos_token_id"),
-                eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-                pad_token_id=hf.get("pad_token_id"),
-            )
-        except (TypeError, ValueError) as error:
-            raise error if source in str(error) else ValueError(f"{source}: {error}") from error
+            raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}; set head_dim")
+        values: dict[str, Any] = {"kv_heads": heads, "head_dim": width // heads, "norm_eps": 1e-6}
+        values |= {name: int(hf[key]) for name, key in _SIZES.items() if hf.get(key) is not None}
+        values |= {name: read(hf[key]) for name, (key, read) in _OPTIONS.items() if hf.get(key) is not None}
+        return cls(**values, rope=RopeConfig.from_hf(hf))
 
     def layer_index(self, layer: int) -> int:
         """The number of a hidden state, counted as transformers counts `output_hidden_states`.
@@ -184,31 +175,19 @@ class LlamaConfig:
                 f"hidden layer {layer} does not exist: a model of {self.layers} layers has 0 (embeddings) to "
                 f"{self.layers} (final), or -{self.layers + 1} to -1 from the end"
             )
-        return layer if layer >= 0 else self.layers + 1 + layer
+        return layer % (self.layers + 1)
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a `config.json` that `transformers` reads as LlamaForCausalLM."""
-        eos = self.eos_token_id
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.width,
-            "intermediate_size": self.mlp_width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
+            **{key: values[name] for name, key in _SIZES.items()},
             "hidden_act": "silu",
             "attention_bias": False,
             "mlp_bias": False,
-            "rms_norm_eps": self.norm_eps,
-            "tie_word_embeddings": self.tied_embeddings,
-            "max_position_embeddings": self.max_positions,
-            "initializer_range": self.init_std,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
-            "pad_token_id": self.pad_token_id,
+            **{key: values[name] for name, (key, _) in _OPTIONS.items()},
             **self.rope.to_hf(),
         }
 

@@ -18,8 +18,8 @@ from jax.sharding import NamedSharding
 from rtd_jax.models.config import LlamaConfig, RopeConfig
 from rtd_jax.models.quantized import as_float
 
-# What is kept of a layer for the backward pass: "none" recomputes nothing and keeps everything, "full" keeps only the
-# layer's input, "dots" keeps its input and the matrix products without batch axes (projections, not attention scores).
+# What the forward pass stores of a layer for the backward pass: with "none" everything, so that nothing is recomputed;
+# with "full" the layer's input alone; with "dots" its input and the projections, but not the attention scores.
 Remat = Literal["none", "dots", "full"]
 REMAT_POLICIES: dict[Remat, Callable | None] = {
     "none": None,
@@ -30,13 +30,18 @@ AttentionKernel = Literal["auto", "xla", "cudnn"]
 
 
 @dataclass(frozen=True)
-class Runtime:
-    """How a Llama is computed. None of these settings changes the result by more than rounding."""
+class Computation:
+    """The sizes of a Llama and how it is computed. Only the sizes change the result by more than rounding.
 
-    compute_dtype: str = "float32"
-    remat: Remat = "none"
+    Raises:
+      ValueError: an attribute has a value that does not exist.
+    """
+
+    config: LlamaConfig
+    compute_dtype: str = "float32"  # of matrix products and hidden states: "float32" or "bfloat16"
+    remat: Remat = "none"  # what the backward pass recomputes
+    activation_sharding: NamedSharding | None = None  # of the [B, L, D] states between layers
     attention: AttentionKernel = "auto"  # implementation of jax.nn.dot_product_attention; see `attention_kernel`
-    activation_sharding: NamedSharding | None = None  # of [B, L, D]
     streamed: bool = False  # layers stay in host memory, and each is copied to the device when it runs
 
     def __post_init__(self) -> None:
@@ -70,9 +75,9 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def rope_angles(rope: RopeConfig, head_dim: int, positions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_angles(config: LlamaConfig, positions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of the rotary angles, float32, each [B, L, 1, E / 2]."""
-    frequencies = rope_frequencies(rope, head_dim)[None, None, None]
+    frequencies = rope_frequencies(config.rope, config.head_dim)[None, None, None]
     angles = positions_BL.astype(jnp.float32)[..., None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -114,8 +119,8 @@ def attention_kernel(wanted: AttentionKernel, length: int, head_dim: int, dtype:
     """
     if length == 1 or wanted == "xla":
         return "xla"
-    runs = dtype == jnp.bfloat16 and length % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if wanted == "cudnn" or (runs and _on_nvidia_ampere()) else "xla"
+    is_supported = dtype == jnp.bfloat16 and length % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128
+    return "cudnn" if wanted == "cudnn" or (is_supported and _on_nvidia_ampere()) else "xla"
 
 
 def _on_nvidia_ampere() -> bool:
@@ -184,12 +189,7 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps, dtype)
         self.mlp = SwiGLU(config, dtype)
 
-    def __call__(
-        self,
-        x_BLD: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        attend: Attend,
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BLD: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
         with jax.named_scope("attention"):
             mixed_BLD, cache = self.attention(self.attention_norm(x_BLD), angles, attend)
         x_BLD = x_BLD + mixed_BLD
@@ -200,11 +200,9 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """The network up to the states that the head reads. Its arrays are built as zeros; LlamaModel supplies weights."""
 
-    def __init__(self, config: LlamaConfig, runtime: Runtime, dtype: jnp.dtype):
-        self.config = config
-        self.runtime = runtime
+    def __init__(self, computation: Computation, dtype: jnp.dtype):
+        self.computation, config = computation, computation.config
         self.embedding = _zeros(dtype, (config.vocab_size, config.width))
-
         stacked = nnx.vmap(lambda _: Block(config, dtype), in_axes=0, out_axes=0)
         self.layers = stacked(jnp.arange(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps, dtype)
@@ -215,43 +213,40 @@ class Llama(nnx.Module):
         self, tokens_BL: jax.Array, positions_BL: jax.Array, mask: jax.Array | None, kept_layers: tuple[int, ...] = ()
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Final normed states [B, L, D], and the residual stream before layer i for each i of `kept_layers`."""
-        angles = rope_angles(self.config.rope, self.config.head_dim, positions_BL)
-
-        graphdef, layers = nnx.split(self.layers)
+        layers, run_layer = self._split_layers(positions_BL)
 
         def layer(x_BLD, weights):
-            x_BLD, _ = nnx.merge(graphdef, self._on_device(weights))(
-                x_BLD, angles, lambda q, k, v: (self._attend(q, k, v, mask), None)
-            )
-            return self._constrain(x_BLD)
+            return run_layer(x_BLD, weights, lambda q, k, v: (self._attend(q, k, v, mask), None))[0]
 
-        run = self._rematerialised(layer)
+        policy = REMAT_POLICIES[self.computation.remat]
+        if policy is not None:
+            # Inside a scan XLA cannot merge the recomputation with the first computation anyway, so the barriers that
+            # prevent_cse adds would only cost time.
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
         def body(carry, scanned):
             x_BLD, kept = carry
             index, weights = scanned
-            # The states are selected into the carry, outside the checkpoint: so neither all N of them are kept, nor
-            # anything more for the backward pass.
+            # The wanted states are selected into the carry, outside the checkpoint. So the scan does not store the
+            # states of all N layers, and the backward pass stores nothing more.
             kept = tuple(jnp.where(index == wanted, x_BLD, old) for wanted, old in zip(kept_layers, kept, strict=True))
-            return (run(x_BLD, weights), kept), None
+            return (layer(x_BLD, weights), kept), None
 
         x_BLD = self._embed(tokens_BL)
         kept = tuple(jnp.zeros_like(x_BLD) for _ in kept_layers)
-        (x_BLD, kept), _ = jax.lax.scan(body, (x_BLD, kept), (jnp.arange(self.config.layers), layers))
+        (x_BLD, kept), _ = jax.lax.scan(body, (x_BLD, kept), (jnp.arange(self.computation.config.layers), layers))
         return self.norm(x_BLD), kept
 
     def prefill(self, tokens_BL: jax.Array, positions_BL: jax.Array, last_B: jax.Array) -> tuple[jax.Array, KVCache]:
         """Final normed state at index `last_B` of each row [B, D], and the cache of all L tokens."""
-        angles = rope_angles(self.config.rope, self.config.head_dim, positions_BL)
-        graphdef, layers = nnx.split(self.layers)
+        layers, run_layer = self._split_layers(positions_BL)
 
         def attend(q_BLHE, k_BLGE, v_BLGE):
             new = KVCache(*(jnp.swapaxes(x, 1, 2) for x in (k_BLGE, v_BLGE)))
             return self._attend(q_BLHE, k_BLGE, v_BLGE, None), new
 
         def body(x_BLD, weights):
-            x_BLD, new = nnx.merge(graphdef, self._on_device(weights))(x_BLD, angles, attend)
-            return self._constrain(x_BLD), new
+            return run_layer(x_BLD, weights, attend)
 
         x_BLD, cache = jax.lax.scan(body, self._embed(tokens_BL), layers)
         last_BD = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]
@@ -259,14 +254,13 @@ class Llama(nnx.Module):
 
     def decode(self, cache: KVCache, tokens_B: jax.Array, positions_B: jax.Array) -> tuple[jax.Array, KVCache]:
         """Final normed state of one more token per row [B, D], and the cache with that token in slot `positions_B`."""
-        angles = rope_angles(self.config.rope, self.config.head_dim, positions_B[:, None])
+        layers, run_layer = self._split_layers(positions_B[:, None])
         length = cache.keys_NBGLE.shape[3]
         seen_BL = jnp.arange(length)[None] <= positions_B[:, None]
         rows_B = jnp.arange(tokens_B.shape[0])
-        graphdef, layers = nnx.split(self.layers)
 
         def body(carry, scanned):
-            # The cache is in the carry, not in the scanned inputs: only new slots are written, the rest stays in place.
+            # The cache is in the carry, not in the scanned inputs, so that only its new slots are written.
             x_B1D, cache = carry
             index, weights = scanned
 
@@ -279,37 +273,40 @@ class Llama(nnx.Module):
                 )
                 return attend_cached(q_B1HE[:, 0], k_BGLE, v_BGLE, seen_BL)[:, None], stored
 
-            x_B1D, cache = nnx.merge(graphdef, self._on_device(weights))(x_B1D, angles, attend)
-            return (self._constrain(x_B1D), cache), None
+            return run_layer(x_B1D, weights, attend), None
 
         carry = (self._embed(tokens_B[:, None]), cache)
-        (x_B1D, cache), _ = jax.lax.scan(body, carry, (jnp.arange(self.config.layers), layers))
+        (x_B1D, cache), _ = jax.lax.scan(body, carry, (jnp.arange(self.computation.config.layers), layers))
         return self.norm(x_B1D[:, 0]), cache
+
+    def _split_layers(self, positions_BL: jax.Array) -> tuple[nnx.State, Callable]:
+        """The stacked weights of the layers, and (x, one layer's weights, attend) -> (x after the layer, its cache)."""
+        angles = rope_angles(self.computation.config, positions_BL)
+        graphdef, layers = nnx.split(self.layers)
+
+        def run_layer(x_BLD: jax.Array, weights: nnx.State, attend: Attend) -> tuple[jax.Array, Any]:
+            if self.computation.streamed:
+                weights = jax.device_put(weights, jax.memory.Space.Device)
+            x_BLD, cache = nnx.merge(graphdef, weights)(x_BLD, angles, attend)
+            return self._constrain(x_BLD), cache
+
+        return layers, run_layer
 
     def _attend(self, q_BLHE: jax.Array, k_BLGE: jax.Array, v_BLGE: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Attention among the given tokens: where `mask` is True, or causal without a mask."""
-        kernel = attention_kernel(self.runtime.attention, q_BLHE.shape[1], q_BLHE.shape[3], q_BLHE.dtype)
+        kernel = attention_kernel(self.computation.attention, q_BLHE.shape[1], q_BLHE.shape[3], q_BLHE.dtype)
         return jax.nn.dot_product_attention(
             q_BLHE, k_BLGE, v_BLGE, mask=mask, is_causal=mask is None, implementation=kernel
         )
 
     def _embed(self, tokens_BL: jax.Array) -> jax.Array:
-        # Rows are looked up before they become floats; of an int8 table, in the values and in the scales.
+        # Rows are looked up before they are converted to floats. An int8 table has two parts: values and scales.
         rows = jax.tree.map(lambda part: part[tokens_BL], self.embedding.get_value())
-        return self._constrain(as_float(rows, self.runtime.compute_dtype))
-
-    def _on_device(self, weights: Any) -> Any:
-        return jax.device_put(weights, jax.memory.Space.Device) if self.runtime.streamed else weights
+        return self._constrain(as_float(rows, self.computation.compute_dtype))
 
     def _constrain(self, x_BLD: jax.Array) -> jax.Array:
-        sharding = self.runtime.activation_sharding
+        sharding = self.computation.activation_sharding
         return x_BLD if sharding is None else jax.lax.with_sharding_constraint(x_BLD, sharding)
-
-    def _rematerialised(self, run: Callable) -> Callable:
-        policy = REMAT_POLICIES[self.runtime.remat]
-        # Inside a scan XLA cannot merge the recomputation with the first computation anyway, so the barriers that
-        # prevent_cse adds would only cost time.
-        return run if policy is None else jax.checkpoint(run, policy=policy, prevent_cse=False)
 
 
 def _weight(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:

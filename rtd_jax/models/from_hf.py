@@ -3,24 +3,25 @@
 import contextlib
 import functools
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from qwix import QArray
 from safetensors import SafetensorError, safe_open
 
+from rtd_jax.base.files import read_json
 from rtd_jax.base.types import Params
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.quantized import INT8, quantize_weight
 from rtd_jax.models.to_hf import INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE
-from rtd_jax.models.weights import Weight, leaf, nested, table
+from rtd_jax.models.weights import Weight, table
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -40,26 +41,29 @@ def resolve(name_or_dir: str | Path) -> Path:
     name = str(name_or_dir)
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
         raise ValueError(f"{name}: no such directory; give a folder with config.json and safetensors, or a hub name")
-    # Imported here, because that takes longer than everything else in this file, and most models are local.
+    # Imported here because the import is slow and most models are local.
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["config.json", "*.safetensors", INDEX_FILE, *TOKENIZER_FILES])
-        )
+        patterns = ["config.json", "*.safetensors", INDEX_FILE, *TOKENIZER_FILES]
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises its own, the HTTP library's and the system's errors
+        reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise ValueError(
-            f"{name}: neither a local directory nor a model the hub would give ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}). Without a network, "
-            f"download it elsewhere (`hf download {name} --local-dir DIR`) and give that directory instead; "
-            "for a gated model, log in first (`hf auth login`)"
+            f"{name}: neither a local directory nor a model the hub would give ({type(error).__name__}: {reason}). "
+            f"Without a network, download it elsewhere (`hf download {name} --local-dir DIR`) and give that directory "
+            "instead; for a gated model, log in first (`hf auth login`)"
         ) from error
 
 
 def load_config(directory: str | Path) -> LlamaConfig:
     """The config of a Hugging Face directory. Raises ValueError where it is missing, unreadable or no plain Llama's."""
     path = Path(directory) / "config.json"
-    return LlamaConfig.from_hf(_read_json(path, "give the directory of a Hugging Face checkpoint"), str(path))
+    content = _read_object(path, "give the directory of a Hugging Face checkpoint")
+    try:
+        return LlamaConfig.from_hf(content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def weights_fingerprint(directory: Path) -> str:
@@ -107,21 +111,18 @@ def load_params(
     directory = Path(directory)
     files = _tensor_files(directory)
     rows = table(config)
-    _check_names(directory, files, {name for weight in rows for name in weight.names(config)}, config)
-    sharding_of = (lambda path: None) if shardings is None else functools.partial(leaf, shardings)
+    _check_names(directory, set(files), {name for weight in rows for name in weight.names(config)}, config)
+    sharding_of = {} if shardings is None else flatten_dict(shardings)
     with contextlib.ExitStack() as stack:
         handles = {path: stack.enter_context(_open(path)) for path in sorted(set(files.values()))}
-        readers: dict[str, Any] = {}
-        for weight in rows:
-            for name in weight.names(config):
-                readers[name] = _slice(handles[files[name]], name, files[name])
-                _check_tensor(files[name], name, readers[name], weight.hf_shape(config))
+        readers = {
+            name: _open_tensor(handles[files[name]], files[name], name, weight.hf_shape(config))
+            for weight in rows
+            for name in weight.names(config)
+        }
         chosen = range(config.layers) if layers is None else layers
-        return nested(
-            {
-                weight.path: _load(weight, config, dtype, sharding_of(weight.path), readers.__getitem__, chosen)
-                for weight in rows
-            }
+        return unflatten_dict(
+            {row.path: _load(row, config, dtype, sharding_of.get(row.path), readers, chosen) for row in rows}
         )
 
 
@@ -130,27 +131,26 @@ def _load(
     config: LlamaConfig,
     dtype: str,
     sharding: Any,
-    reader: Callable[[str], Any],
+    readers: dict[str, Any],
     layers: Sequence[int],
 ) -> Any:
-    of_values = sharding.qvalue if isinstance(sharding, QArray) else sharding
-    raw_sharding = _hf_sharding(weight, of_values)
+    """One entry of the params, of all the `layers` where they are stacked."""
+    raw_sharding = _hf_sharding(weight, sharding.qvalue if isinstance(sharding, QArray) else sharding)
+    float_dtype = "bfloat16" if dtype == INT8 else dtype  # norms are not quantised
 
     def convert(raw: jax.Array) -> Any:
         array = weight.from_hf(raw, config)
-        return quantize_weight(array, weight) if dtype == INT8 and weight.inputs else array.astype(kept)
-
-    kept = "bfloat16" if dtype == INT8 else dtype  # of what is not quantised: norms
+        return quantize_weight(array, weight) if dtype == INT8 and weight.inputs else array.astype(float_dtype)
 
     def read(name: str) -> jax.Array:
         if raw_sharding is None:
-            return jnp.asarray(reader(name)[:])
-        return _read_sharded(reader(name), weight.hf_shape(config), raw_sharding)
+            return jnp.asarray(readers[name][:])
+        return _read_sharded(readers[name], weight.hf_shape(config), raw_sharding)
 
     if not weight.stacked:
         return jax.jit(convert, out_shardings=sharding)(read(weight.name))
 
-    # Donation makes this an in-place write on the device, so no second copy of the stacked layers is made.
+    # Because of the donation the device writes in place, without a second copy of the stacked layers.
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=sharding)
     def put(stacked, raw, layer):
         return jax.tree.map(
@@ -171,14 +171,14 @@ def _load(
 
 
 def _hf_sharding(weight: Weight, sharding: Sharding | None) -> Sharding | None:
-    """A sharding of one checkpoint tensor with which each device reads about the part that it will keep."""
+    """The sharding of a checkpoint tensor by which each device reads about the part that it will hold."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     spec = (*sharding.spec, *[None] * (len(weight.axes) - len(sharding.spec)))
     mesh_axes = dict(zip(weight.axes, spec, strict=True))
-    # A product axis can be divided along its first factor only; a division along another is made on the device later.
+    # A product axis can be cut along its first factor only; where another factor is cut, the device does it later.
     parts = [
-        mesh_axes[group[0]] if all(mesh_axes[axis] is None for axis in group[1:]) else None for group in weight.there
+        mesh_axes[group[0]] if all(mesh_axes[axis] is None for axis in group[1:]) else None for group in weight.hf_axes
     ]
     return NamedSharding(sharding.mesh, PartitionSpec(*parts))
 
@@ -197,12 +197,12 @@ def _read_sharded(tensor: Any, shape: tuple[int, ...], sharding: Sharding) -> ja
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Which file holds each tensor, from the index of a sharded checkpoint or the header of the single file."""
+    """The file of each tensor, from the index of a sharded checkpoint or the header of the single file."""
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory; give the directory of a Hugging Face checkpoint")
     index, single = directory / INDEX_FILE, directory / WEIGHTS_FILE
     if index.is_file():
-        weight_map = _read_json(index, "download it again").get("weight_map")
+        weight_map = _read_object(index, "download it again").get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: no 'weight_map' in it; download the checkpoint again")
         absent = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
@@ -230,38 +230,17 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _slice(handle: Any, name: str, path: Path) -> Any:
+def _open_tensor(handle: Any, path: Path, name: str, shape: tuple[int, ...]) -> Any:
+    """Opens one tensor of a file for reading in slices, and checks its shape and dtype."""
     try:
-        return handle.get_slice(name)
+        tensor = handle.get_slice(name)
     except SafetensorError as error:
         raise ValueError(
             f"{path}: {INDEX_FILE} says that {name} is here, but it is not; download both files again"
         ) from error
-
-
-def _check_names(directory: Path, found: Iterable[str], expected: set[str], config: LlamaConfig) -> None:
-    missing = sorted(expected.difference(found))
-    left_over = sorted(name for name in set(found) - expected if not _ignorable(name, config))
-    hint = "config.json and the weights must be of the same model"
-    if "lm_head.weight" in missing:
-        hint += "; without lm_head.weight, config.json should say tie_word_embeddings: true"
-    if missing:
-        raise ValueError(f"{directory}: missing tensors: {_few(missing)}; left over: {_few(left_over)}; {hint}")
-    if left_over:
+    if tuple(tensor.get_shape()) != shape:
         raise ValueError(
-            f"{directory}: left-over tensors that no weight of this Llama reads: {_few(left_over)}; {hint}"
-        )
-
-
-def _ignorable(name: str, config: LlamaConfig) -> bool:
-    """Whether a tensor is no weight: a rotary table of an old checkpoint, or a head that repeats a tied embedding."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and name == "lm_head.weight")
-
-
-def _check_tensor(path: Path, name: str, tensor: Any, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.get_shape()) != expected:
-        raise ValueError(
-            f"{path}: {name} has shape {tuple(tensor.get_shape())}, but config.json makes it {expected}; "
+            f"{path}: {name} has shape {tuple(tensor.get_shape())}, but config.json makes it {shape}; "
             "config.json and the weights must be of the same model"
         )
     if tensor.get_dtype() not in _FLOATS:
@@ -269,15 +248,28 @@ def _check_tensor(path: Path, name: str, tensor: Any, expected: tuple[int, ...])
             f"{path}: {name} has dtype {tensor.get_dtype()}, expected one of {', '.join(_FLOATS)}; "
             "use the original, unquantised weights"
         )
+    return tensor
 
 
-def _read_json(path: Path, way_out: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file; {way_out}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error}); {way_out}") from error
+def _check_names(directory: Path, found: set[str], expected: set[str], config: LlamaConfig) -> None:
+    missing = sorted(expected - found)
+    left_over = sorted(name for name in found - expected if not _is_ignorable(name, config))
+    if missing or left_over:
+        hint = "; without lm_head.weight, config.json should say tie_word_embeddings: true"
+        raise ValueError(
+            f"{directory}: missing tensors: {_few(missing)}; left over, read by no weight of this Llama: "
+            f"{_few(left_over)}; config.json and the weights must be of the same model"
+            f"{hint if 'lm_head.weight' in missing else ''}"
+        )
+
+
+def _is_ignorable(name: str, config: LlamaConfig) -> bool:
+    """Whether a tensor is no weight: a rotary table of an old checkpoint, or a head that repeats a tied embedding."""
+    return name.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and name == "lm_head.weight")
+
+
+def _read_object(path: Path, way_out: str) -> dict[str, Any]:
+    content = read_json(path, way_out)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}; {way_out}")
     return content

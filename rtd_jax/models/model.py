@@ -9,42 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
 from qwix import QArray
 
 from rtd_jax.base.types import Array, Params
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.decoder import AttentionKernel, KVCache, Llama, Remat, Runtime
+from rtd_jax.models.decoder import Computation, KVCache, Llama
 from rtd_jax.models.quantized import INT8, as_float, quantize_params
 
 
 @dataclass(frozen=True)
-class LlamaModel:
-    """A Llama without its weights. Hashable: pass it to jit as a static argument, and the params as a traced one.
-
-    Attributes:
-      config: the sizes.
-      compute_dtype: dtype of matrix products and of the hidden states ("float32" or "bfloat16"); params keep their own.
-      remat: what the backward pass recomputes: "none", "full" (keeps only the layers' inputs) or "dots" (keeps the
-        projections too).
-      activation_sharding: sharding of the [B, L, D] states between layers, e.g. rows over ('data', 'fsdp').
-      attention: implementation of `jax.nn.dot_product_attention`: "xla", "cudnn", or "auto" (cuDNN's kernel where it
-        can run; see `attention_kernel`).
-      streamed: whether the layers' weights stay in host memory; each layer is copied to the device when it runs.
-
-    Raises:
-      ValueError: an attribute has a value that does not exist.
-    """
-
-    config: LlamaConfig
-    compute_dtype: str = "float32"
-    remat: Remat = "none"
-    activation_sharding: NamedSharding | None = None
-    attention: AttentionKernel = "auto"
-    streamed: bool = False
-
-    def __post_init__(self) -> None:
-        _ = self._runtime  # refuse bad values here, not at the first trace
+class LlamaModel(Computation):
+    """A Llama without its weights. Hashable: pass it to jit as a static argument, and the params as a traced one."""
 
     def init(self, key: jax.Array, dtype: str = "float32") -> Params:
         """Random params: normal with standard deviation `config.init_std`, norms at one."""
@@ -57,7 +31,7 @@ class LlamaModel:
         """
         if dtype == INT8:
             return jax.eval_shape(quantize_params, self.abstract_params("bfloat16"))
-        return nnx.to_pure_dict(_abstract(self.config, self._runtime, dtype)[1])
+        return nnx.to_pure_dict(_abstract(self, dtype)[1])
 
     def hidden(
         self,
@@ -102,15 +76,8 @@ class LlamaModel:
         head_DV = self.head(params).astype(hidden.dtype)
         return jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
 
-    def init_cache(self, batch: int, length: int, dtype: str | None = None) -> KVCache:
-        """An empty cache of `length` tokens for `batch` rows, [N, B, G, L, E] twice; default dtype: `compute_dtype`."""
-        config = self.config
-        shape = (config.layers, batch, config.kv_heads, length, config.head_dim)
-        zeros = functools.partial(jnp.zeros, shape, dtype or self.compute_dtype)
-        return KVCache(zeros(), zeros())
-
     def prefill(
-        self, params: Params, tokens_BL: Array, lengths_B: Array, cache_length: int | None = None
+        self, params: Params, tokens_BL: Array, lengths_B: Array, cache_length: int
     ) -> tuple[jax.Array, KVCache]:
         """Reads right-padded prompts: (final normed state at each row's last prompt token [B, D], cache).
 
@@ -123,7 +90,6 @@ class LlamaModel:
         chex.assert_rank([tokens_BL, lengths_B], [2, 1])
         chex.assert_equal_shape_prefix([tokens_BL, lengths_B], 1)
         length = tokens_BL.shape[1]
-        cache_length = length if cache_length is None else cache_length
         if cache_length < length:
             raise ValueError(
                 f"cache_length {cache_length} is shorter than the prompts' {length} tokens; make it larger"
@@ -145,12 +111,8 @@ class LlamaModel:
         chex.assert_equal_shape([tokens_B, positions_B])
         return self._module(params).decode(cache, jnp.asarray(tokens_B), jnp.asarray(positions_B))
 
-    @property
-    def _runtime(self) -> Runtime:
-        return Runtime(self.compute_dtype, self.remat, self.attention, self.activation_sharding, self.streamed)
-
     def _module(self, params: Params) -> Llama:
-        return nnx.merge(_abstract(self.config, self._runtime, "float32")[0], params)
+        return nnx.merge(_abstract(self, "float32")[0], params)
 
 
 def chain_mask(chain_ids_BL: Array) -> jax.Array:
@@ -162,9 +124,8 @@ def chain_mask(chain_ids_BL: Array) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(config: LlamaConfig, runtime: Runtime, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
-    build = functools.partial(Llama, config, runtime, jnp.dtype(dtype))
-    return nnx.split(nnx.eval_shape(build))
+def _abstract(model: LlamaModel, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Llama(model, jnp.dtype(dtype))))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,4 +1,4 @@
-"""One way to open a model: its files, what they say about it, and its weights once they are asked for."""
+"""The one way to open a model: its files, what they say about it, and its weights when they are first used."""
 
 import functools
 from collections.abc import Callable
@@ -24,7 +24,7 @@ WeightDtype = Literal["float32", "bfloat16", "int8"]
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which model is opened, and how it is held and computed."""
+    """Which model is opened, how its weights are stored in memory, and how it is computed."""
 
     path: str  # Hugging Face folder or hub name
     param_dtype: WeightDtype = "bfloat16"  # of weights in memory; int8: a scale per channel
@@ -41,21 +41,13 @@ class ModelSettings:
 
 @dataclass(frozen=True, eq=False)
 class OpenModel:
-    """A model whose files are known. Whatever is slow to read is read when it is first asked for, and then kept.
-
-    Attributes:
-      settings: how it is held and computed.
-      directory: the folder of its files.
-      config: its sizes.
-      mesh: the devices that hold its weights.
-      note: gets a line of text before the weights are read.
-    """
+    """A model whose files are known. Its tokenizer, fingerprints and weights are read when they are first used."""
 
     settings: ModelSettings
-    directory: Path
+    directory: Path  # of its files
     config: LlamaConfig
-    mesh: Mesh
-    note: Callable[[str], None]
+    mesh: Mesh  # devices that hold its weights
+    note: Callable[[str], None]  # called with a line of text before the weights are read
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -88,11 +80,11 @@ class OpenModel:
 
 
 def open_model(settings: ModelSettings, mesh: Mesh, note: Callable[[str], None] = print) -> OpenModel:
-    """Opens the model at `settings.path`; of its files only config.json is read at once.
+    """Opens the model at `settings.path`; only its config.json is read at once.
 
     Raises:
-      ValueError: there is no such folder or hub model, or its config.json is missing or is not a Llama's. Reading the
-        tokenizer or the weights later raises one too where they cannot be used.
+      ValueError: there is no such folder or hub model, or its config.json is missing or is not a Llama's. Using a
+        tokenizer or weights that cannot be read raises one later.
     """
     directory = resolve(settings.path)
     return OpenModel(settings, directory, load_config(directory), mesh, note)

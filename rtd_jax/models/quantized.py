@@ -9,10 +9,11 @@ columns. Norms are not quantised. The quantised arrays and their arithmetic are 
 import jax
 import jax.numpy as jnp
 import qwix
+from flax.traverse_util import flatten_dict, unflatten_dict
 from qwix import QArray
 
 from rtd_jax.base.types import Params
-from rtd_jax.models.weights import TABLE, Weight, nested
+from rtd_jax.models.weights import TABLE, Weight
 
 INT8 = "int8"
 
@@ -21,7 +22,7 @@ def quantize_weight(array: jax.Array, weight: Weight) -> QArray | jax.Array:
     """Quantises one array of the params, of all layers or of one; returns a norm unchanged."""
     if not weight.inputs:
         return array
-    axes = weight.axes if array.ndim == len(weight.axes) else weight.here
+    axes = weight.axes if array.ndim == len(weight.axes) else weight.param_axes
     outputs = [i for i, axis in enumerate(axes) if axis not in weight.inputs]
     return qwix.quantize(array, jnp.int8, channelwise_axes=outputs, scale_dtype=jnp.float32)
 
@@ -29,9 +30,7 @@ def quantize_weight(array: jax.Array, weight: Weight) -> QArray | jax.Array:
 def quantize_params(params: Params) -> Params:
     """The params with every matrix as a `QArray`. Traceable; raises KeyError for a leaf that is not a Llama weight."""
     rows = {weight.path: weight for weight in TABLE}
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    paths = {tuple(entry.key for entry in path): leaf for path, leaf in leaves}
-    return nested({path: quantize_weight(leaf, rows[path]) for path, leaf in paths.items()})
+    return unflatten_dict({path: quantize_weight(array, rows[path]) for path, array in flatten_dict(params).items()})
 
 
 def as_float(value: QArray | jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -1,6 +1,6 @@
-"""The table of Llama weights: the place of each in our params, its name in Hugging Face checkpoints, and its axes.
+"""The table of Llama weights: the path of each in our params, its name in Hugging Face checkpoints, and its axes.
 
-Loading reads the table in one direction, saving in the other. The axes also give the shapes and, by the rules of
+Loading reads the table in one direction, saving in the other. The axes also give the shapes and, by the tables of
 `rtd_jax.base.sharding`, the shardings. A Hugging Face axis that is the product of two of ours is written
 `heads*head_dim`.
 """
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rtd_jax.base.types import Params
 from rtd_jax.models.config import LlamaConfig
@@ -23,8 +24,8 @@ class Weight:
 
     path: tuple[str, ...]  # of keys in the params
     name: str  # of the Hugging Face tensor; with {layer} where there is one per layer
-    here: tuple[str, ...]  # axes of one layer's array in the params
-    there: tuple[tuple[str, ...], ...]  # axes of the Hugging Face tensor, each a product of ours
+    param_axes: tuple[str, ...]  # of one layer's array in the params
+    hf_axes: tuple[tuple[str, ...], ...]  # of the Hugging Face tensor, each a product of ours
     inputs: tuple[str, ...]  # axes that its matrix product sums over; none for a norm
 
     @property
@@ -35,7 +36,7 @@ class Weight:
     @property
     def axes(self) -> tuple[str, ...]:
         """Logical axes of the array in the params."""
-        return ("layers", *self.here) if self.stacked else self.here
+        return ("layers", *self.param_axes) if self.stacked else self.param_axes
 
     def names(self, config: LlamaConfig) -> list[str]:
         """The tensor names in a checkpoint, in the order of the layers."""
@@ -49,67 +50,41 @@ class Weight:
     def hf_shape(self, config: LlamaConfig) -> tuple[int, ...]:
         """Shape of one tensor in the checkpoint."""
         sizes = axis_sizes(config)
-        return tuple(int(np.prod([sizes[axis] for axis in group])) for group in self.there)
+        return tuple(int(np.prod([sizes[axis] for axis in group])) for group in self.hf_axes)
 
     def from_hf(self, tensor: AnyArray, config: LlamaConfig) -> AnyArray:
-        """A tensor of the checkpoint in the layout of the params (of one layer)."""
+        """Converts a tensor of the checkpoint to the layout of one layer's params."""
         sizes, flat = axis_sizes(config), self._flat
-        return tensor.reshape([sizes[axis] for axis in flat]).transpose([flat.index(axis) for axis in self.here])
+        return tensor.reshape([sizes[axis] for axis in flat]).transpose([flat.index(axis) for axis in self.param_axes])
 
     def to_hf(self, array: AnyArray, config: LlamaConfig) -> AnyArray:
-        """The inverse of `from_hf`."""
-        return array.transpose([self.here.index(axis) for axis in self._flat]).reshape(self.hf_shape(config))
+        """Converts one layer's array to the layout of the checkpoint: the inverse of `from_hf`."""
+        return array.transpose([self.param_axes.index(axis) for axis in self._flat]).reshape(self.hf_shape(config))
 
     @property
     def _flat(self) -> tuple[str, ...]:
-        return tuple(axis for group in self.there for axis in group)
+        return tuple(axis for group in self.hf_axes for axis in group)
 
 
-def _row(path: str, name: str, here: str, there: str | None = None, inputs: str = "embed") -> Weight:
-    groups = tuple(tuple(group.split("*")) for group in (there or here).split())
-    return Weight(tuple(path.split(".")), name, tuple(here.split()), groups, tuple(inputs.split()))
+def _row(path: str, name: str, axes: str, hf_axes: str | None = None, inputs: str = "embed") -> Weight:
+    prefix = "model.layers.{layer}." if path.startswith("layers.") else ""
+    groups = tuple(tuple(group.split("*")) for group in (hf_axes or axes).split())
+    return Weight(tuple(path.split(".")), f"{prefix}{name}.weight", tuple(axes.split()), groups, tuple(inputs.split()))
 
 
 TABLE: tuple[Weight, ...] = (
-    _row("embedding", "model.embed_tokens.weight", "vocab embed"),
-    _row("layers.attention_norm.scale", "model.layers.{layer}.input_layernorm.weight", "norm", inputs=""),
-    _row(
-        "layers.attention.q",
-        "model.layers.{layer}.self_attn.q_proj.weight",
-        here="embed heads head_dim",
-        there="heads*head_dim embed",
-    ),
-    _row(
-        "layers.attention.k",
-        "model.layers.{layer}.self_attn.k_proj.weight",
-        here="embed kv_heads head_dim",
-        there="kv_heads*head_dim embed",
-    ),
-    _row(
-        "layers.attention.v",
-        "model.layers.{layer}.self_attn.v_proj.weight",
-        here="embed kv_heads head_dim",
-        there="kv_heads*head_dim embed",
-    ),
-    _row(
-        "layers.attention.o",
-        "model.layers.{layer}.self_attn.o_proj.weight",
-        here="heads head_dim embed",
-        there="embed heads*head_dim",
-        inputs="heads head_dim",
-    ),
-    _row("layers.mlp_norm.scale", "model.layers.{layer}.post_attention_layernorm.weight", "norm", inputs=""),
-    _row("layers.mlp.gate", "model.layers.{layer}.mlp.gate_proj.weight", here="embed mlp", there="mlp embed"),
-    _row("layers.mlp.up", "model.layers.{layer}.mlp.up_proj.weight", here="embed mlp", there="mlp embed"),
-    _row(
-        "layers.mlp.down",
-        "model.layers.{layer}.mlp.down_proj.weight",
-        here="mlp embed",
-        there="embed mlp",
-        inputs="mlp",
-    ),
-    _row("norm.scale", "model.norm.weight", "norm", inputs=""),
-    _row("head", "lm_head.weight", here="embed vocab", there="vocab embed"),
+    _row("embedding", "model.embed_tokens", "vocab embed"),
+    _row("layers.attention_norm.scale", "input_layernorm", "norm", inputs=""),
+    _row("layers.attention.q", "self_attn.q_proj", "embed heads head_dim", "heads*head_dim embed"),
+    _row("layers.attention.k", "self_attn.k_proj", "embed kv_heads head_dim", "kv_heads*head_dim embed"),
+    _row("layers.attention.v", "self_attn.v_proj", "embed kv_heads head_dim", "kv_heads*head_dim embed"),
+    _row("layers.attention.o", "self_attn.o_proj", "heads head_dim embed", "embed heads*head_dim", "heads head_dim"),
+    _row("layers.mlp_norm.scale", "post_attention_layernorm", "norm", inputs=""),
+    _row("layers.mlp.gate", "mlp.gate_proj", "embed mlp", "mlp embed"),
+    _row("layers.mlp.up", "mlp.up_proj", "embed mlp", "mlp embed"),
+    _row("layers.mlp.down", "mlp.down_proj", "mlp embed", "embed mlp", "mlp"),
+    _row("norm.scale", "model.norm", "norm", inputs=""),
+    _row("head", "lm_head", "embed vocab", "vocab embed"),
 )
 
 
@@ -143,32 +118,17 @@ def logical_axes(params: Params) -> dict[str, Any]:
     """
     axes = {weight.path: weight.axes for weight in TABLE}
 
-    def named(path: tuple, leaf: Any) -> tuple[str, ...]:
-        # Both parts of a quantised array have all its axes; along those that share one scale, the scale has length 1.
-        keys = tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
-        if keys not in axes or len(axes[keys]) != np.ndim(leaf):
+    def name_axes(path: tuple[str, ...], array: Any) -> tuple[str, ...]:
+        if path not in axes or len(axes[path]) != np.ndim(array):
             raise ValueError(
-                f"{'.'.join(map(str, keys))} {np.shape(leaf)} is not a Llama weight; "
-                "expected a tree as made by LlamaModel.init"
+                f"{'.'.join(path)} {np.shape(array)} is not a Llama weight; expected a tree as made by LlamaModel.init"
             )
-        return axes[keys]
+        return axes[path]
 
-    return jax.tree_util.tree_map_with_path(named, params)
-
-
-def leaf(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
-    """The entry of a nested dict at `path`."""
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
-    """A nested dict from paths."""
-    tree: dict[str, Any] = {}
-    for path, value in leaves.items():
-        branch = tree
-        for key in path[:-1]:
-            branch = branch.setdefault(key, {})
-        branch[path[-1]] = value
-    return tree
+    # Both parts of a quantised array have all its axes; along those that share one scale, the scale has length 1.
+    return unflatten_dict(
+        {
+            path: jax.tree.map(lambda part, path=path: name_axes(path, part), leaf)
+            for path, leaf in flatten_dict(params).items()
+        }
+    )

@@ -1,12 +1,12 @@
-"""The teacher's outputs on disk: one record per chain, found by the chain's content, read in any order.
+"""The teacher's outputs on disk: one record per chain, looked up by the chain's content, in any order.
 
     <folder>/manifest.json               what the cache is: teacher, tokenizer, layers, k, temperature, storage
     <folder>/shard-<hash>.array_record   records, in ArrayRecord's format
     <folder>/shard-<hash>.json           their keys and checksums
 
 A record's key is the SHA-256 of the chain's token ids, boundaries and loss weights. Batch size, packing and mesh
-therefore do not matter, and a chain that comes from another text, template, tokenizer or segmentation is not found. A
-record holds the predictions of the tokens whose loss counts, and the states of each kept layer at all boundaries.
+therefore do not matter, and a chain from another text, template, tokenizer or segmentation is not found. A record
+holds the predictions of the tokens whose loss counts, and the states of each stored layer at all boundaries.
 
 The compact storage sorts the ids of a token's predictions and keeps their differences in byte planes, which zstd's
 entropy coding compresses to about 12 bits each. It keeps log-probabilities in 8 bits, with more precision near 0; the
@@ -19,10 +19,10 @@ folders are joined by moving their shards into one folder: a reader sees the uni
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,15 +49,14 @@ class CacheSettings:
     chains_per_shard: int = 512  # the most that a killed run has to write again
 
     def __post_init__(self) -> None:
-        if self.chains_per_shard < 1:
-            raise ValueError(f"cache.chains_per_shard is {self.chains_per_shard}; it must be at least 1, usually 512")
-        if self.top_k < 1:
-            raise ValueError(f"cache.top_k is {self.top_k}; it must be at least 1, usually 64")
+        for name, value, usual in (("chains_per_shard", self.chains_per_shard, 512), ("top_k", self.top_k, 64)):
+            if value < 1:
+                raise ValueError(f"cache.{name} is {value}; it must be at least 1, usually {usual}")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything except the chains that decides the contents of a cache. Caches of equal identity are interchangeable.
+    """Everything, except the chains, that decides the content of a cache. Caches of equal identity are interchangeable.
 
     Layers are counted as `LlamaConfig.layer_index` counts them, from 0 (embeddings) to N (final normed states).
     """
@@ -78,13 +77,10 @@ class Identity:
         object.__setattr__(self, "layers", tuple(self.layers) or (self.hidden_layer,))
 
     def stored(self) -> dict[str, Any]:
-        """What the manifest holds: everything but `hidden_layer`, which each reader chooses."""
-        named = asdict(self) | {"layers": list(self.layers)}
-        del named["hidden_layer"]
-        return named
-
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """The part that the manifest holds: everything but `hidden_layer`, which each reader chooses."""
+        values = asdict(self) | {"layers": list(self.layers)}
+        del values["hidden_layer"]
+        return values
 
 
 def chain_key(tokens_L: Array, boundaries_K: Array, loss_weights_L: Array) -> str:
@@ -93,8 +89,31 @@ def chain_key(tokens_L: Array, boundaries_K: Array, loss_weights_L: Array) -> st
     weights = np.asarray(loss_weights_L, np.float32).copy()
     weights[:1] = 0.0
     for array in (np.asarray(tokens_L, np.int32), np.asarray(boundaries_K, np.int32), weights):
-        digest.update(len(array).to_bytes(8, "little") + np.ascontiguousarray(array).tobytes())
+        digest.update(len(array).to_bytes(8, "little") + array.tobytes())
     return digest.hexdigest()
+
+
+class PackedChain(NamedTuple):
+    """A chain of a batch: its key, where it lies in the batch, and which positions predict a token whose loss counts.
+
+    A token is predicted at the position before it.
+    """
+
+    key: str
+    row: int
+    slot: int  # index of the chain in its row
+    mask_K: Array  # bool; the boundaries that it has
+    predicting_P: np.ndarray  # positions in the row
+
+
+def packed_chains(batch: Batch) -> Iterator[PackedChain]:
+    """The chains of a batch (of NumPy arrays), row by row."""
+    for row, slot in zip(*np.nonzero(np.any(batch.boundary_mask_BCK, axis=-1)), strict=True):
+        columns = np.flatnonzero(batch.chain_ids_BL[row] == slot + 1)
+        mask_K, weights_L = batch.boundary_mask_BCK[row, slot], batch.loss_weights_BL[row, columns]
+        boundaries_K = batch.boundary_positions_BCK[row, slot, mask_K] - columns[0]
+        key = chain_key(batch.tokens_BL[row, columns], boundaries_K, weights_L)
+        yield PackedChain(key, row, slot, mask_K, columns[:-1][weights_L[1:] > 0])
 
 
 def encode_record(top: TopK, states_NKD: np.ndarray, settings: CacheSettings | Identity) -> bytes:
@@ -118,10 +137,9 @@ def encode_record(top: TopK, states_NKD: np.ndarray, settings: CacheSettings | I
             arrays[f"states{layer}"] = np.rint(states_KD / scales_K1).astype(np.int8)
             arrays[f"scales{layer}"] = scales_K1.astype(np.float32)
         else:
-            dtype = np.float32 if settings.states == "float32" else jnp.bfloat16
-            arrays[f"states{layer}"] = states_KD.astype(dtype)
+            arrays[f"states{layer}"] = states_KD.astype(jnp.dtype(settings.states))
     planes = {
-        name: np.frombuffer(_CODEC.compress(np.ascontiguousarray(x).tobytes(), asbytes=True), np.uint8)
+        name: np.frombuffer(_CODEC.compress(x.tobytes(), asbytes=True), np.uint8)
         for name, x in arrays.items()
         if x.size and (not name.startswith("gaps") or x.any())
     }
@@ -137,9 +155,9 @@ def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
     planes = load(record)
 
     def plane(name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if name not in planes:
             return np.zeros(shape, dtype)
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         return np.frombuffer(_CODEC.decompress(planes[name].tobytes(), size, asbytes=True), dtype).reshape(shape)
 
     entries = (predicted, identity.top_k)
@@ -154,8 +172,7 @@ def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
     if identity.states == "int8":
         states_KD = plane(f"states{layer}", np.int8, shape) * plane(f"scales{layer}", np.float32, (boundaries, 1))
     else:
-        dtype = np.float32 if identity.states == "float32" else jnp.bfloat16
-        states_KD = plane(f"states{layer}", dtype, shape).astype(np.float32)
+        states_KD = plane(f"states{layer}", jnp.dtype(identity.states), shape).astype(np.float32)
     return TopK(np.cumsum(gaps_PM, axis=-1, dtype=np.int32), log_probs_PM, tails_P2[:, 0], tails_P2[:, 1]), states_KD
 
 
@@ -166,17 +183,16 @@ class CacheWriter:
       keys: of all chains in the folder.
 
     Raises:
-      ValueError: the folder holds a cache of another identity; with what differs.
+      ValueError: the folder holds a cache of another identity; the message says what differs.
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
         self._folder, self._identity = folder, identity
         if (folder / "manifest.json").exists():
-            check_identity(folder, identity)
-            kept = read_json(folder / "manifest.json")["identity"]["layers"]
-            if kept != list(identity.layers):
+            kept = check_identity(folder, identity).layers
+            if kept != identity.layers:
                 raise ValueError(
-                    f"the teacher cache {folder} has the states of layers {kept}, this run would add those of "
+                    f"the teacher cache {folder} has the states of layers {list(kept)}, this run would add those of "
                     f"{list(identity.layers)}; set loss.hidden_layer and cache.layers alike, or write another cache"
                 )
         else:
@@ -200,25 +216,25 @@ class CacheWriter:
 class TeacherCache:
     """A cache opened for reading.
 
+    Attributes:
+      identity: what the cache holds, and the layer whose states are read.
+
     Raises:
-      ValueError: the folder is not a cache, or one of another teacher, tokenizer or setting, or a file is damaged.
+      ValueError: the folder holds no cache or one of another teacher, tokenizer or setting, or a file is damaged.
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
-        self._folder, self._identity = folder, check_identity(folder, identity)
+        self.identity = check_identity(folder, identity)
+        self._folder = folder
         self._places = _index(folder)
         self._readers: dict[str, ArrayRecordReader] = {}
         if not self._places:
             raise ValueError(f"{folder} is a teacher cache without records; run launch/cache_teacher.py again")
 
     @property
-    def identity(self) -> Identity:
-        return self._identity
-
-    @property
     def fingerprint(self) -> str:
         """The identity as a hash: caches of equal fingerprints give equal outputs for equal chains."""
-        return self._identity.digest()
+        return hashlib.sha256(json.dumps(asdict(self.identity), sort_keys=True).encode()).hexdigest()
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -237,7 +253,9 @@ class TeacherCache:
         name, row, checksum = self._places[key]
         path = self._folder / f"{name}.array_record"
         try:
-            record = self._record(name, row)
+            if name not in self._readers:
+                self._readers[name] = ArrayRecordReader(str(path), "readahead_buffer_size:0")
+            (record,) = self._readers[name].read([row])
             if zlib.crc32(record) != checksum:
                 raise RuntimeError("checksum differs")
         except Exception as error:  # the reader raises many kinds, and each of them means a damaged file
@@ -245,46 +263,25 @@ class TeacherCache:
                 f"{path}: record {row} is damaged ({str(error).splitlines()[0][:200]}); delete {name}.* and run "
                 "launch/cache_teacher.py again, which writes what is missing"
             ) from error
-        return decode_record(record, self._identity)
-
-    def size(self, key: str) -> int:
-        """Bytes of a chain's record."""
-        name, row, _ = self._places[key]
-        return len(self._record(name, row))
-
-    def _record(self, name: str, row: int) -> bytes:
-        if name not in self._readers:
-            path = self._folder / f"{name}.array_record"
-            self._readers[name] = ArrayRecordReader(str(path), "readahead_buffer_size:0")
-        (record,) = self._readers[name].read([row])
-        return record
+        return decode_record(record, self.identity)
 
     def outputs(self, batch: Batch, *, states_only: bool = False, dtype: str = "float32") -> TeacherOutputs:
-        """The teacher's outputs on a batch, in the places of its chains; zeros where nothing is predicted."""
-        rows, length = batch.tokens_BL.shape
-        shape = (rows, length, self._identity.top_k)
-        states = np.zeros(
-            (*batch.boundary_mask_BCK.shape, self._identity.width), jnp.bfloat16 if dtype == "bfloat16" else dtype
-        )
-        top = TopK(np.zeros(shape, np.int32), np.zeros(shape, np.float32), *np.zeros((2, rows, length), np.float32))
-        for row, slot in zip(*np.nonzero(np.any(batch.boundary_mask_BCK, axis=-1)), strict=True):
-            columns = np.flatnonzero(batch.chain_ids_BL[row] == slot + 1)
-            weights = batch.loss_weights_BL[row, columns]
-            mask = batch.boundary_mask_BCK[row, slot]
-            boundaries = batch.boundary_positions_BCK[row, slot, mask] - columns[0]
-            predictions, states_KD = self.read(chain_key(batch.tokens_BL[row, columns], boundaries, weights))
-            states[row, slot, mask] = states_KD
-            predicting = columns[predicting_positions(weights)]
-            if not states_only:
-                for array, values in zip(top, predictions, strict=True):
-                    array[row, predicting] = values
-        return TeacherOutputs(None, None, {self._identity.hidden_layer: states}, {}, None if states_only else top)
+        """The teacher's outputs on a batch, in the places of its chains; zeros where nothing is predicted.
 
-
-def predicting_positions(loss_weights_L: Array) -> np.ndarray:
-    """Positions of a chain that predict a token whose loss counts: one before each token of positive weight."""
-    weights = np.asarray(loss_weights_L)
-    return np.flatnonzero(weights[1:] > 0)
+        Args:
+          states_only: whether the predictions are left out.
+          dtype: of the states.
+        """
+        shape = (*batch.tokens_BL.shape, self.identity.top_k)
+        top = TopK(np.zeros(shape, np.int32), np.zeros(shape, np.float32), *np.zeros((2, *shape[:2]), np.float32))
+        states_BCKD = np.zeros((*batch.boundary_mask_BCK.shape, self.identity.width), jnp.dtype(dtype))
+        for key, row, slot, mask_K, predicting_P in packed_chains(batch):
+            predictions, states_KD = self.read(key)
+            states_BCKD[row, slot, mask_K] = states_KD
+            for array, values in zip(top, predictions, strict=True):
+                array[row, predicting_P] = values
+        states: dict[int, Array] = {self.identity.hidden_layer: states_BCKD}
+        return TeacherOutputs(None, None, states, {}, None if states_only else top)
 
 
 def read_identity(folder: Path, hidden_layer: int) -> Identity:
@@ -314,10 +311,11 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 
 def check_identity(folder: Path, identity: Identity) -> Identity:
-    """Compares an identity with that of the folder's cache; returns it with all the layers that the cache has.
+    """Compares an identity with that of the folder's cache, and returns it with all the layers that the cache has.
 
     Raises:
-      ValueError: the folder holds no cache, or one of another identity or without this layer; with what differs.
+      ValueError: the folder holds no cache, or one of another identity or without this layer; the message says what
+        differs.
     """
     before, now = _stored(folder), identity.stored()
     changed = [name for name in now if name != "layers" and before.get(name) != now[name]]
@@ -344,9 +342,9 @@ def _index(folder: Path) -> dict[str, tuple[str, int, int]]:
         listed, shard = read_json(path), path.with_suffix(".array_record")
         size = shard.stat().st_size if shard.is_file() else -1
         if size != listed["bytes"]:
-            seen = f"has {size} bytes" if size >= 0 else "is missing"
+            state = f"has {size} bytes" if size >= 0 else "is missing"
             raise ValueError(
-                f"{shard} {seen}, {path.name} says {listed['bytes']}; delete {path.stem}.* and run "
+                f"{shard} {state}, {path.name} says {listed['bytes']}; delete {path.stem}.* and run "
                 "launch/cache_teacher.py again, which writes what is missing"
             )
         for row, (key, checksum) in enumerate(zip(listed["keys"], listed["crc32"], strict=True)):

@@ -1,4 +1,4 @@
-"""What the terms read of teacher and student, from one forward pass of each on a batch."""
+"""The outputs of student and teacher that the terms read, from one forward pass of each on a batch."""
 
 from collections.abc import Sequence
 

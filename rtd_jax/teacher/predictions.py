@@ -34,20 +34,20 @@ def top_k_predictions(
     if not 1 <= k <= vocab_size:
         raise ValueError(f"k is {k}; it must be at least 1 and at most the vocabulary's {vocab_size} tokens")
 
-    def of_logits(logits: Array) -> TopK:
+    def keep_top(logits: Array) -> TopK:
         logits -= jnp.max(logits, axis=-1, keepdims=True)
         values, ids = jax.lax.top_k(logits, k)
         log_probs = values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         return TopK(ids, log_probs, *(_mass_beyond(logits, values, T) for T in (1.0, temperature)))
 
-    return map_logits(of_logits, hidden_BLD, head_DV, vocab_size=vocab_size, chunk_length=chunk_length)
+    return map_logits(keep_top, hidden_BLD, head_DV, vocab_size=vocab_size, chunk_length=chunk_length)
 
 
 def _mass_beyond(logits: Array, kept: Array, temperature: float) -> Array:
-    """The mass of the tokens that are not kept, as a sum over them: 1 - the kept mass would be noise near 0."""
+    """The mass of the tokens that are not kept, as a sum over them: 1 - (kept mass) is inexact near 0."""
     last = kept[..., -1:]
     weights = jnp.exp(logits / temperature)
-    # Several tokens may be as probable as the last one kept, and only some of them kept.
+    # Several tokens may be as probable as the last one kept, while only some of them are kept.
     equals = jnp.sum(logits >= last, axis=-1) - kept.shape[-1]
     others = jnp.sum(jnp.where(logits < last, weights, 0.0), axis=-1) + equals * jnp.exp(last[..., 0] / temperature)
     return others / jnp.sum(weights, axis=-1)

@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class RewardIdentity:
-    """What a head was trained on; it can be used with nothing else."""
+    """What a head was trained on. It can be used with nothing else."""
 
     teacher: str  # fingerprint of the weights
     tokenizer: str  # fingerprint
@@ -79,14 +79,14 @@ def step_features(states: Sequence[Array], log_probs_BL: Array | None, batch: Ba
       states: [B, L, D] of each layer that is read.
       log_probs_BL: the teacher's log-probability of each token given those before it; None leaves `surprise` out.
     """
-    found = [gather_boundaries(x, batch.boundary_positions_BCK).astype(jnp.float32) for x in states]
+    features = [gather_boundaries(x, batch.boundary_positions_BCK).astype(jnp.float32) for x in states]
     if log_probs_BL is not None:
         inside_BCKL = step_tokens(batch)
         nats_BCKL = jnp.where(inside_BCKL, -log_probs_BL[:, None, None].astype(jnp.float32), 0.0)
         mean_BCK = jnp.sum(nats_BCKL, axis=-1) / jnp.maximum(jnp.sum(inside_BCKL, axis=-1), 1)
         surprise = jnp.stack([mean_BCK, jnp.max(nats_BCKL, axis=-1)], axis=-1)
-        found.append(jnp.pad(surprise, ((0, 0), (0, 0), (1, 0), (0, 0))))
-    return jax.lax.stop_gradient(jnp.concatenate(found, axis=-1))
+        features.append(jnp.pad(surprise, ((0, 0), (0, 0), (1, 0), (0, 0))))
+    return jax.lax.stop_gradient(jnp.concatenate(features, axis=-1))
 
 
 def save_head(folder: Path, params: Params, identity: RewardIdentity) -> None:
@@ -144,17 +144,11 @@ def make_step_reader(
         hidden_BLD, states = model.hidden(params, *rows, layers=layers or (-1,))
         log_probs_BL = None
         if surprise:
-            labels_BL, weights_BL = shifted_labels(batch)
-            made_BL = token_log_probs(
-                hidden_BLD,
-                model.head(params),
-                labels_BL,
-                weights_BL,
-                temperature=1.0,
-                vocab_size=vocab_size,
-                chunk_length=chunk_length,
+            sizes: Any = {"vocab_size": vocab_size, "chunk_length": chunk_length}
+            predicted_BL = token_log_probs(
+                hidden_BLD, model.head(params), *shifted_labels(batch), temperature=1.0, **sizes
             )
-            log_probs_BL = jnp.pad(made_BL[:, :-1], ((0, 0), (1, 0)))  # from where it is made to the token itself
+            log_probs_BL = jnp.pad(predicted_BL[:, :-1], ((0, 0), (1, 0)))  # from the position before to the token
         return step_features(states if layers else (), log_probs_BL, batch)
 
     return read

@@ -1,4 +1,4 @@
-"""Does a student part ways with its teacher along its chains of reasoning, and is that why it fails?
+"""Does a student diverge from its teacher along its chains of reasoning, and is that why it fails?
 
 Both models read the same chains; their states at step boundaries are compared step by step, and the differences are
 related to the places where the student goes wrong. The models may differ in width, depth and tokenizer, or be the same.
@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rtd_jax.apps.diagnose.findings import ARTICLE, shown, verdict
+from rtd_jax.apps.diagnose.findings import ARTICLE, verdict
 from rtd_jax.apps.report.page import write_report
+from rtd_jax.apps.report.tables import interval
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import check_writable, write_json, write_jsonl
 from rtd_jax.data.encoding import EncodedChain, encode_traces
@@ -21,10 +22,10 @@ from rtd_jax.data.sources import SourceSettings, load_traces
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.chains import results_right
-from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure
+from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure, transitions
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, decoding_notes
+from rtd_jax.eval.metrics import Record
 from rtd_jax.eval.states import boundary_states, cached_key, cached_states, open_cache
-from rtd_jax.eval.text_scores import Record
 from rtd_jax.models.from_hf import resolve
 from rtd_jax.models.open import FloatDtype, WeightDtype
 from rtd_jax.steps.classifier import load_classifier
@@ -106,9 +107,9 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
     note(f"loading {'' if teacher else f'{settings.teacher} and '}{settings.student}")
     teacher = teacher or load_model(settings.teacher, settings.teacher_dtype, settings.compute_dtype)
     student = load_model(settings.student, settings.student_dtype, settings.compute_dtype)
-    text = text_format(settings, student, teacher)
+    pair = Pair(settings, student, teacher, text_format(settings, student, teacher), note)
     traces = _cut(settings, teacher, _traces(settings), note)
-    traces, encoded = _encode(traces, (student, teacher), text, settings.row_length, note)
+    traces, encoded = pair.encode(traces, settings.row_length)
     if cache is not None:
         traces, encoded = _in_cache(cache, settings.cache, traces, encoded, note)
 
@@ -117,74 +118,123 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
     evaluations: dict[str, Any] = {}
     records: dict[str, list[Record]] = {}
     for role, loaded in models.items():
-        evaluator = ChainEvaluator(loaded.tokenizer, text, decoding, mesh=loaded.mesh)
-        progress = decoding_notes(note, role)
-        evaluation, records[role] = evaluator(loaded.model, loaded.params, traces, progress=progress)
-        evaluations[loaded.name if role == "student" else f"{loaded.name}, teacher"] = evaluation.to_dict()
+        evaluator = ChainEvaluator(loaded.tokenizer, pair.text, decoding, mesh=loaded.mesh)
+        name, progress = loaded.name if role == "student" else f"{loaded.name}, teacher", decoding_notes(note, role)
+        evaluations[name], records[role] = evaluator(loaded.model, loaded.params, traces, progress=progress)
 
     note(f"reading the reference chains with {'both models' if cache is None else 'the student'}")
-    failed = np.array([not record["correct"] for record in records["student"]])
-    options = {"resamples": settings.resamples, "seed": settings.seed}
+    failed = {role: np.array([not record["correct"] for record in records[role]]) for role in models}
     forced = [record["teacher_forced"] for record in records["student"]]
-    reference = _states(settings, student, teacher, encoded, cache)
-    maps, kind = _maps(settings, student, teacher, reference)
-    note(f"projections: {kind}")
-    texts = {"reference": measure(reference, maps, forced, failed, **options)}
+    reference, maps = pair.compare(encoded, forced, failed["student"], cache)
+    note(f"projections: {maps}")
+    texts = {"reference": reference}
     if cache is not None:
         note("the student's own chains are not compared: no cache has the teacher's states on them")
     else:
-        texts |= _own_section(settings, student, teacher, text, records["student"], note)
-
-    both_fail = None
-    if "teacher" in records:
-        teacher_failed = np.array([not record["correct"] for record in records["teacher"]])
-        both_fail = int(np.sum(failed & teacher_failed))
+        texts |= pair.compare_own(records["student"])
+    both_fail = int(np.sum(failed["student"] & failed["teacher"])) if "teacher" in models else None
     report = {
         "kind": "diagnosis",
         "title": f"{student.name} against {teacher.name}",
-        "settings": dataclasses.asdict(settings) | {"text": dataclasses.asdict(text)},
+        "settings": dataclasses.asdict(settings) | {"text": dataclasses.asdict(pair.text)},
         "teacher": _described(teacher, settings.teacher_layer) | _source(cache),
         "student": _described(student, settings.student_layer),
-        "maps": kind,
+        "maps": maps,
         "models": evaluations,
         "texts": texts,
-        "verdict": verdict(texts, failed, both_fail),
+        "verdict": verdict(texts, failed["student"], both_fail),
         "article": ARTICLE,
     }
-    write_jsonl(
-        out / "generations.jsonl", [{"model": models[role].name, **r} for role, found in records.items() for r in found]
-    )
-    examples = [{"model": student.name, **record} for record in records["student"]]
+    generations = [{"model": models[role].name, **record} for role in models for record in records[role]]
+    write_jsonl(out / "generations.jsonl", generations)
     write_json(out / "report.json", report)
-    write_report(out, report, examples)
+    write_report(out, report, generations[: len(traces)])
     print_diagnosis(report, out)
     return out / "report.json"
 
 
-def _own_section(
-    settings: DiagnoseSettings,
-    student: LoadedModel,
-    teacher: LoadedModel,
-    text: TextFormat,
-    records: Sequence[Record],
-    note: Callable[[str], None],
-) -> dict[str, Any]:
-    """{"own": drift along the chains that the student wrote}; {} where fewer than two of them can be read."""
-    own = readable(_own_chains(records), (student, teacher), text, note)
-    if len(own) < 2:
-        return {}
-    note("reading the student's own chains with both models")
-    indices, traces, labels = zip(*own, strict=True)
-    kept, encoded = _encode(traces, (student, teacher), text, 2 * settings.row_length, note)
-    chosen = [traces.index(trace) for trace in kept]
-    states = _states(settings, student, teacher, encoded)
-    maps, _ = _maps(settings, student, teacher, states)
-    failed = np.array([not records[indices[i]]["correct"] for i in chosen])
-    options = {"resamples": settings.resamples, "seed": settings.seed}
-    return {"own": measure(states, maps, [labels[i] for i in chosen], failed, **options)}
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The two models, and how they read texts."""
+
+    settings: DiagnoseSettings
+    student: LoadedModel
+    teacher: LoadedModel
+    text: TextFormat
+    note: Callable[[str], None]
+
+    def encode(self, traces: Sequence[Trace], row_length: int) -> tuple[list[Trace], list[list[EncodedChain]]]:
+        """The traces that fit a row of both models, and their tokens by the student's and the teacher's tokenizer."""
+        encoded, dropped = [], set()
+        for loaded in (self.student, self.teacher):
+            chains, report = encode_traces(
+                loaded.tokenizer, traces, self.text, row_length=row_length, max_dropped_fraction=1.0
+            )
+            places = (i for i in range(len(traces)) if i not in set(report.dropped))
+            encoded.append(dict(zip(places, chains, strict=True)))
+            dropped |= set(report.dropped)
+        if dropped:
+            self.note(f"{len(dropped)} of {len(traces)} chains are longer than {row_length} tokens and are left out")
+        kept = [i for i in range(len(traces)) if i not in dropped]
+        if len(kept) < 2:
+            raise ValueError(f"{len(kept)} of {len(traces)} chains fit into {row_length} tokens; raise --row_length")
+        return [traces[i] for i in kept], [[chains[i] for i in kept] for chains in encoded]
+
+    def compare(
+        self,
+        encoded: Sequence[Sequence[EncodedChain]],
+        steps_right: Sequence[Sequence[bool | None]],
+        failed: np.ndarray,
+        cache: TeacherCache | None = None,
+    ) -> tuple[dict[str, Any], str]:
+        """The drift along chains that both read (see `drift.measure`), and a sentence on where the maps come from."""
+        student_CKS, mask_CK = boundary_states(self.student, encoded[0], self.settings.student_layer)
+        if cache is None:
+            teacher_CKD, _ = boundary_states(self.teacher, encoded[1], self.settings.teacher_layer)
+        else:
+            teacher_CKD, _ = cached_states(cache, encoded[1])
+        states = BoundaryStates(student_CKS, teacher_CKD, mask_CK)
+        maps, origin = self._maps(states)
+        options = {"resamples": self.settings.resamples, "seed": self.settings.seed}
+        return measure(states, maps, steps_right, failed, **options), origin
+
+    def compare_own(self, records: Sequence[Record]) -> dict[str, Any]:
+        """{"own": drift along the chains that the student wrote}; {} where fewer than two of them can be read."""
+        own = readable(_own_chains(records), (self.student, self.teacher), self.text, self.note)
+        if len(own) < 2:
+            return {}
+        self.note("reading the student's own chains with both models")
+        indices, traces, labels = zip(*own, strict=True)
+        kept, encoded = self.encode(traces, 2 * self.settings.row_length)
+        chosen = [traces.index(trace) for trace in kept]
+        failed = np.array([not records[indices[i]]["correct"] for i in chosen])
+        return {"own": self.compare(encoded, [labels[i] for i in chosen], failed)[0]}
+
+    def _maps(self, states: BoundaryStates) -> tuple[tuple[Sequence[Map], Sequence[Map]], str]:
+        """The maps (f, g) of each chain from the student's to the teacher's width, and a sentence on their origin."""
+        student, teacher, settings, count = self.student, self.teacher, self.settings, len(states.mask_CK)
+        layers = (
+            student.model.config.layer_index(settings.student_layer),
+            teacher.model.config.layer_index(settings.teacher_layer),
+        )
+        unfit = ""
+        if student.f is None or student.g is None:
+            unfit = "the student is not a stage checkpoint, so it has no projections of its own"
+        elif student.layers != layers:
+            unfit = f"they join the layers {student.layers} of student and teacher, not {layers}"
+        elif student.teacher_fingerprint != teacher.fingerprint():
+            unfit = "they lead to another teacher"
+        if settings.maps == "saved" and unfit:
+            raise ValueError(f"the saved projections cannot be used: {unfit}; use --maps=fitted")
+        if settings.maps in ("auto", "saved") and not unfit:
+            return ([student.f] * count, [student.g] * count), "the run's own f and g"
+        if settings.maps == "identity":
+            return ([None] * count, [None] * count), "identity"
+        fitted = cross_fitted(states, settings.seed), cross_fitted(transitions(states), settings.seed)
+        return fitted, "linear maps fitted on one half of the chains and used on the other"
 
 
-def text_format(settings: Any, *models: LoadedModel) -> TextFormat:
+def text_format(settings: DiagnoseSettings, *models: LoadedModel) -> TextFormat:
     """The form of text: as asked for, else as a run among the models was trained on, else the default."""
     if settings.chat:
         return TextFormat("chat", settings.prompt_template)
@@ -194,20 +244,19 @@ def text_format(settings: Any, *models: LoadedModel) -> TextFormat:
 
 
 def print_diagnosis(report: dict[str, Any], out: Path) -> None:
-    """The tables and the verdict that a person reads."""
+    """Prints the tables and the verdict."""
+    measures = ("cka", "cka_debiased", "cka_same_chains", "boundary_cosine", "transition_cosine")
     for name, text in report["texts"].items():
+        title = f"Both models read the {'reference' if name == 'reference' else 'student own'} chains"
+        same = f"of {text['same_chains']['chains']} chains"
         rows = [
-            (s["step"] or "prompt", s["chains"], *(shown(s[k]) for k in ("cka", "cka_debiased", "cka_same_chains")),
-             *(shown(s[k]) for k in ("boundary_cosine", "transition_cosine")))
-            for s in text["steps"]
-        ]  # fmt: skip
-        same = text["same_chains"]
-        columns = ("step", "chains", "CKA", "debiased", f"of {same['chains']} chains", "cos f", "cos g")
-        print_table(
-            f"Both models read the {'reference' if name == 'reference' else 'student own'} chains", columns, rows
-        )
-        for key, found in text["relation"].items():
-            print(f"{key}: " + ", ".join(f"{k} {shown(v) if isinstance(v, dict) else v}" for k, v in found.items()))
+            (step["step"] or "prompt", step["chains"], *(interval(step[key]) for key in measures))
+            for step in text["steps"]
+        ]
+        print_table(title, ("step", "chains", "CKA", "debiased", same, "cos f", "cos g"), rows)
+        for key, relation in text["relation"].items():
+            values = (f"{k} {interval(v) if isinstance(v, dict) else v}" for k, v in relation.items())
+            print(f"{key}: {', '.join(values)}")
     print(f"verdict: {report['verdict']['sentence']}")
     for line in report["verdict"]["evidence"]:
         print(f"  - {line}")
@@ -245,34 +294,12 @@ def _cut(
     return detector.cut(traces)
 
 
-def _encode(
-    traces: Sequence[Trace],
-    models: Sequence[LoadedModel],
-    text: TextFormat,
-    row_length: int,
-    note: Callable[[str], None],
-) -> tuple[list[Trace], list[list[EncodedChain]]]:
-    """Traces that fit a row for every model, and their tokens by each model's own tokenizer."""
-    encoded, dropped = [], set()
-    for loaded in models:
-        chains, report = encode_traces(loaded.tokenizer, traces, text, row_length=row_length, max_dropped_fraction=1.0)
-        places = (i for i in range(len(traces)) if i not in set(report.dropped))
-        encoded.append(dict(zip(places, chains, strict=True)))
-        dropped |= set(report.dropped)
-    if dropped:
-        note(f"{len(dropped)} of {len(traces)} chains are longer than {row_length} tokens and are left out")
-    kept = [i for i in range(len(traces)) if i not in dropped]
-    if len(kept) < 2:
-        raise ValueError(f"{len(kept)} of {len(traces)} chains fit into {row_length} tokens; raise --row_length")
-    return [traces[i] for i in kept], [[chains[i] for i in kept] for chains in encoded]
+OwnChain = tuple[int, Trace, list[bool | None]]  # index of the record, chain, whether each step is right
 
 
 def readable(
-    own: Sequence[tuple[int, Trace, list[bool | None]]],
-    models: Sequence[LoadedModel],
-    text: TextFormat,
-    note: Callable[[str], None],
-) -> list[tuple[int, Trace, list[bool | None]]]:
+    own: Sequence[OwnChain], models: Sequence[LoadedModel], text: TextFormat, note: Callable[[str], None]
+) -> list[OwnChain]:
     """The student's own chains that every model's tokenizer can encode.
 
     A weak student may write what another model's vocabulary does not have.
@@ -310,9 +337,9 @@ def _in_cache(
     return [traces[i] for i in kept], [[chains[i] for i in kept] for chains in encoded]
 
 
-def _own_chains(records: Sequence[Record]) -> list[tuple[int, Trace, list[bool | None]]]:
-    """The student's solutions as chains, where they have steps: (index of the problem, chain, is each step right)."""
-    found = []
+def _own_chains(records: Sequence[Record]) -> list[OwnChain]:
+    """The student's solutions as chains, where they have steps."""
+    own: list[OwnChain] = []
     for i, record in enumerate(records):
         steps = [" ".join(step.split()) for step in record["completions"]]
         if steps:
@@ -320,49 +347,8 @@ def _own_chains(records: Sequence[Record]) -> list[tuple[int, Trace, list[bool |
             if record["steps_right"]:
                 labels = results_right(steps, record["reference"])[0]
             trace = Trace.of_steps(record["prompt"], steps, "", record["final"], f"generation {i + 1}")
-            found.append((i, trace, labels))
-    return found
-
-
-def _states(
-    settings: DiagnoseSettings,
-    student: LoadedModel,
-    teacher: LoadedModel,
-    encoded: Sequence[Sequence[EncodedChain]],
-    cache: TeacherCache | None = None,
-) -> BoundaryStates:
-    of_student, mask_CK = boundary_states(student, encoded[0], settings.student_layer)
-    if cache is None:
-        of_teacher, _ = boundary_states(teacher, encoded[1], settings.teacher_layer)
-    else:
-        of_teacher, _ = cached_states(cache, encoded[1])
-    return BoundaryStates(of_student, of_teacher, mask_CK)
-
-
-def _maps(
-    settings: DiagnoseSettings, student: LoadedModel, teacher: LoadedModel, states: BoundaryStates
-) -> tuple[tuple[Sequence[Map], Sequence[Map]], str]:
-    """The maps (f, g) of each chain from the student's to the teacher's width, and a sentence on their origin."""
-    count = len(states.mask_CK)
-    layers = (
-        student.model.config.layer_index(settings.student_layer),
-        teacher.model.config.layer_index(settings.teacher_layer),
-    )
-    unfit = ""
-    if student.f is None or student.g is None:
-        unfit = "the student is not a stage checkpoint, so it has no projections of its own"
-    elif student.layers != layers:
-        unfit = f"they join the layers {student.layers} of student and teacher, not {layers}"
-    elif student.teacher_fingerprint != teacher.fingerprint():
-        unfit = "they lead to another teacher"
-    if settings.maps == "saved" and unfit:
-        raise ValueError(f"the saved projections cannot be used: {unfit}; use --maps=fitted")
-    if settings.maps in ("auto", "saved") and not unfit:
-        return ([student.f] * count, [student.g] * count), "the run's own f and g"
-    if settings.maps == "identity":
-        return ([None] * count, [None] * count), "identity"
-    fitted = tuple(cross_fitted(states, transitions=transitions, seed=settings.seed) for transitions in (False, True))
-    return (fitted[0], fitted[1]), "linear maps fitted on one half of the chains and used on the other"
+            own.append((i, trace, labels))
+    return own
 
 
 def _described(loaded: LoadedModel, layer: int) -> dict[str, Any]:
@@ -371,7 +357,7 @@ def _described(loaded: LoadedModel, layer: int) -> dict[str, Any]:
         "name": loaded.name,
         "layers": config.layers,
         "width": config.width,
-        "layer_read": loaded.model.config.layer_index(layer),
+        "layer_read": config.layer_index(layer),
     }
 
 

@@ -5,11 +5,34 @@ from typing import Any
 import numpy as np
 
 from rtd_jax.apps.report import article
+from rtd_jax.apps.report.tables import interval
 
-# What the article reports; drawn beside what is measured, never mixed with it.
+# The article's own numbers, drawn beside what is measured.
 ARTICLE = {"cka": {str(step): value for step, value in article.CKA.items()}, "auroc": article.AUROC}
 SMALL = 0.005  # fall of a cosine a step; int8 rounding alone makes a smaller one significant
-FEW = 8  # of failures or successes: below this nothing is said about what goes with failure
+FEW = 8  # failures or successes; with fewer of either, no conclusion about failure is drawn
+
+ANSWERS = {  # (is there drift, does distance from the teacher go with failure): (answer, sentence)
+    (True, True): (
+        "drift",
+        "Coherence drift is there and goes with the failures: the student leaves the teacher's trajectory along the "
+        "chain, and the further it is off, the more often it is wrong.",
+    ),
+    (True, False): (
+        "elsewhere",
+        "The student drifts along the chain, but the chains that drift more do not fail more: what makes it fail is "
+        "elsewhere, so look at its step accuracy and its answers first.",
+    ),
+    (False, True): (
+        "distance without drift",
+        "The student is off the teacher's trajectory where it fails, but no further at late steps than at early ones: "
+        "it is a matter of single steps, not of drift that builds up.",
+    ),
+    (False, False): (
+        "elsewhere",
+        "No coherence drift is seen, and distance from the teacher does not go with failure: look elsewhere.",
+    ),
+}
 
 
 def verdict(texts: dict[str, Any], failed: np.ndarray, both_fail: int | None = None) -> dict[str, Any]:
@@ -50,7 +73,8 @@ def verdict(texts: dict[str, Any], failed: np.ndarray, both_fail: int | None = N
         if not found or found["auroc_within"]["value"] is None:
             continue
         within = found["auroc_within"]
-        line = f"transition cosine tells {name} with AUROC {shown(within)}; not held to depth {shown(found['auroc'])}"
+        overall = interval(found["auroc"])
+        line = f"transition cosine tells {name} with AUROC {interval(within)}; not held to depth {overall}"
         evidence.append(line)
         if within["low"] is not None and within["low"] > 0.5 and found["wrong"] >= FEW:
             tells.append(line)
@@ -65,34 +89,6 @@ def verdict(texts: dict[str, Any], failed: np.ndarray, both_fail: int | None = N
             f"There are only {min(wrong, right)} {what} among {len(failed)} chains: what goes with failure cannot be "
             "told. " + ("Drift is there all the same." if falls else "No drift along the chain is seen either.")
         )
-    elif falls and tells:
-        answer = "drift"
-        sentence = (
-            "Coherence drift is there and goes with the failures: the student leaves the teacher's trajectory along "
-            "the chain, and the further it is off, the more often it is wrong."
-        )
-    elif falls:
-        answer = "elsewhere"
-        sentence = (
-            "The student drifts along the chain, but the chains that drift more do not fail more: what makes it fail "
-            "is elsewhere, so look at its step accuracy and its answers first."
-        )
-    elif tells:
-        answer = "distance without drift"
-        sentence = (
-            "The student is off the teacher's trajectory where it fails, but no further at late steps than at early "
-            "ones: it is a matter of single steps, not of drift that builds up."
-        )
     else:
-        answer = "elsewhere"
-        sentence = "No coherence drift is seen, and distance from the teacher does not go with failure: look elsewhere."
+        answer, sentence = ANSWERS[bool(falls), bool(tells)]
     return {"answer": answer, "sentence": sentence, "drift_starts": start, "evidence": evidence}
-
-
-def shown(found: dict[str, Any] | None) -> str:
-    """An interval's dict as text."""
-    if found is None or found["value"] is None:
-        return "-"
-    if found["low"] is None:
-        return f"{found['value']:.3f}"
-    return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"

@@ -12,7 +12,7 @@ from rtd_jax.apps.report.page import percent, write_report
 from rtd_jax.base.console import print_table
 from rtd_jax.base.sharding import to_host
 from rtd_jax.base.types import Params
-from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure
+from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure, transitions
 from rtd_jax.eval.evaluate import first_of_each_depth
 from rtd_jax.methods.maps import state_map, transition_map
 from rtd_jax.train.update import make_boundary_reader
@@ -48,7 +48,7 @@ def drift_section(experiment: Experiment, params: Params) -> dict[str, Any]:
         if is_trained[name]:
             maps[name] = [None if own is None else np.asarray(to_host(own))] * len(chains)
         else:
-            maps[name] = cross_fitted(states, transitions=name == "g", seed=0)
+            maps[name] = cross_fitted(transitions(states) if name == "g" else states, seed=0)
     section = measure(
         states,
         (maps["f"], maps["g"]),

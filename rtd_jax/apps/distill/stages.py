@@ -174,8 +174,8 @@ class Trainer:
             seconds = round(self._run.seconds, 3)
             problems = first_of_each_depth(self._experiment.validation.traces, settings.curve_problems)
             result, _ = self._experiment.evaluator(self._experiment.student, loop.state.params["student"], problems)
-        accuracies = {"chain_accuracy": result.chain_accuracy, "step_accuracy": result.step_accuracy}
-        means = {name: {depth: x.value for depth, x in by_depth.items()} for name, by_depth in accuracies.items()}
+        tables = {name: result[name] for name in ("chain_accuracy", "step_accuracy")}
+        means = {name: {depth: row["mean"] for depth, row in table.items()} for name, table in tables.items()}
         curve.append({"update": update, "seconds": seconds, **means})
         loop.write({f"validation/{name}": means[name]["all"] for name in means} | {"perf/train_seconds": seconds})
 

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from rtd_jax.base.files import read_json
@@ -39,6 +38,11 @@ class Abstract(NamedTuple):
     batch: Batch
     step: Any  # a jitted TrainStep
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What `step` is called with."""
+        return self.state, self.source, self.batch, self.objective.coefficients()
+
 
 def architecture(path: str) -> LlamaConfig:
     """Sizes of a checkpoint, read from its folder if that is here, else looked up by hub name in the bundled table.
@@ -54,7 +58,7 @@ def architecture(path: str) -> LlamaConfig:
             f"the sizes of {path!r} are not known here; give a folder with its config.json, or one of "
             f"{', '.join(table)}"
         )
-    return LlamaConfig.from_hf(table[path], path)
+    return LlamaConfig.from_hf(table[path])
 
 
 def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:
@@ -71,69 +75,54 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:
             "the KD part with loss.reward_weight=0"
         )
     check_rows(recipe.batch_size, mesh, recipe.micro_batches)
-    of_teacher = architecture(recipe.teacher.path)
+    teacher_sizes = architecture(recipe.teacher.path)
     pretrained = architecture(recipe.student.path) if recipe.student.init == "pretrained" else None
-    of_student = pretrained or student_config(recipe.student, of_teacher)
-    teacher = None if recipe.teacher.cache else make_model(recipe.teacher, of_teacher, mesh)
-    student = student_model(recipe.student, of_student, mesh)
+    student_sizes = pretrained or student_config(recipe.student, teacher_sizes)
+    teacher = None if recipe.teacher.cache else make_model(recipe.teacher, teacher_sizes, mesh)
+    student = student_model(recipe.student, student_sizes, mesh)
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
-    vocab_size = min(of_teacher.vocab_size, of_student.vocab_size)
-    objective = recipe.objective(of_student, of_teacher, vocab_size, mesh)
-    return Abstract(
-        teacher,
-        of_teacher,
-        student,
-        vocab_size,
-        objective,
-        _state(recipe, student, of_teacher, objective, optimizer, mesh),
-        _source(recipe, teacher, of_teacher, objective, mesh),
-        _batch(recipe, mesh),
-        make_train_step(student, teacher, optimizer, objective, recipe.update, mesh),
-    )
+    vocab_size = min(teacher_sizes.vocab_size, student_sizes.vocab_size)
+    objective = recipe.objective(student_sizes, teacher_sizes, vocab_size, mesh)
 
-
-def _source(
-    recipe: Recipe, teacher: LlamaModel | None, config: LlamaConfig, objective: Objective, mesh: Mesh
-) -> TeacherSource:
-    if teacher is not None:
-        shardings = weight_shardings(recipe.teacher, teacher, mesh)
-        return _placed(teacher.abstract_params(recipe.teacher.param_dtype), shardings)
-    rows, length, chains = recipe.batch_size, recipe.data.row_length, recipe.data.chains_per_row
-    top_k = TopK(
-        jax.ShapeDtypeStruct((rows, length, recipe.cache.top_k), jnp.int32),  # type: ignore[arg-type]  # only shapes
-        jax.ShapeDtypeStruct((rows, length, recipe.cache.top_k), jnp.float32),  # type: ignore[arg-type]
-        *[jax.ShapeDtypeStruct((rows, length), jnp.float32)] * 2,  # type: ignore[arg-type]
-    )
-    states = jax.ShapeDtypeStruct((rows, chains, MAX_BOUNDARIES, config.width), jnp.dtype(recipe.teacher.compute_dtype))
-    layers = reads_of(objective.on("data")).teacher_boundaries
-    outputs = TeacherOutputs(None, None, dict.fromkeys(layers, states), {}, top_k)  # type: ignore[arg-type]
-    return _placed(outputs, jax.tree.map(lambda _: row_sharding(mesh), outputs))
-
-
-def _state(
-    recipe: Recipe,
-    student: LlamaModel,
-    of_teacher: LlamaConfig,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-) -> TrainState:
     def assemble(params: Params) -> TrainState:
         key = jax.random.PRNGKey(recipe.seed)
-        maps = objective.init_params(key, student.config.width, of_teacher.width)
+        maps = objective.init_params(key, student_sizes.width, teacher_sizes.width)
         return create_state({"student": params, **maps}, optimizer, key)
 
     state = jax.eval_shape(assemble, student.abstract_params())
-    return _placed(state, state_shardings(state, optimizer, mesh, objective.param_axes(), recipe.optimizer.offload))
+    shardings = state_shardings(state, optimizer, mesh, objective.param_axes(), recipe.optimizer.offload)
+    if teacher is None:
+        source = _cached_outputs(recipe, teacher_sizes.width, objective, mesh)
+    else:
+        weights = teacher.abstract_params(recipe.teacher.param_dtype)
+        source = _placed(weights, weight_shardings(recipe.teacher, teacher, mesh))
+    step = make_train_step(student, teacher, optimizer, objective, recipe.update, mesh)
+    batch = _batch(recipe, mesh)
+    return Abstract(
+        teacher, teacher_sizes, student, vocab_size, objective, _placed(state, shardings), source, batch, step
+    )
+
+
+def _cached_outputs(recipe: Recipe, width: int, objective: Objective, mesh: Mesh) -> TeacherOutputs:
+    length, top_k = recipe.data.row_length, recipe.cache.top_k
+    ids, log_probs = (_rows(recipe, mesh, dtype, length, top_k) for dtype in (jnp.int32, jnp.float32))
+    tail = _rows(recipe, mesh, jnp.float32, length)
+    dtype = jnp.dtype(recipe.teacher.compute_dtype)
+    states = _rows(recipe, mesh, dtype, recipe.data.chains_per_row, MAX_BOUNDARIES, width)
+    layers = reads_of(objective.on("data")).teacher_boundaries
+    return TeacherOutputs(None, None, dict.fromkeys(layers, states), {}, TopK(ids, log_probs, tail, tail))
 
 
 def _batch(recipe: Recipe, mesh: Mesh) -> Batch:
-    rows, length, chains = recipe.batch_size, recipe.data.row_length, recipe.data.chains_per_row
-    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    boundaries = [jax.ShapeDtypeStruct((rows, chains, MAX_BOUNDARIES), dtype) for dtype in (jnp.int32, jnp.bool_)]
-    weights = jax.ShapeDtypeStruct((rows, length), jnp.float32)
-    batch: Any = Batch._make([tokens, tokens, tokens, weights, *boundaries])
-    return _placed(batch, jax.tree.map(lambda _: row_sharding(mesh), batch))
+    length, chains = recipe.data.row_length, recipe.data.chains_per_row
+    tokens, weights = (_rows(recipe, mesh, dtype, length) for dtype in (jnp.int32, jnp.float32))
+    places, mask = (_rows(recipe, mesh, dtype, chains, MAX_BOUNDARIES) for dtype in (jnp.int32, jnp.bool_))
+    return Batch(tokens, tokens, tokens, weights, places, mask)
+
+
+def _rows(recipe: Recipe, mesh: Mesh, dtype: Any, *shape: int) -> Any:
+    """An array with one entry of this shape for each row of a batch, as a shape with its sharding."""
+    return jax.ShapeDtypeStruct((recipe.batch_size, *shape), dtype, sharding=row_sharding(mesh))
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

@@ -1,7 +1,6 @@
 """Whether a recipe fits on given hardware, what an update costs there, and which resource limits its speed."""
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -11,15 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rtd_jax.apps.plan.abstract import Abstract, abstract_step
 from rtd_jax.apps.plan.program import Hlo, Memory, matmul_flops, memory
 from rtd_jax.apps.plan.targets import Target, find_target, prepare_backends
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import write_json
-from rtd_jax.base.sharding import make_mesh, row_sharding
+from rtd_jax.base.sharding import make_mesh
 from rtd_jax.data.by_length import round_up
-from rtd_jax.eval.decoding import PROMPT_MULTIPLE, greedy
+from rtd_jax.eval.decoding import PROMPT_MULTIPLE, GenerateSettings, greedy
 from rtd_jax.methods.term import reads_of
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.train.recipe import Recipe
@@ -82,7 +82,7 @@ class Plans:
     host_bytes: float  # bytes per device that the recipe keeps in host memory; see `_host_bytes`
 
 
-def plan(recipe: Recipe, target: Target, note: Callable[[str], None]) -> Plans:
+def plan(recipe: Recipe, target: Target) -> Plans:
     """Compiles the recipe's update, validation and decoding for the target.
 
     The update is compiled twice where the method allows it: with the teacher online and with its outputs from a cache.
@@ -95,39 +95,42 @@ def plan(recipe: Recipe, target: Target, note: Callable[[str], None]) -> Plans:
     yardstick = abstract.objective.yardstick
     assert yardstick is not None
     # A validation batch has as many rows as a micro-batch.
-    few = abstract_step(dataclasses.replace(recipe, batch_size=recipe.rows_at_once, micro_batches=1), mesh)
+    validated = abstract_step(dataclasses.replace(recipe, batch_size=recipe.rows_at_once, micro_batches=1), mesh)
     decoder = "student" if abstract.teacher is None else "teacher"
-    programs: dict[str, tuple[Any, tuple, dict]] = {
-        "update": _update(recipe, abstract),
-        "validation": (
-            make_term_eval(abstract.student, abstract.teacher, yardstick),
-            (abstract.state.params, few.source if abstract.teacher is None else abstract.source, few.batch),
-            {},
-        ),
+    source = validated.source if abstract.teacher is None else abstract.source
+    validation = make_term_eval(abstract.student, abstract.teacher, yardstick)
+    programs = {
+        "update": _traced(abstract.step, *abstract.arguments),
+        "validation": _traced(validation, abstract.state.params, source, validated.batch),
         f"decoding ({decoder})": _decoding(recipe, abstract),
     }
-    plans = {}
-    for name, program in programs.items():
-        note(f"compiling {name} for {len(target.devices)} x {target.devices[0].device_kind}")
-        plans[name] = _compile(name, *program, _resident(abstract, program[1]), len(target.devices))
+    devices = len(target.devices)
+    costs = {}
+    for name, (traced, arguments) in programs.items():
+        print(f"compiling {name} for {devices} x {target.devices[0].device_kind}", flush=True)
+        costs[name] = _compile(name, traced, _resident(abstract, arguments), devices)
     own, other = ("online", "cached") if abstract.teacher is not None else ("cached", "online")
-    updates = {own: plans["update"]}
+    updates = {own: costs["update"]}
     if not reads_of(abstract.objective.terms).teacher_tokens:  # a cache has no states at every token
-        note(f"compiling update with the teacher {other}")
+        print(f"compiling update with the teacher {other}", flush=True)
         cache = "" if other == "online" else "planned"
-        elsewhere = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, cache=cache))
-        of_other = abstract_step(elsewhere, mesh)
-        updates[other] = _compile("update", *_update(elsewhere, of_other), 0.0, len(target.devices))
+        other_recipe = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, cache=cache))
+        updates[other] = _compile("update", _traced_update(other_recipe, mesh), 0.0, devices)
     no_remat = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, remat="none"))
-    function, arguments, _ = _update(no_remat, abstract_step(no_remat, mesh))
-    without_remat = matmul_flops(function.trace(*arguments).jaxpr.jaxpr)
+    without_remat = matmul_flops(_traced_update(no_remat, mesh).jaxpr.jaxpr)
     teacher_config = None if abstract.teacher is None else abstract.teacher_config
     ideal = ideal_flops(recipe, teacher_config, abstract.student.config)
-    return Plans(plans, updates, ideal, without_remat, _host_bytes(recipe, abstract))
+    return Plans(costs, updates, ideal, without_remat, _host_bytes(recipe, abstract))
 
 
-def _update(recipe: Recipe, abstract: Abstract) -> tuple[Any, tuple, dict]:
-    return abstract.step, (abstract.state, abstract.source, abstract.batch, abstract.objective.coefficients()), {}
+def _traced(function: Any, *arguments: Any, **options: Any) -> tuple[jax.stages.Traced, tuple]:
+    """A traced program, and its arguments."""
+    return function.trace(*arguments, **options), arguments
+
+
+def _traced_update(recipe: Recipe, mesh: Mesh) -> jax.stages.Traced:
+    abstract = abstract_step(recipe, mesh)
+    return abstract.step.trace(*abstract.arguments)
 
 
 def ideal_flops(recipe: Recipe, teacher: LlamaConfig | None, student: LlamaConfig) -> float:
@@ -139,8 +142,8 @@ def ideal_flops(recipe: Recipe, teacher: LlamaConfig | None, student: LlamaConfi
     """
     length = recipe.data.row_length
     tokens = recipe.batch_size * length
-    of_teacher = 0.0 if teacher is None else _forward_flops(teacher, length)
-    return tokens * (of_teacher + 3 * _forward_flops(student, length))
+    teacher_flops = 0.0 if teacher is None else _forward_flops(teacher, length)
+    return tokens * (teacher_flops + 3 * _forward_flops(student, length))
 
 
 def _forward_flops(config: LlamaConfig, length: int) -> float:
@@ -149,21 +152,20 @@ def _forward_flops(config: LlamaConfig, length: int) -> float:
     return 2.0 * weights + 4.0 * config.layers * config.heads * config.head_dim * length
 
 
-def _decoding(recipe: Recipe, abstract: Abstract) -> tuple[Any, tuple, dict]:
-    mesh = jax.tree.leaves(abstract.batch)[0].sharding.mesh
+def _decoding(recipe: Recipe, abstract: Abstract) -> tuple[jax.stages.Traced, tuple]:
     batch, new_tokens = recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens
     prompt = round_up(max(1, recipe.data.row_length - new_tokens), PROMPT_MULTIPLE)
-    rows = row_sharding(mesh)
-    cached = abstract.teacher is None
-    arguments = (
-        abstract.student if cached else abstract.teacher,
-        abstract.state.params["student"] if cached else abstract.source,
+    rows = jax.tree.leaves(abstract.batch)[0].sharding
+    is_cached = abstract.teacher is None
+    return _traced(
+        greedy,
+        abstract.student if is_cached else abstract.teacher,
+        abstract.state.params["student"] if is_cached else abstract.source,
         jax.ShapeDtypeStruct((batch, prompt), jnp.int32, sharding=rows),
         jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows),
         jax.ShapeDtypeStruct((batch,), jnp.bool_, sharding=rows),
+        settings=GenerateSettings(new_tokens, (0,), abstract.vocab_size, batch),
     )
-    options = {"max_new_tokens": new_tokens, "eos_ids": (0,), "vocab_size": abstract.vocab_size, "pad_id": 0}
-    return greedy, arguments, options
 
 
 def _host_bytes(recipe: Recipe, abstract: Abstract) -> float:
@@ -191,8 +193,7 @@ def _resident(abstract: Abstract, arguments: tuple) -> float:
     return sum(_bytes_on_device(leaf) for leaf in on_device if id(leaf) not in given)
 
 
-def _compile(name: str, function: Any, arguments: tuple, options: dict, resident: float, devices: int) -> Plan:
-    traced = function.trace(*arguments, **options)
+def _compile(name: str, traced: jax.stages.Traced, resident: float, devices: int) -> Plan:
     started = time.monotonic()
     compiled = traced.lower().compile()
     seconds = time.monotonic() - started
@@ -202,34 +203,21 @@ def _compile(name: str, function: Any, arguments: tuple, options: dict, resident
     for collective in hlo.collectives():
         by_kind[collective.kind] = by_kind.get(collective.kind, 0.0) + collective.bytes * collective.times
         wire += _wire_bytes(collective.kind, collective.bytes, devices) * collective.times
-    return Plan(
-        name,
-        seconds,
-        memory(compiled),
-        resident,
-        matmul_flops(traced.jaxpr.jaxpr) / devices,
-        hlo.bytes_moved(),
-        by_kind,
-        wire,
-    )
+    flops = matmul_flops(traced.jaxpr.jaxpr) / devices
+    return Plan(name, seconds, memory(compiled), resident, flops, hlo.bytes_moved(), by_kind, wire)
 
 
 def _wire_bytes(kind: str, result: float, devices: int) -> float:
     """Bytes that one device sends for a collective whose result has `result` bytes, by the usual ring algorithms."""
     others = devices - 1
-    match kind:
-        case "all-reduce":
-            return 2 * result * others / devices
-        case "reduce-scatter":
-            return result * others
-        case "collective-permute":
-            return result
-    return result * others / devices
+    shares = {"all-reduce": (2 * others, devices), "reduce-scatter": (others, 1), "collective-permute": (1, 1)}
+    sent, whole = shares.get(kind, (others, devices))
+    return result * sent / whole
 
 
-def print_plan(recipe: Recipe, target: Target, found: Plans) -> None:
+def print_plan(recipe: Recipe, target: Target, plans: Plans) -> None:
     """Prints the plan as tables, and the verdict."""
-    plans, ideal = found.programs, found.ideal_flops
+    programs, ideal = plans.programs, plans.ideal_flops
     chip, devices = target.chip, len(target.devices)
     rows = [
         (
@@ -239,57 +227,51 @@ def print_plan(recipe: Recipe, target: Target, found: Plans) -> None:
             "fits" if p.fits(target) else "DOES NOT FIT",
             f"{p.compile_seconds:.0f}",
         )
-        for name, p in plans.items()
+        for name, p in programs.items()
     ]
     columns = ["program", "arguments", "also resident", "temporaries", "peak", "capacity", "", "compiled in s"]
     print_table(f"Memory per device, GiB ({devices} x {target.devices[0].device_kind})", columns, rows)
-    update = plans["update"]
+    update = programs["update"]
     seconds = update.seconds(target)
-    binding = max(seconds, key=lambda name: seconds[name])
-    print_table(
-        "One update, per device",
-        ["resource", "amount", "seconds at the data sheet's rate"],
-        [
-            ("arithmetic", f"{update.flops / 1e12:.1f} TFLOP", f"{seconds['arithmetic']:.3f}"),
-            ("memory", f"{update.bytes_moved / 1e9:.1f} GB", f"{seconds['memory']:.3f}"),
-            ("links", f"{update.wire_bytes / 1e9:.1f} GB", f"{seconds['links']:.3f}"),
-        ],
+    limit = max(seconds, key=lambda name: seconds[name])
+    amounts = (
+        f"{update.flops / 1e12:.1f} TFLOP",
+        *(f"{x / 1e9:.1f} GB" for x in (update.bytes_moved, update.wire_bytes)),
     )
+    rows = [(name, amount, f"{seconds[name]:.3f}") for name, amount in zip(seconds, amounts, strict=True)]
+    print_table("One update, per device", ["resource", "amount", "seconds at the data sheet's rate"], rows)
     kinds = [(kind, f"{amount / 1e9:.2f}") for kind, amount in sorted(update.collective_bytes.items())]
     print_table("Collectives of one update, results per device", ["kind", "GB"], kinds or [("none", "0")])
     print(
         f"FLOPs of the update over those of an ideal one: {update.flops * devices / ideal:.3f}; without what remat "
-        f"recomputes: {found.flops_without_remat / ideal:.3f}"
+        f"recomputes: {plans.flops_without_remat / ideal:.3f}"
     )
-    step = seconds[binding] / ACHIEVABLE
+    step = seconds[limit] / ACHIEVABLE
     hours = step * recipe.total_updates / 3600
     tokens = recipe.batch_size * recipe.data.row_length
+    dollars = f", about ${hours * devices * chip.dollars:,.0f} at ${chip.dollars:.2f} a device-hour"
     print(
-        f"bound by {binding}: at best {seconds[binding]:.2f} s an update; at {100 * ACHIEVABLE:.0f}% of that rate "
+        f"bound by {limit}: at best {seconds[limit]:.2f} s an update; at {100 * ACHIEVABLE:.0f}% of that rate "
         f"{step:.2f} s, {tokens / step:,.0f} tokens/s, {hours:,.0f} h for {recipe.total_updates:,} updates"
-        + (
-            f", about ${hours * devices * chip.dollars:,.0f} at ${chip.dollars:.2f} a device-hour"
-            if chip.dollars
-            else ""
-        )
+        + (dollars if chip.dollars else "")
     )
-    if len(found.updates) > 1:
-        _print_sources(target, found.updates)
-    if found.host_bytes:
+    if len(plans.updates) > 1:
+        _print_sources(target, plans.updates)
+    if plans.host_bytes:
         print(
-            f"kept in host memory: {found.host_bytes / GIB:.1f} GiB per device. The compiler for GPUs that are not "
+            f"kept in host memory: {plans.host_bytes / GIB:.1f} GiB per device. The compiler for GPUs that are not "
             "here knows no host memory, so all of it is counted above; the true peak is lower by up to that much"
         )
-    print(verdict(recipe, target, plans))
+    print(verdict(recipe, target, programs))
 
 
 def _print_sources(target: Target, updates: dict[str, Plan]) -> None:
     """Prints what the update costs with the teacher online and cached, side by side."""
     online, cached = updates["online"], updates["cached"]
-    seconds = {name: max(update.seconds(target).values()) for name, update in updates.items()}
 
-    def line(name: str, unit: float, of: Callable[[Plan], float]) -> tuple[str, ...]:
-        return name, f"{of(online) / unit:.2f}", f"{of(cached) / unit:.2f}", f"{of(cached) / of(online):.2f}"
+    def line(name: str, unit: float, of: Callable[[Plan], float], digits: int = 2) -> tuple[str, ...]:
+        amounts = (f"{of(update) / unit:.{digits}f}" for update in (online, cached))
+        return name, *amounts, f"{of(cached) / of(online):.2f}"
 
     print_table(
         "One update, per device: teacher online, and read from a cache",
@@ -299,29 +281,24 @@ def _print_sources(target: Target, updates: dict[str, Plan]) -> None:
             line("arguments, GiB", GIB, lambda p: p.memory.arguments),
             line("arithmetic, TFLOP", 1e12, lambda p: p.flops),
             line("memory traffic, GB", 1e9, lambda p: p.bytes_moved),
-            (
-                "seconds at the data sheet's rate",
-                *(f"{seconds[name]:.3f}" for name in ("online", "cached")),
-                f"{seconds['cached'] / seconds['online']:.2f}",
-            ),
+            line("seconds at the data sheet's rate", 1, lambda p: max(p.seconds(target).values()), 3),
         ],
     )
 
 
-def verdict(recipe: Recipe, target: Target, plans: dict[str, Plan]) -> str:
+def verdict(recipe: Recipe, target: Target, programs: dict[str, Plan]) -> str:
     """Says whether all programs fit, and if not, the first setting to change."""
-    too_large = [name for name, p in plans.items() if not p.fits(target)]
+    too_large = [name for name, p in programs.items() if not p.fits(target)]
     if not too_large:
-        spare = min(target.chip.memory - p.peak for p in plans.values())
+        spare = min(target.chip.memory - p.peak for p in programs.values())
         return f"FITS on {target.name}, with {spare / GIB:.1f} GiB to spare on every device"
-    worst = plans[too_large[0]]
+    worst = programs[too_large[0]]
     over = (worst.peak - target.chip.memory) / GIB
-    return (
-        f"DOES NOT FIT on {target.name}: {worst.program} is {over:.1f} GiB over. Next: {_knob(recipe, target, worst)}"
-    )
+    change = _setting_to_change(recipe, target, worst)
+    return f"DOES NOT FIT on {target.name}: {worst.program} is {over:.1f} GiB over. Next: {change}"
 
 
-def _knob(recipe: Recipe, target: Target, worst: Plan) -> str:
+def _setting_to_change(recipe: Recipe, target: Target, worst: Plan) -> str:
     """The setting that frees the most memory at the least cost, as a flag with its new value."""
     room = target.chip.memory - worst.memory.arguments
     if room < 0.25 * target.chip.memory and recipe.teacher.param_dtype != "int8" and not recipe.teacher.cache:
@@ -339,20 +316,6 @@ def _knob(recipe: Recipe, target: Target, worst: Plan) -> str:
     return f"--config.data.row_length={recipe.data.row_length // 2}"
 
 
-def to_json(target: Target, found: Plans) -> dict[str, Any]:
-    """The plan as JSON: the numbers that `print_plan` shows."""
-    plans = found.programs
-    return {
-        "target": target.name,
-        "chip": dataclasses.asdict(target.chip),
-        "ideal_flops": found.ideal_flops,
-        "flops_without_remat": found.flops_without_remat,
-        "host_bytes": found.host_bytes,
-        "programs": {name: dataclasses.asdict(p) | {"seconds": p.seconds(target)} for name, p in plans.items()},
-        "updates": {name: dataclasses.asdict(p) | {"seconds": p.seconds(target)} for name, p in found.updates.items()},
-    }
-
-
 def show_plan(recipe: Recipe, settings: PlanSettings) -> None:
     """Plans a recipe, prints what was found, and writes it where `settings` say.
 
@@ -364,7 +327,16 @@ def show_plan(recipe: Recipe, settings: PlanSettings) -> None:
     if settings.dollars_per_device_hour is not None:
         chip = dataclasses.replace(target.chip, dollars=settings.dollars_per_device_hour)
         target = dataclasses.replace(target, chip=chip)
-    found = plan(recipe, target, functools.partial(print, flush=True))
-    print_plan(recipe, target, found)
+    plans = plan(recipe, target)
+    print_plan(recipe, target, plans)
     if settings.json:
-        write_json(Path(settings.json), to_json(target, found))
+        as_json = {
+            "target": target.name,
+            "chip": dataclasses.asdict(target.chip),
+            "ideal_flops": plans.ideal_flops,
+            "flops_without_remat": plans.flops_without_remat,
+            "host_bytes": plans.host_bytes,
+        }
+        for kind, group in (("programs", plans.programs), ("updates", plans.updates)):
+            as_json[kind] = {name: dataclasses.asdict(p) | {"seconds": p.seconds(target)} for name, p in group.items()}
+        write_json(Path(settings.json), as_json)

@@ -8,9 +8,11 @@ the jaxpr, where scans have lengths, and bytes and collectives in the optimised 
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jax.extend import core
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4}
@@ -20,6 +22,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 # halves of asynchronous pairs.
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"}
 _FREE |= {"partition-id", "replica-id", "iota", "opt-barrier", "async-done", "async-update", "copy-done"}
+_SLICES = ("dynamic-slice", "slice", "gather")  # they read only as much as they write
 
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)$")
@@ -68,21 +71,11 @@ def matmul_flops(jaxpr: core.Jaxpr) -> float:
             result: Any = equation.outvars[0].aval
             total += 2.0 * math.prod(result.shape) * math.prod(lhs.shape[axis] for axis in contracted)
         repeat = equation.params["length"] if equation.primitive.name == "scan" else 1
-        inner = [matmul_flops(sub) for sub in _subjaxprs(equation.params)]
+        values = [x.jaxpr if isinstance(x, core.ClosedJaxpr) else x for x in jax.tree.leaves(equation.params)]
+        inner = [matmul_flops(x) for x in values if isinstance(x, core.Jaxpr)]
         # One branch of a conditional runs; the most expensive one is counted.
         total += repeat * (max(inner, default=0.0) if equation.primitive.name == "cond" else sum(inner))
     return total
-
-
-def _subjaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
-    found = []
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
-                found.append(item.jaxpr)
-            elif isinstance(item, core.Jaxpr):
-                found.append(item)
-    return found
 
 
 @dataclass(frozen=True)
@@ -131,15 +124,20 @@ class Hlo:
                 for name in instruction.called("to_apply", "calls", "true_computation", "false_computation"):
                     self._count(name, times)
 
+    def _executed(self) -> Iterator[tuple[_Instruction, int]]:
+        """Every instruction that is not inside a fusion, with how often it runs."""
+        for computation, times in self._times.items():
+            for instruction in self._computations.get(computation, []):
+                yield instruction, times
+
     def collectives(self) -> list[Collective]:
         """Every collective instruction, with how often it runs."""
         found = []
-        for computation, times in self._times.items():
-            for instruction in self._computations.get(computation, []):
-                kind = instruction.opcode.removesuffix("-start")
-                if kind in COLLECTIVES:
-                    shape = _result(instruction)
-                    found.append(Collective(kind, shape, shape_bytes(shape), times))
+        for instruction, times in self._executed():
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                shape = _result(instruction)
+                found.append(Collective(kind, shape, shape_bytes(shape), times))
         return found
 
     def bytes_moved(self) -> float:
@@ -148,39 +146,38 @@ class Hlo:
         Where a fusion or slice reads only a part of an operand, that part is counted.
         """
         total = 0.0
-        for computation, times in self._times.items():
-            for instruction in self._computations.get(computation, []):
-                if instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
-                    total += times * self._moved(instruction)
+        for instruction, times in self._executed():
+            if instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
+                total += times * self._moved(instruction)
         return total
 
     def _moved(self, instruction: _Instruction) -> float:
         written = shape_bytes(instruction.shape)
-        if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+        if instruction.opcode in _SLICES:
             return 2 * written
         if instruction.opcode == "dynamic-update-slice":
-            return 2 * shape_bytes(self._shapes.get(instruction.operands[1], ""))
+            return 2 * self._size(instruction.operands[1])
         if instruction.opcode == "fusion":
             (body,) = instruction.called("calls")
-            return self._fusion(instruction, body)
-        return written + sum(shape_bytes(self._shapes.get(name, "")) for name in instruction.operands)
+            return self._moved_by_fusion(written, self._computations.get(body, []))
+        return written + sum(map(self._size, instruction.operands))
 
-    def _fusion(self, instruction: _Instruction, body: str) -> float:
-        inside = self._computations.get(body, [])
-        total = shape_bytes(instruction.shape)
-        updated = [i for i in inside if i.opcode == "dynamic-update-slice"]
-        if updated:  # the update is in place: the rest of the result is not written
-            total = sum(2 * shape_bytes(self._shapes.get(i.operands[1], "")) for i in updated)
+    def _moved_by_fusion(self, written: float, body: list[_Instruction]) -> float:
+        updated = [i for i in body if i.opcode == "dynamic-update-slice"]
+        # An update is in place: the rest of the result is not written.
+        total = sum(2 * self._size(i.operands[1]) for i in updated) if updated else written
         in_place = {i.operands[0] for i in updated}
-        for parameter in (i for i in inside if i.opcode == "parameter"):
-            readers = [i for i in inside if parameter.name in i.operands]
-            if parameter.name in in_place:
+        for parameter in body:
+            if parameter.opcode != "parameter" or parameter.name in in_place:
                 continue
-            if readers and all(i.opcode in ("dynamic-slice", "slice", "gather") for i in readers):
-                total += sum(shape_bytes(i.shape) for i in readers)
-            else:
-                total += shape_bytes(parameter.shape)
+            readers = [i for i in body if parameter.name in i.operands]
+            is_sliced = readers and all(i.opcode in _SLICES for i in readers)
+            total += sum(shape_bytes(i.shape) for i in (readers if is_sliced else [parameter]))
         return total
+
+    def _size(self, name: str) -> float:
+        """Bytes of an instruction's result; 0 where there is no such instruction."""
+        return shape_bytes(self._shapes.get(name, ""))
 
 
 def shape_bytes(shape: str) -> float:

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import jax
 from jax.experimental import topologies
 
-# XLA's GpuTargetConfig: what a driver would report about the card.
-_GPU_CONFIG = """
-gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-shared_memory_per_core: {shared_per_core} threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: {fpus}
-block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth}
-l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {memory}
-shared_memory_per_block_optin: {shared_optin} cuda_compute_capability {{ major: {major} }}
-registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{name}"
-"""
+# XLA's GpuTargetConfig: what a driver would report about the card. These fields are the same for all of them.
+_ALL_GPUS = """threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+threads_per_core_limit: 2048 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+registers_per_core_limit: 65536 registers_per_block_limit: 65536"""
+_A100_80GB = """core_count: 108 fpus_per_core: 64 shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912
+memory_bandwidth: 2039000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.41 device_memory_size: 85050916864
+cuda_compute_capability { major: 8 }"""
+_H100_80GB = """core_count: 132 fpus_per_core: 128 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
+cuda_compute_capability { major: 9 }"""
 
 
 @dataclass(frozen=True)
@@ -51,31 +51,6 @@ _V6E = Chip(memory=32 * 2**30, flops=918e12, bandwidth=1.64e12, link=448e9, doll
 # A laptop, for tests and for looking at programs. The numbers give the order of magnitude only.
 _CPU = Chip(memory=16 * 2**30, flops=1e11, bandwidth=2e10, link=1e10, dollars=0.0)
 
-_A100_CONFIG = {
-    "shared_per_core": 167936,
-    "cores": 108,
-    "fpus": 64,
-    "bandwidth": 2039000000000,
-    "l2": 41943040,
-    "clock": 1.41,
-    "memory": 85050916864,
-    "shared_optin": 166912,
-    "major": 8,
-    "name": "NVIDIA A100-SXM4-80GB",
-}
-_H100_CONFIG = {
-    "shared_per_core": 233472,
-    "cores": 132,
-    "fpus": 128,
-    "bandwidth": 3352320000000,
-    "l2": 52428800,
-    "clock": 1.98,
-    "memory": 84978434048,
-    "shared_optin": 232448,
-    "major": 9,
-    "name": "NVIDIA H100 80GB HBM3",
-}
-
 
 def find_target(text: str) -> Target:
     """The devices of a name `kind:size`: "a100-80gb:8", "h100-80gb:8", "tpu-v5p:2x2x2", "tpu-v6e:4x4", "cpu:8".
@@ -94,13 +69,12 @@ def find_target(text: str) -> Target:
     return Target(text, chip, make(size))
 
 
-def _gpus(config: dict[str, object]) -> Callable[[str], list[jax.Device]]:
-    def make(size: str) -> list[jax.Device]:
-        return _topology(
-            "cuda", "gpu", topology=f"1x1x{size}", target_config=_GPU_CONFIG.format(**config), extra="plan-gpu"
-        )
-
-    return make
+def _gpus(name: str, fields: str) -> Callable[[str], list[jax.Device]]:
+    config = (
+        f"gpu_device_info {{ {_ALL_GPUS} {fields} }} "
+        f'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{name}"'
+    )
+    return lambda size: _topology("cuda", "gpu", topology=f"1x1x{size}", target_config=config, extra="plan-gpu")
 
 
 def _tpus(prefix: str) -> Callable[[str], list[jax.Device]]:
@@ -127,8 +101,8 @@ def _cpus(size: str) -> list[jax.Device]:
 
 
 _KINDS: dict[str, tuple[Chip, str, Callable[[str], list[jax.Device]]]] = {
-    "a100-80gb": (A100, "8", _gpus(_A100_CONFIG)),
-    "h100-80gb": (H100, "8", _gpus(_H100_CONFIG)),
+    "a100-80gb": (A100, "8", _gpus("NVIDIA A100-SXM4-80GB", _A100_80GB)),
+    "h100-80gb": (H100, "8", _gpus("NVIDIA H100 80GB HBM3", _H100_80GB)),
     "tpu-v5p": (_V5P, "2x2x2", _tpus("v5p")),
     "tpu-v6e": (_V6E, "4x4", _tpus("v6e")),
     "cpu": (_CPU, "8", _cpus),

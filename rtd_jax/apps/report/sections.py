@@ -5,14 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from rtd_jax.apps.report import page
-from rtd_jax.base.files import replacing
+from rtd_jax.apps.report.drawing import Colours, Draw, series_style, write_figure, write_page
 
-TEMPLATE = "sections.html.jinja"
 LINES = ("-", "--", ":", "-.")
 
 
@@ -29,7 +26,7 @@ class Section:
 
 @dataclass
 class Picture:
-    """A picture of lines over x, one for each name; points are (x, y) or (x, y, low, high)."""
+    """Lines over x, one for each name. Points are (x, y) or (x, y, low, high)."""
 
     name: str  # of the PNG beside the page
     title: str
@@ -45,47 +42,31 @@ def markdown_of(section: Section) -> list[str]:
     for sentence in section.text:
         lines += [sentence, ""]
     if section.rows:
-        lines += [_row(section.head), _row(["---", *["--:"] * (len(section.head) - 1)])]
-        lines += [*map(_row, section.rows), ""]
+        for row in (section.head, ["---", *["--:"] * (len(section.head) - 1)], *section.rows):
+            cells = (str(cell).replace("|", "\\|") for cell in row)
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
     return lines
 
 
 def write_sections(
-    out: Path, title: str, intro: Sequence[str], sections: Sequence[Section], pictures: Sequence[Picture] = ()
+    out: Path, title: str, intro: Sequence[str], sections: Sequence[Section], pictures: Sequence[Picture]
 ) -> Path:
     """Writes report.html and a PNG for each picture into `out`. Returns the page's path."""
-    figures = []
-    for picture in pictures:
-        draw = _draw(picture)
-        page._png(draw, out / f"{picture.name}.png")
-        svg = page._svg(draw, picture.name)
-        figures.append({"name": picture.name, "title": picture.title, "caption": picture.caption, "svg": svg})
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    text = environment.get_template(TEMPLATE).render(
-        title=title, intro=intro, sections=sections, figures=figures, light=page.LIGHT
-    )
-    with replacing(out / "report.html") as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return out / "report.html"
+    figures = [write_figure(out, x.name, x.title, x.caption, _drawing(x)) for x in pictures]
+    return write_page(out, "sections.html.jinja", title=title, intro=intro, sections=sections, figures=figures)
 
 
-def _draw(picture: Picture) -> page.Draw:
-    def draw(axes: Axes, colours: page.Colours) -> None:
+def _drawing(picture: Picture) -> Draw:
+    def draw(axes: Axes, colours: Colours) -> None:
         for i, (name, points) in enumerate(picture.series.items()):
             x, y, *bounds = zip(*points, strict=True)
-            style: dict[str, Any] = {"color": colours[f"c{i % 4}"], "linestyle": LINES[i // 4 % 4], "label": name}
+            style = series_style(colours, i, name, LINES[i // 4 % 4])
             if bounds:
-                low, high = bounds
-                axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-            axes.plot(x, y, marker="osD^"[i % 4], markersize=4, **style)
+                axes.fill_between(x, bounds[0], bounds[1], color=style["color"], alpha=0.15, linewidth=0)
+            axes.plot(x, y, **style)
         axes.set(xlabel=picture.x, ylabel=picture.y)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize=8)
 
     return draw
-
-
-def _row(cells: Sequence[Any]) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"

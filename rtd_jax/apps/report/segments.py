@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -26,23 +25,18 @@ def plot_examples(path: Path, examples: Sequence[Mapping[str, Any]]) -> None:
     lines = sum(block[-1][1] + 2 for block in blocks)
     figure = Figure(figsize=(12, 0.24 * lines + 0.6))
     axes = figure.add_axes((0.01, 0.0, 0.98, 1.0))
-    axes.set_xlim(0, COLUMNS)
-    axes.set_ylim(lines + 1, -1.6)
+    axes.set(xlim=(0, COLUMNS), ylim=(lines + 1, -1.6))
     axes.axis("off")
+    legend = "one colour a step found;  red bar: not annotated there;  red triangle: annotated, but missed"
+    axes.text(0.2, -0.8, legend, fontsize=10, va="center")
     style: dict[str, Any] = {"family": "monospace", "fontsize": 9.6, "va": "center", "ha": "center"}
-    axes.text(
-        0.2,
-        -0.8,
-        "one colour a step found;  red bar: not annotated there;  red triangle: annotated, but missed",
-        fontsize=10,
-        va="center",
-    )
     top = 0
     for example, block in zip(examples, blocks, strict=True):
         found, right = set(example["found"]), set(example["annotated"])
         for index, (column, line) in enumerate(block):
             step = sum(end <= index for end in sorted(found)[:-1])
-            axes.add_patch(_box(column, top + line, COLOURS[step % len(COLOURS)]))
+            colour = COLOURS[step % len(COLOURS)]
+            axes.add_patch(Rectangle((column, top + line - 0.5), 1.0, 1.0, facecolor=colour, edgecolor="none"))
             axes.text(column + 0.5, top + line, example["text"][index], **style)
             if index + 1 in found - right:
                 axes.plot([column + 1.0] * 2, [top + line - 0.5, top + line + 0.5], color="#c00000", linewidth=2.2)
@@ -55,20 +49,20 @@ def plot_examples(path: Path, examples: Sequence[Mapping[str, Any]]) -> None:
 def plot_scores(path: Path, tests: Mapping[str, Mapping[str, Any]]) -> None:
     """Draws F1 of classifier and baselines on every set, with 95% intervals, and the classifier's calibration."""
     rows = [
-        (f"{name}: {segmenter}", scores, segmenter == "classifier")
+        (name, segmenter, scores)
         for name, result in tests.items()
         for segmenter, scores in {"classifier": result["scores"], **result["baselines"]}.items()
     ]
     figure = Figure(figsize=(13, 0.34 * len(rows) + 1.6))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for place, (_, scores, own) in enumerate(rows):
+    for place, (_, segmenter, scores) in enumerate(rows):
+        colour = "#1f5fa8" if segmenter == "classifier" else "#888888"
         for kind, marker in (("all", "o"), ("inner", "|")):
             f1 = scores[kind]["exact"]["f1"]
             error = [[f1["value"] - f1["low"]], [f1["high"] - f1["value"]]]
-            colour = "#1f5fa8" if own else "#888888"
             error = np.maximum(error, 0.0).tolist()  # rounding may put an end of the interval beyond the value
             left.errorbar(f1["value"], place, xerr=error, fmt=marker, color=colour, capsize=2)
-    left.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    left.set_yticks(range(len(rows)), [f"{name}: {segmenter}" for name, segmenter, _ in rows])
     left.invert_yaxis()
     left.set_xlabel("exact F1, 95% interval (o: all steps, |: without each chain's last)")
     left.grid(axis="x", alpha=0.3)
@@ -76,8 +70,7 @@ def plot_scores(path: Path, tests: Mapping[str, Mapping[str, Any]]) -> None:
     for name, result in tests.items():
         bins = result["calibration"]["bins"]
         right.plot([x["probability"] for x in bins], [x["share"] for x in bins], marker="o", label=name)
-    right.set_xlabel("probability that a step ends here")
-    right.set_ylabel("share of tokens where one does")
+    right.set(xlabel="probability that a step ends here", ylabel="share of tokens where one does")
     right.legend()
     figure.tight_layout()
     _save(figure, path)
@@ -98,11 +91,6 @@ def _laid_out(example: Mapping[str, Any]) -> list[tuple[int, int]]:
     return places
 
 
-def _box(column: float, line: float, colour: str) -> Rectangle:
-    return Rectangle((column, line - 0.5), 1.0, 1.0, facecolor=colour, edgecolor="none")
-
-
 def _save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -8,7 +8,7 @@ compared as numbers: they agree when the article's lies in the interval.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,12 +18,14 @@ from rtd_jax.apps.report import article
 from rtd_jax.apps.study.recipe import Method, Role
 from rtd_jax.apps.study.statistics import (
     MOST_SEEDS,
+    Chosen,
     Difference,
     Outcome,
+    auroc_within,
+    cka_curve,
     difference,
     mean_difference,
     share_interval,
-    verdict,
 )
 from rtd_jax.base.types import Array
 from rtd_jax.eval.estimates import CONFIDENCE, Estimate, over_seeds
@@ -34,9 +36,6 @@ NOT_SAID = "not in the article"
 COMPONENTS = {"alignment": "the boundary alignment", "coherence": "the coherence loss", "curriculum": "the curriculum"}
 # Every combination of the three, those with few components first.
 COMBINATIONS = sorted(itertools.product((False, True), repeat=3), key=lambda has: (sum(has), [not x for x in has]))
-
-Components = tuple[bool, ...]
-Chosen = Callable[[Array], Array]  # depths -> which of the problems are taken
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class TaskRuns:
         """Whether both the whole method and the baseline have finished runs."""
         return self.whole is not None and self.baseline in self.outcomes
 
-    def of(self, method: str | None) -> Sequence[Outcome]:
+    def finished(self, method: str | None) -> Sequence[Outcome]:
         """A method's finished runs."""
         return self.outcomes.get(method or "", ())
 
@@ -76,10 +75,10 @@ class TaskRuns:
         """Finished methods of these roles."""
         return [name for name in self.outcomes if name in self.methods and self.methods[name].role in roles]
 
-    def combination(self, components: Components) -> str | None:
+    def combination(self, components: tuple[bool, ...]) -> str | None:
         """The finished method that has exactly these components at the study's weights."""
-        found = self.with_role("baseline", "whole", "ablation", "part")
-        return next((name for name in found if self.methods[name].components == components), None)
+        names = self.with_role("baseline", "whole", "ablation", "part")
+        return next((name for name in names if self.methods[name].components == components), None)
 
     def without(self, component: str) -> str | None:
         """The finished ablation that lacks this component."""
@@ -88,8 +87,12 @@ class TaskRuns:
 
     def difference(self, method: str | None, other: str | None, chosen: Chosen | None = None) -> Difference | None:
         """Chain accuracy of a method less another's, on the deep problems by default; None without common seeds."""
-        runs, others = self.of(method), self.of(other)
+        runs, others = self.finished(method), self.finished(other)
         return difference(runs, others, chosen or self.is_deep) if runs and others else None
+
+    def gain(self, chosen: Chosen | None = None) -> Difference | None:
+        """The difference between the whole method and the baseline."""
+        return self.difference(self.whole, self.baseline, chosen)
 
     def is_deep(self, depths: Array) -> Array:
         return depths >= self.deep
@@ -97,13 +100,27 @@ class TaskRuns:
     def with_teacher(self) -> "TaskRuns":
         """The runs and, as one more method, the teacher on the same problems: the same under every seed."""
         everyone = [outcome for runs in self.outcomes.values() for outcome in runs]
-        found = next(((o, o.teacher_correct) for o in everyone if o.teacher_correct is not None), None)
-        if found is None:
-            return self
-        outcome, correct = found
         seeds = sorted({outcome.seed for outcome in everyone})
-        taught = [dataclasses.replace(outcome, method=TEACHER, seed=seed, correct=correct) for seed in seeds]
-        return dataclasses.replace(self, outcomes={**self.outcomes, TEACHER: taught})
+        for outcome in everyone:
+            if (correct := outcome.teacher_correct) is not None:
+                teacher = dataclasses.replace(outcome, method=TEACHER, correct=correct)
+                taught = [dataclasses.replace(teacher, seed=seed) for seed in seeds]
+                return dataclasses.replace(self, outcomes={**self.outcomes, TEACHER: taught})
+        return self
+
+
+def verdict(found: Estimate | None) -> str:
+    """Whether a quantity is positive: "agrees", "disagrees" or "undecided".
+
+    It is undecided where the interval holds 0, and with one seed.
+    """
+    if found is None or found.n < 2 or not math.isfinite(found.low):
+        return "undecided"
+    return _verdict(found.low > 0, found.high < 0)
+
+
+def _verdict(agrees: bool, disagrees: bool) -> str:
+    return "agrees" if agrees else "disagrees" if disagrees else "undecided"
 
 
 def buckets(depths: Sequence[int], deep: int) -> dict[str, Chosen]:
@@ -120,11 +137,12 @@ def gains_by_depth(runs: TaskRuns) -> list[Claim]:
     if not runs.has_gain:
         return []
     claims = []
-    for name, chosen in buckets(runs.of(runs.whole)[0].depths.tolist(), runs.deep).items():
-        found = runs.difference(runs.whole, runs.baseline, chosen)
-        published = article.GAINS.get(name)
-        says = NOT_SAID if published is None else verdict(1, found)
-        claims.append(Claim(name, with_p(found), "-" if published is None else f"{published:+.1f}", says))
+    for name, chosen in buckets(runs.finished(runs.whole)[0].depths.tolist(), runs.deep).items():
+        gain, published = runs.gain(chosen), article.GAINS.get(name)
+        if published is None:
+            claims.append(Claim(name, points_with_p(gain), "-", NOT_SAID))
+        else:
+            claims.append(Claim(name, points_with_p(gain), f"{published:+.1f}", verdict(gain)))
     return claims
 
 
@@ -135,36 +153,38 @@ def shares(runs: TaskRuns) -> list[Claim]:
         ablation = runs.without(component)
         if ablation is None or not runs.has_gain:
             continue
-        gain, lost = (runs.difference(runs.whole, other) for other in (runs.baseline, ablation))
-        interval = share_interval(runs.of(runs.whole), runs.of(ablation), runs.of(runs.baseline), runs.is_deep)
-        found, says = "no gain that is surely there to lose", "undecided"
+        gain, lost = runs.gain(), runs.difference(runs.whole, ablation)
+        full, ablated, baseline = (runs.finished(name) for name in (runs.whole, ablation, runs.baseline))
+        interval = share_interval(full, ablated, baseline, runs.is_deep)
+        found, agreement = "no gain that is surely there to lose", "undecided"
         if gain is not None and lost is not None and gain.value > 0:
-            found = f"{100 * lost.value / gain.value:.0f}%" + ("" if interval is None else _percents(interval))
-        if interval is not None:
-            says = "agrees" if 100 * interval[0] <= stated <= 100 * interval[1] else "disagrees"
+            found = f"{100 * lost.value / gain.value:.0f}%"
+            if interval is not None:
+                low, high = (100 * end for end in interval)
+                found += f" [{low:.0f}, {high:.0f}]"
+                agreement = "agrees" if low <= stated <= high else "disagrees"
         from_points = 100 * (1 - article.GAIN_WITHOUT[component] / article.DEEP_GAIN)
-        claims.append(Claim(ablation, found, f"{stated}% (from its points {from_points:.0f}%)", says))
+        claims.append(Claim(ablation, found, f"{stated}% (from its points {from_points:.0f}%)", agreement))
     return claims
 
 
-def claims_of(runs: TaskRuns) -> list[Claim]:
-    """The article's claims that these runs can speak to."""
+def article_claims(runs: TaskRuns) -> list[Claim]:
+    """The article's claims on which these runs have something to say."""
     known = runs.with_teacher()
     claims = [
-        Claim(text, _shown(known, method, other), published, verdict(1, known.difference(method, other)))
-        for method, other, text, published in _expected(known)
-        if known.of(method) and known.of(other)
+        Claim(text, _difference_text(known, method, other), published, verdict(known.difference(method, other)))
+        for method, other, text, published in _expected_differences(known)
+        if known.finished(method) and known.finished(other)
     ]
-    whole = known.whole
-    if whole and TEACHER in known.outcomes and 2 in known.of(whole)[0].depths:
-        found = known.difference(whole, TEACHER, lambda depths: depths == 2)
-        shown = f"`{whole}` - `{TEACHER}` = {with_p(found)}"
+    if known.whole and TEACHER in known.outcomes and 2 in known.finished(known.whole)[0].depths:
+        found = known.difference(known.whole, TEACHER, lambda depths: depths == 2)
+        shown = f"`{known.whole}` - `{TEACHER}` = {points_with_p(found)}"
         text = "the student is better than the teacher at two steps"
-        claims.append(Claim(text, shown, f"{article.OVER_TEACHER:+.1f}", verdict(1, found)))
-    return claims + _grows_with_depth(runs) + _hidden(runs) + _drifts(runs)
+        claims.append(Claim(text, shown, f"{article.OVER_TEACHER:+.1f}", verdict(found)))
+    return claims + _claims_on_growth(runs) + _claims_on_errors_and_cost(runs) + _claims_on_drift(runs)
 
 
-def _expected(runs: TaskRuns) -> list[tuple[str | None, str | None, str, str]]:
+def _expected_differences(runs: TaskRuns) -> list[tuple[str | None, str | None, str, str]]:
     """(method, other, what the article says of their difference, its number); all differences should be positive."""
     left = article.GAIN_WITHOUT
     expected: list[tuple[str | None, str | None, str, str]] = []
@@ -179,8 +199,7 @@ def _expected(runs: TaskRuns) -> list[tuple[str | None, str | None, str, str]]:
     pair = runs.without("alignment"), runs.without("coherence")
     expected.append((*pair, "coherence matters more than alignment", published))
     text = "self-distillation with coherence improves the teacher itself"
-    expected += [(name, TEACHER, text, "may") for name in runs.with_role("self-distillation")]
-    return expected
+    return expected + [(name, TEACHER, text, "may") for name in runs.with_role("self-distillation")]
 
 
 def questions(runs: TaskRuns) -> list[Claim]:
@@ -195,24 +214,24 @@ def questions(runs: TaskRuns) -> list[Claim]:
         if question and other in runs.outcomes
     ]
     asked.sort(key=lambda row: (row[1] != runs.baseline, max(runs.methods[name].place for name in row[:2])))
-    return [Claim(question, _shown(runs, method, other), "-", NOT_SAID) for method, other, question in asked]
+    return [Claim(question, _difference_text(runs, method, other), "-", NOT_SAID) for method, other, question in asked]
 
 
-def added_by(runs: TaskRuns) -> list[tuple[str, str, Difference | None]]:
+def component_gains(runs: TaskRuns) -> list[tuple[str, str, Difference | None]]:
     """(component, added to what, difference in deep chain accuracy) over all combinations of the three components.
 
     Where those with the curriculum were not run, over those of the other two. First of each component is the mean of
     its differences, its main effect. [] where a combination was not run.
     """
-    found = {has: name for has in COMBINATIONS if (name := runs.combination(has)) is not None}
-    complete = len(found) == len(COMBINATIONS)
-    names = {has: name for has, name in found.items() if complete or not has[2]}
+    finished = {has: name for has in COMBINATIONS if (name := runs.combination(has)) is not None}
+    complete = len(finished) == len(COMBINATIONS)
+    names = {has: name for has, name in finished.items() if complete or not has[2]}
     if len(names) < (8 if complete else 4):
         return []
     rows: list[tuple[str, str, Difference | None]] = []
     for i, component in enumerate(COMPONENTS if complete else list(COMPONENTS)[:2]):
         pairs = [(name, names[(*has[:i], True, *has[i + 1 :])]) for has, name in names.items() if not has[i]]
-        mean = mean_difference([(runs.of(b), runs.of(a)) for a, b in pairs], runs.is_deep)
+        mean = mean_difference([(runs.finished(b), runs.finished(a)) for a, b in pairs], runs.is_deep)
         rows.append((component, f"mean of the {len(pairs)}", mean))
         rows += [(component, f"`{a}` (gives `{b}`)", runs.difference(b, a)) for a, b in pairs]
     return rows
@@ -235,7 +254,7 @@ def changed_coherence(runs: TaskRuns) -> list[tuple[str, Difference | None, Diff
     if not changed:
         return []
     baseline, alone, aligned, both = (
-        runs.combination((alignment, coherence, False)) for alignment in (False, True) for coherence in (False, True)
+        runs.combination(has) for has in itertools.product(*[(False, True)] * 2, (False,))
     )
     unchanged = ("nothing", runs.difference(alone, baseline), runs.difference(both, aligned))
     return [unchanged, *((what, by_itself, beside) for what, (by_itself, beside) in changed.items())]
@@ -245,9 +264,7 @@ def smaller_gain(tasks: Mapping[str, TaskRuns], smaller_than: Mapping[str, str])
     """Is the gain smaller for a task's student than for the larger student of the task it is paired with?"""
     claims = []
     for task, larger in smaller_than.items():
-        if not all(name in tasks and tasks[name].has_gain for name in (task, larger)):
-            continue
-        whole, part = (tasks[name].difference(tasks[name].whole, tasks[name].baseline) for name in (larger, task))
+        whole, part = (tasks[name].gain() if name in tasks else None for name in (larger, task))
         if whole is None or part is None:
             continue
         margin = math.hypot(*((x.high - x.low) / 2 for x in (whole, part)))  # the two tasks' runs are independent
@@ -255,60 +272,55 @@ def smaller_gain(tasks: Mapping[str, TaskRuns], smaller_than: Mapping[str, str])
         gap = Estimate(mean, mean - margin, mean + margin, part.n)
         found = f"{points(whole)} for `{larger}`, {points(part)} for `{task}`: {points(gap)} less"
         published = f"{article.DEEP_GAIN:+.1f} and {article.SMALL_STUDENT_GAIN:+.1f}"
-        claims.append(Claim("the gain is smaller for a smaller student", found, published, verdict(1, gap)))
+        claims.append(Claim("the gain is smaller for a smaller student", found, published, verdict(gap)))
     return claims
 
 
-def _grows_with_depth(runs: TaskRuns) -> list[Claim]:
-    deep = runs.difference(runs.whole, runs.baseline)
-    shallow = runs.difference(runs.whole, runs.baseline, lambda depths: depths < runs.deep)
+def _claims_on_growth(runs: TaskRuns) -> list[Claim]:
+    deep, shallow = runs.gain(), runs.gain(lambda depths: depths < runs.deep)
     if deep is None or shallow is None:
         return []
-    outcome = "undecided"
-    if shallow.high < deep.low:
-        outcome = "agrees"
-    elif deep.high < shallow.low:
-        outcome = "disagrees"
     found = f"{points(shallow)} below {runs.deep} steps, {points(deep)} from there on"
     published = f"{article.GAINS['2']:+.1f} at 2 steps to {article.GAINS['5+']:+.1f} at 5+"
-    return [Claim("the gain over KD grows with depth", found, published, outcome)]
+    agreement = _verdict(shallow.high < deep.low, deep.high < shallow.low)
+    return [Claim("the gain over KD grows with depth", found, published, agreement)]
 
 
-def _hidden(runs: TaskRuns) -> list[Claim]:
+def _claims_on_errors_and_cost(runs: TaskRuns) -> list[Claim]:
     """What perplexity and step accuracy do not show, and what the whole method costs."""
     claims: list[Claim] = []
-    baseline = runs.of(runs.baseline)
+    baseline = runs.finished(runs.baseline)
     gaps = []
     for outcome in baseline:
         table = outcome.step_accuracy_by_depth
-        keys = [key for key in table if key != "all" and int(key.rstrip("+")) >= runs.deep]
+        steps = [table[key] for key in table if key != "all" and int(key.rstrip("+")) >= runs.deep]
         chains = outcome.correct[runs.is_deep(outcome.depths)]
-        if keys and len(chains):
-            gaps.append(float(np.mean([table[key] for key in keys])) - float(chains.mean()))
+        if steps and len(chains):
+            gaps.append(float(np.mean(steps)) - float(chains.mean()))
     if gaps:
         gap = over_seeds(gaps)
-        steps, whole_chains = article.DEEP_STEP_ACCURACY, article.DEEP_CHAIN_ACCURACY
         text = f"`{runs.baseline}`: single steps are right far more often than whole deep chains"
-        claims.append(Claim(text, points(gap), f"{steps} - {whole_chains} = {article.GAP:.1f}", verdict(1, gap)))
+        published = f"{article.DEEP_STEP_ACCURACY} - {article.DEEP_CHAIN_ACCURACY} = {article.GAP:.1f}"
+        claims.append(Claim(text, points(gap), published, verdict(gap)))
     ratios = [o.perplexity / o.teacher_perplexity - 1 for o in baseline if o.teacher_perplexity]
     if ratios:
-        ratio, most = over_seeds(ratios), article.PERPLEXITY_ABOVE_TEACHER / 100
-        says = "agrees" if ratio.high <= most else "disagrees" if ratio.low > most else "undecided"
-        text = f"`{runs.baseline}`'s perplexity is within {article.PERPLEXITY_ABOVE_TEACHER}% of the teacher's"
-        published = f"within {article.PERPLEXITY_ABOVE_TEACHER}%"
-        claims.append(Claim(text, _share(ratio), published, says if len(ratios) > 1 else "undecided"))
-    pairs = [(a, b) for a in runs.of(runs.whole) for b in baseline if a.seed == b.seed and b.seconds]
+        ratio, most = over_seeds(ratios), article.PERPLEXITY_ABOVE_TEACHER
+        text = f"`{runs.baseline}`'s perplexity is within {most}% of the teacher's"
+        agreement = _verdict(ratio.high <= most / 100, ratio.low > most / 100)
+        claims.append(Claim(text, with_interval(ratio, "+.1f", unit="%"), f"within {most}%", agreement))
+    pairs = [(a, b) for a in runs.finished(runs.whole) for b in baseline if a.seed == b.seed and b.seconds]
     if pairs:
         cost = over_seeds([a.seconds / b.seconds - 1 for a, b in pairs])
-        says = "agrees" if cost.low <= article.OVERHEAD / 100 <= cost.high else "disagrees"
+        is_inside = cost.low <= article.OVERHEAD / 100 <= cost.high
+        agreement = _verdict(cost.n > 1 and is_inside, not is_inside)
         text, published = "RTD adds to the training time of KD", f"+{article.OVERHEAD}%"
-        claims.append(Claim(text, _share(cost), published, says if len(pairs) > 1 else "undecided"))
+        claims.append(Claim(text, with_interval(cost, "+.1f", unit="%"), published, agreement))
     return claims
 
 
-def _drifts(runs: TaskRuns) -> list[Claim]:
+def _claims_on_drift(runs: TaskRuns) -> list[Claim]:
     claims: list[Claim] = []
-    curves = [curve for outcome in runs.of(runs.baseline) if len(curve := cka_curve(outcome)) > 1]
+    curves = [curve for outcome in runs.finished(runs.baseline) if len(curve := cka_curve(outcome)) > 1]
     if curves:
         fall = over_seeds([curve[min(curve)] - curve[max(curve)] for curve in curves])
         first, last = article.CKA[1], article.CKA[4]
@@ -316,70 +328,52 @@ def _drifts(runs: TaskRuns) -> list[Claim]:
             f"`{runs.baseline}`: likeness to the teacher (debiased CKA, same chains) falls from the first step to the "
             "last"
         )
-        claims.append(Claim(text, _plain(fall), f"{first:.2f} - {last:.2f} = {first - last:.2f}", verdict(1, fall)))
-    areas = [area for outcome in runs.of(runs.whole) if (area := auroc_within(outcome)) is not None]
+        published = f"{first:.2f} - {last:.2f} = {first - last:.2f}"
+        claims.append(Claim(text, with_interval(fall, ".3f", scale=1), published, verdict(fall)))
+    areas = [area for outcome in runs.finished(runs.whole) if (area := auroc_within(outcome)) is not None]
     if areas:
         above = over_seeds([area - 0.5 for area in areas])
-        found = f"{_plain(above)} above 0.5, among steps of the same place and depth"
+        found = f"{with_interval(above, '.3f', scale=1)} above 0.5, among steps of the same place and depth"
         text = f"the cosine of a transition tells whether the next step is right (`{runs.whole}`)"
-        claims.append(Claim(text, found, f"AUROC {article.AUROC}", verdict(1, above)))
+        claims.append(Claim(text, found, f"AUROC {article.AUROC}", verdict(above)))
     return claims
 
 
-def cka_curve(outcome: Outcome) -> dict[int, float]:
-    """Debiased CKA by step over the same chains, from step 1 on; {} where it was not measured."""
-    steps = (outcome.drift or {}).get("steps", [])
-    found = {s["step"]: (s["cka_same_chains"] or {}).get("value") for s in steps if s["step"] >= 1}
-    return {step: value for step, value in found.items() if value is not None}
+def with_interval(found: Estimate, form: str, ends: str = "", *, scale: int = 100, unit: str = "") -> str:
+    """A value with its interval: "12.3% [10.1, 14.5]", and a question mark for an end that is not known.
+
+    Args:
+      form: format of the value.
+      ends: format of the ends, by default that of the value.
+    """
+    low, high = (f"{scale * end:{ends or form}}" if math.isfinite(end) else "?" for end in (found.low, found.high))
+    return f"{scale * found.value:{form}}{unit} [{low}, {high}]"
 
 
-def auroc_within(outcome: Outcome) -> float | None:
-    """AUROC of the transition cosine for the next step, among steps of the same place in chains of the same depth."""
-    return outcome.drift["relation"]["next_step"]["auroc_within"]["value"] if outcome.drift else None
-
-
-def points(value: Estimate | None) -> str:
+def points(found: Estimate | None) -> str:
     """A difference of accuracies in points with its interval."""
-    return "no common seed" if value is None else f"{100 * value.value:+.1f}{_interval(value, 100, '+.1f')}"
+    return "no common seed" if found is None else with_interval(found, "+.1f")
 
 
-def with_p(value: Difference | None) -> str:
+def points_with_p(found: Difference | None) -> str:
     """`points`, and the p-value where there is one."""
-    shown = p_value(value)
-    return points(value) if shown == "-" else f"{points(value)}, p {shown if shown[0] == '<' else f'= {shown}'}"
+    shown = p_value(found)
+    return points(found) if shown == "-" else f"{points(found)}, p {shown if shown[0] == '<' else f'= {shown}'}"
 
 
-def p_value(value: Difference | None) -> str:
+def p_value(found: Difference | None) -> str:
     """The p-value as text, "-" where there is none."""
-    if value is None or value.p_value is None:
+    if found is None or found.p_value is None:
         return "-"
-    return f"{value.p_value:.3f}" if value.p_value >= 0.001 else "< 0.001"
+    return f"{found.p_value:.3f}" if found.p_value >= 0.001 else "< 0.001"
 
 
-def p_and_seeds(value: Difference | None) -> tuple[str, str]:
+def p_and_seeds(found: Difference | None) -> tuple[str, str]:
     """The p-value, and where that is not below 0.05 how many seeds would tell a difference of the size seen."""
-    if value is None or value.p_value is None or value.seeds_needed is None or value.p_value < 1 - CONFIDENCE:
-        return p_value(value), ""
-    return p_value(value), f"{value.seeds_needed:,}" if value.seeds_needed < MOST_SEEDS else f"{MOST_SEEDS:,} or more"
+    if found is None or found.p_value is None or found.seeds_needed is None or found.p_value < 1 - CONFIDENCE:
+        return p_value(found), ""
+    return p_value(found), f"{found.seeds_needed:,}" if found.seeds_needed < MOST_SEEDS else f"{MOST_SEEDS:,} or more"
 
 
-def _shown(runs: TaskRuns, method: str | None, other: str | None) -> str:
-    return f"`{method}` - `{other}` = {with_p(runs.difference(method, other))}"
-
-
-def _share(value: Estimate) -> str:
-    return f"{100 * value.value:+.1f}%{_interval(value, 100, '+.1f')}"
-
-
-def _plain(value: Estimate) -> str:
-    return f"{value.value:.3f}{_interval(value, 1, '.3f')}"
-
-
-def _interval(value: Estimate, factor: int, form: str) -> str:
-    """ " [low, high]", with a question mark for an end that is not known."""
-    low, high = (f"{factor * x:{form}}" if math.isfinite(x) else "?" for x in (value.low, value.high))
-    return f" [{low}, {high}]"
-
-
-def _percents(interval: tuple[float, float]) -> str:
-    return f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
+def _difference_text(runs: TaskRuns, method: str | None, other: str | None) -> str:
+    return f"`{method}` - `{other}` = {points_with_p(runs.difference(method, other))}"

@@ -1,6 +1,8 @@
 """What a study is: its methods, tasks, seeds and preparations, as settings; the runs that follow from them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Literal
 
@@ -82,28 +84,20 @@ class StudyRecipe:
         whole = [name for name in self.methods if self.method(name).role == "whole"]
         if len(whole) > 1:
             raise ValueError(f"methods {' and '.join(whole)} have the role 'whole'; a study is about one of them")
-        chosen = {"only": self.only} | {f"task_methods.{task}": names for task, names in self.task_methods.items()}
-        for key, names in chosen.items():
-            unknown = [name for name in names if name not in self.methods]
-            if unknown:
-                raise ValueError(f"{key} names {unknown[0]!r}; the methods are {', '.join(self.methods)}")
-        named = {
-            "task_methods": (*self.task_methods,),
-            "about": (*self.about,),
-            "smaller_than": (*self.smaller_than, *self.smaller_than.values()),
-        }
-        for key, tasks in named.items():
-            unknown = [task for task in tasks if task not in self.tasks]
-            if unknown:
-                raise ValueError(f"{key} names the task {unknown[0]!r}; the tasks are {', '.join(self.tasks)}")
+        _check_names("only", self.only, "method", self.methods)
+        for task, names in self.task_methods.items():
+            _check_names(f"task_methods.{task}", names, "method", self.methods)
+        _check_names("task_methods", self.task_methods, "task", self.tasks)
+        _check_names("about", self.about, "task", self.tasks)
+        _check_names("smaller_than", (*self.smaller_than, *self.smaller_than.values()), "task", self.tasks)
         for name, command in self.prepare.items():
             if not command:
                 raise ValueError(f"prepare.{name} is empty; give a command of `python -m rtd_jax` and its flags")
 
     def method(self, name: str) -> Method:
         """The method of that name."""
-        found = self.methods[name]
-        return found if isinstance(found, Method) else Method(found)
+        method = self.methods[name]
+        return method if isinstance(method, Method) else Method(method)
 
     def jobs(self, workdir: Path) -> list[Job]:
         """All runs, seed by seed, so that an unfinished study compares all methods on the seeds that it has."""
@@ -112,11 +106,11 @@ class StudyRecipe:
                 task,
                 method,
                 seed,
-                self._filled((*self.tasks[task], *self.method(method).overrides, f"seed={seed}"), workdir),
+                self._filled((*self._overrides(task, method), f"seed={seed}"), workdir),
                 workdir.absolute() / "runs" / task / method / f"seed_{seed}",
             )
             for seed in self.seeds
-            for task, method in self._pairs()
+            for task, method in self._tasks_and_methods()
         ]
 
     def preparations(self, workdir: Path) -> list[Preparation]:
@@ -125,26 +119,20 @@ class StudyRecipe:
         Raises:
           ValueError: preparations ask for one another in a circle.
         """
-        asked = {
-            name: {other for other in self.prepare if other != name and any(f"{{{other}}}" in x for x in command)}
-            for name, command in self.prepare.items()
-        }
-        texts = [text for task, name in self._pairs() for text in (*self.tasks[task], *self.method(name).overrides)]
-        needed = {name for name in self.prepare if any(f"{{{name}}}" in text for text in texts)}
-        while more := set().union(*(asked[name] for name in needed)) - needed:
+        dependencies = {name: self._preparations_in(command) - {name} for name, command in self.prepare.items()}
+        needed = self._preparations_in(text for pair in self._tasks_and_methods() for text in self._overrides(*pair))
+        while more := set().union(*(dependencies[name] for name in needed)) - needed:
             needed |= more
-        ordered: list[str] = []
-        while len(ordered) < len(needed):
-            ready = [name for name in self.prepare if name in needed - set(ordered) and asked[name] <= set(ordered)]
-            if not ready:
-                raise ValueError(f"the preparations {', '.join(sorted(needed - set(ordered)))} ask for one another")
-            ordered += ready
+        try:
+            ordered = list(TopologicalSorter({x: dependencies[x] for x in dependencies if x in needed}).static_order())
+        except CycleError as error:
+            raise ValueError(f"the preparations {', '.join(sorted(set(error.args[1])))} ask for one another") from error
         return [
             Preparation(name, self._filled(self.prepare[name], workdir), prepared_folder(workdir) / name)
             for name in ordered
         ]
 
-    def _pairs(self) -> list[tuple[str, str]]:
+    def _tasks_and_methods(self) -> list[tuple[str, str]]:
         """(task, method) of the runs; tasks that have every method come first: the others are compared with them."""
         tasks = sorted(self.tasks, key=lambda task: task in self.task_methods)
         return [
@@ -153,6 +141,14 @@ class StudyRecipe:
             for method in self.task_methods.get(task, tuple(self.methods))
             if not self.only or method in self.only
         ]
+
+    def _overrides(self, task: str, method: str) -> Overrides:
+        return (*self.tasks[task], *self.method(method).overrides)
+
+    def _preparations_in(self, texts: Iterable[str]) -> set[str]:
+        """The preparations whose `{name}` is in one of the texts."""
+        joined = "\n".join(texts)
+        return {name for name in self.prepare if f"{{{name}}}" in joined}
 
     def _filled(self, texts: Overrides, workdir: Path) -> Overrides:
         """The texts with folders of preparations in place of their names."""
@@ -164,3 +160,10 @@ class StudyRecipe:
 def prepared_folder(workdir: Path) -> Path:
     """The folder of a study's preparations."""
     return workdir.absolute() / "prepared"
+
+
+def _check_names(key: str, names: Iterable[str], kind: str, known: Iterable[str]) -> None:
+    """Raises ValueError where one of the names that `key` has is not known."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{key} names the {kind} {name!r}; the {kind}s are {', '.join(known)}")

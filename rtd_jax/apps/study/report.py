@@ -1,7 +1,7 @@
 """The report of a study: sections of tables, pictures, and the same numbers as JSON. Every line is computed."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,36 +9,10 @@ import numpy as np
 
 from rtd_jax.apps.report import article
 from rtd_jax.apps.report.sections import Picture, Section, markdown_of
-from rtd_jax.apps.study.claims import (
-    TEACHER,
-    Claim,
-    TaskRuns,
-    added_by,
-    auroc_within,
-    buckets,
-    changed_coherence,
-    cka_curve,
-    claims_of,
-    gains_by_depth,
-    p_and_seeds,
-    p_value,
-    points,
-    questions,
-    shares,
-    smaller_gain,
-)
+from rtd_jax.apps.study import claims, statistics
+from rtd_jax.apps.study.claims import TEACHER, Claim, TaskRuns, p_and_seeds, points
 from rtd_jax.apps.study.recipe import StudyRecipe
-from rtd_jax.apps.study.statistics import (
-    SETTLED,
-    Difference,
-    Outcome,
-    accuracy,
-    accuracy_at,
-    json_row,
-    settled_at,
-    share_of_gain_lost,
-    solved_after_stage,
-)
+from rtd_jax.apps.study.statistics import Difference, Outcome, json_row
 from rtd_jax.eval.estimates import Estimate
 
 TITLE = "Study: what keeps multi-step reasoning alive in a small student"
@@ -87,11 +61,10 @@ def study_report(recipe: StudyRecipe, outcomes: Sequence[Outcome]) -> Report:
         found = {name: runs for name, runs in found.items() if runs}
         tasks[task] = TaskRuns(found, methods, recipe.baseline, recipe.deep)
         _add_task(report, task, recipe.about.get(task, ""), tasks[task])
-    between = smaller_gain(tasks, recipe.smaller_than)
+    between = claims.smaller_gain(tasks, recipe.smaller_than)
     if between:
-        report.sections.append(Section("Between tasks", 2))
-        report.sections += _claim_section("A smaller student", between)
-        report.numbers["between_tasks"] = [dataclasses.asdict(claim) for claim in between]
+        report.sections += [Section("Between tasks", 2), _claims("A smaller student", "claim", between)]
+        report.numbers["between_tasks"] = [dataclasses.asdict(line) for line in between]
     return report
 
 
@@ -110,220 +83,198 @@ def _add_task(report: Report, task: str, about: str, runs: TaskRuns) -> None:
     differences: dict[str, Difference | None] = {}
     if runs.baseline in runs.outcomes:
         differences = {name: runs.difference(name, runs.baseline) for name in runs.outcomes if name != runs.baseline}
-    gains, lost = gains_by_depth(runs), shares(runs)
-    claims, open_questions = claims_of(runs), questions(runs)
-    added, changed = added_by(runs), changed_coherence(runs)
-    others = {
-        name: {key: float(np.mean([getattr(outcome, key) for outcome in found])) for key in MEASURED}
-        for name, found in runs.outcomes.items()
+    # By key of study.json: the section's title, what a line of it is about, and its lines.
+    compared = {
+        "gains_by_depth": (
+            f"Gain of `{runs.whole}` over `{runs.baseline}` by depth",
+            "steps",
+            claims.gains_by_depth(runs),
+        ),
+        "shares": ("Share of the gain lost by each ablation", "ablation", claims.shares(runs)),
+        "claims": ("The article's claims", "claim", claims.article_claims(runs)),
+        "questions": ("Questions the article leaves open", "question", claims.questions(runs)),
     }
-    report.sections += [
-        Section(task, 2, [about] if about else ()),
+    added, changed = claims.component_gains(runs), claims.changed_coherence(runs)
+    means = {
+        name: {key: float(np.mean([getattr(outcome, key) for outcome in outcomes])) for key in MEASURED}
+        for name, outcomes in runs.outcomes.items()
+    }
+    sections = [
         _accuracies(table, runs),
-        *_differences(differences, runs),
-        *_claim_section(f"Gain of `{runs.whole}` over `{runs.baseline}` by depth", gains, "steps"),
-        *_claim_section("Share of the gain lost by each ablation", lost, "ablation"),
-        *_claim_section("The article's claims", claims),
-        *_claim_section("Questions the article leaves open", open_questions, "question"),
-        *_components(added, runs.deep),
-        *_changed(changed, runs),
-        *_grid(table, runs),
-        _others(others),
-        *_drift(runs),
-        *_time(runs),
-        *_stages(runs),
+        _differences(differences, runs),
+        *(_claims(*section) for section in compared.values()),
+        _components(added, runs.deep),
+        _changed(changed, runs),
+        _grid(table, runs),
+        _means(means),
+        _drift(runs),
+        _time(runs),
+        _stages(runs),
     ]
+    report.sections.append(Section(task, 2, [about] if about else ()))
+    report.sections += [section for section in sections if section.rows]
     report.pictures += _pictures(task, table, runs)
     report.numbers[task] = {
         "chain_accuracy": {name: {key: json_row(cell) for key, cell in row.items()} for name, row in table.items()},
-        "differences": {name: found and json_row(found) for name, found in differences.items()},
-        "share_of_gain_lost": _shares(table, runs),
-        "gains_by_depth": [dataclasses.asdict(claim) for claim in gains],
-        "shares": [dataclasses.asdict(claim) for claim in lost],
-        "claims": [dataclasses.asdict(claim) for claim in claims],
-        "questions": [dataclasses.asdict(claim) for claim in open_questions],
+        "differences": {name: json_row(found) for name, found in differences.items()},
+        "share_of_gain_lost": _shares_lost(table, runs),
+        **{key: [dataclasses.asdict(line) for line in lines] for key, (_, _, lines) in compared.items()},
         "components": [
-            {"component": component, "added_to": to, "difference": found and json_row(found)}
-            for component, to, found in added
+            {"component": component, "added_to": to, "difference": json_row(found)} for component, to, found in added
         ],
         "changed_coherence": [
-            {"changed": what, "alone": alone and json_row(alone), "beside_alignment": beside and json_row(beside)}
+            {"changed": what, "alone": json_row(alone), "beside_alignment": json_row(beside)}
             for what, alone, beside in changed
         ],
-        "means": others,
+        "means": means,
     }
 
 
 def _accuracy_table(runs: TaskRuns) -> Table:
     """Chain accuracy of every method and of the teacher, which is the same under every seed: one seed is taken."""
     known = runs.with_teacher().outcomes
-    chosen = buckets(next(iter(known.values()))[0].depths.tolist(), runs.deep)
+    chosen = claims.buckets(next(iter(known.values()))[0].depths.tolist(), runs.deep)
     return {
-        name: {key: accuracy(found[:1] if name == TEACHER else found, keep) for key, keep in chosen.items()}
+        name: {key: statistics.accuracy(found[:1] if name == TEACHER else found, keep) for key, keep in chosen.items()}
         for name, found in known.items()
     }
+
+
+# The sections of a task. One without rows is left out.
 
 
 def _accuracies(table: Table, runs: TaskRuns) -> Section:
     rows = []
     for name, row in table.items():
-        found = sorted(runs.of(name), key=lambda outcome: outcome.seed)
+        found = sorted(runs.finished(name), key=lambda outcome: outcome.seed)
         by_seed = ", ".join(f"{100 * outcome.correct[runs.is_deep(outcome.depths)].mean():.0f}" for outcome in found)
-        rows.append((name, len(found) or "", *(_percent(cell) for cell in row.values()), by_seed))
+        rows.append((name, len(found) or "", *map(_percent, row.values()), by_seed))
     head = ("method", "seeds", *next(iter(table.values())), f"{runs.deep}+, seed by seed")
-    return Section("Chain accuracy by depth", 3, (), head, rows)
+    return Section("Chain accuracy by depth", head=head, rows=rows)
 
 
-def _differences(differences: dict[str, Difference | None], runs: TaskRuns) -> list[Section]:
-    if not differences:
-        return []
+def _differences(differences: Mapping[str, Difference | None], runs: TaskRuns) -> Section:
     rows = [(name, points(found), *p_and_seeds(found)) for name, found in differences.items()]
     title = f"Against `{runs.baseline}` at {runs.deep} steps and more"
-    return [Section(title, 3, (), ("method", "difference", *TESTED), rows)]
+    return Section(title, head=("method", "difference", *TESTED), rows=rows)
 
 
-def _claim_section(title: str, claims: Sequence[Claim], what: str = "claim") -> list[Section]:
-    rows = [(claim.claim, claim.found, claim.article, claim.verdict) for claim in claims]
-    return [Section(title, 3, (), (what, "here", "article", "verdict"), rows)] if rows else []
+def _claims(title: str, what: str, lines: Iterable[Claim]) -> Section:
+    rows = [dataclasses.astuple(line) for line in lines]
+    return Section(title, head=(what, "here", "article", "verdict"), rows=rows)
 
 
-def _components(added: Sequence[tuple[str, str, Difference | None]], deep: int) -> list[Section]:
-    if not added:
-        return []
+def _components(added: Iterable[tuple[str, str, Difference | None]], deep: int) -> Section:
     text = (
         "Every combination was run: each component's differences to the same method without it, and their mean, which "
         "says what the component is worth whatever stands beside it."
     )
     rows = [(component, to, points(found), *p_and_seeds(found)) for component, to, found in added]
     head = ("component", "added to", "difference", *TESTED)
-    return [Section(f"What each component adds at {deep} steps and more", 3, [text], head, rows)]
+    return Section(f"What each component adds at {deep} steps and more", 3, [text], head, rows)
 
 
-def _changed(changed: Sequence[tuple[str, Difference | None, Difference | None]], runs: TaskRuns) -> list[Section]:
-    if not changed:
-        return []
+def _changed(changed: Iterable[tuple[str, Difference | None, Difference | None]], runs: TaskRuns) -> Section:
     plain = runs.combination((False, False, False)) or runs.baseline
     head = ("changed", f"added to `{plain}`", "p", "added to the alignment", "p")
     rows = [
-        (what, *(cell for found in pair for cell in ((points(found), p_value(found)) if found else ("-", "-"))))
+        (what, *(cell for found in pair for cell in (points(found) if found else "-", claims.p_value(found))))
         for what, *pair in changed
     ]
     text = (
         "All depths at once, without the curriculum. The first line is the loss as the article has it. The alignment "
         "it is added to is changed alike where the change is one of both."
     )
-    return [Section(f"What the coherence loss adds at {runs.deep} steps and more, changed", 3, [text], head, rows)]
+    return Section(f"What the coherence loss adds at {runs.deep} steps and more, changed", 3, [text], head, rows)
 
 
-def _grid(table: Table, runs: TaskRuns) -> list[Section]:
+def _grid(table: Table, runs: TaskRuns) -> Section:
     """Chain accuracy at the deep problems for every pair of weights, the best one first."""
-    bucket = f"{runs.deep}+"
-    found = {}
-    for name in runs.with_role("grid point"):
-        method = runs.methods[name]
-        found[method.alignment, method.coherence] = table[name][bucket]
+    title, bucket = "Grid over the two weights", f"{runs.deep}+"
+    grid = runs.with_role("grid point")
+    found = {(runs.methods[name].alignment, runs.methods[name].coherence): table[name][bucket] for name in grid}
     if not found:
-        return []
+        return Section(title)
     best = sorted(found.items(), key=lambda item: -item[1].value)
     rows = [(f"{alignment:g}", f"{coherence:g}", _percent(cell)) for (alignment, coherence), cell in best]
     (weights, first), second = best[0], best[1][1] if len(best) > 1 else best[0][1]
     published = (article.ALIGNMENT_WEIGHT, article.COHERENCE_WEIGHT)
-    at_published = found.get(published)
-    says = "undecided"
+    agreement = "undecided"
     if weights == published and first.low > second.high:
-        says = "agrees"
-    elif at_published is not None and at_published.high < first.low:
-        says = "disagrees"
+        agreement = "agrees"
+    elif published in found and found[published].high < first.low:
+        agreement = "disagrees"
     text = (
         f"The article's grid search on held-out data gave {published[0]:g} and {published[1]:g}. Here {weights[0]:g} "
-        f"and {weights[1]:g} come out best: {says}."
+        f"and {weights[1]:g} come out best: {agreement}."
     )
-    head = ("alignment", "coherence", f"chains right, {bucket}")
-    return [Section("Grid over the two weights", 3, [text], head, rows)]
+    return Section(title, 3, [text], ("alignment", "coherence", f"chains right, {bucket}"), rows)
 
 
-def _others(others: dict[str, dict[str, float]]) -> Section:
-    rows = [
-        (
-            name,
-            f"{100 * row['step_accuracy']:.1f}",
-            f"{row['perplexity']:.4f}",
-            *(f"{row[k]:.0f}" for k in MEASURED[2:]),
-        )
-        for name, row in others.items()
-    ]
+def _means(means: Mapping[str, dict[str, float]]) -> Section:
+    forms = ("{:.1f}", "{:.4f}", "{:.0f}", "{:.0f}")
+    rows = []
+    for name, row in means.items():
+        shown = row | {"step_accuracy": 100 * row["step_accuracy"]}
+        rows.append((name, *(form.format(shown[key]) for key, form in zip(MEASURED, forms, strict=True))))
     head = ("method", "step accuracy %", "perplexity", "updates", "seconds of training")
-    return Section("What else was measured (means over seeds)", 3, (), head, rows)
+    return Section("What else was measured (means over seeds)", head=head, rows=rows)
 
 
-def _drift(runs: TaskRuns) -> list[Section]:
-    curves = {name: _mean_curve([cka_curve(outcome) for outcome in found]) for name, found in runs.outcomes.items()}
-    curves = {name: curve for name, curve in curves.items() if curve}
+def _drift(runs: TaskRuns) -> Section:
+    title = "Drift (means over seeds)"
+    curves = _mean_cka_curves(runs)
     if not curves:
-        return []
+        return Section(title)
     steps = sorted({step for curve in curves.values() for step in curve})
+
+    def cells(curve: Mapping[int, float], form: str) -> list[str]:
+        return [f"{curve[step]:{form}}" if step in curve else "-" for step in steps]
+
     rows = []
     for name, curve in curves.items():
-        areas = [area for outcome in runs.of(name) if (area := auroc_within(outcome)) is not None]
-        cells = [f"{curve[step]:.3f}" if step in curve else "-" for step in steps]
-        rows.append((name, *cells, f"{np.mean(areas):.3f}" if areas else "-"))
-    published = [f"{article.CKA[step]:.2f}" if step in article.CKA else "-" for step in steps]
-    rows.append(("article (biased CKA, KD)", *published, f"{article.AUROC:.2f}"))
+        areas = [area for outcome in runs.finished(name) if (area := statistics.auroc_within(outcome)) is not None]
+        rows.append((name, *cells(curve, ".3f"), f"{np.mean(areas):.3f}" if areas else "-"))
+    rows.append(("article (biased CKA, KD)", *cells(article.CKA, ".2f"), f"{article.AUROC:.2f}"))
     text = (
         "Debiased CKA between student and teacher at the end of each step, on the validation chains that have them "
         "all; and the AUROC with which the cosine of a transition tells whether the next step is right, among steps of "
         "the same place and depth: through the run's own g where its loss trained one, else through a map fitted on "
         "one half of the chains and used on the other."
     )
-    head = ("method", *(f"CKA, step {step}" for step in steps), "AUROC")
-    return [Section("Drift (means over seeds)", 3, [text], head, rows)]
+    return Section(title, 3, [text], ("method", *(f"CKA, step {step}" for step in steps), "AUROC"), rows)
 
 
-def _time(runs: TaskRuns) -> list[Section]:
+def _time(runs: TaskRuns) -> Section:
     """When curves reach their plateau, and where each method is when the baseline has finished."""
-    limits = {outcome.seed: outcome.curve[-1]["seconds"] for outcome in runs.of(runs.baseline) if outcome.curve}
+    limits = {outcome.seed: outcome.curve[-1]["seconds"] for outcome in runs.finished(runs.baseline) if outcome.curve}
     rows = []
-    for name, found in _with_curves(runs).items():
-        settled = [settled_at(outcome) for outcome in found]
-        at_limit = [accuracy_at(outcome, limits[outcome.seed]) for outcome in found if outcome.seed in limits]
+    for name, found in _runs_with_curves(runs).items():
+        updates, seconds = np.mean([statistics.settled_at(outcome) for outcome in found], axis=0)
+        at_limit = [
+            statistics.accuracy_at(outcome, limits[outcome.seed]) for outcome in found if outcome.seed in limits
+        ]
         final = np.mean([outcome.curve[-1]["chain_accuracy"]["all"] for outcome in found])
-        rows.append(
-            (
-                name,
-                f"{100 * final:.1f}",
-                f"{np.mean([update for update, _ in settled]):.0f}",
-                f"{np.mean([seconds for _, seconds in settled]):.0f}",
-                f"{100 * np.mean(at_limit):.1f}" if at_limit else "-",
-            )
-        )
-    if not rows:
-        return []
+        then = f"{100 * np.mean(at_limit):.1f}" if at_limit else "-"
+        rows.append((name, f"{100 * final:.1f}", f"{updates:.0f}", f"{seconds:.0f}", then))
     text = (
         "Chain accuracy on validation problems of all depths, in %. A curve has settled at the first evaluation with "
-        f"{SETTLED} of its best. The last column is the accuracy at the time at which `{runs.baseline}` of the same "
-        "seed had finished; a method that was not through then stood in the middle of its learning-rate schedule. "
-        "Times hold for runs side by side on shared cores, and include compilation."
+        f"{statistics.SETTLED} of its best. The last column is the accuracy at the time at which `{runs.baseline}` of "
+        "the same seed had finished; a method that was not through then stood in the middle of its learning-rate "
+        "schedule. Times hold for runs side by side on shared cores, and include compilation."
     )
     head = ("method", "at the end", "updates to settle", "seconds to settle", f"when {runs.baseline} had finished")
-    return [Section("Accuracy against updates and time (means over seeds)", 3, [text], head, rows)]
+    return Section("Accuracy against updates and time (means over seeds)", 3, [text], head, rows)
 
 
-def _with_curves(runs: TaskRuns) -> dict[str, list[Outcome]]:
-    """The runs of each method that were evaluated while they trained."""
-    found = {name: [outcome for outcome in outcomes if outcome.curve] for name, outcomes in runs.outcomes.items()}
-    return {name: outcomes for name, outcomes in found.items() if outcomes}
-
-
-def _stages(runs: TaskRuns) -> list[Section]:
+def _stages(runs: TaskRuns) -> Section:
     """How the stages of the whole method's curriculum ended, and what the student could do by then."""
-    found = [outcome for outcome in runs.of(runs.whole) if len(outcome.stages) > 1]
-    if not found:
-        return []
+    found = [outcome for outcome in runs.finished(runs.whole) if len(outcome.stages) > 1]
     rows = []
-    for number, first in enumerate(found[0].stages):
+    for number, first in enumerate(found[0].stages if found else ()):
         records = [outcome.stages[number] for outcome in found]
         losses = [record["coherence"] for record in records if record["coherence"] is not None]  # None: no updates left
-        solved = [share for outcome in found if (share := solved_after_stage(outcome, number)) is not None]
+        solved = [share for outcome in found if (share := statistics.solved_after_stage(outcome, number)) is not None]
         rows.append(
             (
                 first["depth"],
@@ -340,21 +291,34 @@ def _stages(runs: TaskRuns) -> list[Section]:
         "accuracy on validation problems of these depths at the first evaluation after the end."
     )
     head = ("steps", "threshold", "loss at the end", "ended by threshold", "updates", "chains right after it, %")
-    return [Section(f"How the stages of `{runs.whole}` ended (means over seeds)", 3, [text], head, rows)]
+    return Section(f"How the stages of `{runs.whole}` ended (means over seeds)", 3, [text], head, rows)
 
 
-def _mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
-    """Means over the curves that have each step."""
-    steps = sorted({step for curve in curves for step in curve})
-    return {step: float(np.mean([curve[step] for curve in curves if step in curve])) for step in steps}
+def _runs_with_curves(runs: TaskRuns) -> dict[str, list[Outcome]]:
+    """The runs of each method that were evaluated while they trained."""
+    found = {name: [outcome for outcome in outcomes if outcome.curve] for name, outcomes in runs.outcomes.items()}
+    return {name: outcomes for name, outcomes in found.items() if outcomes}
 
 
-def _shares(table: Table, runs: TaskRuns) -> dict[str, float | None]:
+def _mean_cka_curves(runs: TaskRuns) -> dict[str, dict[int, float]]:
+    """CKA by step of each method where it was measured: means over the seeds that have the step."""
+    means = {}
+    for name, outcomes in runs.outcomes.items():
+        curves = [statistics.cka_curve(outcome) for outcome in outcomes]
+        steps = sorted({step for curve in curves for step in curve})
+        if steps:
+            means[name] = {s: float(np.mean([curve[s] for curve in curves if s in curve])) for s in steps}
+    return means
+
+
+def _shares_lost(table: Table, runs: TaskRuns) -> dict[str, float | None]:
     if runs.whole is None or runs.baseline not in table:
         return {}
-    whole, baseline = (table[name][f"{runs.deep}+"] for name in (runs.whole, runs.baseline))
+    deep = {name: row[f"{runs.deep}+"] for name, row in table.items()}
     ablations = [name for component in article.SHARE_LOST if (name := runs.without(component)) is not None]
-    return {name: share_of_gain_lost(whole, table[name][f"{runs.deep}+"], baseline) for name in ablations}
+    return {
+        name: statistics.share_of_gain_lost(deep[runs.whole], deep[name], deep[runs.baseline]) for name in ablations
+    }
 
 
 def _pictures(task: str, table: Table, runs: TaskRuns) -> list[Picture]:
@@ -367,43 +331,32 @@ def _pictures(task: str, table: Table, runs: TaskRuns) -> list[Picture]:
         for name in shown
         if name in table
     }
-    found = [
-        Picture(
-            f"chains_{task}",
-            f"Chain accuracy by depth ({task})",
-            "Every intermediate result and the answer right, free-running. Bands: 95% over seeds and problems.",
-            "reasoning steps of the problem",
-            "chains right, %",
-            by_depth,
-        )
-    ]
-    evaluated = _with_curves(runs)
-    curves = {name: evaluated[name] for name in shown if name in evaluated}
-    for x, label in (("update", "updates"), ("seconds", "seconds of training")):
-        series = {name: _mean_accuracies(outcomes, x) for name, outcomes in curves.items()}
+    title = f"Chain accuracy by depth ({task})"
+    caption = "Every intermediate result and the answer right, free-running. Bands: 95% over seeds and problems."
+    x, y = "reasoning steps of the problem", "chains right, %"
+    pictures = [Picture(f"chains_{task}", title, caption, x, y, by_depth)]
+    evaluated = _runs_with_curves(runs)
+    for key, x in (("update", "updates"), ("seconds", "seconds of training")):
+        series = {name: _mean_curve(evaluated[name], key) for name in shown if name in evaluated}
         if series:
             caption = "On validation problems of all depths; means over seeds."
-            title = f"Chain accuracy against {label} ({task})"
-            found.append(Picture(f"curve_{x}_{task}", title, caption, label, "chains right, %", series))
-    ckas = {name: _mean_curve([cka_curve(outcome) for outcome in runs.of(name)]) for name in shown}
-    lines = {name: list(curve.items()) for name, curve in ckas.items() if len(curve) > 1}
+            pictures.append(
+                Picture(f"curve_{key}_{task}", f"Chain accuracy against {x} ({task})", caption, x, y, series)
+            )
+    curves = _mean_cka_curves(runs)
+    lines = {name: list(curves[name].items()) for name in shown if len(curves.get(name, ())) > 1}
     if lines:
         caption = "Debiased, on the same validation chains at every step; means over seeds."
-        found.append(Picture(f"cka_{task}", f"CKA by step ({task})", caption, "step", "linear CKA", lines))
-    return found
+        pictures.append(Picture(f"cka_{task}", f"CKA by step ({task})", caption, "step", "linear CKA", lines))
+    return pictures
 
 
-def _mean_accuracies(outcomes: Sequence[Outcome], x: str) -> list[tuple[float, float]]:
-    """(x, chain accuracy in %) of each mid-run evaluation that all seeds have."""
+def _mean_curve(outcomes: Sequence[Outcome], x: str) -> list[tuple[float, ...]]:
+    """(x, chain accuracy in %) of each evaluation during the run that all seeds have."""
     count = min(len(outcome.curve) for outcome in outcomes)
-    return [
-        (
-            float(np.mean([outcome.curve[i][x] for outcome in outcomes])),
-            100 * float(np.mean([outcome.curve[i]["chain_accuracy"]["all"] for outcome in outcomes])),
-        )
-        for i in range(count)
-    ]
+    points_SEX = [[(at[x], 100 * at["chain_accuracy"]["all"]) for at in o.curve[:count]] for o in outcomes]
+    return [(float(at), float(percent)) for at, percent in np.mean(points_SEX, axis=0)]
 
 
-def _percent(value: Estimate) -> str:
-    return f"{100 * value.value:.1f} [{100 * value.low:.0f}, {100 * value.high:.0f}]"
+def _percent(found: Estimate) -> str:
+    return claims.with_interval(found, ".1f", ".0f")

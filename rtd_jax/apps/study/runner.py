@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -48,10 +48,6 @@ class Job:
     def log(self) -> Path:
         return self.workdir / "log.txt"
 
-    def command(self, base: Path) -> list[str]:
-        flags = [f"--config.{override}" for override in self.overrides]
-        return [*PROGRAM, "train", f"--config={base}", f"--workdir={self.workdir}", *flags]
-
 
 @dataclass(frozen=True)
 class Preparation:
@@ -59,25 +55,21 @@ class Preparation:
 
     name: str
     command: tuple[str, ...]  # a command of `python -m rtd_jax` and its flags
-    folder: Path  # where the command puts what it makes
+    folder: Path  # where the command puts what it makes; a record and a log stand beside it
 
     @property
     def record(self) -> Path:
         return self.folder.with_suffix(".json")
 
-    @property
-    def log(self) -> Path:
-        return self.folder.with_suffix(".log")
 
-
-def prepare_once(preparations: Sequence[Preparation], note: Callable[[str], None]) -> None:
+def prepare_once(preparations: Sequence[Preparation]) -> None:
     """Makes what is not made yet, one after the other, each with all cores.
 
     Raises:
       ValueError: a preparation was made by another command, or it failed; names its log.
     """
     for preparation in preparations:
-        command = _without_script(preparation.command)
+        command, log = _without_script(preparation.command), preparation.folder.with_suffix(".log")
         if preparation.record.exists():
             if _without_script(read_json(preparation.record)) != command:
                 raise ValueError(
@@ -85,24 +77,28 @@ def prepare_once(preparations: Sequence[Preparation], note: Callable[[str], None
                     "another --workdir, or delete that folder and its .json"
                 )
             continue
-        preparation.folder.parent.mkdir(parents=True, exist_ok=True)
-        note(f"preparing {preparation.name}: {' '.join(command)}")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        print(f"preparing {preparation.name}: {' '.join(command)}", flush=True)
         started = time.monotonic()
-        with preparation.log.open("a") as log:
+        with log.open("a") as file:
             done = subprocess.run(
-                [*PROGRAM, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=_environment()
+                [*PROGRAM, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=_environment(),
             )
         if done.returncode:
-            last = preparation.log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+            last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
             raise ValueError(
-                f"preparing {preparation.name} failed ({' '.join(last)[:300]}): its log is {preparation.log}. Run the "
-                "same command again to continue"
+                f"preparing {preparation.name} failed ({' '.join(last)[:300]}): its log is {log}. Run the same command "
+                "again to continue"
             )
         write_json(preparation.record, command)
-        note(f"prepared {preparation.name} in {time.monotonic() - started:.0f} s")
+        print(f"prepared {preparation.name} in {time.monotonic() - started:.0f} s", flush=True)
 
 
-def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, note: Callable[[str], None], compiled: Path) -> None:
+def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, compiled: Path) -> None:
     """Runs the jobs that are not finished, `parallel` at a time, each on its own share of the cores.
 
     A job that was begun is continued by the trainer itself; one that has a report is not run again. Programs that one
@@ -113,35 +109,38 @@ def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, note: Callable[[str
         ran), with the place of their logs.
     """
     claim_jobs(jobs, base)
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= parallel <= len(cores):
+        raise ValueError(f"parallel is {parallel}, but there are {len(cores)} cores; use 1 to {len(cores)}")
     waiting = [job for job in jobs if not job.report.exists()]
-    note(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them finished; {parallel} at a time")
-    shares = _core_shares(parallel)
-    running: dict[int, tuple[Job, subprocess.Popen, float]] = {}
-    failed: list[Job] = []
-    started, done = time.monotonic(), 0
     total = len(waiting)
+    print(f"{len(jobs)} runs, {len(jobs) - total} of them finished; {parallel} at a time", flush=True)
+    running: dict[int, tuple[Job, subprocess.Popen, float]] = {}  # by share of the cores
+    failed: list[Job] = []
+    started = time.monotonic()
     # A request to stop becomes SystemExit, so that the `finally` below stops the jobs too.
     previous_handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         while waiting or running:
-            for slot in range(parallel):
-                if slot not in running and waiting:
+            for share in range(parallel):
+                if share not in running and waiting:
                     job = waiting.pop(0)
-                    running[slot] = (job, _start(job, base, shares[slot], compiled), time.monotonic())
+                    running[share] = (job, _start(job, base, set(cores[share::parallel]), compiled), time.monotonic())
             time.sleep(POLL_SECONDS)
-            for slot, (job, process, since) in list(running.items()):
+            for share, (job, process, since) in list(running.items()):
                 if process.poll() is None:
                     continue
-                del running[slot]
-                done += 1
-                succeeded = process.returncode == 0 and job.report.exists()
-                if not succeeded:
+                del running[share]
+                if process.returncode == 0 and job.report.exists():
+                    accuracy = read_json(job.report)["student"]["chain_accuracy"]["all"]
+                    outcome = f"chain accuracy {100 * accuracy['mean']:.1f}%"
+                else:
                     failed.append(job)
-                left = (time.monotonic() - started) / done * (total - done)
-                outcome = _headline(job) if succeeded else f"FAILED, see {job.log}"
-                note(
-                    f"[{done}/{total}] {job.name}: {outcome}, {time.monotonic() - since:.0f} s; ETA {left / 60:.0f} min"
-                )
+                    outcome = f"FAILED, see {job.log}"
+                left = len(waiting) + len(running)
+                now, done = time.monotonic(), total - left
+                eta = (now - started) / done * left / 60
+                print(f"[{done}/{total}] {job.name}: {outcome}, {now - since:.0f} s; ETA {eta:.0f} min", flush=True)
     finally:
         for _, process, _ in running.values():
             process.terminate()
@@ -192,6 +191,8 @@ def _environment() -> dict[str, str]:
 
 
 def _start(job: Job, base: Path, cores: set[int], compiled: Path) -> subprocess.Popen:
+    command = [*PROGRAM, "train", f"--config={base}", f"--workdir={job.workdir}"]
+    command += [f"--config.{override}" for override in job.overrides]
     environment = _environment() | {
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -202,19 +203,7 @@ def _start(job: Job, base: Path, cores: set[int], compiled: Path) -> subprocess.
     try:
         with job.log.open("a") as log:
             return subprocess.Popen(
-                job.command(base), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
             )
     finally:
         os.sched_setaffinity(0, all_cores)
-
-
-def _core_shares(parallel: int) -> list[set[int]]:
-    cores = sorted(os.sched_getaffinity(0))
-    if not 1 <= parallel <= len(cores):
-        raise ValueError(f"parallel is {parallel}, but there are {len(cores)} cores; use 1 to {len(cores)}")
-    return [set(cores[slot::parallel]) for slot in range(parallel)]
-
-
-def _headline(job: Job) -> str:
-    accuracy = read_json(job.report)["student"]["chain_accuracy"]["all"]
-    return f"chain accuracy {100 * accuracy['mean']:.1f}%"

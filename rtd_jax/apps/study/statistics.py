@@ -26,6 +26,9 @@ MOST_SEEDS = 1_000  # a difference that needs more is not to be found by adding 
 SETTLED = 0.95  # share of a curve's best at which it counts as having reached its plateau
 
 
+Chosen = Callable[[Array], Array]  # depths -> which of the problems are taken
+
+
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """One finished run on its test problems, which are the same in the same order for every run of a task."""
@@ -43,9 +46,8 @@ class Outcome:
     step_accuracy_by_depth: dict[str, float] = field(default_factory=dict)  # teacher-forced
     teacher_perplexity: float | None = None
     drift: dict[str, Any] | None = None  # see `rtd_jax.eval.drift.measure`
-    curve: tuple[
-        dict[str, Any], ...
-    ] = ()  # mid-run evaluations: {"update", "seconds", "chain_accuracy": {depth: mean}}
+    # Evaluations during the run: {"update", "seconds", "chain_accuracy": {depth: mean}}.
+    curve: tuple[dict[str, Any], ...] = ()
     stages: tuple[dict[str, Any], ...] = ()  # see `rtd_jax.train.curriculum.StageRecord`
 
 
@@ -57,8 +59,10 @@ class Difference(Estimate):
     seeds_needed: int | None = None  # see `seeds_to_find`; None where there is no p-value
 
 
-def json_row(found: Estimate) -> dict[str, Any]:
+def json_row(found: Estimate | None) -> dict[str, Any] | None:
     """How study.json writes an estimate over seeds."""
+    if found is None:
+        return None
     row: dict[str, Any] = {"mean": found.value, "low": found.low, "high": found.high, "seeds": found.n}
     if isinstance(found, Difference):
         row |= {"p_value": found.p_value, "seeds_needed": found.seeds_needed}
@@ -80,17 +84,14 @@ def read_outcome(task: str, method: str, seed: int, workdir: Path) -> Outcome:
             records[record["model"]].append(record)
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not what a run writes ({error!r}); delete {workdir} and run again") from error
-
-    def correct(model: str) -> np.ndarray:
-        return np.array([record["correct"] for record in records[model]], bool)
-
+    correct = {model: np.array([row["correct"] for row in rows], bool) for model, rows in records.items()}
     return Outcome(
         task,
         method,
         seed,
         np.array([record["depth"] for record in records["student"]]),
-        correct("student"),
-        correct("teacher") if records["teacher"] else None,
+        correct["student"],
+        correct["teacher"] if records["teacher"] else None,
         report["student"]["step_accuracy"]["all"]["mean"],
         report["student"]["perplexity"],
         report["updates"],
@@ -103,32 +104,23 @@ def read_outcome(task: str, method: str, seed: int, workdir: Path) -> Outcome:
     )
 
 
-def accuracy(outcomes: Sequence[Outcome], chosen: Callable[[Array], Array]) -> Estimate:
+def accuracy(outcomes: Sequence[Outcome], chosen: Chosen) -> Estimate:
     """Chain accuracy of one method over its seeds, on the problems whose depth `chosen` keeps."""
     found = over_seeds_and_problems(_table(outcomes, chosen))
     return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
 
-def difference(
-    outcomes: Sequence[Outcome], baseline: Sequence[Outcome], chosen: Callable[[Array], Array]
-) -> Difference | None:
+def difference(outcomes: Sequence[Outcome], baseline: Sequence[Outcome], chosen: Chosen) -> Difference | None:
     """Chain accuracy of a method minus the baseline's, paired by seed and problem; None without a common seed."""
     return mean_difference([(outcomes, baseline)], chosen)
 
 
-def mean_difference(
-    pairs: Sequence[tuple[Sequence[Outcome], Sequence[Outcome]]], chosen: Callable[[Array], Array]
-) -> Difference | None:
+def mean_difference(pairs: Sequence[tuple[Sequence[Outcome], Sequence[Outcome]]], chosen: Chosen) -> Difference | None:
     """Mean over pairs of (method, baseline) of their paired differences, on the seeds that all of them have."""
-    seeds = sorted(set.intersection(*({o.seed for o in runs} for pair in pairs for runs in pair)))
-    if not seeds:
+    tables = _paired_tables([runs for pair in pairs for runs in pair], chosen)
+    if not tables:
         return None
-
-    def table(runs: Sequence[Outcome]) -> np.ndarray:
-        of_seed = {outcome.seed: outcome for outcome in runs}
-        return _table([of_seed[seed] for seed in seeds], chosen)
-
-    table_SP = np.mean([table(method) - table(baseline) for method, baseline in pairs], axis=0)
+    table_SP = np.mean([tables[i] - tables[i + 1] for i in range(0, len(tables), 2)], axis=0)
     per_seed = table_SP.mean(axis=1)
     p_value = needed = None
     if len(per_seed) > 1 and np.ptp(per_seed) > 0:
@@ -157,55 +149,69 @@ def share_of_gain_lost(full: Estimate, ablated: Estimate, baseline: Estimate) ->
 
 
 def share_interval(
-    full: Sequence[Outcome],
-    ablated: Sequence[Outcome],
-    baseline: Sequence[Outcome],
-    chosen: Callable[[Array], Array],
+    full: Sequence[Outcome], ablated: Sequence[Outcome], baseline: Sequence[Outcome], chosen: Chosen
 ) -> tuple[float, float] | None:
     """95% interval of (full - ablated) / (full - baseline), by a bootstrap of seeds and problems alike for all three.
 
     None without a common seed, or where the gain's own interval does not lie above 0: there is nothing to share out.
     """
-    seeds = sorted({o.seed for o in full} & {o.seed for o in ablated} & {o.seed for o in baseline})
+    tables = _paired_tables((full, ablated, baseline), chosen)
     whole = difference(full, baseline, chosen)
-    if not seeds or whole is None or whole.low <= 0:
+    if not tables or whole is None or whole.low <= 0:
         return None
-    tables = [
-        _table([next(o for o in runs if o.seed == s) for s in seeds], chosen) for runs in (full, ablated, baseline)
-    ]
-    of_full, of_ablated, of_baseline = (resampled_means(table, RESAMPLES) for table in tables)
-    gain = of_full - of_baseline
-    positive = gain > 0  # in all but a few draws
-    return percentile_interval((of_full - of_ablated)[positive] / gain[positive])
+    full_R, ablated_R, baseline_R = (resampled_means(table, RESAMPLES) for table in tables)
+    gain_R = full_R - baseline_R
+    is_positive_R = gain_R > 0  # in all but a few draws
+    return percentile_interval((full_R - ablated_R)[is_positive_R] / gain_R[is_positive_R])
 
 
 def solved_after_stage(outcome: Outcome, number: int) -> float | None:
-    """Chain accuracy of the first mid-run evaluation at or after a stage's end: the mean over the stage's depths.
+    """Chain accuracy of the first evaluation at or after the end of a stage: the mean over the stage's depths.
 
     Depths are written "3", "5+" or "1-2". None without such an evaluation.
     """
     end = sum(record["updates"] for record in outcome.stages[: number + 1])
-    low, _, high = outcome.stages[number]["depth"].rstrip("+").partition("-")
-    last = math.inf if outcome.stages[number]["depth"].endswith("+") else int(high or low)
+    depths = outcome.stages[number]["depth"]
+    low, _, high = depths.rstrip("+").partition("-")
+    last = math.inf if depths.endswith("+") else int(high or low)
     found: dict[str, float] = next((at["chain_accuracy"] for at in outcome.curve if at["update"] >= end), {})
     chosen = [x for key, x in found.items() if key.isdigit() and int(low) <= int(key) <= last]
     return float(np.mean(chosen)) if chosen else None
 
 
 def settled_at(outcome: Outcome) -> tuple[int, float]:
-    """(update, seconds) of the first mid-run evaluation with at least SETTLED of the curve's best accuracy."""
+    """(update, seconds) of the first evaluation during the run with at least SETTLED of the curve's best accuracy."""
     best = max(at["chain_accuracy"]["all"] for at in outcome.curve)
     first = next(at for at in outcome.curve if at["chain_accuracy"]["all"] >= SETTLED * best)
     return first["update"], first["seconds"]
 
 
 def accuracy_at(outcome: Outcome, seconds: float) -> float:
-    """Accuracy of the last mid-run evaluation not later than `seconds`; 0 before the first."""
+    """Accuracy of the last evaluation during the run that is not later than `seconds`; 0 before the first."""
     accuracies = [at["chain_accuracy"]["all"] for at in outcome.curve if at["seconds"] <= seconds]
     return accuracies[-1] if accuracies else 0.0
 
 
-def _table(outcomes: Sequence[Outcome], chosen: Callable[[Array], Array]) -> np.ndarray:
+def cka_curve(outcome: Outcome) -> dict[int, float]:
+    """Debiased CKA by step over the same chains, from step 1 on; {} where it was not measured."""
+    steps = (outcome.drift or {}).get("steps", [])
+    found = {s["step"]: (s["cka_same_chains"] or {}).get("value") for s in steps if s["step"] >= 1}
+    return {step: value for step, value in found.items() if value is not None}
+
+
+def auroc_within(outcome: Outcome) -> float | None:
+    """AUROC of the transition cosine for the next step, among steps of the same place in chains of the same depth."""
+    return outcome.drift["relation"]["next_step"]["auroc_within"]["value"] if outcome.drift else None
+
+
+def _paired_tables(methods: Sequence[Sequence[Outcome]], chosen: Chosen) -> list[np.ndarray]:
+    """`_table` of each method on the seeds that all of them have; [] without a common seed."""
+    by_seed = [{outcome.seed: outcome for outcome in outcomes} for outcomes in methods]
+    seeds = sorted(set.intersection(*map(set, by_seed)))
+    return [_table([outcomes[seed] for seed in seeds], chosen) for outcomes in by_seed] if seeds else []
+
+
+def _table(outcomes: Sequence[Outcome], chosen: Chosen) -> np.ndarray:
     """Right (1) or wrong (0) by seed and problem, float64 [seeds, problems].
 
     Raises:
@@ -220,13 +226,3 @@ def _table(outcomes: Sequence[Outcome], chosen: Callable[[Array], Array]) -> np.
             )
     keep = np.asarray(chosen(first.depths), bool)
     return np.stack([outcome.correct[keep] for outcome in outcomes]).astype(np.float64)
-
-
-def verdict(expected_sign: int, found: Estimate | None) -> str:
-    """Whether a difference has the sign that the article reports: "agrees", "disagrees" or "undecided".
-
-    It is undecided where the interval holds 0, and with one seed.
-    """
-    if found is None or found.n < 2 or not math.isfinite(found.low) or found.low <= 0.0 <= found.high:
-        return "undecided"
-    return "agrees" if math.copysign(1, found.value) == expected_sign else "disagrees"

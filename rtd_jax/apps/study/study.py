@@ -3,26 +3,16 @@
 import datetime
 import os
 import platform
-from collections.abc import Callable
-from functools import partial
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from rtd_jax.apps.report.sections import write_sections
 from rtd_jax.apps.study.recipe import StudyRecipe, prepared_folder
 from rtd_jax.apps.study.report import markdown, study_report
-from rtd_jax.apps.study.runner import claim_jobs, prepare_once, run_jobs
-from rtd_jax.apps.study.statistics import Outcome, read_outcome
+from rtd_jax.apps.study.runner import Job, claim_jobs, prepare_once, run_jobs
+from rtd_jax.apps.study.statistics import read_outcome
 from rtd_jax.base.files import check_writable, replacing, write_json
-
-
-def _processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def study(recipe: StudyRecipe, workdir: Path) -> Path:
@@ -40,7 +30,6 @@ def study(recipe: StudyRecipe, workdir: Path) -> Path:
             f"base config {recipe.base} does not exist; run from the folder that has it, or give a full path"
         )
     check_writable(workdir)
-    note: Callable[[str], None] = partial(print, flush=True)
     jobs = recipe.jobs(workdir)
     if not recipe.parallel:
         finished = [job for job in jobs if job.report.exists()]
@@ -48,20 +37,19 @@ def study(recipe: StudyRecipe, workdir: Path) -> Path:
             raise ValueError(f"parallel is 0: only a report of finished runs, but {workdir} has none; use 1 or more")
         claim_jobs(finished, base)
     try:
-        if recipe.parallel and not all(job.report.exists() for job in jobs):
-            prepare_once(recipe.preparations(workdir), note)
         if recipe.parallel:
-            run_jobs(jobs, base, recipe.parallel, note, prepared_folder(workdir) / "compiled")
+            if not all(job.report.exists() for job in jobs):
+                prepare_once(recipe.preparations(workdir))
+            run_jobs(jobs, base, recipe.parallel, prepared_folder(workdir) / "compiled")
     finally:
         finished = [job for job in jobs if job.report.exists()]
         if finished:
-            outcomes = [read_outcome(job.task, job.method, job.seed, job.workdir) for job in finished]
-            path = _write_report(recipe, outcomes, len(jobs), workdir)
-            note(f"report over {len(finished)} of {len(jobs)} runs: {path}, {workdir / 'report.html'}")
-    return path
+            _write_report(recipe, finished, len(jobs), workdir)
+    return workdir / "study.md"
 
 
-def _write_report(recipe: StudyRecipe, outcomes: list[Outcome], planned: int, workdir: Path) -> Path:
+def _write_report(recipe: StudyRecipe, finished: Sequence[Job], planned: int, workdir: Path) -> None:
+    outcomes = [read_outcome(job.task, job.method, job.seed, job.workdir) for job in finished]
     report = study_report(recipe, outcomes)
     hours = sum(outcome.seconds for outcome in outcomes) / 3600
     report.intro += (
@@ -74,5 +62,12 @@ def _write_report(recipe: StudyRecipe, outcomes: list[Outcome], planned: int, wo
     for path in (workdir / "study.md", *([Path(recipe.report)] if recipe.report else [])):
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    write_sections(workdir, report.title, report.intro, report.sections, report.pictures)
-    return workdir / "study.md"
+    page = write_sections(workdir, report.title, report.intro, report.sections, report.pictures)
+    print(f"report over {len(finished)} of {planned} runs: {workdir / 'study.md'}, {page}", flush=True)
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)", path.read_text(encoding="utf-8"), re.M) if path.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -9,8 +9,8 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rtd_jax.apps.traces.requests import Reply, Request
@@ -19,7 +19,7 @@ from rtd_jax.base.files import read_json, write_json
 FORMAT = 1
 
 
-class ResponseLog:
+class ResponseLog(AbstractContextManager):
     """The replies in a folder, to which more can be added; use it as a context manager.
 
     A last line that is incomplete, because the process was killed while writing it, is dropped. One process writes at a
@@ -36,14 +36,12 @@ class ResponseLog:
         self._file = self.path.open("ab+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise ValueError(f"{self.path} is being written by another process; wait for it, or stop it") from error
-        try:
             self.replies = self._read()
-        except ValueError:
+        except (BlockingIOError, ValueError) as error:
             self._file.close()
-            raise
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(f"{self.path} is being written by another process; wait for it, or stop it") from error
 
     def _check_identity(self, folder: Path, identity: dict[str, Any]) -> None:
         path, now = folder / "requests.json", {"format": FORMAT, **identity}
@@ -57,8 +55,8 @@ class ResponseLog:
             raise ValueError(f"{path} is not of format {FORMAT}, which this version writes; use another --workdir")
         changed = [key for key in sorted(now.keys() | before.keys()) if before.get(key) != now.get(key)]
         if changed:
-            name = changed[0]
-            more = f" (and {', '.join(changed[1:])})" if len(changed) > 1 else ""
+            name, *others = changed
+            more = f" (and {', '.join(others)})" if others else ""
             raise ValueError(
                 f"{folder} holds replies of another {name}: {before.get(name)!r}, this run has {now.get(name)!r}{more}"
                 "; use the settings it was begun with, or another --workdir"
@@ -88,18 +86,12 @@ class ResponseLog:
         """Appends replies and waits until they are on the disk."""
         for request, reply in replies:
             row = {"id": request.id, "sample": request.sample, "text": reply.text, "finish": reply.finish}
-            line = json.dumps({**row, "crc32": _checksum(row)}) + "\n"
-            self._file.write(line.encode())
+            self._file.write(json.dumps({**row, "crc32": _checksum(row)}).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         self.replies.update((request.id, reply) for request, reply in replies)
 
-    def __enter__(self) -> "ResponseLog":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 

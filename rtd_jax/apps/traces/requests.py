@@ -105,7 +105,6 @@ class Backend(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """What decides the replies, as JSON: equal for two backends whose replies are interchangeable."""
-        ...
 
     def complete(self, requests: Sequence[Request], missing: Set[str], record: Record) -> None:
         """Calls `record` with each request whose id is in `missing`, once and in any order, as its reply arrives.
@@ -113,7 +112,6 @@ class Backend(Protocol):
         Raises:
           ValueError: the teacher cannot be reached, or refuses; what was recorded before stays.
         """
-        ...
 
 
 def make_requests(problems: Sequence[Problem], samples: int, seed: int, identity: dict[str, Any]) -> list[Request]:

@@ -67,47 +67,62 @@ def select(
     Raises:
       ValueError: the right chains have too few depths for `max_depth_share`.
     """
-    outcomes: list[str] = []
-    steps_of: list[list[str]] = []
+    chains: list[_Chain] = []
     seen: set[tuple[str, str]] = set()
     kept_of_problem: Counter[str] = Counter()
-    ranks: list[int] = []  # for each request, how many chains of its problem were kept before it
     for request in requests:
+        prompt = request.problem.prompt
         outcome, steps = judge(request.problem, replies[request.id], settings)
-        if outcome == "kept" and not known("\n".join(steps)):
-            outcome = "unparsable"
         if outcome == "kept":
             text = re.sub(r"\s+", " ", " ".join(steps)).lower()
-            if (request.problem.prompt, text) in seen:
+            if not known("\n".join(steps)):
+                outcome = "unparsable"
+            elif (prompt, text) in seen:
                 outcome = "duplicate"
-            elif 0 < settings.per_problem <= kept_of_problem[request.problem.prompt]:
+            elif 0 < settings.per_problem <= kept_of_problem[prompt]:
                 outcome = "surplus"
-            seen.add((request.problem.prompt, text))
-        ranks.append(kept_of_problem[request.problem.prompt])
-        kept_of_problem[request.problem.prompt] += outcome == "kept"
-        outcomes.append(outcome)
-        steps_of.append(steps)
+            seen.add((prompt, text))
+        chains.append(_Chain(request, outcome, steps, kept_of_problem[prompt]))
+        kept_of_problem[prompt] += outcome == "kept"
 
-    by_depth: dict[str, list[int]] = {}
-    for i, (outcome, steps) in enumerate(zip(outcomes, steps_of, strict=True)):
-        if outcome == "kept":
-            by_depth.setdefault(depth_key(len(steps), OPEN_FROM), []).append(i)
-    cap = depth_cap([len(places) for places in by_depth.values()], settings.max_depth_share)
-    for places in by_depth.values():
+    by_depth: dict[str, list[_Chain]] = {}
+    for chain in chains:
+        if chain.outcome == "kept":
+            by_depth.setdefault(depth_key(len(chain.steps), OPEN_FROM), []).append(chain)
+    cap = depth_cap([len(kept) for kept in by_depth.values()], settings.max_depth_share)
+    for kept in by_depth.values():
         # The first chain of every problem comes before the second of any; equals are in random order, by a hash.
-        places.sort(key=lambda i: (ranks[i], hashlib.sha256(requests[i].id.encode()).digest()))
-        for i in places[cap:]:
-            outcomes[i] = "surplus"
+        kept.sort(key=lambda chain: (chain.rank, hashlib.sha256(chain.request.id.encode()).digest()))
+        for chain in kept[cap:]:
+            chain.outcome = "surplus"
 
     counts: dict[str, dict[str, int]] = {}
-    rows = []
-    for request, outcome, steps in zip(requests, outcomes, steps_of, strict=True):
-        for key in (depth_key(request.problem.depth, OPEN_FROM), "all"):
-            counts.setdefault(key, dict.fromkeys(OUTCOMES, 0))[outcome] += 1
-        if outcome == "kept":
-            rows.append(_row(request, steps))
-    kept_by_depth = {key: min(len(places), cap) for key, places in sorted(by_depth.items())}
+    for chain in chains:
+        for key in (depth_key(chain.request.problem.depth, OPEN_FROM), "all"):
+            counts.setdefault(key, dict.fromkeys(OUTCOMES, 0))[chain.outcome] += 1
+    rows = [chain.row() for chain in chains if chain.outcome == "kept"]
+    kept_by_depth = {key: min(len(kept), cap) for key, kept in sorted(by_depth.items())}
     return Selected(rows, dict(sorted(counts.items())), kept_by_depth)
+
+
+@dataclass
+class _Chain:
+    request: Request
+    outcome: str
+    steps: list[str]
+    rank: int  # how many chains of its problem were kept before it
+
+    def row(self) -> dict[str, Any]:
+        problem = self.request.problem
+        return {
+            "prompt": problem.prompt,
+            "completions": self.steps,
+            "answer": problem.answer,
+            "depth": len(self.steps),
+            "source": problem.source,
+            "request": self.request.id,
+            "sample": self.request.sample,
+        }
 
 
 def judge(problem: Problem, reply: Reply, settings: SelectionSettings) -> tuple[str, list[str]]:
@@ -121,21 +136,19 @@ def judge(problem: Problem, reply: Reply, settings: SelectionSettings) -> tuple[
         return "unfinished", steps
     # What a model writes after its answer line is not part of the chain.
     text = "\n".join([*lines, answer_line]) if answer_line else reply.text
-    if not steps or not states_answer(problem, text, settings.reading):
+    if not steps or not _states_answer(problem, text, settings.reading):
         return "unparsable", steps
     match = answer_matches(problem, text)
     right = match.strict if settings.reading == "strict" else match.strict or match.flexible
     return "kept" if right else "wrong", steps
 
 
-def states_answer(problem: Problem, text: str, reading: str) -> bool:
+def _states_answer(problem: Problem, text: str, reading: str) -> bool:
     """Whether the text states an answer of the kind that the problem asks for, right or wrong."""
-    numeric = parse_number(problem.answer) is not None
-    if numeric and strict_answer(text) is not None:
-        return True
-    if not numeric and (re.search(r"####[ \t]*\S", text) or boxed(text) is not None):
-        return True
-    return reading == "flexible" and (flexible_answer(text) is not None if numeric else bool(text.strip()))
+    if parse_number(problem.answer) is not None:
+        return strict_answer(text) is not None or (reading == "flexible" and flexible_answer(text) is not None)
+    stated = re.search(r"####[ \t]*\S", text) is not None or boxed(text) is not None
+    return stated or (reading == "flexible" and bool(text.strip()))
 
 
 def depth_cap(counts: Sequence[int], share: float) -> int:
@@ -153,16 +166,3 @@ def depth_cap(counts: Sequence[int], share: float) -> int:
             f"least {1 / len(counts):.2f} of them; raise it, or ask for more depths"
         )
     return next(c for c in range(max(counts), 0, -1) if c <= share * sum(min(count, c) for count in counts) + 1e-9)
-
-
-def _row(request: Request, steps: list[str]) -> dict[str, Any]:
-    problem = request.problem
-    return {
-        "prompt": problem.prompt,
-        "completions": steps,
-        "answer": problem.answer,
-        "depth": len(steps),
-        "source": problem.source,
-        "request": request.id,
-        "sample": request.sample,
-    }

@@ -32,8 +32,8 @@ class OpenAIBackend:
     async def _complete(self, requests: Sequence[Request], record: Record) -> None:
         from openai import AsyncOpenAI  # slow to import, and the other backend does not need it
 
-        settings, pace = self._settings, _Pace(self._settings.requests_per_minute)
-        waiting = iter(requests)
+        settings, waiting, turn = self._settings, iter(requests), asyncio.Lock()
+        interval = 60 / settings.requests_per_minute if settings.requests_per_minute else 0.0  # seconds
         async with AsyncOpenAI(
             base_url=settings.base_url,
             api_key=os.environ.get(settings.api_key_variable) or "none",
@@ -43,7 +43,8 @@ class OpenAIBackend:
 
             async def worker() -> None:
                 for request in waiting:
-                    await pace.wait()
+                    async with turn:
+                        await asyncio.sleep(interval)
                     record([(request, await self._ask(client, request))])
 
             workers = [asyncio.create_task(worker()) for _ in range(min(settings.concurrency, len(requests)))]
@@ -61,11 +62,7 @@ class OpenAIBackend:
         for attempt in range(settings.retries + 1):
             try:
                 return self._reply(await self._send(client, request))
-            except (
-                ValueError,
-                openai.APIResponseValidationError,
-                _NoCompletion,
-            ) as error:  # not UTF-8, not JSON, or not a completion
+            except (ValueError, openai.APIResponseValidationError) as error:  # not UTF-8, not JSON, or no completion
                 problem = str(error)
             except openai.APIStatusError as error:
                 if error.status_code in (400, 413, 422) and settings.skip_refused:
@@ -103,9 +100,8 @@ class OpenAIBackend:
             "max_tokens": sampling.max_tokens,
             "seed": request.seed,
             "extra_headers": {"X-Request-Id": request.id},  # to find the chain in the server's own log
+            "extra_body": self._settings.extra() or None,
         }
-        if extra := self._settings.extra():
-            options["extra_body"] = extra
         if sampling.stop:
             options["stop"] = list(sampling.stop)
         if self._text.kind == "chat":
@@ -113,33 +109,17 @@ class OpenAIBackend:
         return await client.completions.create(prompt=prompt, **options)
 
     def _reply(self, completion: Any) -> Reply:
-        choices = getattr(completion, "choices", None)
-        if not isinstance(choices, list) or len(choices) != 1:
-            raise _NoCompletion(f"one choice was expected in {str(completion)[:120]!r}")
-        message = getattr(choices[0], "message", None)
-        text = getattr(message, "content", None) if self._text.kind == "chat" else getattr(choices[0], "text", None)
-        finish = getattr(choices[0], "finish_reason", None)
-        if finish == "content_filter":
-            return Reply("", "refused")
+        """Raises ValueError where the server's reply is complete, but not a completion."""
+        try:
+            (choice,) = completion.choices
+            finish = choice.finish_reason
+            if finish == "content_filter":
+                return Reply("", "refused")
+            text = choice.message.content if self._text.kind == "chat" else choice.text
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{str(completion)[:120]!r} is not one choice: {error}") from error
         if not isinstance(text, str) or finish not in ("stop", "length"):
-            raise _NoCompletion(f"text is {str(text)[:60]!r} and finish_reason {finish!r}")
+            raise ValueError(f"text is {str(text)[:60]!r} and finish_reason {finish!r}")
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is valid JSON, but cannot be written
         text, stopped = before_stop(text, self._sampling.stop)
         return Reply(text, "stop" if stopped else finish)
-
-
-class _NoCompletion(Exception):
-    """The server's reply is complete, but not a completion."""
-
-
-class _Pace:
-    """Lets a number of requests a minute through, evenly spaced."""
-
-    def __init__(self, per_minute: int) -> None:
-        self._interval, self._next = 60 / per_minute if per_minute else 0.0, 0.0
-
-    async def wait(self) -> None:
-        now = asyncio.get_running_loop().time()
-        mine = max(self._next, now)
-        self._next = mine + self._interval
-        await asyncio.sleep(mine - now)

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,6 @@ from rtd_jax.base.files import check_writable, replacing, write_jsonl
 from rtd_jax.data.formats import TextFormat, solved_examples
 from rtd_jax.data.manifest import begin_manifest, finish_manifest
 from rtd_jax.data.sources import SourceSettings, load_problems, load_traces
-from rtd_jax.data.trace import Problem
 
 PROGRESS_INTERVAL = 5.0  # seconds between two lines of progress
 
@@ -100,22 +99,29 @@ def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:
             backend.complete(requests, missing, record)
         replies = {request.id: log.replies[request.id] for request in requests}
         selected = select(requests, replies, recipe.selection, _known(recipe.selection.tokenizer))
-        manifest = _write_shards(recipe, workdir, selected, _about(recipe, identity, problems, replies, selected))
+        digest = hashlib.sha256()
+        for request_id, reply in sorted(replies.items()):
+            digest.update(json.dumps([request_id, *reply]).encode())
+        about = {
+            "teacher": identity,
+            "samples": samples,
+            "problems": {"source": dataclasses.asdict(recipe.problems), "number": len(problems)},
+            "selection": dataclasses.asdict(recipe.selection),
+            "replies_sha256": digest.hexdigest(),
+            "counts": selected.counts,
+            "kept_by_depth": selected.kept_by_depth,
+        }
+        manifest = _write_shards(recipe.output, workdir, selected, about)
     _print(selected, manifest)
-    if samples > 1 and _all_alike(requests, replies):
+    prompts = {request.problem.prompt for request in requests}
+    texts = {(request.problem.prompt, replies[request.id].text) for request in requests}
+    if samples > 1 and len(texts) == len(prompts):
         print(
             f"warning: the {samples} chains of every problem are alike, so the teacher seems to have decoded greedily. "
             "`transformers serve` does unless the model's generation_config.json has do_sample true",
             flush=True,
         )
     return manifest
-
-
-def _all_alike(requests: Sequence[Request], replies: Mapping[str, Reply]) -> bool:
-    texts: dict[str, set[str]] = {}
-    for request in requests:
-        texts.setdefault(request.problem.prompt, set()).add(replies[request.id].text)
-    return all(len(of_problem) == 1 for of_problem in texts.values())
 
 
 def _known(path: str) -> Callable[[str], bool]:
@@ -140,51 +146,29 @@ def _backend(recipe: TracesRecipe, text: TextFormat) -> Backend:
     return OpenAIBackend(recipe.openai, text, recipe.sampling)
 
 
-def _about(
-    recipe: TracesRecipe,
-    identity: dict[str, Any],
-    problems: Sequence[Problem],
-    replies: Mapping[str, Reply],
-    selected: Selected,
-) -> dict[str, Any]:
-    """What the manifest says about the shards, beside their hashes."""
-    digest = hashlib.sha256()
-    for request_id, reply in sorted(replies.items()):
-        digest.update(json.dumps([request_id, *reply]).encode())
-    return {
-        "teacher": identity,
-        "samples": recipe.sampling.samples,
-        "problems": {"source": dataclasses.asdict(recipe.problems), "number": len(problems)},
-        "selection": dataclasses.asdict(recipe.selection),
-        "replies_sha256": digest.hexdigest(),
-        "counts": selected.counts,
-        "kept_by_depth": selected.kept_by_depth,
-    }
-
-
-def _write_shards(recipe: TracesRecipe, workdir: Path, selected: Selected, about: dict[str, Any]) -> Path:
-    output, rows = recipe.output, selected.rows
+def _write_shards(output: OutputSettings, workdir: Path, selected: Selected, about: dict[str, Any]) -> Path:
+    """Writes the kept chains, and the manifest, which says `about` them. Returns the manifest's path."""
+    rows, size = selected.rows, output.rows_per_shard
     if not rows:
         raise ValueError(
             f"no chain is right and whole ({selected.counts['all']}), so there is nothing to write: look into "
             f"{workdir / 'responses.jsonl'}; then change text, sampling or selection"
         )
-    total = -(-len(rows) // output.rows_per_shard)
-    paths = [workdir / f"{output.split}-{index:05d}-of-{total:05d}.{output.format}" for index in range(total)]
-    begin_manifest(workdir, [path.name for path in paths])
-    shards = []
-    for index, path in enumerate(paths):
-        part = rows[index * output.rows_per_shard : (index + 1) * output.rows_per_shard]
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    names = [f"{output.split}-{i:05d}-of-{len(parts):05d}.{output.format}" for i in range(len(parts))]
+    begin_manifest(workdir, names)
+    for name, part in zip(names, parts, strict=True):
         if output.format == "jsonl":
-            write_jsonl(path, part)
+            write_jsonl(workdir / name, part)
         else:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-            with replacing(path) as temporary:
+            with replacing(workdir / name) as temporary:
                 pq.write_table(pa.Table.from_pylist(part), temporary)
-        shards.append((path, len(part)))
-    return finish_manifest(workdir, shards, about)
+    return finish_manifest(
+        workdir, [(workdir / name, len(part)) for name, part in zip(names, parts, strict=True)], about
+    )
 
 
 class _Progress:

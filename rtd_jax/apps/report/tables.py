@@ -1,0 +1,67 @@
+"""Evaluations as tables of text, printed or on the page. They show what the lists of `rtd_jax.eval.metrics` hold."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from rtd_jax.apps.report.pictures import Evaluation
+from rtd_jax.eval import metrics
+from rtd_jax.eval.metrics import Metric
+
+TextTable = tuple[list[str], list[list[str]]]  # heads of the columns, and rows
+
+
+def plus_minus(estimate: Mapping[str, Any] | None, scale: int = 1, digits: int = 3) -> str:
+    """An estimate with its standard error: "3.214 ± 0.052"."""
+    if estimate is None:
+        return "–"
+    error = "" if estimate["stderr"] is None else f" ± {scale * estimate['stderr']:.{digits}f}"
+    return f"{scale * estimate['mean']:.{digits}f}{error}"
+
+
+percent = partial(plus_minus, scale=100, digits=1)  # an estimate of a share, in percent: "71.3 ± 2.1"
+
+
+def interval(found: Mapping[str, Any] | None) -> str:
+    """A value with its interval: "0.830 (0.790 to 0.870)"."""
+    if found is None or found["value"] is None:
+        return "–"
+    return f"{found['value']:.3f}" + ("" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})")
+
+
+def depth_table(evaluation: Evaluation) -> TextTable:
+    """A row for every depth, and a column for every metric that was measured by depth."""
+    columns = [metric for metric in _labelled() if metric.is_column and evaluation.get(metric.name)]
+    rows = [
+        [depth, str(chains["n"]), *(_cell(metric, evaluation[metric.name].get(depth)) for metric in columns)]
+        for depth, chains in evaluation["chain_accuracy"].items()
+    ]
+    return ["depth", "texts", *map(_head, columns)], rows
+
+
+def total_lines(evaluation: Evaluation) -> list[str]:
+    """The metrics that are shown over all depths only, one a line: "math-verify %: 71.3 ± 2.1"."""
+    shown = [metric for metric in _labelled() if not metric.is_column and evaluation.get(metric.name)]
+    return [f"{_head(metric)}: {_cell(metric, evaluation[metric.name]['all'])}" for metric in shown]
+
+
+def group_table(kind: str, groups: Mapping[str, Mapping[str, Any]]) -> TextTable:
+    """A row for every group of problems, such as every subject, and a column for every metric that was measured."""
+    columns = [metric for metric in _labelled() if any(metric.name in group for group in groups.values())]
+    rows = [
+        [name, str(group["chain_accuracy"]["n"]), *(_cell(metric, group.get(metric.name)) for metric in columns)]
+        for name, group in groups.items()
+    ]
+    return [kind, "texts", *map(_head, columns)], rows
+
+
+def _labelled() -> list[Metric]:
+    return [metric for metric in (*metrics.TEXT_METRICS, *metrics.MODEL_METRICS) if metric.label]
+
+
+def _head(metric: Metric) -> str:
+    return f"{metric.label} %" if metric.is_share else metric.label
+
+
+def _cell(metric: Metric, estimate: Mapping[str, Any] | None) -> str:
+    return percent(estimate) if metric.is_share else plus_minus(estimate)
