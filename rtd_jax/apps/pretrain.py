@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from rtd_jax.apps.report.page import percent
+from rtd_jax.apps.report.tables import depth_table
 from rtd_jax.base.console import Display, print_table
 from rtd_jax.base.files import check_writable, write_json
 from rtd_jax.base.means import Metrics
@@ -170,11 +170,7 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
         "settings": settings,
     }
     write_json(workdir / "report.json", report)
-    rows = [
-        (depth, percent(chain), percent(result["step_accuracy"][depth]))
-        for depth, chain in result["chain_accuracy"].items()
-    ]
-    print_table("Accuracy by reasoning depth (± one standard error)", ["depth", "chain %", "step %"], rows)
+    print_table("Accuracy by reasoning depth (± one standard error)", *depth_table(result))
     print(
         f"next: distill it with `python launch/train.py --config=configs/rtd_tiny.py "
         f"--config.teacher.path={workdir / 'model'}`"

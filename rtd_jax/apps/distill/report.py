@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from rtd_jax.apps.distill.prepare import Experiment
-from rtd_jax.apps.report.page import percent, write_report
+from rtd_jax.apps.report.page import write_report
+from rtd_jax.apps.report.tables import depth_table
 from rtd_jax.base.console import print_table
 from rtd_jax.base.sharding import to_host
 from rtd_jax.base.types import Params
@@ -63,13 +64,8 @@ def drift_section(experiment: Experiment, params: Params) -> dict[str, Any]:
 def print_report(report: dict[str, Any], workdir: Path) -> None:
     """Prints what report.json says, and the next useful commands."""
     names = [name for name in ("student", "teacher") if name in report]
-    cells = [(name, metric) for metric in ("chain", "step") for name in names]
-    rows = [
-        [depth, *(percent(report[name][f"{metric}_accuracy"].get(depth)) for name, metric in cells)]
-        for depth in report["student"]["chain_accuracy"]
-    ]
-    columns = ["depth", *(f"{name} {metric} %" for name, metric in cells)]
-    print_table("Accuracy by reasoning depth (± one standard error)", columns, rows)
+    for name in names:
+        print_table(f"Accuracy by reasoning depth: {name} (± one standard error)", *depth_table(report[name]))
     stages = [
         (
             stage["depth"],

@@ -121,8 +121,8 @@ def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path)
         models["teacher"] = (experiment.teacher, experiment.teacher_params)
     generations: list[dict[str, Any]] = []
     for name, (model, params) in models.items():
-        notes = decoding_notes(display.note, name)
-        report[name], records = experiment.evaluator(model, params, problems, progress=notes)
+        note = decoding_notes(display.note, name)
+        report[name], records = experiment.evaluator(model, params, problems, progress=note)
         for key in ("chain_accuracy", "step_accuracy", "perplexity"):
             report[key][name] = report[name][key]
         generations += [{"model": name, **record} for record in records]
