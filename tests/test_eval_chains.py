@@ -10,8 +10,9 @@ from rtd_jax.data.schemas.gsm8k import from_gsm8k
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.chains import score_chain, split_solution
 from rtd_jax.eval.estimates import by_depth, depth_key, difference, estimate, perplexity_estimate
-from rtd_jax.eval.metrics import ScoredTexts, independent_chain_accuracy
+from rtd_jax.eval.metrics import independent_chain_accuracy
 from rtd_jax.eval.reference import scored_spans, tokens_in_spans
+from rtd_jax.eval.scored import ScoredTexts
 
 TRACE = Trace.of_steps("q", ("48/2 = <<48/2=24>>24 clips.", "48+24 = <<48+24=72>>72 in all."), "72", "#### 72")
 

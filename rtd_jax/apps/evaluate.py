@@ -19,7 +19,8 @@ from rtd_jax.eval.chains import score_texts
 from rtd_jax.eval.choices import choice_log_likelihoods, score_choices
 from rtd_jax.eval.decoding import Sampling
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, Progress
-from rtd_jax.eval.metrics import MODEL_KEYS, Record, make_report
+from rtd_jax.eval.metrics import MODEL_KEYS, make_report
+from rtd_jax.eval.scored import Record
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.eval.tasks import EXAMPLES_SEED, TASKS, Problems, load_problems
 from rtd_jax.models.open import FloatDtype, WeightDtype

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.answers import answer_matches, parse_number, step_result
-from rtd_jax.eval.metrics import Record
+from rtd_jax.eval.scored import Record
 
 
 def score_texts(

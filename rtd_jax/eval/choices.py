@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rtd_jax.base.types import Params
 from rtd_jax.data.schemas.arc import ChoiceQuestion
 from rtd_jax.eval.estimates import estimate
-from rtd_jax.eval.metrics import Record
+from rtd_jax.eval.scored import Record
 from rtd_jax.eval.scoring import ScoringSettings, score_chains
 from rtd_jax.models.model import LlamaModel
 

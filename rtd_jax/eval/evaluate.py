@@ -14,8 +14,9 @@ from rtd_jax.data.formats import Rendered, TextFormat, render, stop_token_ids
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.chains import score_texts
 from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate
-from rtd_jax.eval.metrics import Record, make_report
+from rtd_jax.eval.metrics import make_report
 from rtd_jax.eval.reference import score_references
+from rtd_jax.eval.scored import Record
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.models.model import LlamaModel
 

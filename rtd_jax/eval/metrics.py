@@ -1,7 +1,7 @@
 """What a report says about scored texts: one entry per metric, most of them a table by reasoning depth.
 
-A new metric is a function of `ScoredTexts`, here or in a file of its own, and one line in `TEXT_METRICS` or
-`MODEL_METRICS`. report.json, the printed tables and report.html show what these lists hold.
+A new metric is a function of `ScoredTexts`, in a file of its own, and one line in `TEXT_METRICS` or `MODEL_METRICS`.
+report.json, the printed tables and report.html show what these lists hold.
 """
 
 import dataclasses
@@ -11,8 +11,6 @@ from typing import Any
 
 from rtd_jax.eval.answers import flexible_answer, harness_match, parse_number, strict_answer
 from rtd_jax.eval.estimates import (
-    Estimate,
-    by_depth,
     depth_buckets,
     depth_key,
     difference,
@@ -21,34 +19,11 @@ from rtd_jax.eval.estimates import (
     perplexity_estimate,
     power_mean,
 )
-
-Record = dict[str, Any]
-Table = dict[str, Estimate]  # by depth bucket: "1", "2", ..., "all"; {} where it cannot be measured
+from rtd_jax.eval.scored import Record, ScoredTexts, Table
 
 DEEP = 4  # steps; the article compares step accuracy with chain accuracy on problems of four steps and more
 # What a record has besides the scores of its text, where a model was run on the problem.
 MODEL_KEYS = ("teacher_forced", "reference_nats", "reference_tokens", "max_new_tokens", "text_format", "decoding")
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoredTexts:
-    """What every metric is measured on."""
-
-    records: Sequence[Record]  # as `chains.score_texts` makes them
-    open_from: int | None = None  # first depth of the open bucket "5+"; None gives every depth its own bucket
-
-    def by_depth(self, values: Callable[[Record], Sequence[float]]) -> Table:
-        """Mean of the values that `values` gives for each record; the samples of one problem are a cluster."""
-        rows = [(value, record["depth"], record["problem"]) for record in self.records for value in values(record)]
-        if not rows:
-            return {}
-        numbers, depths, problems = zip(*rows, strict=True)
-        return by_depth(numbers, depths, open_from=self.open_from, clusters=problems)
-
-    def first_samples(self) -> "ScoredTexts":
-        """One text for each problem. What is measured on the reference is the same for all samples of a problem."""
-        first = {record["problem"]: record for record in reversed(self.records)}
-        return ScoredTexts([first[problem] for problem in sorted(first)], self.open_from)
 
 
 @dataclasses.dataclass(frozen=True)

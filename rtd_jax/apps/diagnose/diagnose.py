@@ -24,7 +24,7 @@ from rtd_jax.data.trace import Trace
 from rtd_jax.eval.chains import results_right
 from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure, transitions
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, decoding_notes
-from rtd_jax.eval.metrics import Record
+from rtd_jax.eval.scored import Record
 from rtd_jax.eval.states import boundary_states, cached_key, cached_states, open_cache
 from rtd_jax.models.from_hf import resolve
 from rtd_jax.models.open import FloatDtype, WeightDtype
