@@ -213,7 +213,7 @@ def test_shards_that_are_not_those_listed_are_refused(shards, tmp_path):
         (tmp_path / NAME).write_text(json.dumps(damaged))
         refused(message)
     (tmp_path / NAME).write_text("{")
-    refused(f"{NAME} is not valid JSON")
+    refused(f"{NAME}: not valid JSON")
 
 
 def test_shards_under_way_are_refused_and_old_ones_leave_with_their_manifest(shards, tmp_path):
