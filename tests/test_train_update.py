@@ -173,6 +173,26 @@ def test_any_number_of_micro_batches_gives_the_same_update(single, count):
         assert float(mean.count) == float(single[1][name].count)
 
 
+def test_every_term_adds_up_over_micro_batches():
+    """Regressors of several layers and states at every token, too: what a term learns must take part in the sums."""
+    weights = {"intermediate_weight": 0.5, "token_alignment_weight": 0.3}
+    key = jax.random.PRNGKey(0)
+    wanted = objective(**weights)
+
+    def after(micro_batches: int):
+        params = {"student": STUDENT.init(key), **wanted.init_params(key, 16, 32)}
+        step = make_train_step(STUDENT, TEACHER, OPTIMIZER, wanted, UpdateSettings(micro_batches))
+        state = create_state(params, OPTIMIZER, jnp.array(key))
+        state, metrics = step(state, TEACHER_PARAMS, PACKED, wanted.coefficients())
+        return jax.device_get((state.params, metrics))
+
+    (whole, of_whole), (parts, of_parts) = after(1), after(2)
+    assert set(whole) == {"student", "f", "g", "regressors"}
+    chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-6)
+    for name in of_whole:
+        np.testing.assert_allclose(of_parts[name].value(), of_whole[name].value(), rtol=1e-4, err_msg=name)
+
+
 def test_packing_does_not_change_the_update(single):
     state, _ = after_updates(MeshSettings(1, 1, 1), data=UNPACKED)
     assert_same_update(state, single[0])

@@ -193,6 +193,8 @@ def define_flags(command: Command, argv: list[str], values: flags.FlagValues) ->
 
     Returns their names.
     """
+    if command.flags:
+        _import(command.flags)  # what it imports defines flags too, which are not the command's
     before = set(values)
     if command.recipe:
         config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/rtd_tiny.py.", values, sys_argv=argv)
@@ -276,7 +278,8 @@ def _parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
 
 def _one_line(error: Exception) -> str:
     """An error's message in one line; ml_collections quotes its own twice and appends a group's keys and values."""
-    text = str(error).replace("\\n", " ").replace("\n", " ").replace("\\'", "'").strip("'")
+    text = str(error).replace("\\n", " ").replace("\n", " ").replace("\\'", "'")
+    text = text.strip("'") if isinstance(error, KeyError | AttributeError) else text
     return re.sub(r' Other fields present: "{.*}"', "", text)
 
 

@@ -132,6 +132,8 @@ def _encode(
             f"{tokenizer.name_or_path!r}, the first is {text.text[start:end]!r}; use the tokenizer that belongs to "
             "this text"
         )
+    if not prompt_length:
+        raise ValueError(f"{source}: the prompt {trace.prompt!r} has no tokens; expected at least one")
     if ids[:prompt_length] != prompt_ids:
         # Ids are compared, because the offsets of some tokenizers leave white space out.
         raise ValueError(

@@ -72,10 +72,10 @@ class Intermediate(Term):
 
     def sums(self, outputs: Outputs, params: Params, coefficients: Coefficients) -> tuple[Array, Metrics]:
         student, teacher, batch = outputs
-        mask_BL, regressors_PSD = chain_tokens(batch), params["regressors"]
-        total = jnp.zeros(())
-        for pair, (of_student, of_teacher) in enumerate(self.pairs):
+        mask_BL, total = chain_tokens(batch), jnp.zeros(())
+        # The regressors are iterated over: `regressors[i]` cannot be differentiated into `accumulate`'s references.
+        for (of_student, of_teacher), regressor_SD in zip(self.pairs, params["regressors"], strict=True):
             states = student.token_states[of_student], teacher.token_states[of_teacher]
-            total += masked_sum(hint_losses(*states, mask_BL, regressors_PSD[pair]), mask_BL)
+            total += masked_sum(hint_losses(*states, mask_BL, regressor_SD), mask_BL)
         share = total / len(self.pairs)
         return share, {"distill/intermediate": Mean(share, jnp.sum(mask_BL).astype(jnp.float32))}

@@ -154,11 +154,17 @@ class LlamaConfig:
                 "and save it again with transformers"
             )
         width, heads = int(hf["hidden_size"]), int(hf["num_attention_heads"])
-        if not hf.get("head_dim") and width % heads:
+        if heads and not hf.get("head_dim") and width % heads:
             raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}; set head_dim")
-        values: dict[str, Any] = {"kv_heads": heads, "head_dim": width // heads, "norm_eps": 1e-6}
+        values: dict[str, Any] = {"kv_heads": heads, "head_dim": width // max(heads, 1), "norm_eps": 1e-6}
         values |= {name: int(hf[key]) for name, key in _SIZES.items() if hf.get(key) is not None}
-        values |= {name: read(hf[key]) for name, (key, read) in _OPTIONS.items() if hf.get(key) is not None}
+        for name, (key, read) in _OPTIONS.items():
+            if key in hf and hf[key] is None and read is float:
+                raise ValueError(
+                    f"{key} is null; give the number that the model was trained with, or leave the key out"
+                )
+            if hf.get(key) is not None:
+                values[name] = read(hf[key])
         return cls(**values, rope=RopeConfig.from_hf(hf))
 
     def layer_index(self, layer: int) -> int:

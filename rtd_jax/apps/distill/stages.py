@@ -26,7 +26,7 @@ from rtd_jax.train.splits import Chains, prefixed_chains, row_length_of
 from rtd_jax.train.state import TrainState
 from rtd_jax.train.update import make_term_eval
 
-MIDRUN = "midrun evaluations"
+MIDRUN = "looks"  # as report.json has always called the evaluations on the way
 # Timer sections excluded from the training time.
 NOT_TRAINING = ("loading and tokenising", MIDRUN, "evaluation")
 # Metrics that the display shows, and their short names there.

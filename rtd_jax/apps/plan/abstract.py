@@ -109,7 +109,8 @@ def _cached_outputs(recipe: Recipe, width: int, objective: Objective, mesh: Mesh
     tail = _rows(recipe, mesh, jnp.float32, length)
     dtype = jnp.dtype(recipe.teacher.compute_dtype)
     states = _rows(recipe, mesh, dtype, recipe.data.chains_per_row, MAX_BOUNDARIES, width)
-    layers = reads_of(objective.on("data")).teacher_boundaries
+    yardstick = () if objective.yardstick is None else (objective.yardstick,)  # validation reads it in any case
+    layers = reads_of((*objective.on("data"), *yardstick)).teacher_boundaries
     return TeacherOutputs(None, None, dict.fromkeys(layers, states), {}, TopK(ids, log_probs, tail, tail))
 
 

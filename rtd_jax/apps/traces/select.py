@@ -73,11 +73,11 @@ def select(
     for request in requests:
         prompt = request.problem.prompt
         outcome, steps = judge(request.problem, replies[request.id], settings)
+        if outcome == "kept" and not known("\n".join(steps)):
+            outcome = "unparsable"
         if outcome == "kept":
             text = re.sub(r"\s+", " ", " ".join(steps)).lower()
-            if not known("\n".join(steps)):
-                outcome = "unparsable"
-            elif (prompt, text) in seen:
+            if (prompt, text) in seen:
                 outcome = "duplicate"
             elif 0 < settings.per_problem <= kept_of_problem[prompt]:
                 outcome = "surplus"

@@ -34,6 +34,7 @@ class OpenAIBackend:
 
         settings, waiting, turn = self._settings, iter(requests), asyncio.Lock()
         interval = 60 / settings.requests_per_minute if settings.requests_per_minute else 0.0  # seconds
+        clock, next_start = asyncio.get_running_loop().time, 0.0
         async with AsyncOpenAI(
             base_url=settings.base_url,
             api_key=os.environ.get(settings.api_key_variable) or "none",
@@ -42,9 +43,11 @@ class OpenAIBackend:
         ) as client:
 
             async def worker() -> None:
+                nonlocal next_start
                 for request in waiting:
                     async with turn:
-                        await asyncio.sleep(interval)
+                        await asyncio.sleep(max(0.0, next_start - clock()))
+                        next_start = clock() + interval
                     record([(request, await self._ask(client, request))])
 
             workers = [asyncio.create_task(worker()) for _ in range(min(settings.concurrency, len(requests)))]
