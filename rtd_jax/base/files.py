@@ -1,19 +1,48 @@
-"""Writes that leave either the old file or the new one, never half of either."""
+"""Files that are whole: writes that leave the old file or the new one, and reads that say what is wrong with a file.
+
+`replacing` promises that after a crash of the process or of the machine a file is the old one or the new one, because
+content and name are on the disk before it returns. Small JSON files that say what lies beside them (a manifest, a
+classifier's settings) are records: they have a format number and a digest of their own content, so that a changed
+character is noticed.
+"""
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+DIGEST = "digest"  # key of a record that holds the SHA-256 of everything else in it
+
+# What a user can do about a read that failed although the file may be sound, by errno.
+_WAYS_OUT = {
+    errno.EACCES: "let this user read it (chmod, chown)",
+    errno.EPERM: "let this user read it (chmod, chown)",
+    errno.EMFILE: "allow more open files (`ulimit -n 65536`) and run again",
+    errno.ENFILE: "the machine has too many files open; close other programs and run again",
+    errno.ENOMEM: "the machine has too little memory; close other programs and run again",
+    errno.EISDIR: "it is a folder; give a file",
+    errno.ENOTDIR: "a part of its path is a file; give another path",
+    errno.ENAMETOOLONG: "its name is too long for this file system; give a shorter one",
+    errno.ELOOP: "its symbolic links go in a circle; remove them",
+    errno.EIO: "the disk or the network file system reports an error; see `dmesg`, and run again",
+    errno.ESTALE: "the network file system lost it; mount it again and run again",
+    errno.ETIMEDOUT: "the network file system does not answer; run again when it does",
+}
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renames it over `path` if the block succeeds, removes it if not."""
+    """Yields a temporary path beside `path`; renames it over `path` if the block succeeds, removes it if not.
+
+    The content is on the disk before the rename, and the rename before this returns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp")
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -21,9 +50,23 @@ def replacing(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; a report is meant to be read by others
+        _to_disk(temporary)
         os.replace(temporary, path)
+        _to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -33,24 +76,178 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path, way_out: str = "restore it or write it again") -> Any:
-    """Reads a JSON file.
+@contextlib.contextmanager
+def reading(path: Path, way_out: str = "restore it or write it again") -> Iterator[None]:
+    """Turns a system error of the block into a ValueError that names `path`, the cause, and what to do about it.
 
-    Raises:
-      ValueError: the file is missing or damaged; names the file, the place in it, and the way out.
+    A file that may not be read, or not now, is not a damaged file: `way_out`, which may advise to delete it, is given
+    only where the file is missing.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        yield
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; {way_out}") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{path}: not valid JSON ({error}); {way_out}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {read_failure(error)}") from error
+
+
+def read_failure(error: OSError) -> str:
+    """The cause of a failed read and the way out, in words: "could not be read (Permission denied); let this ..."."""
+    remedy = _WAYS_OUT.get(error.errno or 0, "see that it can be read and run again")
+    return f"could not be read ({error.strerror or error}); {remedy}"
+
+
+def parse_json(text: str | bytes, place: str, way_out: str = "restore it or write it again") -> Any:
+    """The value of a JSON text.
+
+    NaN and Infinity are refused, because they are not JSON; so are a key that stands twice in one object, half a
+    surrogate pair, and nesting beyond what Python can follow.
+
+    Raises:
+      ValueError: the text is not JSON or not UTF-8; names `place`, the place in it, and the way out.
+    """
+    try:
+        text = text if isinstance(text, str) else text.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        if "\\u" in text:  # only an escape can make half a pair
+            _check_encodable(value)
+        return value
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: not UTF-8 ({_encoding_hint(text, error)}); {way_out}") from error
+    except RecursionError:
+        raise ValueError(f"{place}: its JSON is nested too deeply to be read; {way_out}") from None
+    except ValueError as error:
+        raise ValueError(f"{place}: not valid JSON ({error}); {way_out}") from error
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in keys:
+            raise ValueError(f"key {key!r} stands twice in one object")
+        keys[key] = value
+    return keys
+
+
+def _check_encodable(value: Any) -> None:
+    """Raises ValueError where a text has half a surrogate pair, which JSON can escape but no UTF-8 file can hold."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(value[error.start]):04x}"
+            raise ValueError(
+                f"half a surrogate pair, {half}, in {value[max(0, error.start - 10) : error.end]!r}"
+            ) from None
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_encodable(key)
+            _check_encodable(item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_encodable(item)
+
+
+def _encoding_hint(text: str | bytes, error: UnicodeDecodeError) -> str:
+    """Which encoding the bytes look like, and where they stop to be UTF-8."""
+    content = text if isinstance(text, bytes) else b""
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff") or (content[1:2] == b"\0"):
+        return "it looks like UTF-16, as Windows PowerShell writes; convert it: `iconv -f UTF-16 -t UTF-8`"
+    start = error.start
+    return (
+        f"byte {content[start]:#04x} at position {start}, {content[max(0, start - 10) : start + 10]!r}; if it is "
+        "Latin-1, convert it: `iconv -f LATIN1 -t UTF-8`"
+    )
+
+
+def read_json(path: Path, way_out: str = "restore it or write it again") -> Any:
+    """Reads a JSON file, as strictly as `parse_json`.
+
+    Raises:
+      ValueError: the file is missing, unreadable or damaged; names the file, the place in it, and the way out.
+    """
+    with reading(path, way_out):
+        content = path.read_bytes()
+    return parse_json(content, str(path), way_out)
+
+
+def read_object(path: Path, way_out: str = "restore it or write it again") -> dict[str, Any]:
+    """Reads a JSON file that holds an object. Raises ValueError as `read_json`, or where it holds something else."""
+    value = read_json(path, way_out)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}; {way_out}")
+    return value
+
+
+def read_jsonl(path: Path, way_out: str = "write one JSON object a line") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON-lines file, each with its place ("rows.jsonl:17"); blank lines are left out.
+
+    Lines end with a newline character only: U+2028 and its like are legal inside a JSON text.
+
+    Raises:
+      ValueError: the file is missing or unreadable, or a line is not a JSON object; names the file and the line.
+    """
+    with reading(path, "give a file that exists"), path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            row = parse_json(line, place, way_out)
+            if not isinstance(row, dict):
+                raise ValueError(f"{place}: {line[:60]!r} is no JSON object; {way_out}")
+            yield place, row
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one JSON object a line, atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    """Writes one JSON object a line, atomically. Non-finite floats are refused (they are not JSON)."""
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        file.writelines(lines)
+
+
+def write_record(path: Path, format: int, content: dict[str, Any]) -> None:
+    """Writes a JSON object with its format number and the digest of its content, atomically."""
+    record = {"format": format, **content}
+    write_json(path, {**record, DIGEST: json_digest(record)})
+
+
+def read_record(path: Path, format: int, way_out: str, *, undigested: Sequence[int] = ()) -> dict[str, Any]:
+    """The content of a JSON object that `write_record` wrote; check its shape with `base.settings.build`.
+
+    Args:
+      undigested: earlier format numbers that are read too, of files that have no digest.
+
+    Raises:
+      ValueError: the file is missing, unreadable or damaged, of another format, or was changed after it was written;
+        names the file and the way out.
+    """
+    record = read_object(path, way_out)
+    seen = record.get("format")
+    if type(seen) is not int or seen not in (format, *undigested):
+        known = " or ".join(map(str, (*undigested, format)))
+        raise ValueError(f"{path} has format {seen!r}, this version reads {known}; {way_out}")
+    digest = record.pop(DIGEST, None)
+    if digest is None and seen in undigested:
+        return record
+    if digest != json_digest(record):
+        raise ValueError(f"{path} was changed or damaged after it was written (its digest differs); {way_out}")
+    return record
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256, in hex, of a JSON value; the order of keys does not matter."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_writable(directory: Path) -> None:

@@ -1,11 +1,10 @@
 """The manifest beside generated shards: what they are, and the hash of each, so that a changed file is noticed."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rtd_jax.base.files import read_json, write_json
+from rtd_jax.base.files import file_digest, read_json, write_json
 
 NAME = "traces_manifest.json"
 KIND, FORMAT = "rtd_jax traces", 1
@@ -76,9 +75,3 @@ def check_shards(folder: Path, shards: Sequence[Path]) -> None:
                 f"{path} has SHA-256 {digest[:12]}, {NAME} says {str(listed[path.name])[:12]}: it was changed or "
                 f"damaged; {_REMEDY}"
             )
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
