@@ -11,10 +11,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rtd_jax.base.sharding import TABLES, activation_sharding, in_host_memory, param_shardings
 from rtd_jax.base.types import Params
-from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
+from rtd_jax.data.tokenizer_match import tokenizer_fingerprint, vocab_size
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.decoder import AttentionKernel
-from rtd_jax.models.from_hf import load_config, load_params, resolve, weights_fingerprint
+from rtd_jax.models.fingerprint import weights_fingerprint
+from rtd_jax.models.from_hf import load_config, load_params, resolve
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.weights import logical_axes
 
@@ -52,6 +53,11 @@ class OpenModel:
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.directory)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """The tokenizer's highest id + 1; rows of the embedding from here on are padding."""
+        return vocab_size(self.tokenizer)
 
     @functools.cached_property
     def tokenizer_fingerprint(self) -> str:

@@ -14,7 +14,7 @@ from rtd_jax.base.types import Params
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.methods.maps import state_map, transition_map
 from rtd_jax.methods.term import Setup
-from rtd_jax.models.from_hf import weights_fingerprint
+from rtd_jax.models.fingerprint import weights_fingerprint
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import FloatDtype, ModelSettings, WeightDtype, open_model
 from rtd_jax.models.quantized import INT8, quantize_params

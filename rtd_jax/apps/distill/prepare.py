@@ -14,7 +14,7 @@ from rtd_jax.base.sharding import check_rows, host_share, make_mesh, put_batch
 from rtd_jax.base.types import Batch, Params
 from rtd_jax.data.encoding import EncodedChain, chains_fingerprint
 from rtd_jax.data.packing import fixed_batches
-from rtd_jax.data.tokenizer_match import compare_tokenizers
+from rtd_jax.data.tokenizer_match import compare_tokenizers, vocab_size
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.methods.term import Objective, Term
@@ -58,7 +58,7 @@ class Experiment:
     @property
     def vocab_size(self) -> int:
         """Entries of the vocabulary that are not padding."""
-        return len(self.tokenizer)
+        return vocab_size(self.tokenizer)
 
     @property
     def yardstick(self) -> Term:
@@ -135,7 +135,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
     student = student_model(recipe.student, config, mesh)
     model, params = (teacher.model, teacher.params) if is_run else (None, {})
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
-    objective = recipe.objective(config, teacher.config, len(teacher.tokenizer), mesh)
+    objective = recipe.objective(config, teacher.config, teacher.vocab_size, mesh)
     experiment = Experiment(
         recipe=recipe,
         mesh=mesh,
