@@ -11,6 +11,7 @@ import hashlib
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from rtd_jax.base.files import file_digest, json_digest, read_record, reading, write_record
 from rtd_jax.models.weight_files import weight_files
@@ -33,8 +34,8 @@ class Fingerprint(str):
         made.earlier = earlier or value
         return made
 
-    def __getnewargs__(self) -> tuple[str, str]:
-        return str(self), self.earlier  # a copy needs both
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]  # a copy needs both
+        return str(self), self.earlier
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, str) and any(str.__eq__(form, other) for form in (self, self.earlier))
@@ -82,30 +83,33 @@ def _digest(path: Path) -> str:
     """SHA-256 of a file's bytes; of a large file it is kept, and read again while the file stays as it is."""
     with reading(path, "download it again"):
         before = _state(path)
-        if before["size"] < KEPT_FROM:
+        if before.size < KEPT_FROM:
             return file_digest(path)
-        kept = _cache_folder() / "digests" / f"{json_digest(before)}.json"
+        kept = _cache_folder() / "digests" / f"{json_digest(before._asdict())}.json"
         with contextlib.suppress(ValueError):  # not there, not readable, damaged
             return str(read_record(kept, _FORMAT, "")["sha256"])
         digest = file_digest(path)
-        is_settled = time.time() - max(before["modified"], before["changed"]) / 1e9 > _SETTLED
+        is_settled = time.time() - max(before.modified, before.changed) / 1e9 > _SETTLED
         if is_settled and _state(path) == before:
             with contextlib.suppress(OSError):  # a home that cannot be written
                 write_record(kept, _FORMAT, {"file": str(path), "sha256": digest})
         return digest
 
 
-def _state(path: Path) -> dict[str, str | int]:
-    """What changes when a file is written, replaced or moved."""
-    found = path.stat()
-    return {
-        "path": str(path.resolve()),
-        "size": found.st_size,
-        "modified": found.st_mtime_ns,
-        "changed": found.st_ctime_ns,
-        "inode": found.st_ino,
-        "device": found.st_dev,
-    }
+class _State(NamedTuple):
+    """What changes when a file is written, replaced or moved. Times in nanoseconds."""
+
+    path: str
+    size: int  # bytes
+    modified: int
+    changed: int  # of the inode: its content, name or permissions
+    inode: int
+    device: int
+
+
+def _state(path: Path) -> _State:
+    stat = path.stat()
+    return _State(str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev)
 
 
 def _cache_folder() -> Path:

@@ -59,10 +59,11 @@ def resolve(name_or_dir: str | Path) -> Path:
 def load_config(directory: str | Path) -> LlamaConfig:
     """The config of a Hugging Face directory. Raises ValueError where it is missing, unreadable or no plain Llama's."""
     path = Path(directory) / "config.json"
-    content = read_object(path, "give the directory of a Hugging Face checkpoint")
+    # With NaN and Infinity, which are no JSON: the config knows the key and what it may be.
+    content = read_object(path, "give the directory of a Hugging Face checkpoint", constants=True)
     try:
         return LlamaConfig.from_hf(content)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -21,7 +21,7 @@ from rtd_jax.methods.term import Objective, Term
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.from_hf import resolve
 from rtd_jax.models.model import LlamaModel
-from rtd_jax.models.open import OpenModel, load_tokenizer, open_model
+from rtd_jax.models.open import OpenModel, check_rows_of_ids, load_tokenizer, open_model
 from rtd_jax.steps.detector import Detector
 from rtd_jax.teacher.cache import TeacherCache
 from rtd_jax.teacher.reward_head import RewardModel, load_head
@@ -171,13 +171,7 @@ def _checked_config(recipe: Recipe, teacher: OpenModel) -> LlamaConfig:
         folder = resolve(recipe.student.path)
         for line in compare_tokenizers(teacher.tokenizer, load_tokenizer(folder), str(teacher.directory), str(folder)):
             teacher.note(line)
-    vocab_size = len(teacher.tokenizer)
-    for name, rows in (("teacher", teacher.config.vocab_size), ("student", config.vocab_size)):
-        if rows < vocab_size:
-            raise ValueError(
-                f"the tokenizer has {vocab_size} tokens but the {name}'s embedding only {rows} rows; give the {name} "
-                f"that belongs to the tokenizer in {teacher.directory}"
-            )
+    check_rows_of_ids(config, teacher.vocab_size, "the student", teacher.directory)
     return config
 
 
