@@ -211,12 +211,12 @@ def main() -> None:
     traces = load_traces(SourceSettings("gsm8k", arguments.gsm8k, limit=arguments.chains, keep_marks=False))
     chains, _ = encode_traces(tokenizer, traces, TextFormat("chat"), row_length=1024)
 
-    real = predictions(teacher.model, teacher.params, len(tokenizer), chains)
+    real = predictions(teacher.model, teacher.params, teacher.vocab_size, chains)
     tiny = LlamaModel(dataclasses.replace(LlamaConfig(VOCAB, 64, 128, 2, 4, 4, 16)), "float32")
     random = predictions(tiny, jax.jit(tiny.init)(jax.random.key(0)), VOCAB, chains)
-    tops = {"SmolLM2-135M, ids thrown over 128,256": (real, len(tokenizer)), "a random Llama": (random, VOCAB)}
+    tops = {"SmolLM2-135M, ids thrown over 128,256": (real, teacher.vocab_size), "a random Llama": (random, VOCAB)}
     texts = {"stored": sizes(chains, tops)}
-    records = encoded(chains, real, len(tokenizer))
+    records = encoded(chains, real, teacher.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         many = [records[i % len(records)][1] for i in range(RECORDS)]
         texts["formats"] = formats(many, Path(folder)) + f" On {machine()}."

@@ -10,6 +10,7 @@ import torch
 from models_tiny import LLAMA3_ROPE, VARIANTS, hf_model, old_spelling, rewrite_config
 from safetensors.torch import load_file, save_file
 
+from rtd_jax.models import from_hf
 from rtd_jax.models.config import LlamaConfig, RopeConfig
 from rtd_jax.models.from_hf import load_config, load_params, resolve
 from rtd_jax.models.weights import logical_axes
@@ -65,11 +66,32 @@ def test_too_few_layers_in_the_config_is_not_silent(directory):
 
 
 def test_known_non_weights_are_tolerated(tmp_path):
+    """An old rotary table, and a head that repeats the tied embedding, in whatever dtype."""
     hf_model(tie_word_embeddings=True).save_pretrained(tmp_path)
-    head = torch.zeros(61, 32)
-    rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4), "lm_head.weight": head}
-    change_tensors(tmp_path, lambda tensors: tensors.update(rotary))
+
+    def add(tensors):
+        rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+        tensors.update(rotary | {"lm_head.weight": tensors["model.embed_tokens.weight"].double()})
+
+    change_tensors(tmp_path, add)
     assert "head" not in load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda head: head[:, 31].neg_(), lambda head: head[60, 31].add_(1e-6)])
+def test_a_tied_model_with_a_head_of_its_own_is_refused(tmp_path, change, monkeypatch):
+    """One column or one entry is enough, in the last of several parts that are compared one after the other."""
+    monkeypatch.setattr(from_hf, "_ROWS_COMPARED", 16)
+    hf_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+
+    def add(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        change(tensors["lm_head.weight"])
+
+    change_tensors(tmp_path, add)
+    with pytest.raises(ValueError, match=r"lm_head.weight is not the embedding.*tie_word_embeddings to false"):
+        load(tmp_path)
+    rewrite_config(tmp_path, lambda config: config.update(tie_word_embeddings=False))
+    assert "head" in load(tmp_path)
 
 
 def test_wrong_shape(directory):

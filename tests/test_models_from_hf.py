@@ -151,8 +151,8 @@ def test_each_device_reads_its_part_and_every_byte_is_read_once(tmp_path, monkey
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rules = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
     opened = []
-    plain_open = checkpoint._open
-    monkeypatch.setattr(checkpoint, "_open", lambda path: opened.append(Recorder(plain_open(path))) or opened[-1])
+    plain_open = checkpoint.open_file
+    monkeypatch.setattr(checkpoint, "open_file", lambda path: opened.append(Recorder(plain_open(path))) or opened[-1])
     load_params(tmp_path, config, shardings=shardings_of(config, mesh, rules))
     reads = opened[-1].read
     sizes = {name: x.numel() for name, x in tensors(tmp_path).items()}

@@ -26,6 +26,7 @@ from rtd_jax.data.formats import TextFormat, solved_examples
 from rtd_jax.data.loader import BatchLoader
 from rtd_jax.data.sources import SourceSettings, closed_words, load_traces
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
+from rtd_jax.data.tokenizer_match import vocab_size
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, decoding_notes, first_of_each_depth
 from rtd_jax.eval.scoring import ScoringSettings
@@ -128,7 +129,7 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
     state, position = jax.jit(fresh_state, out_shardings=shardings)(params_key), None
     if latest is not None:
         state, position = restore_state(latest, state), json.loads(read_meta(latest)["iterator"])
-    objective = Objective((Labels(1.0, len(tokenizer)),))
+    objective = Objective((Labels(1.0, vocab_size(tokenizer)),))
     update = make_train_step(model, None, optimizer, objective)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -193,7 +194,7 @@ def model_config(sizes: SizeSettings, tokenizer: PreTrainedTokenizerBase) -> Lla
     """A Llama of these sizes over this tokenizer, embeddings tied."""
     shape = dataclasses.asdict(sizes)
     return LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size(tokenizer),
         norm_eps=1e-5,
         rope=RopeConfig(theta=shape.pop("rope_theta")),
         tied_embeddings=True,

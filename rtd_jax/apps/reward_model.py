@@ -194,7 +194,7 @@ def _read(
     chains_M, places_M, right_M = (np.array(column) for column in zip(*labelled, strict=True))
     slots = max(len(chain.boundaries) for chain in encoded)
     batches = fixed_batches(encoded, recipe.batch_size, recipe.row_length, 1, slots)
-    forward = jax.jit(make_step_reader(teacher.model, layers, recipe.surprise, len(teacher.tokenizer)))
+    forward = jax.jit(make_step_reader(teacher.model, layers, recipe.surprise, teacher.vocab_size))
     # A chain a row, in order: the labelled steps of batch n are edges[n] to edges[n + 1].
     edges = np.searchsorted(chains_M, np.arange(len(batches) + 1) * recipe.batch_size)
     features = []

@@ -97,18 +97,21 @@ def read_failure(error: OSError) -> str:
     return f"could not be read ({error.strerror or error}); {remedy}"
 
 
-def parse_json(text: str | bytes, place: str, way_out: str = "restore it or write it again") -> Any:
+def parse_json(
+    text: str | bytes, place: str, way_out: str = "restore it or write it again", *, constants: bool = False
+) -> Any:
     """The value of a JSON text.
 
-    NaN and Infinity are refused, because they are not JSON; so are a key that stands twice in one object, half a
-    surrogate pair, and nesting beyond what Python can follow.
+    NaN and Infinity are refused, because they are not JSON, unless `constants` lets them pass; so are a key that stands
+    twice in one object, half a surrogate pair, and nesting beyond what Python can follow.
 
     Raises:
       ValueError: the text is not JSON or not UTF-8; names `place`, the place in it, and the way out.
     """
     try:
         text = text if isinstance(text, str) else text.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        constant = float if constants else _refuse_constant
+        value = json.loads(text, parse_constant=constant, object_pairs_hook=_unique_keys)
         if "\\u" in text:  # only an escape can make half a pair
             _check_encodable(value)
         return value
@@ -164,7 +167,7 @@ def _encoding_hint(text: str | bytes, error: UnicodeDecodeError) -> str:
     )
 
 
-def read_json(path: Path, way_out: str = "restore it or write it again") -> Any:
+def read_json(path: Path, way_out: str = "restore it or write it again", *, constants: bool = False) -> Any:
     """Reads a JSON file, as strictly as `parse_json`.
 
     Raises:
@@ -172,12 +175,14 @@ def read_json(path: Path, way_out: str = "restore it or write it again") -> Any:
     """
     with reading(path, way_out):
         content = path.read_bytes()
-    return parse_json(content, str(path), way_out)
+    return parse_json(content, str(path), way_out, constants=constants)
 
 
-def read_object(path: Path, way_out: str = "restore it or write it again") -> dict[str, Any]:
+def read_object(
+    path: Path, way_out: str = "restore it or write it again", *, constants: bool = False
+) -> dict[str, Any]:
     """Reads a JSON file that holds an object. Raises ValueError as `read_json`, or where it holds something else."""
-    value = read_json(path, way_out)
+    value = read_json(path, way_out, constants=constants)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}; {way_out}")
     return value

@@ -27,6 +27,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Highest token id + 1: ids from here on are padding of a model's vocabulary.
+
+    `len(tokenizer)` is the number of tokens, which is less where some ids below the highest belong to no token.
+    """
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def compare_tokenizers(
     teacher: PreTrainedTokenizerBase,
     student: PreTrainedTokenizerBase,

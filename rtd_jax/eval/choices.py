@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.base.types import Params
 from rtd_jax.data.schemas.arc import ChoiceQuestion
+from rtd_jax.data.tokenizer_match import vocab_size
 from rtd_jax.eval.estimates import estimate
 from rtd_jax.eval.scored import Record
 from rtd_jax.eval.scoring import ScoringSettings, score_chains
@@ -109,7 +110,7 @@ def choice_log_likelihoods(
         params,
         chains,
         settings,
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size(tokenizer),
         batch_sharding=batch_sharding,
         progress=progress,
     )

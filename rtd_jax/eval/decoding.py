@@ -104,9 +104,9 @@ def generate(
       For each prompt the new ids without the ending id; so `max_new_tokens` of them exactly when no end came in time.
 
     Raises:
-      ValueError: an empty prompt, an id outside the vocabulary, or a limit below one.
+      ValueError: an empty prompt, an id outside the vocabulary, or a vocabulary that the model has no rows for.
     """
-    _check(prompts, settings.vocab_size)
+    _check(prompts, settings.vocab_size, model.config.vocab_size)
     stream_of = np.arange(len(prompts)) if streams is None else np.asarray(streams)
     rows = settings.batch_size if batch_sharding is not None else min(settings.batch_size, max(1, len(prompts)))
     results: list[list[int]] = [[] for _ in prompts]
@@ -247,7 +247,7 @@ def _choose(
     eos_ids = jnp.asarray(settings.eos_ids, jnp.int32)
     alive_B = state.alive_B & ~jnp.any(chosen_B[:, None] == eos_ids[None, :], axis=-1)
     chosen_B = jnp.where(alive_B, chosen_B, settings.pad_id)
-    new_BN = jax.lax.dynamic_update_slice(state.new_BN, chosen_B[:, None], (0, state.step))
+    new_BN = jax.lax.dynamic_update_slice(state.new_BN, chosen_B[:, None], (jnp.int32(0), state.step))
     return Decoding(state.step + 1, state.cache, chosen_B, alive_B, new_BN, state.counts_B + alive_B)
 
 
@@ -263,7 +263,11 @@ def nucleus(logits_BV: Array, top_p: float) -> Array:
     return jnp.where(logits_BV >= lowest_B1, logits_BV, -jnp.inf)
 
 
-def _check(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+def _check(prompts: Sequence[Sequence[int]], vocab_size: int, rows: int) -> None:
+    if not 1 <= vocab_size <= rows:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but the model's embedding has {rows} rows; give the tokenizer's highest id + 1"
+        )
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {i} has no tokens; give it at least one, such as the tokenizer's bos id")

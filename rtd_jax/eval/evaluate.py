@@ -11,6 +11,7 @@ from rtd_jax.base.sharding import row_sharding, row_ways
 from rtd_jax.base.types import Params
 from rtd_jax.data.by_length import round_up
 from rtd_jax.data.formats import Rendered, TextFormat, render, stop_token_ids
+from rtd_jax.data.tokenizer_match import vocab_size
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.chains import score_texts
 from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate
@@ -39,7 +40,7 @@ class ChainEvaluator:
     """Evaluates models on problems that are solved in steps: built once, called with each model.
 
     Attributes:
-      tokenizer: a fast one; ids from `len(tokenizer)` on are padding of the vocabulary.
+      tokenizer: a fast one; ids beyond its highest are padding of the vocabulary.
       text: the form of text, as in training.
       decoding: how solutions are written.
       scoring: how reference chains are read.
@@ -137,7 +138,7 @@ class ChainEvaluator:
             GenerateSettings(
                 max_new_tokens=decoding.max_new_tokens,
                 eos_ids=stop_token_ids(tokenizer, self.text),
-                vocab_size=len(tokenizer),
+                vocab_size=vocab_size(tokenizer),
                 batch_size=self._rows(decoding.batch_size),
                 pad_id=tokenizer.pad_token_id or 0,
                 sampling=decoding.sampling,

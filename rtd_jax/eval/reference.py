@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.base.types import Params
 from rtd_jax.data.formats import Rendered
+from rtd_jax.data.tokenizer_match import vocab_size
 from rtd_jax.data.trace import Span, Trace
 from rtd_jax.eval.answers import result_span
 from rtd_jax.eval.scoring import ScoringSettings, score_chains
@@ -46,7 +47,7 @@ def score_references(
         params,
         encoded["input_ids"],
         settings,
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size(tokenizer),
         batch_sharding=batch_sharding,
         progress=progress,
     )

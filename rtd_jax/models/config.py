@@ -1,5 +1,6 @@
 """The description of a Llama (its sizes, rotary embedding and special token ids), and how its layers are counted."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,68 @@ import numpy as np
 
 _ROPE_KINDS = ("default", "llama3")
 _LLAMA3_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
+_MOST_LAYERS = 10_000
+_MOST = 2**31 - 1  # of any size: token ids and positions are int32
+
+
+# Readers of one value of a config.json. Each raises a ValueError that names the key.
+
+
+def _whole(key: str, value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{key} is {_shown(value)}; expected a whole number")
+    if not 1 <= value <= _MOST:
+        raise ValueError(f"{key} is {value}; it must be at least 1, and at most {_MOST:,}")
+    return value
+
+
+def _positive(key: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{key} is {_shown(value)}; expected a positive number that is not infinite")
+    return float(value)
+
+
+def _share(key: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise ValueError(f"{key} is {_shown(value)}; expected a number from 0 to 1")
+    return float(value)
+
+
+def _flag(key: str, value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{key} is {_shown(value)}; expected true or false")
+    return value
+
+
+def _token_ids(key: str, value: Any) -> int | tuple[int, ...] | None:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(token) is not int for token in ids):
+        raise ValueError(f"{key} is {_shown(value)}; expected a token id, a list of them, or null")
+    if key == "pad_token_id" and value == -1:
+        return None  # how the first Llamas said that there is none
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _shown(value: Any) -> str:
+    """A value, or the beginning of a long one."""
+    return "null" if value is None else repr(value)[:80]
+
+
+def _agreed(places: dict[str, Any], read: Callable[[str, Any], Any]) -> Any:
+    """The value that one or several places of a config.json give; None where all are null or absent.
+
+    Raises:
+      ValueError: two places give different values.
+    """
+    found = {place: read(place, value) for place, value in places.items() if value is not None}
+    for place, value in found.items():
+        first = next(iter(found))
+        if value != found[first]:
+            raise ValueError(
+                f"{first} is {_shown(places[first])} but {place} is {_shown(places[place])}; remove the one that the "
+                "model was not trained with"
+            )
+    return next(iter(found.values()), None)
 
 
 @dataclass(frozen=True)
@@ -43,21 +106,53 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "RopeConfig":
-        """Reads `rope_parameters` (transformers >= 5), or the earlier top-level `rope_theta` and `rope_scaling`."""
-        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0)
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
-        if partial != 1.0:
+        """Reads `rope_parameters` (transformers >= 5), or the earlier top-level `rope_theta` and `rope_scaling`.
+
+        A config.json may have both if they say the same. Of two that differ, readers take one or the other.
+
+        Raises:
+          ValueError: a value that cannot be, two that contradict each other, or a kind that is not supported.
+        """
+        found: dict[str, RopeConfig] = {}
+        for spelling in ("rope_parameters", "rope_scaling"):
+            rope = hf.get(spelling)
+            if rope is not None and not isinstance(rope, dict):
+                raise ValueError(f"{spelling} is {rope!r}; expected an object, or null")
+            if rope:
+                found[spelling] = cls._of_spelling(rope, spelling, hf)
+        if len(set(found.values())) > 1:
+            both = " but ".join(f"{spelling} is {hf[spelling]}" for spelling in found)
+            raise ValueError(f"{both}; remove the one that the model was not trained with")
+        return next(iter(found.values()), None) or cls._of_spelling({}, "rope_parameters", hf)
+
+    @classmethod
+    def _of_spelling(cls, rope: dict[str, Any], spelling: str, hf: dict[str, Any]) -> "RopeConfig":
+        """What one of the two objects says, with the keys that stand beside it in config.json."""
+
+        def agreed(key: str, read: Callable[[str, Any], Any]) -> Any:
+            return _agreed({f"{spelling}.{key}": rope.get(key), key: hf.get(key)}, read)
+
+        nested = next((key for key, value in rope.items() if isinstance(value, dict)), None)
+        if nested:
+            raise ValueError(f"{spelling}.{nested} is an object: another rope for some layers is not supported")
+        theta = agreed("rope_theta", _positive)
+        if theta is None and "rope_theta" in (*rope, *hf):
+            raise ValueError("rope_theta is null; give the number that the model was trained with")
+        kinds = {f"{spelling}.{key}": rope.get(key) for key in ("rope_type", "type")}
+        kind = _agreed(kinds, lambda _, value: value) or "default"
+        if (partial := agreed("partial_rotary_factor", _positive)) not in (None, 1.0):
             raise ValueError(f"partial_rotary_factor {partial} is not supported; only 1.0 is (plain Llama)")
+        theta = 10_000.0 if theta is None else theta
         if kind != "llama3":
             return cls(theta, kind)
-        missing = [key for key in _LLAMA3_FACTORS if key not in rope]
+        missing = [key for key in _LLAMA3_FACTORS if rope.get(key) is None]
         if missing:
             raise ValueError(f"rope type 'llama3' lacks {', '.join(missing)}; add them as in Llama-3.1")
-        positions = rope.get("original_max_position_embeddings") or hf.get("max_position_embeddings") or 2048
-        factors = {key: float(rope[key]) for key in _LLAMA3_FACTORS}
-        return cls(theta=theta, kind=kind, original_max_positions=int(positions), **factors)
+        positions = agreed("original_max_position_embeddings", _whole)
+        if positions is None:
+            positions = _whole("max_position_embeddings", hf.get("max_position_embeddings", 2048))
+        factors = {key: _positive(f"{spelling}.{key}", rope[key]) for key in _LLAMA3_FACTORS}
+        return cls(theta=theta, kind=kind, original_max_positions=positions, **factors)
 
     def to_hf(self) -> dict[str, Any]:
         """Keys for `config.json` in both spellings: a reader that knows only one would silently use theta 10,000."""
@@ -72,10 +167,6 @@ class RopeConfig:
         }
 
 
-def _to_hashable(token_ids: int | list[int]) -> int | tuple[int, ...]:
-    return tuple(token_ids) if isinstance(token_ids, list) else token_ids
-
-
 # The entries of a Hugging Face config.json, by our names for them. Reading and writing both use these tables.
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -86,15 +177,25 @@ _SIZES = {
     "kv_heads": "num_key_value_heads",
     "head_dim": "head_dim",
 }
-_OPTIONS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "norm_eps": ("rms_norm_eps", float),
-    "tied_embeddings": ("tie_word_embeddings", bool),
-    "max_positions": ("max_position_embeddings", int),
-    "init_std": ("initializer_range", float),
-    "bos_token_id": ("bos_token_id", _to_hashable),
-    "eos_token_id": ("eos_token_id", _to_hashable),
-    "pad_token_id": ("pad_token_id", _to_hashable),
+_OPTIONS: dict[str, tuple[str, Callable[[str, Any], Any]]] = {
+    "norm_eps": ("rms_norm_eps", _positive),
+    "tied_embeddings": ("tie_word_embeddings", _flag),
+    "max_positions": ("max_position_embeddings", _whole),
+    "init_std": ("initializer_range", _share),
+    "bos_token_id": ("bos_token_id", _token_ids),
+    "eos_token_id": ("eos_token_id", _token_ids),
+    "pad_token_id": ("pad_token_id", _token_ids),
 }
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def special_ids(hf: dict[str, Any]) -> dict[str, Any]:
+    """The ids of special tokens in a config.json or generation_config.json, as arguments of `LlamaConfig`.
+
+    Raises:
+      ValueError: one is no token id, nor a list of them.
+    """
+    return {key: _token_ids(key, hf[key]) for key in _SPECIAL if key in hf}
 
 
 @dataclass(frozen=True)
@@ -123,48 +224,63 @@ class LlamaConfig:
                 raise ValueError(f"LlamaConfig.{name} is {getattr(self, name)}; it must be at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"LlamaConfig.heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; "
-                f"use a divisor of {self.heads} for kv_heads"
+                f"LlamaConfig.heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; use a divisor of "
+                f"{self.heads} for kv_heads (in config.json, num_attention_heads and num_key_value_heads)"
             )
         if self.head_dim % 2:
             raise ValueError(f"LlamaConfig.head_dim {self.head_dim} is odd; rotary embedding needs pairs")
+        for name in _SPECIAL:
+            value = getattr(self, name)
+            ids = value if isinstance(value, tuple) else () if value is None else (value,)
+            if any(not 0 <= token < self.vocab_size for token in ids):
+                raise ValueError(
+                    f"{name} is {value}, but the vocabulary of {self.vocab_size} has ids 0 to {self.vocab_size - 1}; "
+                    "give the id that the tokenizer has for it"
+                )
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "LlamaConfig":
         """Builds a config from the content of a Hugging Face `config.json`.
 
         Raises:
-          ValueError or TypeError: another architecture, missing or impossible sizes, or what this decoder does not
-            compute (biases, other activations, other rope types, quantised weights).
+          ValueError: another architecture, a value that is missing, impossible or contradicts another one, or what this
+            decoder does not compute (biases, other activations, other rope types, quantised weights).
         """
         if hf.get("model_type") != "llama":
             raise ValueError(f"model_type is {hf.get('model_type')!r}, expected 'llama'; use a Llama checkpoint")
         derived = ("kv_heads", "head_dim")
         missing = [key for name, key in _SIZES.items() if name not in derived and hf.get(key) is None]
         if missing:
-            raise ValueError(f"missing {', '.join(missing)}; take config.json from the original checkpoint")
+            raise ValueError(
+                f"missing {', '.join(missing)} (absent or null); take config.json from the original checkpoint"
+            )
         for key in ("attention_bias", "mlp_bias"):
             if hf.get(key):
                 raise ValueError(f"{key} is {hf[key]!r}; only Llamas without biases are supported")
-        if hf.get("hidden_act", "silu") != "silu":
+        if hf.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
             raise ValueError(f"hidden_act is {hf['hidden_act']!r}; only 'silu' is supported")
         if hf.get("quantization_config"):
             raise ValueError(
                 "the checkpoint is quantised (quantization_config); use the original float weights, or dequantise it "
                 "and save it again with transformers"
             )
-        width, heads = int(hf["hidden_size"]), int(hf["num_attention_heads"])
-        if heads and not hf.get("head_dim") and width % heads:
+        if hf.get("transformers_weights") not in (None, "model.safetensors"):
+            raise ValueError(
+                f"transformers_weights is {hf['transformers_weights']!r}; only weights in model.safetensors, or in the "
+                "shards of its index, are supported: rename the file, and remove the key"
+            )
+        sizes = {name: _whole(key, hf[key]) for name, key in _SIZES.items() if hf.get(key) is not None}
+        if sizes["layers"] > _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {sizes['layers']}; it must be at most {_MOST_LAYERS:,}")
+        width, heads = sizes["width"], sizes["heads"]
+        if "head_dim" not in sizes and width % heads:
             raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}; set head_dim")
-        values: dict[str, Any] = {"kv_heads": heads, "head_dim": width // max(heads, 1), "norm_eps": 1e-6}
-        values |= {name: int(hf[key]) for name, key in _SIZES.items() if hf.get(key) is not None}
+        values: dict[str, Any] = {"norm_eps": 1e-6, "kv_heads": heads, "head_dim": width // heads, **sizes}
         for name, (key, read) in _OPTIONS.items():
-            if key in hf and hf[key] is None and read is float:
-                raise ValueError(
-                    f"{key} is null; give the number that the model was trained with, or leave the key out"
-                )
-            if hf.get(key) is not None:
-                values[name] = read(hf[key])
+            if key in hf and hf[key] is None and read is not _token_ids:
+                raise ValueError(f"{key} is null; give what the model was trained with, or leave the key out")
+            if key in hf:
+                values[name] = read(key, hf[key])
         return cls(**values, rope=RopeConfig.from_hf(hf))
 
     def layer_index(self, layer: int) -> int:

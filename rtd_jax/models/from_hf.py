@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +13,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from qwix import QArray
-from safetensors import SafetensorError, safe_open
 
-from rtd_jax.base.files import read_json
+from rtd_jax.base.files import read_object
 from rtd_jax.base.types import Params
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.quantized import INT8, quantize_weight
-from rtd_jax.models.to_hf import INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE
-from rtd_jax.models.weights import Weight, table
+from rtd_jax.models.to_hf import INDEX_FILE, TOKENIZER_FILES
+from rtd_jax.models.weight_files import few, open_file, open_tensor, tensor_files
+from rtd_jax.models.weights import TABLE, Weight, table
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_EMBEDDING, _HEAD = TABLE[0], TABLE[-1]
+_ROWS_COMPARED = 4096  # of two matrices at one time
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -59,29 +59,12 @@ def resolve(name_or_dir: str | Path) -> Path:
 def load_config(directory: str | Path) -> LlamaConfig:
     """The config of a Hugging Face directory. Raises ValueError where it is missing, unreadable or no plain Llama's."""
     path = Path(directory) / "config.json"
-    content = _read_object(path, "give the directory of a Hugging Face checkpoint")
+    # With NaN and Infinity, which are no JSON: the config knows the key and what it may be.
+    content = read_object(path, "give the directory of a Hugging Face checkpoint", constants=True)
     try:
         return LlamaConfig.from_hf(content)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def weights_fingerprint(directory: Path) -> str:
-    """SHA-256 of config.json and of parts of each safetensors file: tells checkpoints apart without reading 140 GB.
-
-    The parts are the file's name, size and header (names, dtypes, shapes and offsets of the tensors), and the first and
-    last MiB of data.
-    """
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for path in sorted(directory.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            head = file.read(8)
-            digest.update(head + file.read(min(int.from_bytes(head, "little"), size)) + file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read())
-    return digest.hexdigest()
 
 
 def load_params(
@@ -109,21 +92,26 @@ def load_params(
         their names.
     """
     directory = Path(directory)
-    files = _tensor_files(directory)
+    files = tensor_files(directory)
     rows = table(config)
     _check_names(directory, set(files), {name for weight in rows for name in weight.names(config)}, config)
     sharding_of = {} if shardings is None else flatten_dict(shardings)
     with contextlib.ExitStack() as stack:
-        handles = {path: stack.enter_context(_open(path)) for path in sorted(set(files.values()))}
-        readers = {
-            name: _open_tensor(handles[files[name]], files[name], name, weight.hf_shape(config))
-            for weight in rows
-            for name in weight.names(config)
-        }
+        handles = {path: stack.enter_context(open_file(path)) for path in sorted(set(files.values()))}
+
+        def reader(name: str, weight: Weight) -> Any:
+            return open_tensor(handles[files[name]], files[name], name, weight.hf_shape(config))
+
+        readers = {name: reader(name, weight) for weight in rows for name in weight.names(config)}
+        if config.tied_embeddings and _HEAD.name in files:
+            _check_equal(files[_HEAD.name], reader(_HEAD.name, _HEAD), readers[_EMBEDDING.name], config)
         chosen = range(config.layers) if layers is None else layers
-        return unflatten_dict(
-            {row.path: _load(row, config, dtype, sharding_of.get(row.path), readers, chosen) for row in rows}
+        finite: dict[str, jax.Array] = {}
+        params = unflatten_dict(
+            {row.path: _load(row, config, dtype, sharding_of.get(row.path), readers, chosen, finite) for row in rows}
         )
+    _check_finite({name: files[name] for name, is_finite in finite.items() if not np.asarray(is_finite)})
+    return params
 
 
 def _load(
@@ -133,8 +121,12 @@ def _load(
     sharding: Any,
     readers: dict[str, Any],
     layers: Sequence[int],
+    finite: dict[str, jax.Array],
 ) -> Any:
-    """One entry of the params, of all the `layers` where they are stacked."""
+    """One entry of the params, of all the `layers` where they are stacked.
+
+    Writes into `finite` for each tensor whether all of its values are, as an array that nobody has waited for.
+    """
     raw_sharding = _hf_sharding(weight, sharding.qvalue if isinstance(sharding, QArray) else sharding)
     float_dtype = "bfloat16" if dtype == INT8 else dtype  # norms are not quantised
 
@@ -142,20 +134,26 @@ def _load(
         array = weight.from_hf(raw, config)
         return quantize_weight(array, weight) if dtype == INT8 and weight.inputs else array.astype(float_dtype)
 
+    def is_finite(raw: jax.Array) -> jax.Array:
+        return jnp.all(jnp.isfinite(raw.astype(float_dtype)))  # in the dtype that it is kept in, which may be narrower
+
     def read(name: str) -> jax.Array:
         if raw_sharding is None:
             return jnp.asarray(readers[name][:])
         return _read_sharded(readers[name], weight.hf_shape(config), raw_sharding)
 
     if not weight.stacked:
-        return jax.jit(convert, out_shardings=sharding)(read(weight.name))
+        load = jax.jit(lambda raw: (convert(raw), is_finite(raw)), out_shardings=(sharding, None))
+        array, finite[weight.name] = load(read(weight.name))
+        return array
 
     # Because of the donation the device writes in place, without a second copy of the stacked layers.
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=sharding)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(sharding, None))
     def put(stacked, raw, layer):
-        return jax.tree.map(
+        written = jax.tree.map(
             lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, layer, axis=0), stacked, convert(raw)
         )
+        return written, is_finite(raw)
 
     def empty():
         one = jax.eval_shape(convert, jax.ShapeDtypeStruct(weight.hf_shape(config), "float32"))
@@ -166,8 +164,28 @@ def _load(
     for position, layer in enumerate(layers):
         raw = read(names[layer])
         # Dispatch is asynchronous: without waiting, reads would run ahead and collect a second copy on the host.
-        stacked = put(jax.block_until_ready(stacked), raw, position)
+        stacked, finite[names[layer]] = put(jax.block_until_ready(stacked), raw, position)
     return stacked
+
+
+def _check_finite(files: dict[str, Path]) -> None:
+    """Raises ValueError if there is any tensor here that has values which are no finite numbers."""
+    if files:
+        raise ValueError(
+            f"{next(iter(files.values()))}: NaN or infinite values in {few(list(files))}; the file is damaged, or the "
+            "training that wrote it diverged: download it again, or use an earlier checkpoint"
+        )
+
+
+def _check_equal(file: Path, head: Any, embedding: Any, config: LlamaConfig) -> None:
+    """Raises ValueError where a tied model's file has a head of its own. A head that repeats the embedding is fine."""
+    for start in range(0, config.vocab_size, _ROWS_COMPARED):
+        rows = slice(start, min(start + _ROWS_COMPARED, config.vocab_size))
+        if not np.array_equal(head[rows].astype(np.float32), embedding[rows].astype(np.float32), equal_nan=True):
+            raise ValueError(
+                f"{file}: {_HEAD.name} is not the embedding, but config.json says tie_word_embeddings: true; set "
+                "tie_word_embeddings to false to use this head, or remove it from the file to use the embedding"
+            )
 
 
 def _hf_sharding(weight: Weight, sharding: Sharding | None) -> Sharding | None:
@@ -196,69 +214,14 @@ def _read_sharded(tensor: Any, shape: tuple[int, ...], sharding: Sharding) -> ja
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """The file of each tensor, from the index of a sharded checkpoint or the header of the single file."""
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: no such directory; give the directory of a Hugging Face checkpoint")
-    index, single = directory / INDEX_FILE, directory / WEIGHTS_FILE
-    if index.is_file():
-        weight_map = _read_object(index, "download it again").get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: no 'weight_map' in it; download the checkpoint again")
-        absent = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
-        if absent:
-            raise ValueError(
-                f"{directory}: {INDEX_FILE} names {_few(absent)}, which is not there; download the missing files"
-            )
-        return {name: directory / file for name, file in weight_map.items()}
-    if single.is_file():
-        with _open(single) as handle:
-            return dict.fromkeys(handle.keys(), single)
-    raise ValueError(
-        f"{directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there; "
-        "save the model with transformers' save_pretrained, which writes safetensors"
-    )
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path}: not a whole safetensors file of {path.stat().st_size} bytes ({error}); download it again "
-            "(after a git clone, `git lfs pull`)"
-        ) from error
-
-
-def _open_tensor(handle: Any, path: Path, name: str, shape: tuple[int, ...]) -> Any:
-    """Opens one tensor of a file for reading in slices, and checks its shape and dtype."""
-    try:
-        tensor = handle.get_slice(name)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: {INDEX_FILE} says that {name} is here, but it is not; download both files again"
-        ) from error
-    if tuple(tensor.get_shape()) != shape:
-        raise ValueError(
-            f"{path}: {name} has shape {tuple(tensor.get_shape())}, but config.json makes it {shape}; "
-            "config.json and the weights must be of the same model"
-        )
-    if tensor.get_dtype() not in _FLOATS:
-        raise ValueError(
-            f"{path}: {name} has dtype {tensor.get_dtype()}, expected one of {', '.join(_FLOATS)}; "
-            "use the original, unquantised weights"
-        )
-    return tensor
-
-
 def _check_names(directory: Path, found: set[str], expected: set[str], config: LlamaConfig) -> None:
     missing = sorted(expected - found)
     left_over = sorted(name for name in found - expected if not _is_ignorable(name, config))
     if missing or left_over:
         hint = "; without lm_head.weight, config.json should say tie_word_embeddings: true"
         raise ValueError(
-            f"{directory}: missing tensors: {_few(missing)}; left over, read by no weight of this Llama: "
-            f"{_few(left_over)}; config.json and the weights must be of the same model"
+            f"{directory}: missing tensors: {few(missing)}; left over, read by no weight of this Llama: "
+            f"{few(left_over)}; config.json and the weights must be of the same model"
             f"{hint if 'lm_head.weight' in missing else ''}"
         )
 
@@ -266,15 +229,3 @@ def _check_names(directory: Path, found: set[str], expected: set[str], config: L
 def _is_ignorable(name: str, config: LlamaConfig) -> bool:
     """Whether a tensor is no weight: a rotary table of an old checkpoint, or a head that repeats a tied embedding."""
     return name.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and name == "lm_head.weight")
-
-
-def _read_object(path: Path, way_out: str) -> dict[str, Any]:
-    content = read_json(path, way_out)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}; {way_out}")
-    return content
-
-
-def _few(names: list[str]) -> str:
-    shown = ", ".join(names[:5]) or "none"
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

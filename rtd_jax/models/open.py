@@ -2,20 +2,23 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from jax.sharding import Mesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rtd_jax.base.files import read_object
 from rtd_jax.base.sharding import TABLES, activation_sharding, in_host_memory, param_shardings
 from rtd_jax.base.types import Params
-from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.data.tokenizer_match import tokenizer_fingerprint, vocab_size
+from rtd_jax.models.config import LlamaConfig, special_ids
 from rtd_jax.models.decoder import AttentionKernel
-from rtd_jax.models.from_hf import load_config, load_params, resolve, weights_fingerprint
+from rtd_jax.models.fingerprint import Fingerprint, weights_fingerprint
+from rtd_jax.models.from_hf import load_config, load_params, resolve
 from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.to_hf import TOKENIZER_FILES
 from rtd_jax.models.weights import logical_axes
 
 FloatDtype = Literal["float32", "bfloat16"]
@@ -51,14 +54,22 @@ class OpenModel:
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.directory)
+        """The tokenizer, whose ids all have a row in the embedding."""
+        tokenizer = load_tokenizer(self.directory)
+        check_rows_of_ids(self.config, vocab_size(tokenizer), self.directory, self.directory)
+        return tokenizer
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """The tokenizer's highest id + 1; rows of the embedding from here on are padding."""
+        return vocab_size(self.tokenizer)
 
     @functools.cached_property
     def tokenizer_fingerprint(self) -> str:
         return tokenizer_fingerprint(self.tokenizer)
 
     @functools.cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         """The fingerprint of the weights' files."""
         return weights_fingerprint(self.directory)
 
@@ -80,31 +91,63 @@ class OpenModel:
 
 
 def open_model(settings: ModelSettings, mesh: Mesh, note: Callable[[str], None] = print) -> OpenModel:
-    """Opens the model at `settings.path`; only its config.json is read at once.
+    """Opens the model at `settings.path`; only its config.json and generation_config.json are read at once.
 
     Raises:
       ValueError: there is no such folder or hub model, or its config.json is missing or is not a Llama's. Using a
-        tokenizer or weights that cannot be read raises one later.
+        tokenizer or weights that cannot be read, or that do not belong to this config, raises one later.
     """
     directory = resolve(settings.path)
-    return OpenModel(settings, directory, load_config(directory), mesh, note)
+    config = load_config(directory)
+    _check_generation_config(directory / "generation_config.json", config)
+    return OpenModel(settings, directory, config, mesh, note)
+
+
+def check_rows_of_ids(config: LlamaConfig, size: int, model: Path | str, tokenizer: Path | str) -> None:
+    """Raises ValueError where a model has fewer embedding rows than the `size` of a tokenizer's vocabulary."""
+    if config.vocab_size < size:
+        raise ValueError(
+            f"the tokenizer in {tokenizer} has ids up to {size - 1}, which need an embedding of {size} rows, but that "
+            f"of {model} has {config.vocab_size}; use the tokenizer that the model was trained with, or resize the "
+            "embedding (transformers' resize_token_embeddings) and train it"
+        )
+
+
+def _check_generation_config(path: Path, config: LlamaConfig) -> None:
+    """Raises ValueError where a model's file on generation names a token that the model does not have."""
+    if not path.exists():
+        return
+    content = read_object(path, "download it again, or remove it")
+    try:
+        replace(config, **special_ids(content))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a Hugging Face folder. Code in the folder is never run.
 
     Raises:
-      ValueError: there is no tokenizer, or only a slow one, which gives no character offsets.
+      ValueError: there is no tokenizer, a file of it is missing or damaged, or it is a slow one, which gives no
+        character offsets.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as error:
+        for path in (directory / name for name in TOKENIZER_FILES if name.endswith(".json")):
+            if path.exists():
+                read_object(path, "download it again")  # the library's own error does not name the file
         raise ValueError(
             f"{directory} has no tokenizer that can be loaded ({type(error).__name__}: {error}); put "
             "tokenizer.json and tokenizer_config.json beside the weights"
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"{directory} has a slow tokenizer without character offsets; add its tokenizer.json")
+    if not (directory / "tokenizer_config.json").exists():
+        raise ValueError(
+            f"{directory} has no tokenizer_config.json, which names the tokens that begin and end a text and may hold "
+            "the chat template; put the file of the original tokenizer beside tokenizer.json"
+        )
     return tokenizer
 
 

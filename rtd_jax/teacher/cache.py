@@ -32,6 +32,7 @@ from safetensors.numpy import load, save
 
 from rtd_jax.base.files import read_json, replacing, write_json
 from rtd_jax.base.types import Array, Batch, TeacherOutputs, TopK
+from rtd_jax.models.fingerprint import Fingerprint
 
 FORMAT = 2
 _SQRT_STEP = np.float32(np.sqrt(32.0) / 255)  # nats^(1/2) between two codes of a log-probability; the lowest is -32
@@ -232,9 +233,12 @@ class TeacherCache:
             raise ValueError(f"{folder} is a teacher cache without records; run launch/cache_teacher.py again")
 
     @property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         """The identity as a hash: caches of equal fingerprints give equal outputs for equal chains."""
-        return hashlib.sha256(json.dumps(asdict(self.identity), sort_keys=True).encode()).hexdigest()
+        teacher = self.identity.teacher
+        earlier = replace(self.identity, teacher=getattr(teacher, "earlier", teacher))  # as older checkpoints have it
+        now, before = (json.dumps(asdict(x), sort_keys=True).encode() for x in (self.identity, earlier))
+        return Fingerprint(hashlib.sha256(now).hexdigest(), hashlib.sha256(before).hexdigest())
 
     def __contains__(self, key: str) -> bool:
         return key in self._places

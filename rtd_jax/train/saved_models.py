@@ -1,6 +1,7 @@
 """Loads any saved model by one string: a Hugging Face folder, a hub name, or a stage checkpoint of a run."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from rtd_jax.base.types import Params
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.methods.maps import state_map, transition_map
 from rtd_jax.methods.term import Setup
-from rtd_jax.models.from_hf import weights_fingerprint
+from rtd_jax.models.fingerprint import weights_fingerprint
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import FloatDtype, ModelSettings, WeightDtype, open_model
 from rtd_jax.models.quantized import INT8, quantize_params
@@ -52,7 +53,11 @@ class LoadedModel:
 
     def fingerprint(self) -> str:
         """The fingerprint of the weights' files; "" for a stage checkpoint."""
-        return "" if self.text is not None else weights_fingerprint(self.directory)
+        return "" if self.text is not None else self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return weights_fingerprint(self.directory)
 
 
 def load_model(
@@ -78,8 +83,9 @@ def load_model(
         loaded = _load_stage(stage, dtype, compute_dtype, mesh)
     else:
         opened = open_model(ModelSettings(path, dtype, compute_dtype), mesh, lambda _: None)
-        params, directory = opened.params if weights else {}, opened.directory
-        loaded = LoadedModel(directory.name, opened.model, params, opened.tokenizer, mesh, directory)
+        tokenizer, directory = opened.tokenizer, opened.directory  # before the weights, which take longer
+        params = opened.params if weights else {}
+        loaded = LoadedModel(directory.name, opened.model, params, tokenizer, mesh, directory)
     return loaded if dtype == "float32" else replace(loaded, name=f"{loaded.name} ({dtype})")
 
 

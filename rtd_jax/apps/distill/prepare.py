@@ -14,14 +14,14 @@ from rtd_jax.base.sharding import check_rows, host_share, make_mesh, put_batch
 from rtd_jax.base.types import Batch, Params
 from rtd_jax.data.encoding import EncodedChain, chains_fingerprint
 from rtd_jax.data.packing import fixed_batches
-from rtd_jax.data.tokenizer_match import compare_tokenizers
+from rtd_jax.data.tokenizer_match import compare_tokenizers, vocab_size
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.methods.term import Objective, Term
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.from_hf import resolve
 from rtd_jax.models.model import LlamaModel
-from rtd_jax.models.open import OpenModel, load_tokenizer, open_model
+from rtd_jax.models.open import OpenModel, check_rows_of_ids, load_tokenizer, open_model
 from rtd_jax.steps.detector import Detector
 from rtd_jax.teacher.cache import TeacherCache
 from rtd_jax.teacher.reward_head import RewardModel, load_head
@@ -58,7 +58,7 @@ class Experiment:
     @property
     def vocab_size(self) -> int:
         """Entries of the vocabulary that are not padding."""
-        return len(self.tokenizer)
+        return vocab_size(self.tokenizer)
 
     @property
     def yardstick(self) -> Term:
@@ -135,7 +135,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
     student = student_model(recipe.student, config, mesh)
     model, params = (teacher.model, teacher.params) if is_run else (None, {})
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
-    objective = recipe.objective(config, teacher.config, len(teacher.tokenizer), mesh)
+    objective = recipe.objective(config, teacher.config, teacher.vocab_size, mesh)
     experiment = Experiment(
         recipe=recipe,
         mesh=mesh,
@@ -171,13 +171,7 @@ def _checked_config(recipe: Recipe, teacher: OpenModel) -> LlamaConfig:
         folder = resolve(recipe.student.path)
         for line in compare_tokenizers(teacher.tokenizer, load_tokenizer(folder), str(teacher.directory), str(folder)):
             teacher.note(line)
-    vocab_size = len(teacher.tokenizer)
-    for name, rows in (("teacher", teacher.config.vocab_size), ("student", config.vocab_size)):
-        if rows < vocab_size:
-            raise ValueError(
-                f"the tokenizer has {vocab_size} tokens but the {name}'s embedding only {rows} rows; give the {name} "
-                f"that belongs to the tokenizer in {teacher.directory}"
-            )
+    check_rows_of_ids(config, teacher.vocab_size, "the student", teacher.directory)
     return config
 
 

@@ -49,7 +49,7 @@ class JaxBackend:
         settings = GenerateSettings(
             max_new_tokens=sampling.max_tokens,
             eos_ids=stop_token_ids(tokenizer, self._text),
-            vocab_size=len(tokenizer),
+            vocab_size=teacher.vocab_size,
             batch_size=self._batch_size,
             pad_id=tokenizer.pad_token_id or 0,
             sampling=Sampling(sampling.temperature, sampling.top_p) if sampling.temperature else None,

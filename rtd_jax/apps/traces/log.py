@@ -14,9 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from rtd_jax.apps.traces.requests import Reply, Request
-from rtd_jax.base.files import read_json, write_json
+from rtd_jax.base.files import read_json, read_object, write_json
 
 FORMAT = 1
+
+
+def recorded_identity(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity with what the folder records of it: a teacher's fingerprint may be there in its earlier form.
+
+    Requests are named by the text of the identity, so the replies of an earlier version are found by its text only.
+    """
+    path = folder / "requests.json"
+    before = read_object(path) if path.exists() else {}
+    return {key: before[key] if before.get(key) == value else value for key, value in identity.items()}
 
 
 class ResponseLog(AbstractContextManager):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rtd_jax.apps.traces.log import ResponseLog
+from rtd_jax.apps.traces.log import ResponseLog, recorded_identity
 from rtd_jax.apps.traces.requests import (
     Backend,
     JaxSettings,
@@ -84,7 +84,7 @@ def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:
     samples = sampling.pop("samples")  # not part of the identity: more samples are added to those in the log
     sampling["stop"] = list(sampling["stop"])
     asks = {"kind": text.kind, "prompt": text.fill("{prompt}")}
-    identity = {**backend.identity(), "sampling": sampling, "text": asks}
+    identity = recorded_identity(workdir, {**backend.identity(), "sampling": sampling, "text": asks})
     requests = make_requests(problems, samples, recipe.sampling.seed, identity)
     with ResponseLog(workdir, identity) as log:
         missing = {request.id for request in requests if request.id not in log.replies}
