@@ -64,7 +64,8 @@ def test_processbench_labels_end_at_the_first_error():
     assert chain.trace.steps == ("a", "b c", "d")
     assert chain.labels == (True, False, None)
     assert labelled_from_processbench(row | {"label": -1})[0].labels == (True, True, True)
-    for label in (3, "1", None, True):
+    assert labelled_from_processbench(row | {"label": 1.0})[0].labels == (True, False, None)  # of a table with gaps
+    for label in (3, -2, "1", None, True, 1.5, float("nan"), [1]):
         with pytest.raises(ValueError, match=r"x:1: field 'label' is .*; expected the index of the first wrong of 3"):
             labelled_from_processbench(row | {"label": label}, "x:1")
 
@@ -93,6 +94,19 @@ def test_prm800k_gives_the_chosen_chain_and_every_rated_completion_beside_it():
     ]
     with pytest.raises(ValueError, match="x:1: step 1: rating is 2; expected -1, 0, 1 or null"):
         labelled_from_prm800k({**row, "label": {"steps": [{"completions": [{"text": "a", "rating": 2}]}]}}, "x:1")
+
+    def of_step(step):
+        return {**row, "label": {"steps": [step]}}
+
+    for rating in (True, "1", [1], 0.5):
+        with pytest.raises(ValueError, match=r"x:1: step 1: rating is .*; expected -1, 0, 1 or null"):
+            labelled_from_prm800k(of_step({"completions": [{"text": "a", "rating": rating}]}), "x:1")
+    for step in ("a", {"completions": 3}, {"completions": ["a"]}, {"completions": [], "human_completion": "a"}):
+        with pytest.raises(ValueError, match=r"x:1: step 1: .*; expected"):
+            labelled_from_prm800k(of_step(step), "x:1")
+    for chosen in (True, 5, "0"):
+        with pytest.raises(ValueError, match=r"x:1: step 1: chosen_completion is .* of 1 completions"):
+            labelled_from_prm800k(of_step({"completions": [{"text": "a"}], "chosen_completion": chosen}), "x:1")
     with pytest.raises(ValueError, match="x:1: expected PRM800K's fields"):
         labelled_from_prm800k({"problem": "p"}, "x:1")
 

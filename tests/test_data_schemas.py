@@ -149,8 +149,9 @@ def test_strategyqa_puts_facts_first_otherwise():
 
 
 def test_strategyqa_bad_answer_and_published_file(shared_data):
-    with pytest.raises(ValueError, match="row:1: field 'answer' is 'yes'; expected true or false"):
-        from_strategyqa({"question": "q", "answer": "yes", "decomposition": ["a"], "facts": ["b"]}, "row:1")
+    for answer in ("yes", "False", 0, 1, None):
+        with pytest.raises(ValueError, match=f"row:1: field 'answer' is {answer!r}; expected true or false"):
+            from_strategyqa({"question": "q", "answer": answer, "decomposition": ["a"], "facts": ["b"]}, "row:1")
     rows = [json.loads(line) for line in (shared_data / "strategyqa" / "train.jsonl").open()]
     answers = [from_strategyqa(row).answer for row in rows]
     assert (answers.count("yes"), answers.count("no")) == (1071, 1219)
@@ -202,6 +203,18 @@ def test_stepwise_ends_before_the_first_wrong_step():
     assert from_stepwise(row) == Trace.of_steps("p", ("a",), "", "", "row")
 
 
+def test_stepwise_keeps_steps_that_nobody_judged():
+    row = {"prompt": "p", "completions": ["a", "b", "c"], "answer": "4"}
+    assert from_stepwise(row | {"labels": [True, None, None]}) == from_stepwise(row)
+    assert from_stepwise(row | {"labels": [None, False, None]}).steps == ("a",)
+
+
+def test_stepwise_without_an_answer_has_no_answer_line():
+    for answer in ({}, {"answer": None}, {"answer": ""}, {"answer": " \n"}):
+        trace = from_stepwise({"prompt": "p", "completions": ["so 4"]} | answer)
+        assert (trace.answer, trace.final) == ("", "")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -210,6 +223,16 @@ def test_stepwise_ends_before_the_first_wrong_step():
         ({"completions": ["a", " "]}, "step 2 of 2 is blank"),
         ({"labels": [True]}, "expected one label for each of the 2 steps"),
         ({"labels": [False, True]}, "its first step is labelled wrong"),
+        ({"labels": [1, -1]}, "label 1 is 1; expected true, false or null"),
+        ({"labels": [1, 0]}, "label 1 is 1; expected true, false or null"),
+        ({"labels": [True, 0.0]}, "label 2 is 0.0; expected true, false or null"),
+        ({"labels": ["True", "False"]}, "label 1 is 'True'; expected true, false or null"),
+        ({"labels": ["+", "-"]}, r"label 1 is '\+'; expected true, false or null"),
+        ({"labels": [True, []]}, r"label 2 is \[\]; expected true, false or null"),
+        ({"labels": "TF"}, "expected one label for each of the 2 steps"),
+        ({"answer": True}, "field 'answer' is True; expected text or a number"),
+        ({"answer": float("nan")}, "field 'answer' is nan; expected text or a number"),
+        ({"answer": ["1"]}, r"field 'answer' is \['1'\]; expected text or a number"),
         ({"prompt": None}, "field 'prompt' is missing"),
     ],
 )
@@ -224,6 +247,16 @@ def test_math_rows_have_a_subject_and_a_level():
     assert (trace.subject, trace.level) == ("Geometry", 4)
     assert from_math(row | {"level": "Level ?"}).level == 0  # two published rows have it
     assert from_math({"problem": "p", "solution": r"\boxed{1}"}) == Trace.of_steps("p", (r"\boxed{1}",), "1", "", "row")
+    for level in (5, 5.0, "5", "5.0", "Level 5", "Level 5.0"):
+        assert from_math(row | {"level": level}).level == 5
+    for level in (None, float("nan"), "hard", ""):
+        assert from_math(row | {"level": level}).level == 0
+    for level in (True, 2.5, 7, 0, [5]):
+        with pytest.raises(ValueError, match=r"m.jsonl:2: field 'level' is .*; expected 1 to 5, 'Level 5', or null"):
+            from_math(row | {"level": level}, "m.jsonl:2")
+    assert from_math(row | {"type": None, "subject": "Algebra"}).subject == "Algebra"
+    with pytest.raises(ValueError, match=r"m.jsonl:2: field 'type' is \['x'\]; expected text"):
+        from_math(row | {"type": ["x"]}, "m.jsonl:2")
 
 
 def test_choices_keep_the_row_s_order_and_text():
@@ -232,8 +265,15 @@ def test_choices_keep_the_row_s_order_and_text():
     assert (asked.question, asked.choices, asked.answer) == (" Which? ", ("x", " y", "z"), 2)
     with pytest.raises(ValueError, match=r"test.jsonl:7: answerKey 'D' is not among the labels"):
         choices_from_arc(row | {"answerKey": "D"}, "test.jsonl:7")
-    with pytest.raises(ValueError, match="a choice is blank"):
-        choices_from_arc(row | {"choices": {"text": ["x", " ", "z"], "label": ["1", "2", "3"]}})
+    for text in (" ", None, True, float("nan"), ["x"]):
+        with pytest.raises(ValueError, match="a choice is blank or no text"):
+            choices_from_arc(row | {"choices": {"text": ["x", text, "z"], "label": ["1", "2", "3"]}})
+    with pytest.raises(ValueError, match=r"the labels of the choices are .*; expected another one for each"):
+        choices_from_arc(row | {"choices": {"text": ["x", "y"], "label": ["3", "3"]}})
+    with pytest.raises(ValueError, match="field 'choices' is"):
+        choices_from_arc(row | {"choices": {"text": "xyz", "label": "123"}})
+    numbers = row | {"choices": {"text": [1, 2.5, "3"], "label": [1, 2, 3]}, "answerKey": 2}
+    assert (choices_from_arc(numbers).choices, choices_from_arc(numbers).answer) == (("1", "2.5", "3"), 1)
 
 
 def test_rows_of_prose():
@@ -242,5 +282,7 @@ def test_rows_of_prose():
     )
     assert from_prose({"prompt": "p", "text": " One.\nTwo. ", "answer": 3}).completion == "One.\nTwo.\n#### 3"
     assert from_prose({"prompt": "p", "text": "One."}).final == ""
+    for answer in (None, "", " "):  # a table gives every row an answer, if it has one anywhere
+        assert from_prose({"prompt": "p", "text": "One.\n#### 7", "answer": answer}).final == "#### 7"
     with pytest.raises(ValueError, match="expected a chain of reasoning"):
         from_prose({"prompt": "p", "text": "#### 7"})

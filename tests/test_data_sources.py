@@ -97,7 +97,10 @@ def test_other_schemas_from_a_folder(tmp_path, schema):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([ROWS[0], '{"question": "q", "ans', ROWS[1]], r"train.jsonl:2: damaged JSON .*'\{\"question\": \"q\", \"ans'"),
+        (
+            [ROWS[0], '{"question": "q", "ans', ROWS[1]],
+            r"train.jsonl:2: not valid JSON .*; write one JSON object a line",
+        ),
         ([ROWS[0], ROWS[1], {"question": "q"}], "train.jsonl:3: field 'answer' is missing"),
         ([ROWS[0], {"question": "q", "answer": "#### 4"}], "train.jsonl:2: the chain is empty"),
         ([ROWS[0], {"question": "q", "answer": 4}], "train.jsonl:2: field 'answer' is"),
@@ -113,7 +116,7 @@ def test_damaged_rows_are_named(tmp_path, lines, message):
 
 def test_damaged_parquet_is_named(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"PAR1 no parquet")
-    with pytest.raises(ValueError, match=r"train\.parquet: could not be read"):
+    with pytest.raises(ValueError, match=r"train\.parquet: damaged, or no parquet file .*write it again"):
         gsm8k(tmp_path)
 
 

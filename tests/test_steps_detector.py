@@ -1,11 +1,15 @@
 """Chains are cut by the classifier wherever a recipe's traces are read; here by the bundled one."""
 
 import dataclasses
+import datetime
 import importlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rtd_jax.apps.cache import cache_teacher
@@ -14,10 +18,12 @@ from rtd_jax.apps.diagnose.diagnose import _cut as cut_chains
 from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.pretrain import PretrainRecipe
 from rtd_jax.apps.segment import SegmentSettings, segment
+from rtd_jax.base.files import write_jsonl
 from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.encoding import encode_traces
 from rtd_jax.data.generators.word_problems import generate
+from rtd_jax.data.sources import SourceSettings, load_traces
 from rtd_jax.data.trace import Trace
 from rtd_jax.models.open import ModelSettings, OpenModel, open_model
 from rtd_jax.steps.classifier import load_classifier, text_boundaries, text_probabilities
@@ -200,8 +206,41 @@ def test_segment_writes_stepwise_rows(tmp_path, problems):
         assert row["prompt"] == trace.prompt
         assert " ".join(row["completions"]) == joined_steps(trace)[0]
         assert len(row["completions"]) == trace.depth
-    with pytest.raises(ValueError, match=r"field 'text' is None; .*The row has id, q, why; name the field with"):
+    with pytest.raises(ValueError, match=r"field 'text' is None; .*The row has \['id', 'q', 'why'\]; name the field"):
         segment(dataclasses.replace(settings, text_field="text"))
+
+
+def test_segment_keeps_other_fields_as_they_are_or_refuses_them_before_it_cuts(tmp_path, problems, monkeypatch):
+    row = {"prompt": problems[0].prompt, "text": f"{joined_steps(problems[0])[0]}\n#### 7"}
+    others = {"created": "2024-01-31", "big": 2**100, "price": 7.5, "more": [None, {"a": "x\u2028y"}], "answer": None}
+    table = pa.Table.from_pylist([row | {"created": datetime.date(2024, 1, 31), "labels": None}])
+    settings = SegmentSettings(str(TEACHER), str(CLASSIFIER), "", str(tmp_path / "out.jsonl"), keep="")
+    for name, kept in (("texts.jsonl", others), ("texts.parquet", {"created": "2024-01-31"})):
+        if name.endswith("jsonl"):
+            write_jsonl(tmp_path / name, [row | others])
+        else:
+            pq.write_table(table, tmp_path / name)
+        out = segment(dataclasses.replace(settings, data=str(tmp_path / name)))
+        (written,) = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
+        assert {key: written[key] for key in kept} == kept | ({"answer": "7"} if "answer" in kept else {})
+        (trace,) = load_traces(SourceSettings("stepwise", str(out)))
+        assert (trace.depth, trace.answer) == (problems[0].depth, "7")
+        out.unlink()
+    monkeypatch.setattr("rtd_jax.apps.segment.Detector", None)
+    pq.write_table(pa.Table.from_pylist([row | {"image": b"\xff", "score": math.nan}]), tmp_path / "bad.parquet")
+    for columns, message in (
+        (["prompt", "text", "image"], r"bad.parquet:1: field 'image' is b'\\xff', which cannot be written as JSON"),
+        (["prompt", "text", "score"], r"bad.parquet:1: field 'score' is nan, which cannot be written as JSON"),
+    ):
+        bad = pq.read_table(tmp_path / "bad.parquet").select(columns)
+        (tmp_path / "one").mkdir(exist_ok=True)
+        pq.write_table(bad, tmp_path / "one" / "bad.parquet")
+        with pytest.raises(ValueError, match=message):
+            segment(dataclasses.replace(settings, data=str(tmp_path / "one" / "bad.parquet")))
+    write_jsonl(tmp_path / "labelled.jsonl", [row | {"labels": [True]}])
+    with pytest.raises(ValueError, match=r"labelled.jsonl:1: the row has a field 'labels', which belongs to steps"):
+        segment(dataclasses.replace(settings, data=str(tmp_path / "labelled.jsonl")))
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_diagnosis_cuts_its_reference_chains_with_the_classifier_of_its_teacher(problems):

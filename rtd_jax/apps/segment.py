@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rtd_jax.base.files import check_writable, write_jsonl
 from rtd_jax.base.sharding import MeshSettings, make_mesh
+from rtd_jax.data.schemas.schema import answer_field, fields_of, shown
 from rtd_jax.data.sources import SourceSettings, read_rows
 from rtd_jax.data.trace import split_answer
 from rtd_jax.models.open import FloatDtype, ModelSettings, open_model
@@ -34,32 +37,33 @@ class SegmentSettings:
 def segment(settings: SegmentSettings) -> Path:
     """Cuts every text into steps; writes one row each with `prompt`, `completions` and what else the row had.
 
-    A last line `#### 72` is the answer's, and becomes `answer` where the row has none.
+    A last line `#### 72` is the answer's, and becomes `answer` where the row has none. All rows are read and checked
+    before the first text is cut.
 
     Raises:
       ValueError: files, fields, teacher or classifier that cannot be used, with the way out.
     """
     out = Path(settings.out).expanduser()
     check_writable(out.parent)
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; give the name of a file with --out")
     classifier = load_classifier(Path(settings.classifier))
     note = functools.partial(print, flush=True)
     runtime = ModelSettings(settings.teacher, settings.param_dtype, settings.compute_dtype)
     teacher = open_model(runtime, make_mesh(MeshSettings()), note)
     classifier.check_teacher(teacher.fingerprint, teacher.tokenizer_fingerprint, settings.teacher)
-    rows = list(read_rows(SourceSettings("prose", settings.data, settings.split)))
-    if not rows:
-        raise ValueError(f"{settings.data} has no rows")
     texts, cut = [], []
-    for place, row in rows:
+    for place, row in read_rows(SourceSettings("prose", settings.data, settings.split)):
         text, stated = split_answer(_field(row, settings.text_field, place, "text_field"))
         prompt = _field(row, settings.prompt_field, place, "prompt_field") if settings.prompt_field else ""
         if not text:
             raise ValueError(f"{place}: field {settings.text_field!r} has no reasoning in it; leave the row out")
         texts.append((prompt.strip(), text, place))
         kept = {key: value for key, value in row.items() if key not in (settings.text_field, settings.prompt_field)}
+        _check_kept(kept, place)
         cut.append(kept | {"prompt": prompt.strip(), "completions": []})
-        if stated:
-            cut[-1].setdefault("answer", stated)
+        if stated and not answer_field(row, place):
+            cut[-1]["answer"] = stated
     detector = Detector(
         classifier,
         teacher.tokenizer,
@@ -81,7 +85,23 @@ def _field(row: Any, name: str, place: str, setting: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
         raise ValueError(
-            f"{place}: field {name!r} is {value!r}; expected text. The row has {', '.join(sorted(row))}; "
+            f"{place}: field {name!r} is {shown(value)}; expected text. The row has {fields_of(row)}; "
             f"name the field with --{setting}"
         )
     return value
+
+
+def _check_kept(kept: Mapping[str, Any], place: str) -> None:
+    """Refuses fields that cannot be written as JSON, or that would mean something else in a row of found steps."""
+    for name, value in kept.items():
+        if name in ("completions", "labels") and value is not None:
+            raise ValueError(
+                f"{place}: the row has a field {name!r}, which belongs to steps that it had before; rename or remove it"
+            )
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{place}: field {name!r} is {shown(value)}, which cannot be written as JSON ({error}); write it as "
+                "text, or leave the field out"
+            ) from error

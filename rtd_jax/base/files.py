@@ -10,9 +10,10 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,21 +98,40 @@ def read_failure(error: OSError) -> str:
     return f"could not be read ({error.strerror or error}); {remedy}"
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is beyond the range of a number")
+    return value
+
+
 def parse_json(
-    text: str | bytes, place: str, way_out: str = "restore it or write it again", *, constants: bool = False
+    text: str | bytes,
+    place: str,
+    way_out: str = "restore it or write it again",
+    *,
+    constants: bool = False,
+    parse_float: Callable[[str], float] | None = None,
 ) -> Any:
     """The value of a JSON text.
 
-    NaN and Infinity are refused, because they are not JSON, unless `constants` lets them pass; so are a key that stands
-    twice in one object, half a surrogate pair, and nesting beyond what Python can follow.
+    NaN, Infinity and numbers like 1e999 are refused, because they are not JSON, unless `constants` lets them pass; so
+    are a key that stands twice in one object, half a surrogate pair, and nesting beyond what Python can follow.
+
+    Args:
+      parse_float: makes a number with a point or an exponent from its text.
 
     Raises:
       ValueError: the text is not JSON or not UTF-8; names `place`, the place in it, and the way out.
     """
     try:
         text = text if isinstance(text, str) else text.decode("utf-8-sig")
-        constant = float if constants else _refuse_constant
-        value = json.loads(text, parse_constant=constant, object_pairs_hook=_unique_keys)
+        value = json.loads(
+            text,
+            parse_float=parse_float or (float if constants else _finite),
+            parse_constant=float if constants else _refuse_constant,
+            object_pairs_hook=_unique_keys,
+        )
         if "\\u" in text:  # only an escape can make half a pair
             _check_encodable(value)
         return value
@@ -197,14 +217,21 @@ def read_jsonl(path: Path, way_out: str = "write one JSON object a line") -> Ite
       ValueError: the file is missing or unreadable, or a line is not a JSON object; names the file and the line.
     """
     with reading(path, "give a file that exists"), path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            row = parse_json(line, place, way_out)
-            if not isinstance(row, dict):
-                raise ValueError(f"{place}: {line[:60]!r} is no JSON object; {way_out}")
-            yield place, row
+        yield from parse_lines(file, str(path), way_out)
+
+
+def parse_lines(
+    lines: Iterable[bytes], name: str, way_out: str, parse_float: Callable[[str], float] = _finite
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """As `read_jsonl`, from the lines of a file that is called `name`."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{name}:{number}"
+        row = parse_json(line, place, way_out, parse_float)
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: {line[:60]!r} is no JSON object; {way_out}")
+        yield place, row
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -1,7 +1,6 @@
 """Reads traces from where they are: a generator, a local folder or file, or the Hugging Face hub."""
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rtd_jax.base.files import reading
 from rtd_jax.data.generators import GENERATORS
 from rtd_jax.data.generators.streams import DEPTHS
-from rtd_jax.data.manifest import check_shards
+from rtd_jax.data.rows import ROWS_AT_ONCE, SUFFIXES, read_file, table_rows
 from rtd_jax.data.schemas import SCHEMAS
 from rtd_jax.data.schemas.schema import Row
+from rtd_jax.data.split_files import split_files
 from rtd_jax.data.trace import Problem, Trace
 
 _GENERATED = (*GENERATORS, "synthetic+cups")  # schemas without files; the last takes problems from both in turn
 _WITH_TRACES = {name: schema for name, schema in SCHEMAS.items() if schema.trace is not None}
 PLACE = ("location", "subset", "revision")  # settings that generated problems do not read
-_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -28,8 +28,8 @@ class RowSource:
     """Where rows are.
 
     `location` is a local folder holding `<split>.jsonl`, `.json` or `.parquet` (or shards `<split>-*.parquet` or
-    `<split>-*.jsonl`, also under `<subset>/` or `data/`), a single file of these kinds, or a hub name.
-    Shards that launch/traces.py wrote are compared with their manifest.
+    `<split>-*.jsonl`, also under `<subset>/` or `data/`), a single file of these kinds, or a hub name. Values are read
+    as they were written (see `data/rows.py`).
     """
 
     schema: str  # the form of the rows
@@ -112,8 +112,7 @@ def load_traces(settings: SourceSettings) -> list[Trace]:
     if not traces:
         asked = {"depth": settings.depths, "level": settings.levels}
         unmet = " and ".join(f"a {name} among {values}" for name, values in asked.items() if values)
-        reason = f"has {unmet}" if count else "could be read: it is empty"
-        raise ValueError(f"{settings.location} ({settings.split}): none of its {count} rows {reason}")
+        raise ValueError(f"{settings.location} ({settings.split}): none of its {count} rows has {unmet}")
     return traces
 
 
@@ -164,88 +163,46 @@ def load_problems(settings: SourceSettings) -> list[Problem]:
 
 
 def read_rows(settings: RowSource) -> Iterator[tuple[str, Row]]:
-    """(place, row) pairs, not parsed. A place is "file:number", counted from 1. Raises ValueError as `load_rows`."""
+    """(place, row) pairs, not parsed. A place is "file:number", counted from 1: of lines where a file has lines.
+
+    Raises:
+      ValueError: as `load_rows`, or there is no row.
+    """
     path = Path(settings.location).expanduser()
-    if path.exists():
-        for file in [path] if path.is_file() else _split_files(path, settings):
-            for number, row in enumerate(_read_file(file), start=1):
-                yield f"{file}:{number}", row
-        return
-    if not _HUB_NAME.fullmatch(settings.location):
+    with reading(path):
+        is_local = path.exists() or path.is_symlink() or path.suffix in SUFFIXES
+        is_folder = path.is_dir()
+    rows: Iterator[tuple[str, Row]]
+    if is_local:
+        files = split_files(path, settings.split, settings.subset) if is_folder else [path]
+        place = ", ".join(map(str, files))
+        rows = itertools.chain.from_iterable(map(read_file, files))
+    elif _HUB_NAME.fullmatch(settings.location):
+        place = "/".join(filter(None, (settings.location, settings.subset, settings.split)))
+        rows = _read_hub(settings, place)
+    else:
         raise ValueError(f"{settings.location}: no such folder or file, and not a hub name (name or owner/name)")
-    place = "/".join(filter(None, (settings.location, settings.subset, settings.split)))
-    for number, row in enumerate(_read_hub(settings), start=1):
-        yield f"{place}:{number}", row
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"{place}: there is no row in it; expected at least one")
+    yield first
+    yield from rows
 
 
-def _split_files(folder: Path, settings: RowSource) -> list[Path]:
-    shards = (f"{settings.split}-*.parquet", f"{settings.split}-*.jsonl")
-    patterns = (*(f"{settings.split}{suffix}" for suffix in _SUFFIXES), *shards)
-    for place in (folder / settings.subset, folder / "data", folder):
-        for pattern in patterns:
-            files = sorted(file for file in place.glob(pattern) if file.is_file())
-            if files:
-                if pattern in shards:
-                    check_shards(place, files)
-                return files
-    there = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix in _SUFFIXES)
-    raise ValueError(
-        f"{folder}: no file of the split {settings.split!r} (looked for {', '.join(patterns)}); the folder has "
-        f"{', '.join(there[:20]) or 'no data files'}"
-    )
-
-
-def _read_file(file: Path) -> Iterable[Row]:
-    import datasets  # slow to import, and generated problems do not need it
-
-    if file.suffix not in _SUFFIXES:
-        raise ValueError(f"{file}: unknown kind of file; expected one of {', '.join(_SUFFIXES)}")
-    if file.stat().st_size == 0:
-        raise ValueError(f"{file}: the file is empty")
-    has_bars = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(_SUFFIXES[file.suffix], data_files=str(file), split="train")
-    except OSError as error:
-        raise ValueError(f"{file}: could not be read or cached: {error}") from error
-    except Exception as error:
-        raise ValueError(_diagnosis(file, error)) from error
-    finally:
-        if has_bars:
-            datasets.enable_progress_bars()
-
-
-def _diagnosis(file: Path, error: Exception) -> str:
-    """Why a file could not be read, with the number of the first bad line where it has lines."""
-    if file.suffix == ".jsonl":
-        kinds: dict[str, type] = {}
-        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as cause:
-                return f"{file}:{number}: damaged JSON ({cause}): {line[:60]!r}; expected one JSON object a line"
-            if not isinstance(row, dict):
-                return f"{file}:{number}: {line[:60]!r} is no JSON object; expected one JSON object a line"
-            for field, value in row.items():
-                if value is not None and kinds.setdefault(field, type(value)) is not type(value):
-                    seen, before = type(value).__name__, kinds[field].__name__
-                    return f"{file}:{number}: field {field!r} is {seen}, in the rows before it {before}"
-    return f"{file}: could not be read: {error.__cause__ or error}"
-
-
-def _read_hub(settings: RowSource) -> Iterable[Row]:
-    import datasets
+def _read_hub(settings: RowSource, place: str) -> Iterator[tuple[str, Row]]:
+    """Rows of the hub. Where its files are JSON, `datasets` has inferred the types of whole columns."""
+    import datasets  # slow to import, and local files do not need it
 
     try:
-        return datasets.load_dataset(
+        tables = datasets.load_dataset(
             settings.location, settings.subset or None, split=settings.split, revision=settings.revision or None
-        )
+        ).with_format("arrow")
     except Exception as error:
+        cause = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{settings.location}: no such local folder, and it could not be loaded from the Hugging Face hub "
-            f"({type(error).__name__}: {str(error)[:200]}). Without a connection, put {settings.split}.jsonl or "
+            f"({type(error).__name__}: {cause}). Without a connection, put {settings.split}.jsonl or "
             f"{settings.split}.parquet with the hub's field names into a folder and set the source's location "
             "to that folder"
         ) from error
+    yield from table_rows(tables.iter(batch_size=ROWS_AT_ONCE), place)

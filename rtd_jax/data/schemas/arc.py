@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rtd_jax.data.schemas.schema import Row, Schema, text_field, texts_field
+from rtd_jax.data.schemas.schema import Row, Schema, as_written, shown, text_field, texts_field
 from rtd_jax.data.trace import Problem, Trace
 
 _LETTERS = "ABCDEFGHIJ"  # of the choices
@@ -33,8 +33,8 @@ def from_arc(row: Row, source: str = "row", *, reasoning_field: str = "reasoning
         steps = texts_field(row, reasoning_field, source)
     else:
         raise ValueError(
-            f"{source}: field {reasoning_field!r} is {reasoning!r}; ARC itself has no reasoning: add it to each row as "
-            "text with one step a line, or as a list of steps"
+            f"{source}: field {reasoning_field!r} is {shown(reasoning)}; ARC itself has no reasoning: add it to each "
+            "row as text with one step a line, or as a list of steps"
         )
     return Trace.of_steps(problem.prompt, steps, problem.answer, problem.final, source)
 
@@ -49,16 +49,19 @@ def arc_problem(row: Row, source: str = "row") -> Problem:
 def choices_from_arc(row: Row, source: str = "row") -> ChoiceQuestion:
     """`question`, `choices` {text, label}, `answerKey` of ARC as it is published. Texts are kept as they are."""
     choices = row.get("choices")
-    if not isinstance(choices, Mapping) or "text" not in choices or "label" not in choices:
-        raise ValueError(f"{source}: field 'choices' is {choices!r}; expected {{'text': [...], 'label': [...]}}")
-    texts, labels = [str(text) for text in choices["text"]], [str(label) for label in choices["label"]]
+    lists = [choices.get("text"), choices.get("label")] if isinstance(choices, Mapping) else [None]
+    if not all(isinstance(items, list | tuple) for items in lists):
+        raise ValueError(f"{source}: field 'choices' is {shown(choices)}; expected {{'text': [...], 'label': [...]}}")
+    texts, labels = ([as_written(item) or "" for item in items or ()] for items in lists)
     if len(texts) != len(labels) or not 2 <= len(texts) <= len(_LETTERS):
         raise ValueError(
             f"{source}: {len(texts)} choice texts and {len(labels)} labels; expected as many of each, 2 to 10"
         )
     if not all(text.strip() for text in texts):
-        raise ValueError(f"{source}: a choice is blank: {texts}; expected text in each")
-    key = text_field(row, "answerKey", source).strip()
+        raise ValueError(f"{source}: a choice is blank or no text: {shown(lists[0])}; expected text in each")
+    if len(set(labels)) < len(labels) or "" in labels:
+        raise ValueError(f"{source}: the labels of the choices are {shown(lists[1])}; expected another one for each")
+    key = (as_written(row.get("answerKey")) or text_field(row, "answerKey", source)).strip()
     if key not in labels:
         raise ValueError(f"{source}: answerKey {key!r} is not among the labels {labels}")
     return ChoiceQuestion(text_field(row, "question", source), tuple(texts), labels.index(key), source)

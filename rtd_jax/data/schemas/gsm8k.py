@@ -2,7 +2,7 @@
 
 import re
 
-from rtd_jax.data.schemas.schema import Row, Schema, text_field
+from rtd_jax.data.schemas.schema import Row, Schema, shown, text_field
 from rtd_jax.data.trace import Trace, answer_line, split_answer
 
 _CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
@@ -13,7 +13,7 @@ def from_gsm8k(row: Row, source: str = "row", *, keep_marks: bool = True) -> Tra
     body, answer = split_answer(text_field(row, "answer", source))
     if not answer:
         seen = body.splitlines()[-1].strip() if body else ""
-        raise ValueError(f"{source}: the last line of 'answer' is {seen!r}; expected the answer as '#### 72'")
+        raise ValueError(f"{source}: the last line of 'answer' is {shown(seen)}; expected the answer as '#### 72'")
     steps = [line.strip() for line in body.splitlines() if line.strip()]
     if not keep_marks:
         steps = [_CALCULATOR_MARK.sub("", step) for step in steps]

@@ -3,26 +3,44 @@
 import re
 from dataclasses import replace
 
-from rtd_jax.data.schemas.schema import Row, Schema, text_field
+from rtd_jax.data.schemas.schema import Row, Schema, shown, text_field, whole_number
 from rtd_jax.data.sentences import sentences
 from rtd_jax.data.trace import Trace
 
-_LEVEL = re.compile(r"(?:Level )?([1-5])")
+_LEVEL = re.compile(r"(?:Level )?([1-5])(?:\.0)?")
 
 
 def from_math(row: Row, source: str = "row") -> Trace:
     r"""`problem`, `level`, `type`, `solution` with the answer in its last `\boxed{}`.
 
-    Copies of the data that say `subject` for `type`, and 4 for "Level 4", are read too; a level that is no number, like
-    MATH's own "Level ?", is 0. The steps are the sentences of the solution. The last of them states the answer, so the
-    chain has no final line.
+    Copies of the data that say `subject` for `type`, and 4 for "Level 4", are read too; a level that is missing, or a
+    text without one, like MATH's own "Level ?", is 0. The steps are the sentences of the solution. The last
+    of them states the answer, so the chain has no final line.
     """
     solution = text_field(row, "solution", source)
-    level = _LEVEL.fullmatch(str(row.get("level", "")).strip())
     prompt, answer = text_field(row, "problem", source).strip(), boxed(solution, source)
     trace = Trace.of_steps(prompt, sentences(solution), answer, source=source)
-    subject = str(row.get("type") or row.get("subject") or "")
-    return replace(trace, subject=subject, level=int(level[1]) if level else 0)
+    return replace(trace, subject=_subject(row, source), level=_level(row, source))
+
+
+def _level(row: Row, source: str) -> int:
+    level = row.get("level")
+    if level is None or level != level:  # NaN is how tables write that there is none
+        return 0
+    if isinstance(level, str):
+        stated = _LEVEL.fullmatch(level.strip())
+        return int(stated[1]) if stated else 0
+    number = whole_number(level)
+    if number is None or not 1 <= number <= 5:
+        raise ValueError(f"{source}: field 'level' is {shown(level)}; expected 1 to 5, 'Level 5', or null")
+    return number
+
+
+def _subject(row: Row, source: str) -> str:
+    for field in ("type", "subject"):
+        if row.get(field) not in (None, ""):
+            return text_field(row, field, source)
+    return ""
 
 
 def boxed(solution: str, source: str = "row") -> str:

@@ -1,18 +1,18 @@
 """Rationales whose steps nobody has marked."""
 
-from rtd_jax.data.schemas.schema import Row, Schema, answer_field, text_field
+from rtd_jax.data.schemas.schema import Row, Schema, answer_field, shown, text_field
 from rtd_jax.data.trace import Trace, answer_line, split_answer
 
 
 def from_prose(row: Row, source: str = "row") -> Trace:
     """`prompt`, `text`[, `answer`]: the whole text is one step until a boundary classifier cuts it.
 
-    A last line `#### 72` is not part of the text; it gives the answer where the row has no other.
+    A last line `#### 72` is not part of the text; it gives the answer where the row has no other (absent, null, blank).
     """
     text, stated = split_answer(text_field(row, "text", source))
     if not text:
-        raise ValueError(f"{source}: field 'text' is {row['text']!r}; expected a chain of reasoning")
-    answer = (answer_field(row, source) if "answer" in row else stated) or ""
+        raise ValueError(f"{source}: field 'text' is {shown(row['text'])}; expected a chain of reasoning")
+    answer = answer_field(row, source) or stated
     final = answer_line(answer) if answer else ""
     return Trace(text_field(row, "prompt", source).strip(), text, ((0, len(text)),), answer, final, source)
 

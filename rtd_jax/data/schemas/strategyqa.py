@@ -1,6 +1,6 @@
 """StrategyQA (arXiv:2101.02235): yes/no questions that need several facts."""
 
-from rtd_jax.data.schemas.schema import Row, Schema, text_field, texts_field
+from rtd_jax.data.schemas.schema import Row, Schema, shown, text_field, texts_field
 from rtd_jax.data.sentences import sentences
 from rtd_jax.data.trace import Trace, answer_line
 
@@ -16,7 +16,7 @@ def from_strategyqa(row: Row, source: str = "row", *, facts_only: bool = False) 
     """
     answer = row.get("answer")
     if not isinstance(answer, bool):
-        raise ValueError(f"{source}: field 'answer' is {answer!r}; expected true or false")
+        raise ValueError(f"{source}: field 'answer' is {shown(answer)}; expected true or false")
     as_text = isinstance(row.get("facts"), str)
     facts = sentences(row["facts"]) if as_text else texts_field(row, "facts", source)
     questions = [] if as_text and row.get("decomposition") is None else texts_field(row, "decomposition", source)
