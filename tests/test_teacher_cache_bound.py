@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import re
 import resource
 import shutil
 from pathlib import Path
@@ -43,6 +42,15 @@ def read_all(folder: Path, own=OWN) -> None:
     cache = TeacherCache(folder, own)
     for key in sorted(cache._places):
         cache.read(key)
+
+
+def refusal(folder: Path, own=OWN) -> str:
+    """Why the folder is refused; "" where it is not."""
+    try:
+        read_all(folder, own)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def lists(folder: Path) -> list[Path]:
@@ -176,9 +184,7 @@ def test_json_of_another_shape_is_refused_by_name(tmp_path, of, signed):
         path.write_text(json.dumps(variant))
         if variant == value:
             continue
-        with pytest.raises(ValueError, match=re.escape(str(folder))):
-            read_all(folder, own)
-            pytest.fail(f"{name} was accepted")
+        assert str(folder) in refusal(folder, own), name
     for text in ("", "{", "\0" * 50, '{"format": 3, "a": NaN}', "[" * 5000, "[" * 900 + "]" * 900, '{"format": 1e999}'):
         path.write_text(text)
         with pytest.raises(ValueError, match=str(path)):
@@ -195,9 +201,7 @@ def test_damaged_shard_files_are_named(tmp_path):
             read_all(folder)
     for position in np.random.default_rng(0).integers(0, len(whole), 40):
         shard.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
-        with pytest.raises(ValueError, match=f"{shard.name}|no record was hit"):
-            read_all(folder)
-            raise ValueError("no record was hit")
+        assert shard.name in (refusal(folder) or shard.name)  # the bit may have been in no record
 
 
 def test_a_record_that_says_too_much_or_has_too_little_is_refused():
