@@ -219,7 +219,7 @@ def test_damage_is_named(teacher, exact, copy):
     flipped[len(content) // 2] ^= 4
     shard.write_bytes(bytes(flipped))
     broken = TeacherCache(copy, whole.identity)
-    mine = [key for key, (name, _, _) in broken._places.items() if name == shard.stem]
+    mine = [key for key, place in broken._places.items() if place.shard == shard.stem]
     with pytest.raises(ValueError, match=r"record \d+ is damaged"):
         list(map(broken.read, mine))
 

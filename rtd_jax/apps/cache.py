@@ -66,7 +66,7 @@ def cache_teacher(recipe: Recipe, _: Path) -> Path:
             shard = chains[start : start + recipe.cache.chains_per_shard]
             batches = fixed_batches(shard, recipe.batch_size, row_length, chains_per_row, slots, share=share)
             outputs = ((batch, forward(teacher.params, put_batch(batch, mesh))) for batch in batches)
-            records = list(_records(outputs, identity))
+            records = list(_records(outputs, identity, shard))
             if is_writer and records:
                 writer.write(records)
             done += len(shard)
@@ -124,13 +124,27 @@ def _forward(
     return top_k, jnp.stack([gather_boundaries(x_BLD, batch.boundary_positions_BCK) for x_BLD in layers_BLD], axis=1)
 
 
-def _records(batches: Iterable[tuple[Batch, tuple[TopK, Array]]], identity: Identity) -> Iterator[tuple[str, bytes]]:
-    """(key, record) of every chain in this process's rows of the batches."""
+def _records(
+    batches: Iterable[tuple[Batch, tuple[TopK, Array]]], identity: Identity, chains: Iterable[EncodedChain]
+) -> Iterator[tuple[str, bytes]]:
+    """(key, record) of every one of the chains that is in this process's rows of the batches.
+
+    Raises:
+      ValueError: the teacher's outputs on a chain are not finite; the chain's source is named.
+    """
     for batch, outputs in batches:
         top_k, states_BNCKD = jax.tree.map(_own_rows, outputs)
         for key, row, slot, mask_K, predicting_P in packed_chains(batch):
             top = TopK(*(array[row, predicting_P] for array in top_k))
-            yield key, encode_record(top, states_BNCKD[row, :, slot][:, mask_K], identity)
+            try:
+                record = encode_record(top, states_BNCKD[row, :, slot][:, mask_K], identity)
+            except ValueError as error:
+                source = next(chain.source for chain in chains if _key(chain) == key)
+                raise ValueError(
+                    f"{source}: on this chain {error}, and a cache of them would teach nothing; check the teacher's "
+                    "weights, and teacher.compute_dtype"
+                ) from error
+            yield key, record
 
 
 def _own_rows(x: jax.Array) -> np.ndarray:

@@ -109,9 +109,9 @@ def parse_json(
     text: str | bytes,
     place: str,
     way_out: str = "restore it or write it again",
+    parse_float: Callable[[str], float] | None = None,
     *,
     constants: bool = False,
-    parse_float: Callable[[str], float] | None = None,
 ) -> Any:
     """The value of a JSON text.
 
@@ -247,11 +247,11 @@ def write_record(path: Path, format: int, content: dict[str, Any]) -> None:
     write_json(path, {**record, DIGEST: json_digest(record)})
 
 
-def read_record(path: Path, format: int, way_out: str, *, undigested: Sequence[int] = ()) -> dict[str, Any]:
+def read_record(path: Path, format: int, way_out: str, *, undigested: Sequence[int | None] = ()) -> dict[str, Any]:
     """The content of a JSON object that `write_record` wrote; check its shape with `base.settings.build`.
 
     Args:
-      undigested: earlier format numbers that are read too, of files that have no digest.
+      undigested: earlier format numbers that are read too, of files that have no digest; None is a file without number.
 
     Raises:
       ValueError: the file is missing, unreadable or damaged, of another format, or was changed after it was written;
@@ -259,13 +259,17 @@ def read_record(path: Path, format: int, way_out: str, *, undigested: Sequence[i
     """
     record = read_object(path, way_out)
     seen = record.get("format")
-    if type(seen) is not int or seen not in (format, *undigested):
-        known = " or ".join(map(str, (*undigested, format)))
+    if type(seen) not in (int, type(None)) or seen not in (format, *undigested):
+        known = " or ".join(str(number) for number in (*undigested, format) if number is not None)
         raise ValueError(f"{path} has format {seen!r}, this version reads {known}; {way_out}")
     digest = record.pop(DIGEST, None)
     if digest is None and seen in undigested:
         return record
-    if digest != json_digest(record):
+    try:
+        expected = json_digest(record)
+    except RecursionError:
+        raise ValueError(f"{path}: its JSON is nested too deeply to be read; {way_out}") from None
+    if seen != format or digest != expected:
         raise ValueError(f"{path} was changed or damaged after it was written (its digest differs); {way_out}")
     return record
 

@@ -1,8 +1,7 @@
 """The teacher's outputs on disk: one record per chain, looked up by the chain's content, in any order.
 
-    <folder>/manifest.json               what the cache is: teacher, tokenizer, layers, k, temperature, storage
-    <folder>/shard-<hash>.array_record   records, in ArrayRecord's format
-    <folder>/shard-<hash>.json           their keys and checksums
+    <folder>/manifest.json   what the cache is: teacher, tokenizer, layers, k, temperature, storage
+    <folder>/shard-*         records, and which cache they belong to (see `teacher/shards.py`)
 
 A record's key is the SHA-256 of the chain's token ids, boundaries and loss weights. Batch size, packing and mesh
 therefore do not matter, and a chain from another text, template, tokenizer or segmentation is not found. A record
@@ -13,12 +12,12 @@ entropy coding compresses to about 12 bits each. It keeps log-probabilities in 8
 two masses of the bucket as float16 log-odds; and states in int8 with one scale per vector.
 
 Several processes may write into one folder, each its own shards. Caches of one identity that were written into separate
-folders are joined by moving their shards into one folder: a reader sees the union.
+folders are joined by moving their shards into one folder: a reader sees the union. A shard of another cache is refused.
 """
 
 import hashlib
 import json
-import zlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,14 +26,24 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from rtd_jax.base.files import read_json, replacing, write_json
+from rtd_jax.base.files import json_digest, read_record, reading, write_record
+from rtd_jax.base.records import shaped
 from rtd_jax.base.types import Array, Batch, TeacherOutputs, TopK
 from rtd_jax.models.fingerprint import Fingerprint
+from rtd_jax.teacher.shards import (
+    FORMAT,
+    UNBOUND,
+    Place,
+    ShardReaders,
+    index_shards,
+    rewriting,
+    shard_names,
+    write_shard,
+)
 
-FORMAT = 2
 _SQRT_STEP = np.float32(np.sqrt(32.0) / 255)  # nats^(1/2) between two codes of a log-probability; the lowest is -32
 _CODEC = pa.Codec("zstd", 9)
 
@@ -70,12 +79,21 @@ class Identity:
     hidden_layer: int  # whose states this reader takes; one of `layers`
     temperature: float  # of the soft loss; the bucket's mass is kept at temperature 1 and at this one
     top_k: int
-    predictions: str
-    states: str
+    predictions: Literal["compact", "float32"]
+    states: Literal["int8", "bfloat16", "float32"]
     layers: tuple[int, ...] = ()  # whose states are kept, ascending; () means `hidden_layer` alone
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers) or (self.hidden_layer,))
+        if list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise ValueError(f"layers is {list(self.layers)}; expected different layers from 0, ascending")
+        if min(self.width, self.top_k) < 1 or self.top_k > self.vocab_size:
+            raise ValueError(
+                f"width is {self.width} and top_k {self.top_k} of vocab_size {self.vocab_size}; expected at least 1, "
+                "and no more tokens kept than there are"
+            )
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; expected a positive number")
 
     def stored(self) -> dict[str, Any]:
         """The part that the manifest holds: everything but `hidden_layer`, which each reader chooses."""
@@ -118,7 +136,14 @@ def packed_chains(batch: Batch) -> Iterator[PackedChain]:
 
 
 def encode_record(top: TopK, states_NKD: np.ndarray, settings: CacheSettings | Identity) -> bytes:
-    """One chain as bytes: the predictions of its P predicted tokens, and the states of N layers at its K boundaries."""
+    """One chain as bytes: the predictions of its P predicted tokens, and the states of N layers at its K boundaries.
+
+    Raises:
+      ValueError: a number is not finite. No run can learn from it, and integers would hide it.
+    """
+    for name, array in (("predictions", top.log_probs_BLM), ("masses", top[2:]), ("states", states_NKD)):
+        if not np.all(np.isfinite(np.asarray(array, np.float32))):
+            raise ValueError(f"the teacher's {name} are not finite numbers")
     order = np.argsort(top.ids_BLM, axis=-1)
     ids_PM = np.take_along_axis(np.asarray(top.ids_BLM, np.int32), order, axis=-1)
     log_probs_PM = np.take_along_axis(np.asarray(top.log_probs_BLM, np.float32), order, axis=-1)
@@ -150,31 +175,54 @@ def encode_record(top: TopK, states_NKD: np.ndarray, settings: CacheSettings | I
 
 
 def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
-    """The predictions, by ascending id, and the states of `hidden_layer`, float32 [K, D]; as precise as the storage."""
-    header = json.loads(record[8 : 8 + int.from_bytes(record[:8], "little")])["__metadata__"]
-    predicted, boundaries = map(int, header["sizes"].split())
-    planes = load(record)
+    """The predictions, by ascending id, and the states of `hidden_layer`, float32 [K, D]; as precise as the storage.
+
+    Raises:
+      ValueError: these are not the bytes of a record of this identity.
+    """
+    try:
+        header = json.loads(record[8 : 8 + int.from_bytes(record[:8], "little")])["__metadata__"]
+        predicted, boundaries = map(int, header["sizes"].split())
+        planes = load(record)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"its header cannot be read ({type(error).__name__}: {error})") from error
+    if min(predicted, boundaries) < 0:
+        raise ValueError(f"it says that it has {predicted} predicted tokens and {boundaries} boundaries")
 
     def plane(name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+        size = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
         if name not in planes:
+            if size and not name.startswith("gaps"):  # those are left out where they are zero
+                raise ValueError(f"it has no {name}")
             return np.zeros(shape, dtype)
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return np.frombuffer(_CODEC.decompress(planes[name].tobytes(), size, asbytes=True), dtype).reshape(shape)
+        try:
+            content = _CODEC.decompress(planes[name].tobytes(), size, asbytes=True)
+        except (ValueError, OSError, OverflowError, MemoryError) as error:
+            raise ValueError(f"its {name} are not the {size} bytes that they should be ({error})") from error
+        return np.frombuffer(content, dtype).reshape(shape)
 
     entries = (predicted, identity.top_k)
-    gaps_PM = sum(plane(f"gaps{i}", np.uint8, entries).astype(np.int32) << 8 * i for i in range(4))
+    # The planes that are never left out come first, so that sizes which are not true end here.
     if identity.predictions == "float32":
         log_probs_PM, tails_P2 = plane("log_probs", np.float32, entries), plane("tails", np.float32, (predicted, 2))
     else:
         log_probs_PM = -np.square(plane("log_probs", np.uint8, entries) * _SQRT_STEP)
         odds = plane("tails", np.float16, (predicted, 2)).astype(np.float32)
         tails_P2 = 1 / (1 + np.exp(-odds))
+    gaps_PM = sum(plane(f"gaps{i}", np.uint8, entries).astype(np.int32) << 8 * i for i in range(4))
+    ids_PM = np.cumsum(gaps_PM, axis=-1, dtype=np.int32)
     shape, layer = (boundaries, identity.width), identity.layers.index(identity.hidden_layer)
     if identity.states == "int8":
         states_KD = plane(f"states{layer}", np.int8, shape) * plane(f"scales{layer}", np.float32, (boundaries, 1))
     else:
         states_KD = plane(f"states{layer}", jnp.dtype(identity.states), shape).astype(np.float32)
-    return TopK(np.cumsum(gaps_PM, axis=-1, dtype=np.int32), log_probs_PM, tails_P2[:, 0], tails_P2[:, 1]), states_KD
+    if not all(np.all(np.isfinite(array)) for array in (log_probs_PM, tails_P2, states_KD)):
+        raise ValueError("it has numbers that are not finite")
+    if ids_PM.size and not 0 <= ids_PM.min() <= ids_PM.max() < identity.vocab_size:
+        raise ValueError(
+            f"it has token ids from {ids_PM.min()} to {ids_PM.max()} of a vocabulary of {identity.vocab_size}"
+        )
+    return TopK(ids_PM, log_probs_PM, tails_P2[:, 0], tails_P2[:, 1]), states_KD
 
 
 class CacheWriter:
@@ -188,29 +236,26 @@ class CacheWriter:
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
-        self._folder, self._identity = folder, identity
-        if (folder / "manifest.json").exists():
+        self._folder, cache = folder, json_digest(identity.stored())
+        if _has_manifest(folder):
             kept = check_identity(folder, identity).layers
             if kept != identity.layers:
                 raise ValueError(
                     f"the teacher cache {folder} has the states of layers {list(kept)}, this run would add those of "
                     f"{list(identity.layers)}; set loss.hidden_layer and cache.layers alike, or write another cache"
                 )
-        else:
-            write_json(folder / "manifest.json", {"format": FORMAT, "identity": identity.stored()})
-        self.keys = set(_index(folder))
+            places = _places(folder)
+        else:  # shards without it are taken only if each says that it belongs to this cache
+            places = index_shards(folder, cache, unbound=False) if folder.is_dir() else {}
+            write_record(folder / "manifest.json", FORMAT, {"identity": identity.stored()})
+        self._cache = json_digest(_manifest(folder)[0].stored())
+        self.keys = set(places)
 
     def write(self, records: Sequence[tuple[str, bytes]]) -> None:
         """Writes one shard of (key, record) pairs, named by its keys, so that writing it again replaces it."""
-        name = "shard-" + hashlib.sha256("".join(key for key, _ in records).encode()).hexdigest()[:16]
-        with replacing(self._folder / f"{name}.array_record") as temporary:
-            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-            for _, record in records:
-                writer.write(record)
-            writer.close()
-        size = (self._folder / f"{name}.array_record").stat().st_size
-        keys, checksums = [key for key, _ in records], [zlib.crc32(record) for _, record in records]
-        write_json(self._folder / f"{name}.json", {"bytes": size, "keys": keys, "crc32": checksums})
+        keys = [key for key, _ in records]
+        name = "shard-" + hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
+        write_shard(self._folder, name, self._cache, records)
         self.keys.update(keys)
 
 
@@ -227,8 +272,8 @@ class TeacherCache:
     def __init__(self, folder: Path, identity: Identity) -> None:
         self.identity = check_identity(folder, identity)
         self._folder = folder
-        self._places = _index(folder)
-        self._readers: dict[str, ArrayRecordReader] = {}
+        self._places = _places(folder)
+        self._readers = ShardReaders(folder)
         if not self._places:
             raise ValueError(f"{folder} is a teacher cache without records; run launch/cache_teacher.py again")
 
@@ -254,20 +299,15 @@ class TeacherCache:
                 f"{self._folder} has no chain {key[:12]}: text, template, segmentation or curriculum settings are not "
                 "those it was written for; run launch/cache_teacher.py with this recipe to add what is missing"
             )
-        name, row, checksum = self._places[key]
-        path = self._folder / f"{name}.array_record"
+        place = self._places[key]
+        record = self._readers.read(place)
         try:
-            if name not in self._readers:
-                self._readers[name] = ArrayRecordReader(str(path), "readahead_buffer_size:0")
-            (record,) = self._readers[name].read([row])
-            if zlib.crc32(record) != checksum:
-                raise RuntimeError("checksum differs")
-        except Exception as error:  # the reader raises many kinds, and each of them means a damaged file
+            return decode_record(record, self.identity)
+        except ValueError as error:
             raise ValueError(
-                f"{path}: record {row} is damaged ({str(error).splitlines()[0][:200]}); delete {name}.* and run "
-                "launch/cache_teacher.py again, which writes what is missing"
+                f"{self._folder / place.shard}.array_record: record {place.row} is damaged ({error}); "
+                f"{rewriting(place.shard)}"
             ) from error
-        return decode_record(record, self.identity)
 
     def outputs(self, batch: Batch, *, states_only: bool = False, dtype: str = "float32") -> TeacherOutputs:
         """The teacher's outputs on a batch, in the places of its chains; zeros where nothing is predicted.
@@ -281,6 +321,13 @@ class TeacherCache:
         states_BCKD = np.zeros((*batch.boundary_mask_BCK.shape, self.identity.width), jnp.dtype(dtype))
         for key, row, slot, mask_K, predicting_P in packed_chains(batch):
             predictions, states_KD = self.read(key)
+            found, wanted = (len(predictions.tail_BL), len(states_KD)), (len(predicting_P), int(mask_K.sum()))
+            if found != wanted:
+                place = self._places[key]
+                raise ValueError(
+                    f"{self._folder / place.shard}.array_record: record {place.row} has {found[0]} predicted tokens "
+                    f"and {found[1]} boundaries, its chain {wanted[0]} and {wanted[1]}; {rewriting(place.shard)}"
+                )
             states_BCKD[row, slot, mask_K] = states_KD
             for array, values in zip(top, predictions, strict=True):
                 array[row, predicting_P] = values
@@ -294,24 +341,37 @@ def read_identity(folder: Path, hidden_layer: int) -> Identity:
     Raises:
       ValueError: the folder holds no cache, or one that this version cannot read.
     """
-    try:
-        return Identity(**_stored(folder), hidden_layer=hidden_layer)
-    except TypeError as error:
-        raise ValueError(
-            f"{folder}/manifest.json: its identity cannot be read ({error}); write the cache again"
-        ) from error
+    return replace(_manifest(folder)[0], hidden_layer=hidden_layer)
 
 
-def _stored(folder: Path) -> dict[str, Any]:
-    if not (folder / "manifest.json").is_file():
+def _has_manifest(folder: Path) -> bool:
+    with reading(folder / "manifest.json"):
+        return (folder / "manifest.json").is_file()
+
+
+def _manifest(folder: Path) -> tuple[Identity, int]:
+    """The identity in a folder's manifest, for a reader of the first of its layers, and the manifest's format."""
+    way_out = "restore it from a copy, or write the cache again into another folder with launch/cache_teacher.py"
+    if not _has_manifest(folder):
+        shards = folder.is_dir() and shard_names(folder)
         raise ValueError(
-            f"{folder} is not a teacher cache (no manifest.json); write one with "
-            "`python launch/cache_teacher.py --config=<this recipe> --config.teacher.cache=<folder>`"
+            f"{folder} is not a teacher cache (no manifest.json); "
+            + ("the shards in it have lost theirs: run" if shards else "write one with")
+            + " `python launch/cache_teacher.py --config=<this recipe> --config.teacher.cache=<folder>`"
         )
-    manifest = read_json(folder / "manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{folder}/manifest.json is not of format {FORMAT}, which this version reads")
-    return manifest.get("identity", {})
+    path = folder / "manifest.json"
+    manifest = read_record(path, FORMAT, way_out, undigested=(UNBOUND,))
+    identity = manifest.get("identity")
+    layers = identity.get("layers") if isinstance(identity, dict) else None
+    if not isinstance(identity, dict) or not isinstance(layers, list) or not layers:
+        raise ValueError(f"{path} has no identity with its layers; {way_out}")
+    return shaped(Identity, {**identity, "hidden_layer": layers[0]}, path, way_out), manifest["format"]
+
+
+def _places(folder: Path) -> dict[str, Place]:
+    """Where the record of each key is. Raises ValueError for a shard that is damaged or not of this cache."""
+    identity, format = _manifest(folder)
+    return index_shards(folder, json_digest(identity.stored()), unbound=format == UNBOUND)
 
 
 def check_identity(folder: Path, identity: Identity) -> Identity:
@@ -321,7 +381,7 @@ def check_identity(folder: Path, identity: Identity) -> Identity:
       ValueError: the folder holds no cache, or one of another identity or without this layer; the message says what
         differs.
     """
-    before, now = _stored(folder), identity.stored()
+    before, now = _manifest(folder)[0].stored(), identity.stored()
     changed = [name for name in now if name != "layers" and before.get(name) != now[name]]
     if changed:
         name = changed[0]
@@ -337,20 +397,3 @@ def check_identity(folder: Path, identity: Identity) -> Identity:
             f"{identity.hidden_layer}; choose one of them, or write another cache with launch/cache_teacher.py"
         )
     return replace(identity, layers=tuple(layers))
-
-
-def _index(folder: Path) -> dict[str, tuple[str, int, int]]:
-    """Key -> (shard, row, checksum). Raises ValueError for a shard that is missing or has the wrong size."""
-    places: dict[str, tuple[str, int, int]] = {}
-    for path in sorted(folder.glob("shard-*.json")):
-        listed, shard = read_json(path), path.with_suffix(".array_record")
-        size = shard.stat().st_size if shard.is_file() else -1
-        if size != listed["bytes"]:
-            state = f"has {size} bytes" if size >= 0 else "is missing"
-            raise ValueError(
-                f"{shard} {state}, {path.name} says {listed['bytes']}; delete {path.stem}.* and run "
-                "launch/cache_teacher.py again, which writes what is missing"
-            )
-        for row, (key, checksum) in enumerate(zip(listed["keys"], listed["crc32"], strict=True)):
-            places.setdefault(key, (path.stem, row, checksum))
-    return places
