@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -74,6 +75,27 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def finite(value: Any, place: str = "") -> tuple[Any, dict[str, str]]:
+    """A JSON value with None in place of NaN and infinity, which JSON does not have, and what stood where.
+
+    A model that diverged has an infinite perplexity. Its report is written all the same, with null there and a list of
+    such places: {"student.perplexity": "inf", "curve[3].loss": "nan"}.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, {place: str(value)}
+    if isinstance(value, dict):
+        parts = {key: finite(item, f"{place}.{key}" if place else str(key)) for key, item in value.items()}
+        return {key: item for key, (item, _) in parts.items()}, _joined(found for _, found in parts.values())
+    if isinstance(value, list | tuple):
+        items = [finite(item, f"{place}[{i}]") for i, item in enumerate(value)]
+        return [item for item, _ in items], _joined(found for _, found in items)
+    return value, {}
+
+
+def _joined(dicts: Iterable[dict[str, str]]) -> dict[str, str]:
+    return {key: value for found in dicts for key, value in found.items()}
 
 
 @contextlib.contextmanager
