@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.apps.report.tables import depth_table
 from rtd_jax.base.console import Display, print_table
-from rtd_jax.base.files import check_writable, write_json
+from rtd_jax.base.files import write_json
+from rtd_jax.base.lock import one_writer
 from rtd_jax.base.means import Metrics
 from rtd_jax.base.settings import check_at_least
 from rtd_jax.base.sharding import MeshSettings, check_rows, host_share, make_mesh, put_batch, row_sharding
@@ -100,6 +101,7 @@ class PretrainRecipe:
         return sum(phase.updates for phase in self.phases)
 
 
+@one_writer(lambda recipe, workdir: workdir)
 def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
     """Runs or resumes a pretraining. Returns the Hugging Face folder it writes, <workdir>/model.
 
@@ -107,7 +109,6 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
       ValueError: bad settings, data, checkpoints or disk; the message has the place and the way out.
     """
     started = time.monotonic()
-    check_writable(workdir)
     settings = dataclasses.asdict(recipe)
     checkpoints = Checkpoints(workdir, keep=2)
     latest = checkpoints.latest()

@@ -272,13 +272,15 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_writable(directory: Path) -> None:
-    """Raises ValueError when nothing can be written in `directory`; creates it if need be."""
+def check_writable(directory: Path, flag: str = "--workdir") -> None:
+    """Raises ValueError when nothing can be written in `directory`; creates it if need be. `flag` chooses another."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe.") as probe:  # a name that no other process has
             probe.write(b"x")
+            probe.flush()  # a full disk says so here
     except OSError as error:
+        space = "free space, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise ValueError(
-            f"cannot write in {directory}: {error.strerror}; choose another folder with --workdir"
+            f"cannot write in {directory}: {error.strerror}; {space}choose another folder with {flag}"
         ) from error
