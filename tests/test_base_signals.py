@@ -125,12 +125,16 @@ with signals.stoppable(ends_process=True):
 
 def test_handlers_are_installed_by_nothing_but_the_block_and_restored_after_it():
     before = [signal.getsignal(number) for number in signals.SIGNALS]
-    with pytest.raises(signals.Stopped) as caught, signals.stoppable():
+
+    def stop_itself():
         with signals.stoppable():  # inside another it does nothing
             pass
         assert signal.getsignal(signal.SIGTERM) not in before
         os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait(10)
+
+    with pytest.raises(signals.Stopped) as caught, signals.stoppable():
+        stop_itself()
     assert caught.value.code == 143
     assert [signal.getsignal(number) for number in signals.SIGNALS] == before
 

@@ -1,8 +1,8 @@
 """Requests to stop: SIGTERM (a scheduler, `kill`), SIGINT (Ctrl-C) and SIGHUP (the terminal is gone).
 
 A command that is asked to stop ends without a traceback, with one line, and with status 128 + the signal's number, as
-shells have it. Training finishes its update and saves first (`finishing`, `asked`). What is written to the disk needs no
-help: files are replaced whole, and `finally` removes temporary ones.
+shells have it. Training finishes its update and saves first (`finishing`, `asked`). What is written to the disk needs
+no help: files are replaced whole, and `finally` removes temporary ones.
 
 Importing this changes nothing. `stoppable` installs the handlers; the entry points use it, before slow imports.
 """

@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rtd_jax.base.console import Display
-from rtd_jax.base.signals import Stopped, stopped
 from rtd_jax.base.means import Metrics
 from rtd_jax.base.sharding import host_share
+from rtd_jax.base.signals import Stopped, stopped
 from rtd_jax.base.types import Batch
 from rtd_jax.data.loader import BatchLoader
 from rtd_jax.train.metrics import MetricsLog, check_finite
