@@ -5,6 +5,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rtd_jax.apps.command import run
+from rtd_jax.base.signals import stoppable
 
-__all__ = ["run"]
+
+def run(name: str) -> None:
+    """Runs a command with this process's flags."""
+    with stoppable(ends_process=True):
+        from rtd_jax.apps.command import run  # slow: a signal may come meanwhile
+
+        run(name)

@@ -2,7 +2,10 @@
 
 import sys
 
-from rtd_jax.apps.command import main
+from rtd_jax.base.signals import stoppable
 
 if __name__ == "__main__":
-    main(sys.argv)
+    with stoppable(ends_process=True):
+        from rtd_jax.apps.command import main  # slow: a signal may come meanwhile
+
+        main(sys.argv)

@@ -16,7 +16,8 @@ import numpy as np
 
 from rtd_jax.apps.report.segments import plot_examples, plot_scores
 from rtd_jax.base.console import print_table
-from rtd_jax.base.files import check_writable, write_json
+from rtd_jax.base.files import write_json
+from rtd_jax.base.lock import one_writer
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings, load_traces
@@ -71,13 +72,13 @@ class BoundaryRecipe:
             raise ValueError("a fit needs layers, train_chains, validation_chains and at least one of tests")
 
 
+@one_writer(lambda recipe, workdir: workdir)
 def boundaries(recipe: BoundaryRecipe, workdir: Path) -> Path:
     """Fits, scores, and writes `classifier/`, report.json and two PNGs into `workdir`. Returns the report's path.
 
     Raises:
       ValueError: data, teacher or settings that cannot be used, with the way out.
     """
-    check_writable(workdir)
     note = functools.partial(print, flush=True)
     reader = _Reader(recipe, open_model(recipe.teacher, make_mesh(recipe.mesh), note))
     wanted = recipe.train_chains + recipe.validation_chains

@@ -11,6 +11,7 @@ import os
 import re
 import runpy
 import sys
+import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts are tokenised 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from rtd_jax.base import signals
 from rtd_jax.base.settings import build, comments, defaults, settings_of, unread_settings, value_types
 
 
@@ -35,6 +37,8 @@ class Command:
     flags: str = ""  # settings that are flags themselves, one for each field
     example: str = ""  # flags of an example
     reads_all: bool = True  # whether it reads the whole recipe, so that overrides without effect are warned of
+    resumes: bool = False  # whether the same command, run again, goes on where it was stopped
+    saves: bool = False  # whether a signal has it save what it has
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,16 @@ COMMANDS = {
         "rtd_jax.apps.distill.run:train",
         recipe="rtd_jax.train.recipe:Recipe",
         example="--config=configs/rtd_tiny.py --workdir=runs/no_coherence --config.loss.coherence_weight=0.0",
+        resumes=True,
+        saves=True,
     ),
     "pretrain": Command(
-        "Trains a tiny Llama from scratch.",
+        "Trains a tiny Llama from scratch. Run it again to resume.",
         "rtd_jax.apps.pretrain:pretrain",
         recipe="rtd_jax.apps.pretrain:PretrainRecipe",
         example="--config=configs/pretrain_tiny.py --config.optimizer.learning_rate=1e-3",
+        resumes=True,
+        saves=True,
     ),
     "cache_teacher": Command(
         "Runs the teacher once over a recipe's chains and keeps its outputs, from which `train` then learns without "
@@ -69,12 +77,14 @@ COMMANDS = {
         recipe="rtd_jax.train.recipe:Recipe",
         example="--config=configs/rtd_tiny.py --config.teacher.cache=runs/cache",
         reads_all=False,
+        resumes=True,
     ),
     "traces": Command(
         "Has a teacher write chains of thought and keeps those whose answer is right. Run it again to continue.",
         "rtd_jax.apps.traces.traces:write_traces",
         recipe="rtd_jax.apps.traces.traces:TracesRecipe",
         example="--config=configs/traces_llama3_70b.py --config.openai.base_url=http://gpu-host:8000/v1",
+        resumes=True,
     ),
     "boundaries": Command(
         "Fits a step-boundary classifier to a teacher and measures it: precision, recall and F1 against baselines.",
@@ -119,6 +129,7 @@ COMMANDS = {
         "rtd_jax.apps.study.study:study",
         recipe="rtd_jax.apps.study.recipe:StudyRecipe",
         example="--config=configs/study_tiny.py:smoke --config.parallel=1",
+        resumes=True,
     ),
 }
 
@@ -140,9 +151,17 @@ def run(name: str, argv: Sequence[str] | None = None) -> None:
     """Runs a command with its flags, by default those of this process, and ends the process.
 
     A ValueError or OSError is a mistake that the user can correct: its message is printed without a traceback, and the
-    exit status is 2.
+    exit status is 2. A signal that stops it gives a line too, and 128 + its number (see `rtd_jax.base.signals`).
     """
-    argv = list(sys.argv if argv is None else argv)
+    with signals.stoppable():
+        try:
+            _run_with_flags(name, list(sys.argv if argv is None else argv))
+        except signals.Stopped as stop:
+            stop.note = stop.note or f"; the same command {'continues' if COMMANDS[name].resumes else 'starts again'}"
+            raise
+
+
+def _run_with_flags(name: str, argv: list[str]) -> None:
     command, values = COMMANDS[name], flags.FLAGS
     defined = define_flags(command, argv, values)
     if {"--help", "-help", "-h", "--helpshort"} & set(argv[1:]):
@@ -306,6 +325,7 @@ def _join_cluster(run_flags: RunFlags) -> None:
 
     try:
         jax.distributed.initialize(*given)
+        signals.install()  # JAX takes SIGTERM for a note to itself, which would leave the process running
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"could not join the other processes: {str(error).splitlines()[0]}. Give --coordinator=<host of process "
@@ -338,7 +358,15 @@ def help_text(command: Command, program: str, defined: Sequence[flags.Flag]) -> 
         lines.append(f"  --{flag.name:<{width}}  {flag.help}{default}")
     if command.recipe:
         lines += ["", *OVERRIDES.splitlines()]
-    return "\n".join([*lines, "", f"example: {program} {command.example}"])
+    lines += ["", f"example: {program} {command.example}", ""]
+    kept = "Training finishes its update and saves first; a second signal ends it at once. " if command.saves else ""
+    again = "the same command, run again, continues" if command.resumes else "nothing is left half-written"
+    lines += textwrap.wrap(
+        "exit status: 0; 2 after an error of its settings or files; 128 + the signal's number where one ends it "
+        f"(Ctrl-C 130, SIGTERM 143, SIGHUP 129). {kept}In any case {again}.",
+        width=100,
+    )
+    return "\n".join(lines)
 
 
 def config_text(settings: type, values: flags.FlagValues) -> str:

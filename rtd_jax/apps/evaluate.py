@@ -10,7 +10,8 @@ from typing import Any
 from rtd_jax.apps.report.page import gap_lines, write_report
 from rtd_jax.apps.report.tables import depth_table, group_table, percent, total_lines
 from rtd_jax.base.console import print_table
-from rtd_jax.base.files import check_writable, write_json, write_jsonl
+from rtd_jax.base.files import write_json, write_jsonl
+from rtd_jax.base.lock import one_writer
 from rtd_jax.base.sharding import row_sharding, row_ways
 from rtd_jax.data.formats import render
 from rtd_jax.data.schemas.arc import ChoiceQuestion
@@ -67,6 +68,7 @@ class EvaluateSettings:
             raise ValueError(f"samples is {self.samples} but decoding is greedy, so all are alike; set a temperature")
 
 
+@one_writer(lambda settings, *_, **__: settings.out, "--out")
 def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) -> Path:
     """Writes report.json, report.html, PNGs and generations.jsonl into `out`. Returns the path of report.json.
 
@@ -74,7 +76,6 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
       ValueError: a model, data or texts that cannot be used, with the place and the way out.
     """
     out = Path(settings.out).expanduser()
-    check_writable(out)
     sections: dict[str, dict[str, Any]] = {}
     protocol: dict[str, Any] = {}
     records: list[Record] = []

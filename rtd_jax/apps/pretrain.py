@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.apps.report.tables import depth_table
+from rtd_jax.base import signals
 from rtd_jax.base.console import Display, print_table
-from rtd_jax.base.files import check_writable, write_json
+from rtd_jax.base.files import write_json
+from rtd_jax.base.lock import one_writer
 from rtd_jax.base.means import Metrics
 from rtd_jax.base.settings import check_at_least
 from rtd_jax.base.sharding import MeshSettings, check_rows, host_share, make_mesh, put_batch, row_sharding
@@ -36,7 +38,7 @@ from rtd_jax.models.config import LlamaConfig, RopeConfig
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_meta, restore_state
-from rtd_jax.train.loop import Loop
+from rtd_jax.train.loop import Loop, stopped_after
 from rtd_jax.train.metrics import MetricsLog
 from rtd_jax.train.optimizer import OptimizerSettings, make_optimizer
 from rtd_jax.train.state import TrainState, create_state, state_shardings
@@ -101,6 +103,7 @@ class PretrainRecipe:
         return sum(phase.updates for phase in self.phases)
 
 
+@one_writer(lambda recipe, workdir: workdir)
 def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
     """Runs or resumes a pretraining. Returns the Hugging Face folder it writes, <workdir>/model.
 
@@ -108,7 +111,6 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
       ValueError: bad settings, data, checkpoints or disk; the message has the place and the way out.
     """
     started = time.monotonic()
-    check_writable(workdir)
     settings = dataclasses.asdict(recipe)
     checkpoints = Checkpoints(workdir, keep=2)
     latest = checkpoints.latest()
@@ -126,9 +128,11 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
         return create_state({"student": model.init(key)}, optimizer, run_key)
 
     shardings = state_shardings(jax.eval_shape(fresh_state, params_key), optimizer, mesh, {})
-    state, position = jax.jit(fresh_state, out_shardings=shardings)(params_key), None
+    state, position, line = jax.jit(fresh_state, out_shardings=shardings)(params_key), None, None
     if latest is not None:
-        state, position = restore_state(latest, state), json.loads(read_meta(latest)["iterator"])
+        meta = read_meta(latest)
+        state, position = restore_state(latest, state), json.loads(meta["iterator"])
+        line = json.loads(meta.get("line", "null"))
     objective = Objective((Labels(1.0, vocab_size(tokenizer)),))
     update = make_train_step(model, None, optimizer, objective)
 
@@ -147,17 +151,18 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
         display.note(f"pretraining {parameters:,} parameters on {len(traces)} problems from update {start}: {workdir}")
         log_periods = (recipe.log_every, recipe.checkpoint_every)
         last = 0  # update at which the phase ends
-        for number, phase in enumerate(recipe.phases, start=1):
-            last += phase.updates
-            if start >= last:
-                continue
-            loader = _loader(recipe, number, traces, tokenizer, mesh)
-            if position is not None:
-                loader.set_state(position)
-                position = None
-            loop = Loop(state, loader, step, mesh, ("phase", number), log, display, log_periods, shown)
-            loop.run(partial(_save_or_end, recipe, checkpoints, last))
-            state = loop.state
+        # Several processes would have to stop at the same update, so a signal stops them where they are.
+        with signals.finishing() if jax.process_count() == 1 else contextlib.nullcontext():
+            for number, phase in enumerate(recipe.phases, start=1):
+                last += phase.updates
+                if start >= last:
+                    continue
+                loader = _loader(recipe, number, traces, tokenizer, mesh)
+                if position is not None:
+                    loader.set_state(position)
+                loop = Loop(state, loader, step, mesh, ("phase", number), log, display, log_periods, shown, line)
+                loop.run(partial(_save_or_end, recipe, checkpoints, last))
+                state, position, line = loop.state, None, None
         save_pretrained(workdir / "model", model.config, state.params["student"], tokenizer=tokenizer)
         scoring = ScoringSettings(recipe.phases[-1].row_length, recipe.phases[-1].batch_size)
         evaluator = ChainEvaluator(tokenizer, recipe.text, DecodingSettings(recipe.max_new_tokens), scoring, mesh)
@@ -180,13 +185,19 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
 
 
 def _save_or_end(recipe: PretrainRecipe, checkpoints: Checkpoints, last: int, loop: Loop) -> bool:
-    """Saves a rolling checkpoint where one is due, and at the phase's end, there without a position in its data."""
-    is_end = loop.update == last
-    if loop.update and (is_end or loop.update % recipe.checkpoint_every == 0):
+    """Saves a rolling checkpoint where one is due, and at the phase's end, there without a position in its data.
+
+    Raises:
+      Stopped: a signal asked for it, inside `signals.finishing`; the state was saved.
+    """
+    is_end, is_asked = loop.update == last, signals.asked()
+    if loop.update and (is_end or is_asked or loop.update % recipe.checkpoint_every == 0):
         loop.settle()
-        position = None if is_end else loop.loader.get_state()
-        meta = {"iterator": json.dumps(position), "settings": dataclasses.asdict(recipe)}
+        position, line = (None, None) if is_end else (loop.loader.get_state(), loop.line)
+        meta = {"iterator": json.dumps(position), "line": json.dumps(line), "settings": dataclasses.asdict(recipe)}
         checkpoints.save_rolling(loop.state, meta)
+    if is_asked and not is_end:
+        raise stopped_after(loop.update)
     return is_end
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rtd_jax.base.files import check_writable, write_json
+from rtd_jax.base.files import write_json
+from rtd_jax.base.lock import one_writer
 from rtd_jax.base.settings import check_at_least
 from rtd_jax.base.sharding import MeshSettings, check_rows, make_mesh, put_batch, to_host
 from rtd_jax.base.types import Params
@@ -67,13 +68,13 @@ class LabelledSteps(NamedTuple):
     places_M: np.ndarray  # int, its place in the chain, from 0
 
 
+@one_writer(lambda recipe, workdir: workdir)
 def train_reward_model(recipe: RewardModelRecipe, workdir: Path) -> Path:
     """Writes <workdir>/model (see `teacher.reward_head`) and <workdir>/report.json, whose path it returns.
 
     Raises:
       ValueError: settings, data or teacher that cannot be used, with the way out.
     """
-    check_writable(workdir)
     if jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes were started, but one trains a reward model")
     mesh = make_mesh(recipe.mesh)

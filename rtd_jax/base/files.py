@@ -77,6 +77,27 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def finite(value: Any, place: str = "") -> tuple[Any, dict[str, str]]:
+    """A JSON value with None in place of NaN and infinity, which JSON does not have, and what stood where.
+
+    A model that diverged has an infinite perplexity. Its report is written all the same, with null there and a list of
+    such places: {"student.perplexity": "inf", "curve[3].loss": "nan"}.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, {place: str(value)}
+    if isinstance(value, dict):
+        parts = {key: finite(item, f"{place}.{key}" if place else str(key)) for key, item in value.items()}
+        return {key: item for key, (item, _) in parts.items()}, _joined(found for _, found in parts.values())
+    if isinstance(value, list | tuple):
+        items = [finite(item, f"{place}[{i}]") for i, item in enumerate(value)]
+        return [item for item, _ in items], _joined(found for _, found in items)
+    return value, {}
+
+
+def _joined(dicts: Iterable[dict[str, str]]) -> dict[str, str]:
+    return {key: value for found in dicts for key, value in found.items()}
+
+
 @contextlib.contextmanager
 def reading(path: Path, way_out: str = "restore it or write it again") -> Iterator[None]:
     """Turns a system error of the block into a ValueError that names `path`, the cause, and what to do about it.
@@ -286,13 +307,15 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_writable(directory: Path) -> None:
-    """Raises ValueError when nothing can be written in `directory`; creates it if need be."""
+def check_writable(directory: Path, flag: str = "--workdir") -> None:
+    """Raises ValueError when nothing can be written in `directory`; creates it if need be. `flag` chooses another."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe.") as probe:  # a name that no other process has
             probe.write(b"x")
+            probe.flush()  # a full disk says so here
     except OSError as error:
+        space = "free space, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise ValueError(
-            f"cannot write in {directory}: {error.strerror}; choose another folder with --workdir"
+            f"cannot write in {directory}: {error.strerror}; {space}choose another folder with {flag}"
         ) from error

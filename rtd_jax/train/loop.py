@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from rtd_jax.base.console import Display
 from rtd_jax.base.means import Metrics
 from rtd_jax.base.sharding import host_share
+from rtd_jax.base.signals import Stopped, stopped
 from rtd_jax.base.types import Batch
 from rtd_jax.data.loader import BatchLoader
 from rtd_jax.train.metrics import MetricsLog, check_finite
@@ -34,6 +35,7 @@ class Loop:
       where: (kind, name) of the stretch, such as ("stage", "3"); in every line of the log, and in errors.
       log_periods: a line is written after each multiple of one of these numbers of updates.
       shown: (means, tokens per second) of a line -> texts by name, for the display.
+      resumed_line: `line` when the checkpoint was saved from which this loop goes on.
     """
 
     state: TrainState
@@ -45,6 +47,7 @@ class Loop:
     display: Display
     log_periods: tuple[int, ...]
     shown: Callable[[dict[str, float], float], dict[str, str]]
+    resumed_line: dict[str, Any] | None = None  # the `line` of the loop that a checkpoint continues
     update: int = field(init=False)  # updates done or dispatched, over the whole run
     _pending: tuple[int, Metrics] | None = field(init=False, default=None)
     # Since the last line of the log:
@@ -54,6 +57,15 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.update = int(self.state.step)
+        if self.resumed_line is not None:
+            self._sums = {name: (total, count) for name, (total, count) in self.resumed_line["sums"].items()}
+            self._tokens, self._started = self.resumed_line["tokens"], self._started - self.resumed_line["seconds"]
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """What was measured since the last line of the log, as JSON; a checkpoint between two lines has to hold it."""
+        seconds = time.perf_counter() - self._started
+        return {"sums": self._sums, "tokens": self._tokens, "seconds": seconds}
 
     def run(self, before_update: Callable[["Loop"], bool]) -> None:
         """Runs updates until `before_update`, which is called before each, returns True; then every metric is logged.
@@ -110,3 +122,9 @@ class Loop:
         if means:
             self.write({**means, "perf/tokens_per_sec": speed})
             self.display.update(self.update, self.place, self.shown(means, speed))
+
+
+def stopped_after(update: int) -> Stopped:
+    """The end of a run that a signal asked to stop, and whose state is in a checkpoint if it has done anything yet."""
+    done = f" after update {update}; saved" if update else " before the first update"
+    return stopped(f"{done}; the same command continues")

@@ -15,7 +15,8 @@ from rtd_jax.apps.diagnose.findings import ARTICLE, verdict
 from rtd_jax.apps.report.page import write_report
 from rtd_jax.apps.report.tables import interval
 from rtd_jax.base.console import print_table
-from rtd_jax.base.files import check_writable, write_json, write_jsonl
+from rtd_jax.base.files import write_json, write_jsonl
+from rtd_jax.base.lock import one_writer
 from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings, load_traces
@@ -89,6 +90,7 @@ class DiagnoseSettings:
             raise ValueError(f"resamples is {self.resamples}; an interval needs at least 20, 200 are usual")
 
 
+@one_writer(lambda settings, *_, **__: settings.out, "--out")
 def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) -> Path:
     """Runs a diagnosis; writes report.json, report.html, PNGs and generations.jsonl. Returns the path of report.json.
 
@@ -96,7 +98,6 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
       ValueError: models, data or settings that cannot be used, with the way out.
     """
     out = Path(settings.out).expanduser()
-    check_writable(out)
     for path in (settings.teacher, settings.student):
         if stage_checkpoint(path) is None:
             resolve(path)  # raises for a misspelt name before minutes are spent on the other model

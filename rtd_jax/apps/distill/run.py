@@ -12,8 +12,10 @@ import jax
 from rtd_jax.apps.distill.prepare import Experiment, prepare
 from rtd_jax.apps.distill.report import drift_section, print_report, write_page
 from rtd_jax.apps.distill.stages import Run, Trainer
+from rtd_jax.base import signals
 from rtd_jax.base.console import Display
-from rtd_jax.base.files import check_writable, write_json, write_jsonl
+from rtd_jax.base.files import write_json, write_jsonl
+from rtd_jax.base.lock import one_writer
 from rtd_jax.base.types import Params
 from rtd_jax.data.sources import load_traces
 from rtd_jax.eval.evaluate import decoding_notes, first_of_each_depth
@@ -27,6 +29,7 @@ from rtd_jax.train.splits import encode_split
 from rtd_jax.train.state import TrainState
 
 
+@one_writer(lambda recipe, workdir: workdir)
 def train(recipe: Recipe, workdir: Path) -> Path:
     """Runs or resumes a recipe. Returns the path of report.json.
 
@@ -37,7 +40,6 @@ def train(recipe: Recipe, workdir: Path) -> Path:
       ValueError: bad settings, data, checkpoints or disk; the message has the place and the way out.
     """
     started = time.monotonic()
-    check_writable(workdir)
     settings = dataclasses.asdict(recipe)
     checkpoints = Checkpoints(workdir, recipe.keep_checkpoints)
     latest = checkpoints.latest()
@@ -55,7 +57,9 @@ def train(recipe: Recipe, workdir: Path) -> Path:
         Display(recipe.total_updates, int(run.state.step), silent=not is_lead) as display,
     ):
         display.note(_summary(experiment, run, workdir))
-        Trainer(experiment, run, checkpoints, log, display).train_stages()
+        # Several processes would have to stop at the same update, so a signal stops them where they are.
+        with signals.finishing() if jax.process_count() == 1 else contextlib.nullcontext():
+            Trainer(experiment, run, checkpoints, log, display).train_stages()
         display.note("writing the student as a Hugging Face folder, then evaluating by greedy decoding")
         with clock.span("evaluation"):
             student, params = experiment.student, run.state.params["student"]

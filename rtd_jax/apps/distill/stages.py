@@ -9,6 +9,7 @@ from typing import Any
 
 from rtd_jax.apps.distill.own_chains import make_sampler
 from rtd_jax.apps.distill.prepare import Experiment
+from rtd_jax.base import signals
 from rtd_jax.base.console import Display
 from rtd_jax.base.means import Metrics
 from rtd_jax.base.sharding import host_share
@@ -20,7 +21,7 @@ from rtd_jax.train.calibration import make_self_comparison, mean_over
 from rtd_jax.train.checkpoints import Checkpoints
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.curriculum import StageRecord, reason_to_end, record_validation, stage_budget
-from rtd_jax.train.loop import Loop
+from rtd_jax.train.loop import Loop, stopped_after
 from rtd_jax.train.metrics import MetricsLog, check_finite
 from rtd_jax.train.splits import Chains, prefixed_chains, row_length_of
 from rtd_jax.train.state import TrainState
@@ -41,6 +42,7 @@ class Run:
     clock: Clock
     records: list[StageRecord] = field(default_factory=list)  # the last one is open while its `ended_by` is None
     iterator: dict[str, Any] | None = None  # data position inside the open stage
+    line: dict[str, Any] | None = None  # what the open stage measured since its last line of the log
     curve: list[dict[str, Any]] = field(default_factory=list)  # a row for each midrun evaluation
     seconds_before: float = 0.0  # of training in the processes before this one
 
@@ -54,6 +56,7 @@ class Run:
         return {
             "records": [asdict(record) for record in self.records],
             "iterator": json.dumps(self.iterator),  # as text: orbax would turn its integers into arrays
+            "line": json.dumps(self.line),
             "curve": json.dumps(self.curve),
             "seconds": self.seconds,
             "settings": asdict(experiment.recipe),
@@ -64,7 +67,8 @@ class Run:
     def from_meta(cls, state: TrainState, clock: Clock, meta: dict[str, Any]) -> "Run":
         records = [StageRecord.from_dict(record) for record in meta["records"]]
         curve, seconds = json.loads(meta.get("curve", "[]")), float(meta.get("seconds", 0.0))
-        return cls(state, clock, records, json.loads(meta["iterator"]), curve, seconds)
+        line = json.loads(meta.get("line", "null"))
+        return cls(state, clock, records, json.loads(meta["iterator"]), line, curve, seconds)
 
 
 class Trainer:
@@ -87,6 +91,7 @@ class Trainer:
 
         Raises:
           ValueError: a loss or gradient became non-finite, or a checkpoint cannot be written; earlier ones are intact.
+          Stopped: a signal asked for it, inside `signals.finishing`; the state was saved.
         """
         experiment, run = self._experiment, self._run
         finished = sum(record.ended_by is not None for record in run.records)
@@ -110,6 +115,8 @@ class Trainer:
                 f"stage {stage.name} ended by {record.ended_by} after {record.updates} updates: coherence "
                 f"{_number(record.coherence)}, threshold {record.threshold:.4f}"
             )
+            if signals.asked():
+                raise stopped_after(int(run.state.step))
 
     def _train_stage(self) -> None:
         run, loader = self._run, self._loader()
@@ -126,9 +133,10 @@ class Trainer:
             self._display,
             (self._recipe.log_every, self._recipe.checkpoint_every),
             self._shown,
+            run.line,
         )
         loop.run(self._before_update)
-        run.state, run.iterator = loop.state, None
+        run.state, run.iterator, run.line = loop.state, None, None
 
     def _update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         source, placed = self._experiment.on_devices(batch)
@@ -143,7 +151,10 @@ class Trainer:
         self._evaluate_if_due(loop)
         record.ended_by = reason_to_end(record, self._stage, self._recipe.curriculum)
         if record.ended_by is None:
-            self._save_if_due(loop)
+            is_asked = signals.asked() and self._can_stop(loop)
+            self._save_if_due(loop, is_asked)
+            if is_asked:
+                raise stopped_after(loop.update)
             self._draw_if_due(loop)
         return record.ended_by is not None
 
@@ -179,12 +190,17 @@ class Trainer:
         curve.append({"update": update, "seconds": seconds, **means})
         loop.write({f"validation/{name}": means[name]["all"] for name in means} | {"perf/train_seconds": seconds})
 
-    def _save_if_due(self, loop: Loop) -> None:
+    def _can_stop(self, loop: Loop) -> bool:
+        """Whether a run that is saved here goes on with the same bits: chains are drawn anew when it is resumed."""
+        return self._draw is None or loop.update % self._recipe.reward.updates_per_refresh == 0
+
+    def _save_if_due(self, loop: Loop, is_asked: bool) -> None:
         # After the validation of the same update, so that a resumed run does not repeat it; and after `settle`, so that
         # a state whose loss is not finite is never saved.
-        if self._run.records[-1].updates and loop.update % self._recipe.checkpoint_every == 0:
+        is_due = is_asked or loop.update % self._recipe.checkpoint_every == 0
+        if self._run.records[-1].updates and is_due:
             loop.settle()
-            self._run.iterator = loop.loader.get_state()
+            self._run.iterator, self._run.line = loop.loader.get_state(), loop.line
             with self._run.clock.span("checkpoints"):
                 self._checkpoints.save_rolling(loop.state, self._run.meta(self._experiment))
 

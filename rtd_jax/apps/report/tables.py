@@ -12,11 +12,18 @@ TextTable = tuple[list[str], list[list[str]]]  # heads of the columns, and rows
 
 
 def plus_minus(estimate: Mapping[str, Any] | None, scale: int = 1, digits: int = 3) -> str:
-    """An estimate with its standard error: "3.214 ± 0.052"."""
-    if estimate is None:
+    """An estimate with its standard error: "3.214 ± 0.052"; "–" where there is none, or no finite one."""
+    if estimate is None or estimate["mean"] is None:
         return "–"
-    error = "" if estimate["stderr"] is None else f" ± {scale * estimate['stderr']:.{digits}f}"
-    return f"{scale * estimate['mean']:.{digits}f}{error}"
+    error = "" if estimate["stderr"] is None else f" ± {number(scale * estimate['stderr'], digits)}"
+    return f"{number(scale * estimate['mean'], digits)}{error}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with so many decimals; a huge one, such as a diverged model's perplexity, by its order of magnitude."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" if abs(value) < 1e9 else f"{value:.{digits}e}"
 
 
 percent = partial(plus_minus, scale=100, digits=1)  # an estimate of a share, in percent: "71.3 ± 2.1"
