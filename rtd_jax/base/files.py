@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -200,6 +201,28 @@ def read_jsonl(path: Path, way_out: str = "write one JSON object a line") -> Ite
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: {line[:60]!r} is no JSON object; {way_out}")
             yield place, row
+
+
+def finite_report(value: Any, path: str = "") -> tuple[Any, list[str]]:
+    """`value` with None in the place of every number that is not finite, and where those numbers stood.
+
+    JSON has no infinity and no NaN. A report keeps null, and the places as its reasons: "sections.gsm8k.run.perplexity
+    is inf".
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, [f"{path or 'the value'} is {value}"]
+    items: Iterable[tuple[Any, Any]]
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return value, []
+    clean, places = {}, []
+    for key, item in items:
+        clean[key], found = finite_report(item, f"{path}.{key}" if path else str(key))
+        places += found
+    return (clean if isinstance(value, dict) else list(clean.values())), places
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
