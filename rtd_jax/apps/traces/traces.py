@@ -25,6 +25,7 @@ from rtd_jax.base.files import check_writable, replacing, write_jsonl
 from rtd_jax.data.formats import TextFormat, solved_examples
 from rtd_jax.data.manifest import begin_manifest, finish_manifest
 from rtd_jax.data.sources import SourceSettings, load_problems, load_traces
+from rtd_jax.eval.chains import check_reference
 
 PROGRESS_INTERVAL = 5.0  # seconds between two lines of progress
 
@@ -72,6 +73,8 @@ def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:
     """
     check_writable(workdir)
     problems = load_problems(recipe.problems)
+    for problem in problems:
+        check_reference(problem)
     examples = load_traces(recipe.examples) if recipe.examples else []
     asked = {problem.prompt for problem in problems}
     shared = next((trace for trace in examples if trace.prompt in asked), None)
