@@ -63,7 +63,8 @@ def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
     answer has to be right in the strict reading: a solution that never states it is unfinished.
 
     Returns:
-      prompt, completions (steps of the text), final (its answer line), text, reference (steps), answer, depth, correct,
+      prompt, completions (steps of the text), final (its answer line), text, reference (steps; also reference_text where that is not
+      one step a line), answer, depth, correct,
       answer_strict, answer_flexible, first_error, steps_right (one bool a reference result), finished (as given). Of
       MATH also subject, level, and math_verify (whether that library finds the answers equal).
 
@@ -89,6 +90,8 @@ def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
         "final": final,
         "text": text,
         "reference": list(trace.steps),
+        # Where steps share lines, or have several, their list alone does not give the text again.
+        **({} if trace.body == "\n".join(trace.steps) else {"reference_text": trace.body}),
         "answer": trace.answer,
         "depth": trace.depth,
         "correct": correct,

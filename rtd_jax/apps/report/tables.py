@@ -13,7 +13,7 @@ TextTable = tuple[list[str], list[list[str]]]  # heads of the columns, and rows
 
 def plus_minus(estimate: Mapping[str, Any] | None, scale: int = 1, digits: int = 3) -> str:
     """An estimate with its standard error: "3.214 ± 0.052"."""
-    if estimate is None:
+    if estimate is None or estimate["mean"] is None:  # not measured, or not finite
         return "–"
     error = "" if estimate["stderr"] is None else f" ± {scale * estimate['stderr']:.{digits}f}"
     return f"{scale * estimate['mean']:.{digits}f}{error}"
@@ -26,7 +26,8 @@ def interval(found: Mapping[str, Any] | None) -> str:
     """A value with its interval: "0.830 (0.790 to 0.870)"."""
     if found is None or found["value"] is None:
         return "–"
-    return f"{found['value']:.3f}" + ("" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})")
+    ends = found["low"], found["high"]
+    return f"{found['value']:.3f}" + ("" if None in ends else f" ({ends[0]:.3f} to {ends[1]:.3f})")
 
 
 def depth_table(evaluation: Evaluation) -> TextTable:
