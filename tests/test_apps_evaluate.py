@@ -2,20 +2,32 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from tiny_run import write_teacher
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rtd_jax.apps.evaluate import EvaluateSettings, evaluate
+import rtd_jax
+from rtd_jax.apps import evaluate as evaluation
+from rtd_jax.apps.evaluate import NOT_KNOWN, EvaluateSettings, evaluate
+from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.schemas.math import from_math
 from rtd_jax.data.schemas.strategyqa import from_strategyqa
+from rtd_jax.data.trace import Trace, spans_of
 from rtd_jax.eval import metrics
 from rtd_jax.eval.answers import flexible_answer, harness_match, strict_answer
+from rtd_jax.eval.chains import score_texts
 from rtd_jax.eval.estimates import estimate
 from rtd_jax.eval.tasks import SUBJECTS, TASKS, load_problems
+from rtd_jax.models.from_hf import load_config, load_params
+from rtd_jax.models.text_record import TEXT_FILE, write_text_format
+from rtd_jax.models.to_hf import save_pretrained
+from rtd_jax.train.saved_models import trained_text
 
 TEXTS = [
     "48/2 = 24.\n#### 72",
@@ -240,7 +252,10 @@ def test_texts_made_elsewhere_and_bad_rows(tmp_path):
     found = json.loads(evaluate(EvaluateSettings(generations=str(path), out=str(tmp_path / "x"))).read_text())
     assert found["sections"][""]["theirs"]["chain_accuracy"]["1"]["mean"] == 0.5
     assert found["sections"][""]["theirs"]["samples"] == 2
-    for bad, words in (('{"prompt": "x"}', "theirs.jsonl:1: 'reference' is missing"), ("{", "theirs.jsonl:1: damaged")):
+    for bad, words in (
+        ('{"prompt": "x"}', "theirs.jsonl:1: 'reference' is missing"),
+        ("{", "theirs.jsonl:1: not valid JSON"),
+    ):
         path.write_text(bad)
         with pytest.raises(ValueError, match=words):
             evaluate(EvaluateSettings(generations=str(path), out=str(tmp_path / "y")))
@@ -248,3 +263,248 @@ def test_texts_made_elsewhere_and_bad_rows(tmp_path):
         EvaluateSettings(("m",), tasks=("gsm9k",))
     with pytest.raises(ValueError, match="set a temperature"):
         EvaluateSettings(("m",), samples=4)
+
+
+def score(tmp_path, rows):
+    """(report, printed nothing): the sections of a file of rows that something else wrote."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return json.loads(evaluate(EvaluateSettings(generations=str(path), out=str(tmp_path / "out"))).read_text())
+
+
+TEXT = {"prompt": "q", "reference": ["2+3=5."], "answer": "5", "text": "2+3=5.\n#### 5"}
+CHOICE = {"prompt": "q", "choices": ["a", "b"], "answer": 1, "log_likelihoods": [-1, -2]}
+OWN = {"reference_nats": 1.5, "reference_tokens": 3, "max_new_tokens": 8, "text_format": "plain", "decoding": "greedy"}
+OWN |= {"teacher_forced": [True]}
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        (TEXT | {"text": None}, "text"),
+        (TEXT | {"text": 5}, "text"),
+        (TEXT | {"reference": "2+3=5."}, "reference"),
+        (TEXT | {"reference": []}, "reference"),
+        (TEXT | {"reference": ["a", None]}, "reference"),
+        (TEXT | {"reference": ["a", " "]}, "reference"),
+        (TEXT | {"answer": None}, "answer"),
+        (TEXT | {"answer": True}, "answer"),
+        (TEXT | {"answer": ["5"]}, "answer"),
+        (TEXT | {"prompt": " "}, "prompt"),
+        (TEXT | {"prompt": 3}, "prompt"),
+        (TEXT | {"finished": "yes"}, "finished"),
+        (TEXT | {"problem": [1]}, "problem"),
+        (TEXT | {"problem": True}, "problem"),
+        (TEXT | {"level": "3"}, "level"),
+        (TEXT | {"subject": 1}, "subject"),
+        (TEXT | {"task": None}, "task"),
+        (TEXT | {"model": 7}, "model"),
+        (TEXT | {"model": ""}, "model"),
+        ({**TEXT, "text": "x", "completions": ["a"], "final": None}, "final"),
+        (TEXT | OWN | {"teacher_forced": [True, True]}, "teacher_forced"),
+        (TEXT | OWN | {"teacher_forced": [1]}, "teacher_forced"),
+        (TEXT | OWN | {"reference_nats": "1.5"}, "reference_nats"),
+        (TEXT | OWN | {"reference_tokens": 0}, "reference_tokens"),
+        (TEXT | OWN | {"max_new_tokens": 1.5}, "max_new_tokens"),
+        (TEXT | OWN | {"decoding": None}, "decoding"),
+        (CHOICE | {"answer": "B"}, "answer"),
+        (CHOICE | {"answer": 2}, "answer"),
+        (CHOICE | {"answer": -1}, "answer"),
+        (CHOICE | {"answer": True}, "answer"),
+        (CHOICE | {"log_likelihoods": [-1, None]}, "log_likelihoods"),
+        (CHOICE | {"log_likelihoods": [-1]}, "log_likelihoods"),
+        (CHOICE | {"log_likelihoods": ["-1", "-2"]}, "log_likelihoods"),
+        (CHOICE | {"choices": "ab"}, "choices"),
+        (CHOICE | {"choices": ["a", None]}, "choices"),
+        (CHOICE | {"choices": ["a", ""]}, "choices"),
+    ],
+)
+def test_a_row_of_another_shape_is_refused_by_its_place_and_field(tmp_path, row, field):
+    good = CHOICE if "choices" in row else TEXT
+    with pytest.raises(ValueError, match=rf"rows.jsonl:2: field '{field}' is .*; expected "):
+        score(tmp_path, [good, row])
+
+
+def test_rows_that_do_not_belong_together_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: a row of choices, but .*rows.jsonl:1"):
+        score(tmp_path, [TEXT, CHOICE])
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: there are 1 texts of this problem, but 2 of that of .*:2"):
+        score(tmp_path, [TEXT | {"prompt": "other"}, TEXT, TEXT])
+    with pytest.raises(ValueError, match="rows.jsonl:1: NaN is not JSON|rows.jsonl:1: not valid JSON"):
+        score(tmp_path, [CHOICE | {"log_likelihoods": [-1, float("nan")]}])
+    with pytest.raises(ValueError, match="rows.jsonl:1: its answer is '6', but its own text is read as"):
+        score(tmp_path, [{**TEXT, "reference": ["#### 5"], "answer": "6"}])
+
+
+def test_steps_and_a_final_line_are_read_in_place_of_a_text(tmp_path):
+    row = {"prompt": "q", "reference": ["2+3=5."], "answer": 5, "completions": ["2+3=5."]}
+    found = score(tmp_path, [row | {"final": "#### 5"}, row])["sections"][""]["rows"]
+    assert found["chain_accuracy"]["all"]["mean"] == 0.5
+
+
+def test_a_separator_of_lines_inside_a_text_is_read_and_written(tmp_path):
+    """U+2028 and its like are legal inside JSON, and may come from a data set: what is written has to be read again."""
+    row = TEXT | {"text": "2+3=\u20285.\x85\n#### 5", "prompt": "q\u2029"}
+    first = score(tmp_path, [row])
+    again = EvaluateSettings(generations=str(tmp_path / "out" / "generations.jsonl"), out=str(tmp_path / "again"))
+    assert json.loads(evaluate(again).read_text())["sections"] == first["sections"]
+    written = (tmp_path / "out" / "generations.jsonl").read_bytes()
+    assert written == (tmp_path / "again" / "generations.jsonl").read_bytes()
+    assert "\u2028".encode() in written
+
+
+def test_steps_that_share_lines_are_scored_again_alike(tmp_path):
+    body = "a = 1. b = 2.\nc = 3"
+    trace = Trace("question", body, spans_of(body, (6, 13)), "3", "#### 3")
+    (record,) = score_texts([trace], [["a = 1. b = 2.\nc = 3\n#### 3"]])
+    assert score(tmp_path, [record])["sections"][""]["rows"]["chain_accuracy"]["all"]["mean"] == 1.0
+
+
+def test_joined_files_that_number_their_problems_alike_are_told_apart(tmp_path):
+    """Two files of one problem each, both number 0 and both right: 100%, not one problem with a right and a wrong text."""
+    other = {"prompt": "r", "reference": ["3+3=6."], "answer": "6", "text": "3+3=6.\n#### 6"}
+    rows = [row | {"problem": 0, "sample": 0} for row in (TEXT, other)]
+    found = score(tmp_path, rows)["sections"][""]["rows"]
+    assert found["chain_accuracy"]["all"]["mean"] == 1.0
+    assert (found["problems"], found["samples"]) == (2, 1)
+    same_prompt = other | {"prompt": "q", "problem": 0}
+    assert score(tmp_path, [rows[0], same_prompt])["sections"][""]["rows"]["problems"] == 2
+
+
+HOSTILE = "/../../../X", "$x_{$\u202e", "[red]x[/]", "\x1b[31mred", "_<b>&", ".." + "n" * 300
+
+
+def test_hostile_names_stay_names(tmp_path, capsys):
+    """Tasks, models and subjects are foreign text: no path, no mathematics, no markup, no control of the terminal."""
+    before = set(tmp_path.parent.rglob("*.png"))
+    rows = [TEXT | {"task": name, "model": name, "subject": name, "level": 1} for name in HOSTILE]
+    score(tmp_path, rows)
+    new = set(tmp_path.parent.rglob("*.png")) - before
+    assert {path.parent for path in new} == {tmp_path / "out"}
+    assert len([path for path in new if path.name.startswith("chain_accuracy_")]) == len(HOSTILE)
+    printed, page = capsys.readouterr().out, (tmp_path / "out" / "report.html").read_text()
+    assert "\x1b" not in printed
+    assert "[red]x[/]: [red]x[/]" in printed
+    assert "<b>" not in page
+    assert "_&lt;b&gt;&amp;:" in page
+    assert "$x_{$" in page
+
+
+def test_a_number_that_is_not_finite_is_null_with_its_reason(tmp_path, capsys):
+    rows = [TEXT | OWN | {"reference_nats": nats, "prompt": str(nats)} for nats in (1e6, 2.0)]
+    report = score(tmp_path, rows)
+    found = report["sections"][""]["rows"]
+    assert found["perplexity"] is None
+    assert found["perplexity_by_depth"]["all"] == {"mean": None, "stderr": None, "n": 2}
+    assert "sections..rows.perplexity is inf, which JSON cannot hold: null in the report" in report["notes"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "perplexity is inf" in page
+    assert "<td>–</td>" in page
+    assert "warning: sections..rows.perplexity is inf" in capsys.readouterr().out
+    rows[0]["reference_nats"] = None  # as it is written for nats that are not finite
+    assert score(tmp_path, rows)["sections"][""]["rows"]["perplexity"] is None
+
+
+def test_models_under_unequal_conditions_are_said_to_be(tmp_path):
+    other = OWN | {"text_format": "chat", "max_new_tokens": 16}
+    rows = [TEXT | OWN | {"model": "a"}, TEXT | other | {"model": "b"}, TEXT | OWN | {"model": "c", "prompt": "r"}]
+    notes = score(tmp_path, rows)["notes"]
+    start = "texts: the models of this table are not comparable: "
+    assert notes == [
+        f"{start}the form of text differs: a plain, b chat, c plain",
+        f"{start}the tokens decoded at most differs: a 8, b 16, c 8",
+        f"{start}a and c were asked different problems",
+    ]
+
+
+BUNDLED = Path(rtd_jax.__file__).parent / "bundled" / "tiny_teacher"
+ASKED = TextFormat("plain", "Question: {prompt}\nAnswer:\n", "")
+
+
+def folder(path, text=None):
+    """A copy of the bundled teacher whose folder says that it was trained on `text`."""
+    shutil.copytree(BUNDLED, path)
+    (path / TEXT_FILE).unlink()
+    if text is not None:
+        write_text_format(path, text)
+    return str(path)
+
+
+def test_a_model_is_asked_as_it_was_trained_and_all_of_a_table_alike(tmp_path):
+    """The bundled teacher in its own form, and so beside a folder that does not say its form."""
+    options = {"tasks": ("synthetic",), "limit": 6, "max_new_tokens": 128, "out": str(tmp_path / "out")}
+    models = folder(tmp_path / "silent"), str(BUNDLED)
+    report = json.loads(evaluate(EvaluateSettings(models, **options), note=lambda _: None).read_text())
+    assert [found["chain_accuracy"]["all"]["mean"] > 0.9 for found in report["sections"]["synthetic"].values()] == [
+        1,
+        1,
+    ]
+    assert report["protocol"]["synthetic"]["prompt"] == ASKED.template
+    assert list(report["protocol"]["synthetic"]["trained_on"].values()) == [NOT_KNOWN, "this form"]
+    assert report["notes"] == [f"synthetic: {models[0]} does not say on which form of text it was trained"]
+
+
+def test_which_form_is_asked_is_decided_by_flags_then_by_the_first_model_that_says_one(tmp_path, monkeypatch):
+    def asked(models, **options):
+        protocol, notes = {}, []
+        settings = EvaluateSettings(models, tasks=("synthetic",), limit=2, **options)
+        next(evaluation._measure(settings, protocol, notes, lambda _: None), None)
+        return protocol["synthetic"]["prompt"], [note.partition(";")[0] for note in notes]
+
+    monkeypatch.setattr(evaluation, "load_model", lambda *_: types.SimpleNamespace(name="m"))
+    monkeypatch.setattr(evaluation, "_solve", lambda *_: ({}, []))
+    other = TextFormat("plain", "Q: {prompt}", " ")
+    first, second = folder(tmp_path / "first", other), folder(tmp_path / "second", ASKED)
+    was = f"synthetic: {second} was trained on another form, 'Question: {{prompt}}\\nAnswer:\\n'"
+    assert asked((first, second)) == ("Q: {prompt}", [was])
+    template, notes = asked((second,), prompt_template="Say: {prompt}")
+    assert (template, notes) == ("Say: {prompt}", [was])
+    assert asked((second,), chat=True)[0] == "Question: {prompt}\nAnswer:"
+    assert asked((second,)) == (ASKED.template, [])
+    assert "no model says on which form" in asked((folder(tmp_path / "silent"),))[1][0]
+    (tmp_path / "second" / TEXT_FILE).write_text((tmp_path / "second" / TEXT_FILE).read_text().replace("Answer", "A"))
+    with pytest.raises(ValueError, match="rtd_jax.json was changed or damaged"):
+        asked((second,))
+
+
+def test_a_saved_model_keeps_its_form_of_text_and_transformers_loads_the_folder(tmp_path):
+    config = load_config(BUNDLED)
+    for _ in range(2):  # the folder, with its record, can be replaced
+        save_pretrained(tmp_path / "model", config, load_params(BUNDLED, config), text=ASKED)
+    assert trained_text(str(tmp_path / "model")) == ASKED
+    assert trained_text(str(BUNDLED)) == ASKED
+    AutoTokenizer.from_pretrained(str(BUNDLED))
+    assert AutoModelForCausalLM.from_pretrained(str(tmp_path / "model")).config.num_hidden_layers == config.layers
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"limit": -1},
+        {"few_shot": -2},
+        {"samples": 0},
+        {"max_new_tokens": 0},
+        {"batch_size": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"levels": ()},
+        {"levels": (0,)},
+        {"prompt_template": "no place"},
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_loaded(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        EvaluateSettings(("m",), **values)
+
+
+def test_what_is_missing_is_found_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    for options, words in (
+        ({"tasks": ("gsm8k",), "data_root": str(tmp_path)}, "gsm8k: no such folder"),
+        ({"tasks": ("synthetic",), "model": (str(BUNDLED), "./misspelt")}, "misspelt: no such directory"),
+    ):
+        settings = EvaluateSettings(**{"model": (str(BUNDLED),), "out": str(tmp_path / "out"), **options})
+        with pytest.raises(ValueError, match=words):
+            evaluate(settings, note=lambda _: None)

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import re
+import zlib
 
 import pytest
 
 from rtd_jax.apps.traces.log import ResponseLog
 from rtd_jax.apps.traces.requests import OpenAISettings, Reply, SamplingSettings, before_stop, make_requests
 from rtd_jax.apps.traces.select import OUTCOMES, SelectionSettings, depth_cap, judge, select
-from rtd_jax.base.files import write_jsonl
+from rtd_jax.apps.traces.traces import OutputSettings
+from rtd_jax.base.files import json_digest, write_jsonl
 from rtd_jax.data.manifest import NAME, begin_manifest, check_shards, finish_manifest
 from rtd_jax.data.sources import SourceSettings, load_problems
 from rtd_jax.data.trace import Problem
@@ -158,7 +161,7 @@ def test_a_damaged_or_foreign_log_is_refused(tmp_path):
     for place in (10, len(whole.splitlines()[0]) + 70):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         number = 1 + whole[:place].count(b"\n")
-        with pytest.raises(ValueError, match=rf"responses.jsonl:{number} is damaged .* delete this line"):
+        with pytest.raises(ValueError, match=rf"responses.jsonl:{number} is damaged: .* delete this line"):
             ResponseLog(tmp_path, IDENTITY)
     path.write_bytes(whole)
     with pytest.raises(ValueError, match=r"replies of another sampling: .*1.0.*, this run has .*0.5"):
@@ -166,7 +169,7 @@ def test_a_damaged_or_foreign_log_is_refused(tmp_path):
     with ResponseLog(tmp_path, IDENTITY), pytest.raises(ValueError, match="is being written by another process"):
         ResponseLog(tmp_path, IDENTITY)
     (tmp_path / "requests.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="is not of format 1"):
+    with pytest.raises(ValueError, match="requests.json has format 99, this version reads 1 or 2"):
         ResponseLog(tmp_path, IDENTITY)
     (tmp_path / "requests.json").unlink()
     with pytest.raises(ValueError, match=r"has no requests\.json beside it"):
@@ -206,11 +209,19 @@ def test_shards_that_are_not_those_listed_are_refused(shards, tmp_path):
     (tmp_path / "train-00003-of-00003.jsonl").unlink()
     manifest = json.loads((tmp_path / NAME).read_text())
     for damaged, message in (
-        (manifest | {"kind": "other"}, f"{NAME} is no manifest of format 1"),
-        (manifest | {"format": 2}, f"{NAME} is no manifest of format 1"),
-        (manifest | {"shards": [{"name": "../x", "sha256": ""}]}, "its list of shards is damaged"),
+        ({"kind": "other"}, f"{NAME} is no manifest that"),
+        ({"format": 3}, f"{NAME} has format 3, this version reads 1 or 2"),
+        ({"shards": [{"name": "../x", "sha256": ""}]}, "lists '../x', which is no name of a shard"),
+        ({"shards": [{"name": "train-00000-of-00001.jsonl", "sha256": 5}]}, "its list of shards is damaged"),
+        ({"shards": ["train-00000-of-00001.jsonl"]}, "its list of shards is damaged"),
+        ({"shards": {}}, "its list of shards is damaged"),
+        ({"complete": 1}, "its list of shards is damaged"),
+        ({"about": "y"}, f"{NAME} was changed or damaged after it was written"),
     ):
-        (tmp_path / NAME).write_text(json.dumps(damaged))
+        record = manifest | damaged
+        if "about" not in damaged:
+            record["digest"] = json_digest({key: value for key, value in record.items() if key != "digest"})
+        (tmp_path / NAME).write_text(json.dumps(record))
         refused(message)
     (tmp_path / NAME).write_text("{")
     refused(f"{NAME}: not valid JSON")
@@ -222,6 +233,124 @@ def test_shards_under_way_are_refused_and_old_ones_leave_with_their_manifest(sha
     (tmp_path / "train-00000-of-00001.jsonl").write_text("{}")
     with pytest.raises(ValueError, match=r"are not complete; run launch/traces\.py again"):
         check_shards(tmp_path, [tmp_path / "train-00000-of-00001.jsonl"])
+
+
+@pytest.mark.parametrize(
+    "name", ["responses.jsonl", "requests.json", NAME, "notes.txt", "a/train-00000-of-00001.jsonl"]
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_nothing_but_shards_is_ever_removed(shards, tmp_path, name, version):
+    """A manifest that lists another file is refused by that file's name, and nothing is deleted."""
+    (tmp_path / "a").mkdir()
+    for other in {"responses.jsonl", "requests.json", "notes.txt", "a/train-00000-of-00001.jsonl"}:
+        (tmp_path / other).write_text("x")
+    manifest = json.loads((tmp_path / NAME).read_text()) | {"format": version}
+    manifest["shards"][0]["name"] = name
+    del manifest["digest"]
+    (tmp_path / NAME).write_text(json.dumps(manifest | ({"digest": json_digest(manifest)} if version == 2 else {})))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=re.escape(f"lists '{name}', which is no name of a shard")):
+        begin_manifest(tmp_path, ["train-00000-of-00001.jsonl"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_this_program_did_not_write_is_left_alone(shards, tmp_path):
+    """Shards that were changed since, files that no manifest lists, and what is no plain file."""
+    content, new = shards[2].read_bytes(), ["train-00000-of-00001.jsonl"]
+
+    def refused(message):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=message):
+            begin_manifest(tmp_path, new)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    shards[2].write_text("my own\n")
+    refused("train-00002-of-00003.jsonl was changed after it was written, and would be removed now; move it away")
+    shards[2].unlink()
+    shards[2].symlink_to(shards[1])
+    refused("train-00002-of-00003.jsonl is in the way of the shards: it is no plain file")
+    shards[2].unlink()
+    shards[2].mkdir()
+    refused("train-00002-of-00003.jsonl is in the way of the shards: it is no plain file")
+    shards[2].rmdir()
+    shards[2].write_bytes(content)
+    (tmp_path / new[0]).write_text("my own\n")
+    refused(f"train-00000-of-00001.jsonl is in the way of the shards: no {NAME} lists it")
+    (tmp_path / new[0]).rename(tmp_path / "test-00000-of-00001.jsonl")  # of another split
+    begin_manifest(tmp_path, new)
+    assert [path.name for path in tmp_path.glob("t*-0*")] == ["test-00000-of-00001.jsonl"]
+
+
+def test_shards_beside_a_log_are_not_read_without_their_manifest(shards, tmp_path):
+    (tmp_path / NAME).unlink()
+    (tmp_path / "responses.jsonl").write_text("")
+    with pytest.raises(ValueError, match=f"{NAME} is missing, without which its shards cannot be trusted"):
+        load_problems(SourceSettings("stepwise", str(tmp_path)))
+    with pytest.raises(ValueError, match=f"train-00000-of-00003.jsonl is in the way of the shards: no {NAME} lists it"):
+        begin_manifest(tmp_path, [path.name for path in shards])
+
+
+@pytest.mark.parametrize("split", ["", "a/b", "../a", ".hidden", "a\\b"])
+def test_a_split_names_files_of_its_folder(split):
+    with pytest.raises(ValueError, match="it begins the names of files"):
+        OutputSettings(split=split)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "5",
+        "null",
+        '"text"',
+        "{}",
+        "",
+        "{",
+        "[" * 100_000,
+        {"crc32": "1"},
+        {"crc32": True},
+        {"crc32": None},
+        {"id": 5},
+        {"sample": "0"},
+        {"sample": None},
+        {"text": None},
+        {"text": ["x"]},
+        {"finish": "eos"},
+        {"finish": []},
+        {"more": 1},
+    ],
+)
+def test_a_line_of_the_log_of_another_type_is_named(tmp_path, line):
+    fill(tmp_path)
+    path = tmp_path / "responses.jsonl"
+    lines = path.read_text().splitlines()
+    if isinstance(line, dict):
+        row = json.loads(lines[1]) | line
+        if "crc32" not in line:
+            row["crc32"] = zlib.crc32(
+                json.dumps({k: v for k, v in row.items() if k != "crc32"}, sort_keys=True).encode()
+            )
+        line = json.dumps(row)
+    path.write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
+    with pytest.raises(
+        ValueError, match=r"responses.jsonl:2 is damaged: .*; delete this line and run the command again"
+    ):
+        ResponseLog(tmp_path, IDENTITY)
+
+
+def test_what_was_asked_is_a_record_and_an_earlier_one_is_read(tmp_path):
+    fill(tmp_path)
+    path = tmp_path / "requests.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({"format": 1, **IDENTITY}))  # as an earlier version wrote it
+    with ResponseLog(tmp_path, IDENTITY) as log:
+        assert len(log.replies) == len(REQUESTS)
+    path.write_text(json.dumps(record | {"model": "another"}))
+    with pytest.raises(ValueError, match="requests.json was changed or damaged after it was written"):
+        ResponseLog(tmp_path, IDENTITY)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="requests.json: expected a JSON object"):
+        ResponseLog(tmp_path, IDENTITY)
 
 
 def test_arc_needs_no_reasoning_to_be_asked(shared_data):

@@ -5,17 +5,23 @@ from fractions import Fraction
 
 import pytest
 
-from rtd_jax.data.trace import Trace
+from rtd_jax.apps.traces.requests import Reply
+from rtd_jax.apps.traces.select import SelectionSettings, judge
+from rtd_jax.base.files import read_jsonl
+from rtd_jax.data.schemas.gsm8k import from_gsm8k
+from rtd_jax.data.schemas.math import from_math, last_box
+from rtd_jax.data.schemas.strategyqa import from_strategyqa
+from rtd_jax.data.trace import Problem, Trace, spans_of
 from rtd_jax.eval import answers
 from rtd_jax.eval.answers import (
     answer_matches,
-    boxed,
     flexible_answer,
     parse_number,
     result_span,
     step_result,
     strict_answer,
 )
+from rtd_jax.eval.chains import check_reference, score_chain
 
 
 def problem(answer: str, steps: tuple[str, ...] = ("a step",)) -> Trace:
@@ -143,8 +149,8 @@ def test_a_chain_without_an_answer_answers_with_its_last_result():
 
 
 def test_boxed_keeps_nested_braces():
-    assert boxed(r"first \boxed{1} then \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
-    assert boxed("none") is None
+    assert last_box(r"first \boxed{1} then \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
+    assert last_box("none") is None
 
 
 MATH_TEXTS = [
@@ -171,3 +177,128 @@ def test_an_answer_that_sympy_cannot_finish_is_wrong_after_a_while(monkeypatch):
     start = time.monotonic()
     assert answer_matches(trace, r"$\boxed{9^{9^{9^{9}}} + \frac{1}{2}}$") == (False, False, False)
     assert time.monotonic() - start < 30
+
+
+WRITTEN = [
+    *(
+        "3/4",
+        "-3/4",
+        "3 1/2",
+        "3 / 4",
+        "2/4",
+        "1 000",
+        "1\u202f000",
+        "12 345 678",
+        "1,000",
+        "-3",
+        "−3",
+        "–3",
+        "- 3",
+        "3½",
+    ),
+    *(
+        "$5",
+        "-$5",
+        "$ 5",
+        "$70.00",
+        "€5",
+        "5 €",
+        "72.",
+        "72.0",
+        "1e3",
+        "½",
+        "７２",
+        "0",
+        "-0",
+        "50%",
+        "5 apples",
+        "12,5",
+    ),
+    *("1 2", "10^2", "1:30", "1.000.000", "#5", "9" * 300, "YES", "Yes.", "no", "(B)", "b", "B", "J", "..."),
+    *("x > 1", r"\dfrac{1}{2}", r"\text{yes}", r"$\frac{3}{4}$", r"\boxed{5}"),
+]
+
+
+@pytest.mark.parametrize("answer", WRITTEN)
+def test_a_reference_judges_itself_right_however_its_answer_is_written(answer):
+    trace = Trace.of_steps("question", ("It is 2 or 7.",), answer, f"#### {answer}")
+    assert answer_matches(trace, trace.completion)[:2] == (True, True)
+    assert score_chain(trace.completion, trace)["correct"]
+    asked, reply = Problem("question", answer), Reply(f"It is 2.\n#### {answer}", "stop")
+    assert judge(asked, reply, SelectionSettings("strict"))[0] == "kept"
+    assert judge(asked, reply, SelectionSettings("flexible"))[0] == "kept"
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"So it is \fbox{12}.", "12"),
+        (r"So $\boxed 5$.", "5"),
+        (r"So \boxed 5.", "5"),
+        (r"Get $\boxed{\left\{ x > 1 \right.}$.", r"\left\{ x > 1 \right."),
+        (r"First \boxed{1}, then \fbox{\frac{1}{\sqrt{2}}}.", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{a \\ {b}}", r"a \\ {b}"),  # two backslashes are a new line, and the brace after them groups
+        (r"It is $\boxed{16}$, not #### 5", "16"),
+    ],
+)
+def test_a_box_is_read_alike_in_references_and_replies(solution, answer):
+    trace = from_math({"problem": "p", "solution": solution})
+    assert trace.answer == answer == last_box(solution)
+    assert score_chain(solution, trace)["correct"]
+    assert answer_matches(trace, "Therefore $" + solution + "$").strict
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "strict", "flexible"),
+    [
+        ("3/4", "#### 3", False, False),
+        ("3", "#### 3/4", False, False),
+        ("7/2", "#### 3 1/2 cups", True, True),
+        ("3.5", "That makes 3½ cups.", False, True),
+        ("31/2", "#### 3 1/2", False, False),
+        ("-5", "He owes -$5", False, True),
+        ("-3", "#### −3", True, True),
+        ("3", "#### −3", False, True),  # the harness' flexible reading does not know this minus
+        ("24", "48-24", False, False),  # and takes this one for a sign
+        ("12", "#### 12 apples", True, True),
+        ("72", "##### 72", False, True),  # a heading
+    ],
+)
+def test_numbers_are_read_whole(answer, text, strict, flexible):
+    assert answer_matches(problem(answer), text)[:2] == (strict, flexible)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [("So it floats.",), ("2+2=4", "It is blue."), ("x = 5\nas desired.",), ("a = 1.\n\nb = 2,\nwhich ends it.",)],
+)
+def test_a_chain_without_an_answer_of_its_own_judges_itself_right(steps):
+    trace = Trace.of_steps("question", steps, "")
+    assert score_chain(trace.completion, trace)["correct"]
+    assert not score_chain("It is 17.", trace)["correct"]
+
+
+def test_steps_that_share_a_line_are_judged_by_their_lines():
+    body = "a = 1. b = 2.\nc = 3"
+    trace = Trace("question", body, spans_of(body, (6, 13)), "3", "#### 3")
+    assert score_chain(trace.completion, trace)["correct"]
+    assert score_chain("a = 1. b = 4.\nc = 3\n#### 3", trace)["first_error"] == 0
+
+
+def test_a_reference_that_states_two_answers_is_refused_by_name():
+    row = {"question": "q", "answer": "Try.\n#### 4\nNo: 5.\n#### 5"}
+    with pytest.raises(ValueError, match="train.jsonl:7: 'answer' states an answer twice: '#### 4' stands before"):
+        from_gsm8k(row, "train.jsonl:7")
+    trace = Trace.of_steps("q", ("#### 4", "No: 5."), "5", "#### 5", "steps.jsonl:3")
+    with pytest.raises(ValueError, match=r"steps.jsonl:3: its answer is '5', but its own text is read as '#### 4'"):
+        score_chain("anything", trace)
+    with pytest.raises(ValueError, match="chat.jsonl:2: its answer is"):
+        check_reference(Problem("q", "two\nlines", source="chat.jsonl:2"))
+
+
+def test_published_rows_judge_themselves_right(shared_data):
+    rows = {"gsm8k": ("test.jsonl", from_gsm8k), "strategyqa": ("train.jsonl", from_strategyqa)}
+    for name, (file, read) in rows.items():
+        for place, row in read_jsonl(shared_data / name / file):
+            trace = read(row, place)
+            assert score_chain(trace.completion, trace)["correct"], place

@@ -1,31 +1,30 @@
 """Any Llama on GSM8K, MATH, StrategyQA, ARC or generated problems, by depth; or text that something else wrote."""
 
 import dataclasses
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rtd_jax.apps.report.page import gap_lines, write_report
 from rtd_jax.apps.report.tables import depth_table, group_table, percent, total_lines
-from rtd_jax.base.console import print_table
-from rtd_jax.base.files import write_json, write_jsonl
+from rtd_jax.base.console import print_table, printable
+from rtd_jax.base.files import finite, write_json, write_jsonl
 from rtd_jax.base.lock import one_writer
+from rtd_jax.base.settings import check_at_least
 from rtd_jax.base.sharding import row_sharding, row_ways
-from rtd_jax.data.formats import render
+from rtd_jax.data.formats import TextFormat, render
 from rtd_jax.data.schemas.arc import ChoiceQuestion
-from rtd_jax.data.trace import Trace, answer_line
-from rtd_jax.eval.chains import score_texts
+from rtd_jax.data.trace import Trace
 from rtd_jax.eval.choices import choice_log_likelihoods, score_choices
 from rtd_jax.eval.decoding import Sampling
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, Progress
-from rtd_jax.eval.metrics import MODEL_KEYS, make_report
 from rtd_jax.eval.scored import Record
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.eval.tasks import EXAMPLES_SEED, TASKS, Problems, load_problems
+from rtd_jax.eval.written import Scores, rescore
 from rtd_jax.models.open import FloatDtype, WeightDtype
-from rtd_jax.train.saved_models import LoadedModel, load_model
+from rtd_jax.train.saved_models import LoadedModel, load_model, trained_text
 
 OPEN_FROM = 5  # depths 1, 2, 3, 4, 5+
 SCORING_ROWS = 8  # of 512 tokens, read together on each device
@@ -47,6 +46,7 @@ class EvaluateSettings:
     levels: tuple[int, ...] = (3, 4, 5)  # of MATH, 1 to 5
     revision: str = ""  # commit, tag or branch of the data on the hub; "" takes the pinned ones
     chat: bool = False  # the tokenizer's chat template
+    prompt_template: str = ""  # holds {prompt}; "" is the task's own, and of synthetic problems the models' own
     temperature: float = 0.0  # of decoding; 0 is greedy
     top_p: float = 1.0  # draw from the most probable tokens that together reach this
     samples: int = 1  # texts for each problem
@@ -64,6 +64,17 @@ class EvaluateSettings:
             raise ValueError("give either models (--model) or texts to score (--generations)")
         if len(set(self.model)) < len(self.model):
             raise ValueError(f"models are {self.model}; give each of them once")
+        check_at_least(0, self, "limit", group="--")
+        check_at_least(-1, self, "few_shot", group="--")
+        check_at_least(1, self, "samples", "max_new_tokens", "batch_size", group="--")
+        if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1:  # NaN is neither
+            raise ValueError(
+                f"--temperature is {self.temperature} and --top_p {self.top_p}; expected 0 (greedy) to 100, and a share "
+                "in (0, 1]"
+            )
+        if not self.levels or not set(self.levels) <= {1, 2, 3, 4, 5}:
+            raise ValueError(f"--levels is {self.levels}; MATH has the levels 1 to 5")
+        TextFormat(prompt_template=self.prompt_template)  # refuses one without {prompt}
         if self.samples > 1 and self.temperature <= 0:
             raise ValueError(f"samples is {self.samples} but decoding is greedy, so all are alike; set a temperature")
 
@@ -78,62 +89,132 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
     out = Path(settings.out).expanduser()
     sections: dict[str, dict[str, Any]] = {}
     protocol: dict[str, Any] = {}
+    notes: list[str] = []
     records: list[Record] = []
     if settings.generations:
-        evaluations = _rescore(Path(settings.generations).expanduser())
+        evaluations = rescore(Path(settings.generations).expanduser(), OPEN_FROM)
     else:
-        evaluations = _measure(settings, protocol, note)
-    for task, name, evaluation, scored in evaluations:
+        evaluations = _measure(settings, protocol, notes, note)
+    for task, name, (evaluation, scored) in evaluations:
         sections.setdefault(task, {})[name] = evaluation
         records += [{"model": name, "task": task, **record} for record in scored]
     names = {name for models in sections.values() for name in models}
-    report = {
-        "kind": "evaluation",
-        "title": f"Evaluation of {', '.join(sorted(names))}",
-        "settings": dataclasses.asdict(settings),
-        "protocol": protocol,
-        "sections": sections,
-    }
+    for task, models in sections.items():
+        notes += unequal_conditions(task, models, [record for record in records if record["task"] == task])
+    report, places = finite(
+        {
+            "kind": "evaluation",
+            "title": f"Evaluation of {', '.join(sorted(names))}",
+            "settings": dataclasses.asdict(settings),
+            "protocol": protocol,
+            "sections": sections,
+        }
+    )
+    report["notes"] = notes + [
+        f"{place} is {seen}, which JSON cannot hold: null in the report" for place, seen in places.items()
+    ]
+    records = finite(records)[0]
     write_jsonl(out / "generations.jsonl", records)
     write_json(out / "report.json", report)
     write_report(out, report, records)
-    for task, models in sections.items():
-        _print(task, models)
+    for task, models in report["sections"].items():
+        _print(task, models, protocol.get(task))
+    for line in report["notes"]:
+        print(f"warning: {line}")
     print(f"report: {out / 'report.html'}   {out / 'report.json'}")
     return out / "report.json"
 
 
-Scores = tuple[dict[str, Any], list[Record]]  # a report of one model on one task, and its records
-
-
 def _measure(
-    settings: EvaluateSettings, protocol: dict[str, Any], note: Callable[[str], None]
-) -> Iterator[tuple[str, str, *Scores]]:
-    """(task, model, report, records), one model after the other, so that memory holds one at a time.
+    settings: EvaluateSettings, protocol: dict[str, Any], notes: list[str], note: Callable[[str], None]
+) -> Iterator[tuple[str, str, Scores]]:
+    """(task, model, (report, records)), one model after the other, so that memory holds one at a time.
 
-    Writes into `protocol` how each task is asked.
+    All models of a task are asked the same in the same form; `protocol` gets how, and `notes` what a reader must know.
     """
+    trained = {path: trained_text(path) for path in settings.model}  # also finds a misspelt name before any is loaded
+    asked: dict[str, Problems] = {}
+    for task in settings.tasks:
+        asked[task] = load_problems(
+            task,
+            data_root=settings.data_root,
+            limit=settings.limit,
+            few_shot=settings.few_shot,
+            chat=settings.chat,
+            levels=settings.levels if task == "math" else (),
+            seed=settings.few_shot_seed,
+            revision=settings.revision,
+            prompt_template=settings.prompt_template,
+            trained_on=next((text for text in trained.values() if text is not None), None),
+        )
+        protocol[task] = dict(asked[task].protocol)
+    if "synthetic" in asked:
+        protocol["synthetic"]["trained_on"] = standing = {
+            printable(path): _standing(text, asked["synthetic"].form) for path, text in trained.items()
+        }
+        notes += [
+            f"synthetic: {path} was trained on {seen}; all models of a table are asked in one form, so its numbers are "
+            "lower than in its own (--prompt_template, --chat and the order of --model decide)"
+            for path, seen in standing.items()
+            if seen.startswith("another")
+        ]
+        if set(standing.values()) == {NOT_KNOWN} and not (settings.prompt_template or settings.chat):
+            notes.append(
+                "synthetic: no model says on which form of text it was trained, so all are asked in the task's own, "
+                f"{asked['synthetic'].form.template!r}; if that is another, give theirs with --prompt_template"
+            )
+        if len(set(standing.values())) > 1:
+            notes += [
+                f"synthetic: {path} does not say on which form of text it was trained"
+                for path, seen in standing.items()
+                if seen == NOT_KNOWN
+            ]
     names: set[tuple[str, str]] = set()
     for path in settings.model:
         note(f"loading {path}")
         loaded = load_model(path, settings.dtype, settings.compute_dtype)
-        for task in settings.tasks:
-            problems = load_problems(
-                task,
-                data_root=settings.data_root,
-                limit=settings.limit,
-                few_shot=settings.few_shot,
-                chat=settings.chat,
-                levels=settings.levels if task == "math" else (),
-                seed=settings.few_shot_seed,
-                revision=settings.revision,
-                trained_on=loaded.text,
-            )
-            name = path if (task, loaded.name) in names else loaded.name
+        for task, problems in asked.items():
+            name = printable(path if (task, printable(loaded.name)) in names else loaded.name)
             names.add((task, name))
-            protocol[task] = problems.protocol
             measure = _choose if TASKS[task].is_choice else _solve
-            yield task, name, *measure(settings, task, problems, loaded, note)
+            yield task, name, measure(settings, task, problems, loaded, note)
+
+
+NOT_KNOWN = "a form that its folder does not say"
+
+
+def _standing(trained: TextFormat | None, asked: TextFormat) -> str:
+    """On what a model was trained, beside the form in which it is asked."""
+    if trained is None:
+        return NOT_KNOWN
+    if trained.identity == asked.identity:
+        return "this form"
+    return f"another form, {trained.template!r}{' in a chat' if trained.kind == 'chat' else ''}"
+
+
+CONDITIONS = {  # key of an evaluation: in words
+    "text_format": "form of text",
+    "decoding": "decoding",
+    "max_new_tokens": "tokens decoded at most",
+    "samples": "samples of a problem",
+    "problems": "number of problems",
+    "questions": "number of questions",
+}
+
+
+def unequal_conditions(task: str, models: Mapping[str, Any], records: list[Record]) -> list[str]:
+    """A sentence for each condition in which the models of one table differ, as far as their reports tell."""
+    lines = []
+    for key, words in CONDITIONS.items():
+        values = {name: evaluation.get(key, "not known") for name, evaluation in models.items()}
+        if len(set(values.values())) > 1:
+            lines.append(f"the {words} differs: " + ", ".join(f"{name} {value}" for name, value in values.items()))
+    prompts: dict[str, set[str]] = {name: set() for name in models}
+    for record in records:
+        prompts[record["model"]].add(record["prompt"])
+    first, *others = prompts.items()
+    lines += [f"{first[0]} and {name} were asked different problems" for name, seen in others if seen != first[1]]
+    return [f"{task or 'texts'}: the models of this table are not comparable: {line}" for line in lines]
 
 
 def _solve(
@@ -205,85 +286,17 @@ def _progress(note: Callable[[str], None], line: str) -> Progress:
     return progress
 
 
-def _rescore(path: Path) -> Iterator[tuple[str, str, *Scores]]:
-    """(task, model, report, records) of the rows of a JSONL file; records of this program give the whole report again.
-
-    A row holds a text (prompt, reference, answer, text) or choices (prompt, choices, answer, log_likelihoods), and may
-    name its model and task.
-    """
-    groups: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{place}: damaged JSON ({error}); expected one JSON object a line") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: {line[:60]!r} is no JSON object; expected one JSON object a line")
-        groups.setdefault((row.get("task", ""), row.get("model", path.stem)), []).append((row, place))
-    if not groups:
-        raise ValueError(f"{path}: the file is empty; expected one JSON object a line")
-    for (task, model), rows in groups.items():
-        yield task, model, *(_rescore_choices if "choices" in rows[0][0] else _rescore_texts)(rows)
-
-
-def _rescore_texts(rows: Sequence[tuple[dict[str, Any], str]]) -> Scores:
-    problems: dict[Any, tuple[Trace, list[str], list[dict[str, Any]]]] = {}
-    for row, place in rows:
-        trace, text = _trace_and_text(row, place)
-        _, texts, rows_of_problem = problems.setdefault(row.get("problem", trace.prompt), (trace, [], []))
-        texts.append(text)
-        rows_of_problem.append(row)
-    traces, texts_of, rows_of = zip(*problems.values(), strict=True)
-    finished = [[bool(row.get("finished", True)) for row in rows_of_problem] for rows_of_problem in rows_of]
-    records = score_texts(traces, texts_of, finished)
-    for record in records:
-        row = rows_of[record["problem"]][record["sample"]]
-        record |= {key: row[key] for key in MODEL_KEYS if key in row}
-    return make_report(records, OPEN_FROM), records
-
-
-def _rescore_choices(rows: Sequence[tuple[dict[str, Any], str]]) -> Scores:
-    questions = []
-    for row, place in rows:
-        if not all(key in row for key in ("prompt", "choices", "answer", "log_likelihoods")):
-            raise ValueError(f"{place}: a row of choices has prompt, choices, answer (an index) and log_likelihoods")
-        questions.append(ChoiceQuestion(row["prompt"], tuple(row["choices"]), row["answer"], place))
-    log_likelihoods = [row["log_likelihoods"] for row, _ in rows]
-    return score_choices(questions, log_likelihoods, rows[0][0].get("text_format", ""))
-
-
-def _trace_and_text(row: dict[str, Any], place: str) -> tuple[Trace, str]:
-    """The problem of a row with its reference chain, and the text that was written for it."""
-    missing = [key for key in ("prompt", "reference", "answer") if key not in row]
-    if not ("text" in row or "completions" in row):
-        missing.append("text")
-    if missing:
-        raise ValueError(
-            f"{place}: {missing[0]!r} is missing; a row has prompt, reference (a list of steps), answer, and text (or "
-            "completions, a list of steps, and final)"
-        )
-    answer = str(row["answer"])
-    # MATH's reference states its answer in a box and has no line for it; that decides how its answers are read.
-    in_box = any("\\boxed" in step or "\\fbox" in step for step in row["reference"])
-    final = answer_line(answer) if answer and not in_box else ""
-    text = row["text"] if "text" in row else "\n".join([*row["completions"], row.get("final", "")])
-    trace = Trace.of_steps(row["prompt"], row["reference"], answer, final, place)
-    return dataclasses.replace(trace, subject=row.get("subject", ""), level=row.get("level", 0)), text
-
-
-def _print(task: str, models: dict[str, Any]) -> None:
+def _print(task: str, models: dict[str, Any], protocol: Mapping[str, Any] | None) -> None:
     """Prints the tables of one task."""
+    if protocol:
+        print(f"{task}: every model asked as {protocol['prompt']!r}{' in a chat' if protocol['chat_template'] else ''}")
     for name, evaluation in models.items():
         if "accuracy_norm" in evaluation:
             shares = f"acc {percent(evaluation['accuracy'])}, acc_norm {percent(evaluation['accuracy_norm'])}"
             print(f"{task}: {name}: {shares} % of {evaluation['questions']} questions (± one standard error)")
             continue
-        print_table(f"{task or 'texts'}: {name} (± one standard error)", *depth_table(evaluation))
+        form = f"{evaluation['text_format']}, " if evaluation.get("text_format") else ""
+        print_table(f"{task or 'texts'}: {name} ({form}± one standard error)", *depth_table(evaluation))
         for line in total_lines(evaluation):
             print(line)
         for kind, groups in evaluation.get("groups", {}).items():

@@ -163,7 +163,8 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
                 loop = Loop(state, loader, step, mesh, ("phase", number), log, display, log_periods, shown, line)
                 loop.run(partial(_save_or_end, recipe, checkpoints, last))
                 state, position, line = loop.state, None, None
-        save_pretrained(workdir / "model", model.config, state.params["student"], tokenizer=tokenizer)
+        params = state.params["student"]
+        save_pretrained(workdir / "model", model.config, params, tokenizer=tokenizer, text=recipe.text)
         scoring = ScoringSettings(recipe.phases[-1].row_length, recipe.phases[-1].batch_size)
         evaluator = ChainEvaluator(tokenizer, recipe.text, DecodingSettings(recipe.max_new_tokens), scoring, mesh)
         problems = first_of_each_depth(load_traces(recipe.test), recipe.problems_per_depth)

@@ -8,6 +8,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_INTERVAL = 5.0  # seconds between progress lines when not a terminal
 
@@ -66,13 +67,19 @@ class Display:
         self.note(f"{place}  update {done}/{self._total}  {shown}  {eta}")
 
 
+def printable(text: str) -> str:
+    """A text on one line in which control characters stand as their codes, so that a name cannot drive a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints a table with a title; columns after the first are aligned to the right."""
-    table = Table(title=title, title_justify="left")
+    # Text, because rich would take "[red]" in a name for a colour, and "[/]" for an error.
+    table = Table(title=Text(printable(title), "table.title"), title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(Text(printable(column)), justify="left" if i == 0 else "right")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     console = Console()
     if not console.is_terminal and console.width < 160:  # in a log file nothing forces a cell to be cut
         console = Console(width=160, file=console.file)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 Span = tuple[int, int]  # characters [start, end) of a text
 
-_ANSWER_LINE = re.compile(r"####[ \t]*(\S.*?)[ \t]*")
+_ANSWER_LINE = re.compile(r"####(?!#)[ \t]*(\S.*?)[ \t]*")
+_INNER_ANSWER = re.compile(r"(?<!#)####(?!#)[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,25 @@ class Problem:
 def answer_line(answer: str) -> str:
     """The last line of a completion, in GSM8K's form: `#### 72`."""
     return f"#### {answer}"
+
+
+def is_answer_line(line: str) -> bool:
+    """Whether a line, without white space around it, is one that states the answer; five # are a heading."""
+    return line.startswith("####") and not line.startswith("#####")
+
+
+def stated_answer(text: str) -> str:
+    """What the first line that begins with `####` states; else what follows `####` inside a line; "" without either.
+
+    References and replies are read by this one function. The first line counts, because a base model may go on with a
+    problem of its own after its answer.
+    """
+    lines = [line.strip() for line in text.splitlines()]
+    stated = next((line for line in lines if is_answer_line(line)), None)
+    if stated is not None:
+        return stated.removeprefix("####").strip()
+    inner = _INNER_ANSWER.search("\n".join(lines))
+    return inner[1] if inner else ""
 
 
 def split_answer(text: str) -> tuple[str, str]:

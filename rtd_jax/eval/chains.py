@@ -7,8 +7,8 @@ so one wrong step spoils what follows, as in use. No model is needed, so a file 
 from collections.abc import Sequence
 from fractions import Fraction
 
-from rtd_jax.data.trace import Trace
-from rtd_jax.eval.answers import answer_matches, parse_number, step_result
+from rtd_jax.data.trace import Problem, Trace, is_answer_line
+from rtd_jax.eval.answers import answer_matches, parse_number, states_right_answer, step_result
 from rtd_jax.eval.scored import Record
 
 
@@ -50,7 +50,7 @@ def split_solution(text: str) -> tuple[list[str], str]:
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     for i, line in enumerate(lines):
-        if line.startswith("####"):
+        if is_answer_line(line):
             return lines[:i], line
     return lines, ""
 
@@ -63,18 +63,25 @@ def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
     answer has to be right in the strict reading: a solution that never states it is unfinished.
 
     Returns:
-      prompt, completions (steps of the text), final (its answer line), text, reference (steps), answer, depth, correct,
+      prompt, completions (steps of the text), final (its answer line), text, reference (steps; also reference_text where that is not
+      one step a line), answer, depth, correct,
       answer_strict, answer_flexible, first_error, steps_right (one bool a reference result), finished (as given). Of
       MATH also subject, level, and math_verify (whether that library finds the answers equal).
 
       `first_error` is the index, among the generated lines, of the first step whose result is not the reference's; the
       answer line counts as the line after the last step, and a missing step counts at the line that stands in its
       place. -1 where the chain is correct. (ProcessBench's `label`.)
+
+    Raises:
+      ValueError: the reference's own text would be judged wrong; see `check_reference`.
     """
+    check_reference(trace)
     steps, final = split_solution(text)
     # A base model may go on with a problem of its own; the harness stops it by stop words, we by the answer line.
     strict, flexible, verified = answer_matches(trace, "\n".join([*steps, final]) if final else text)
-    generated, reached = results_right(steps, trace.steps) if comparable(trace) else ([], [])
+    # Lines against lines: a step that a classifier cut may be a part of a line, or several of them.
+    expected = split_solution(trace.completion)[0]
+    generated, reached = results_right(steps, expected) if comparable(trace) else ([], [])
     correct = strict and all(reached) and False not in generated
     wrong_step = generated.index(False) if False in generated else len(steps)
     return {
@@ -83,6 +90,8 @@ def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
         "final": final,
         "text": text,
         "reference": list(trace.steps),
+        # Where steps share lines, or have several, their list alone does not give the text again.
+        **({} if trace.body == "\n".join(trace.steps) else {"reference_text": trace.body}),
         "answer": trace.answer,
         "depth": trace.depth,
         "correct": correct,
@@ -94,6 +103,24 @@ def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
         **({"subject": trace.subject, "level": trace.level} if trace.subject or trace.level else {}),
         **({} if verified is None else {"math_verify": verified}),
     }
+
+
+def check_reference(trace: Trace | Problem) -> None:
+    """Refuses a reference whose own text would be judged wrong, because its answer cannot be read back from it.
+
+    Raises:
+      ValueError: names the row, what was read, and the answer.
+    """
+    text = trace.final if isinstance(trace, Problem) else trace.completion
+    lines, final = split_solution(text)
+    if states_right_answer(trace, "\n".join([*lines, final]) if final else text):
+        return
+    seen = final or (lines[-1] if lines else "")
+    raise ValueError(
+        f"{trace.source or 'a reference'}: its answer is {trace.answer!r}, but its own text is read as {seen[:80]!r}, so "
+        "a right reply could not be told from a wrong one; state the answer once, on a last line `#### answer`, or leave "
+        "the row out"
+    )
 
 
 def results_right(steps: Sequence[str], reference: Sequence[str]) -> tuple[list[bool | None], list[bool]]:

@@ -13,7 +13,7 @@ from rtd_jax.data.by_length import round_up
 from rtd_jax.data.formats import Rendered, TextFormat, render, stop_token_ids
 from rtd_jax.data.tokenizer_match import vocab_size
 from rtd_jax.data.trace import Trace
-from rtd_jax.eval.chains import score_texts
+from rtd_jax.eval.chains import check_reference, score_texts
 from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate
 from rtd_jax.eval.metrics import make_report
 from rtd_jax.eval.reference import score_references
@@ -85,8 +85,10 @@ class ChainEvaluator:
           `metrics.MODEL_KEYS`.
 
         Raises:
-          ValueError: there are no problems, or a text does not fit its tokenizer.
+          ValueError: there are no problems, one cannot be judged, or a text does not fit its tokenizer.
         """
+        for trace in problems:  # before minutes of decoding
+            check_reference(trace)
         if texts is None:
             texts = [render(self.tokenizer, trace.prompt, trace.completion, self.text) for trace in problems]
         records = score_texts(problems, *self._solutions(model, params, texts, progress))

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rtd_jax.data.trace import answer_line
 from rtd_jax.eval.answers import flexible_answer, harness_match, parse_number, strict_answer
 from rtd_jax.eval.estimates import (
     depth_buckets,
@@ -63,8 +64,10 @@ def accuracy(scored: ScoredTexts, key: str) -> Table:
 
 
 def exact_match(scored: ScoredTexts, read: Callable[[str], str | None]) -> Table:
-    """As lm-evaluation-harness counts on GSM8K; {} where an answer is not a number on a `####` line."""
-    if any(parse_number(record["answer"]) is None or "math_verify" in record for record in scored.records):
+    """As lm-evaluation-harness counts on GSM8K; {} where an answer is not a number on a `####` line that it can read."""
+    answers = {record["answer"] for record in scored.records}
+    unread = any(parse_number(x) is None or not harness_match(read(answer_line(x)), x) for x in answers)
+    if unread or any("math_verify" in record for record in scored.records):
         return {}
     return scored.by_depth(lambda record: [harness_match(read(record["text"]), record["answer"])])
 

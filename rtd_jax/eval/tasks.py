@@ -95,6 +95,7 @@ class Problems:
     turns: Sequence[Turns]
     text_format: str  # for reports: "plain, 5-shot"
     protocol: Mapping[str, Any]  # for reports: where all of it comes from
+    form: TextFormat  # of every problem, without the solved examples
 
 
 def load_problems(
@@ -107,6 +108,7 @@ def load_problems(
     levels: Sequence[int] = (),
     seed: int = EXAMPLES_SEED,
     revision: str = "",
+    prompt_template: str = "",
     trained_on: TextFormat | None = None,
 ) -> Problems:
     """The problems of a task.
@@ -120,7 +122,8 @@ def load_problems(
       levels: of MATH; () takes all.
       seed: of the drawing of examples.
       revision: hub commit, tag or branch; "" takes the one in `TASKS`.
-      trained_on: text form of synthetic problems, where a run was trained on one.
+      prompt_template: in the place of the task's own; what is written follows it after a space, or on its new line.
+      trained_on: form of synthetic problems, where neither `chat` nor `prompt_template` says another.
 
     Raises:
       ValueError: data that cannot be read, or too few rows to draw the examples from.
@@ -128,7 +131,9 @@ def load_problems(
     task = TASKS[name]
     shots = task.shots if few_shot < 0 else few_shot
     text = TextFormat("chat" if chat else "plain", task.prompt)
-    if name == "synthetic" and trained_on is not None:
+    if prompt_template:
+        text = TextFormat(text.kind, prompt_template, "" if prompt_template.endswith("\n") else " ")
+    elif name == "synthetic" and not chat and trained_on is not None:
         text = trained_on
     sources = _sources(name, data_root, revision or task.revision)
     items: list[Item]
@@ -155,6 +160,8 @@ def load_problems(
         "fingerprint": hashlib.sha256("".join(map(_identity, items)).encode()).hexdigest()[:16],
         "levels": list(levels),
         "prompt": text.template,
+        "completion_prefix": text.completion_prefix,
+        "context": text.context,
         "chat_template": text.kind == "chat",
         "few_shot": shots,
         "examples": drawn if shots else None,
@@ -162,10 +169,10 @@ def load_problems(
     }
     text_format = f"{text.kind}, {shots}-shot"
     if text.kind == "chat":
-        return Problems(items, [text] * len(items), turns, text_format, protocol)
+        return Problems(items, [text] * len(items), turns, text_format, protocol, text)
     contexts = ["".join(f"{asked}{text.completion_prefix}{answer}\n\n" for asked, answer in pairs) for pairs in turns]
     texts = [dataclasses.replace(text, context=text.context + context) for context in contexts]
-    return Problems(items, texts, [()] * len(items), text_format, protocol)
+    return Problems(items, texts, [()] * len(items), text_format, protocol, text)
 
 
 def _sources(name: str, data_root: str, revision: str) -> list[SourceSettings]:

@@ -13,7 +13,9 @@ from safetensors.numpy import save_file
 
 from rtd_jax.base.files import write_json
 from rtd_jax.base.types import Params
+from rtd_jax.data.formats import TextFormat
 from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.text_record import TEXT_FILE, write_text_format
 from rtd_jax.models.weights import Weight, table
 
 WEIGHTS_FILE = "model.safetensors"
@@ -29,10 +31,18 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "generation_config.json",
+    TEXT_FILE,
 )
 
 
-def save_pretrained(directory: str | Path, config: LlamaConfig, params: Params, *, tokenizer: Any = None) -> Path:
+def save_pretrained(
+    directory: str | Path,
+    config: LlamaConfig,
+    params: Params,
+    *,
+    tokenizer: Any = None,
+    text: TextFormat | None = None,
+) -> Path:
     """Writes config.json, the tokenizer and the weights, and returns the absolute path of the directory.
 
     Everything is written beside `directory` and renamed at the end, so that a failure leaves what was there before.
@@ -40,6 +50,7 @@ def save_pretrained(directory: str | Path, config: LlamaConfig, params: Params, 
 
     Args:
       tokenizer: an object with `save_pretrained`; without one, no tokenizer is written.
+      text: the form of text that the model was trained on; noted in the folder.
 
     Raises:
       ValueError: the params do not fit the config, or the directory holds other files than a model's.
@@ -61,6 +72,8 @@ def save_pretrained(directory: str | Path, config: LlamaConfig, params: Params, 
         _write_tensors(partial, tensors, config)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
+        if text is not None:
+            write_text_format(partial, text)
         _replace(directory, partial)
     except (OSError, SafetensorError) as error:
         size = sum(tensor.size for tensor in tensors) / 2**20

@@ -16,9 +16,11 @@ from rtd_jax.data.formats import TextFormat
 from rtd_jax.methods.maps import state_map, transition_map
 from rtd_jax.methods.term import Setup
 from rtd_jax.models.fingerprint import weights_fingerprint
+from rtd_jax.models.from_hf import resolve
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import FloatDtype, ModelSettings, WeightDtype, open_model
 from rtd_jax.models.quantized import INT8, quantize_params
+from rtd_jax.models.text_record import read_text_format
 from rtd_jax.models.weights import logical_axes
 from rtd_jax.train.checkpoints import read_meta, restore_params
 from rtd_jax.train.recipe import Recipe
@@ -33,8 +35,8 @@ class LoadedModel:
       name: for reports.
       params: empty where they were not asked for.
       directory: the Hugging Face folder or the stage checkpoint.
-      text: the form of text that a run trained it on. Unset for a Hugging Face folder, as are the attributes below.
-      f, g: the run's maps for states and for transitions, [S, D]; the identity where it has none.
+      text: the form of text that it was trained on; None where its folder does not say.
+      f, g: of a stage checkpoint, as the attributes below, the run's maps for states and for transitions, [S, D]; the identity where it has none.
       layers: the (student, teacher) layers that the maps join.
       teacher_fingerprint: of the run's teacher.
     """
@@ -53,7 +55,7 @@ class LoadedModel:
 
     def fingerprint(self) -> str:
         """The fingerprint of the weights' files; "" for a stage checkpoint."""
-        return "" if self.text is not None else self._fingerprint
+        return "" if self.layers is not None else self._fingerprint
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -84,9 +86,21 @@ def load_model(
     else:
         opened = open_model(ModelSettings(path, dtype, compute_dtype), mesh, lambda _: None)
         tokenizer, directory = opened.tokenizer, opened.directory  # before the weights, which take longer
-        params = opened.params if weights else {}
-        loaded = LoadedModel(directory.name, opened.model, params, tokenizer, mesh, directory)
+        text, params = read_text_format(directory), opened.params if weights else {}
+        loaded = LoadedModel(directory.name, opened.model, params, tokenizer, mesh, directory, text)
     return loaded if dtype == "float32" else replace(loaded, name=f"{loaded.name} ({dtype})")
+
+
+def trained_text(path: str) -> TextFormat | None:
+    """The form of text that the model at `path` (as in `load_model`) was trained on; None where nothing says it.
+
+    Raises:
+      ValueError: there is no model of that name, or what says it is damaged.
+    """
+    stage = stage_checkpoint(path)
+    if stage is None:
+        return read_text_format(resolve(path))
+    return build(Recipe, read_meta(stage)["settings"], "settings").data.text
 
 
 def stage_checkpoint(path: str) -> Path | None:

@@ -63,7 +63,8 @@ def train(recipe: Recipe, workdir: Path) -> Path:
         display.note("writing the student as a Hugging Face folder, then evaluating by greedy decoding")
         with clock.span("evaluation"):
             student, params = experiment.student, run.state.params["student"]
-            save_pretrained(workdir / "student", student.config, params, tokenizer=experiment.tokenizer)
+            tokenizer, text = experiment.tokenizer, recipe.data.text
+            save_pretrained(workdir / "student", student.config, params, tokenizer=tokenizer, text=text)
             report = _evaluate(experiment, run, display, workdir)
     report["wall_seconds"] = round(time.monotonic() - started, 1)
     report["train_seconds"] = round(run.seconds, 1)  # of all processes that the run had

@@ -3,6 +3,7 @@
 The colours of the SVG are CSS variables, so that they follow the reader's light or dark scheme.
 """
 
+import hashlib
 import io
 import re
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rtd_jax.base.console import printable
 from rtd_jax.base.files import replacing
 
 Colours = Mapping[str, str]
@@ -24,6 +26,20 @@ LIGHT = {"ink": "#1f2328", "faint": "#8b949e", "c0": "#2563c9", "c1": "#c2560c",
 STAND_INS = {name: f"#01020{i}" for i, name in enumerate(LIGHT)}
 SERIES = ("c0", "c1", "c2", "c3")
 MARKERS = "osD^"
+LONGEST_LABEL = 40  # characters of a name in a picture, and in the name of its file
+
+
+def label_text(name: str) -> str:
+    """A name as matplotlib draws it letter by letter: it would take "$" for mathematics, and hide "_x" in a legend."""
+    name = printable(name)
+    name = name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…"
+    return re.sub(r"^_", " _", name).replace("$", r"\$")
+
+
+def file_name(name: str) -> str:
+    """A name that is one plain file's in its folder, whatever text it is made of; other names, other files."""
+    safe = re.sub(r"[^\w-]+", "_", name, flags=re.ASCII)[:LONGEST_LABEL]
+    return safe if safe == name else f"{safe}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def series_style(colours: Colours, i: int, label: str, line: str = "-") -> dict[str, Any]:
@@ -33,12 +49,16 @@ def series_style(colours: Colours, i: int, label: str, line: str = "-") -> dict[
         "marker": MARKERS[i % 4],
         "markersize": 4,
         "linestyle": line,
-        "label": label,
+        "label": label_text(label),
     }
 
 
 def write_figure(out: Path, name: str, title: str, caption: str, draw: Draw) -> dict[str, str]:
-    """Writes <out>/<name>.png. Returns what a template shows: the name, title, caption and SVG of the picture."""
+    """Writes <out>/<name>.png. Returns what a template shows: the name, title, caption and SVG of the picture.
+
+    The file lies in `out` whatever the name; see `file_name`.
+    """
+    name = file_name(name)
     with replacing(out / f"{name}.png") as temporary:
         _figure(draw, LIGHT).savefig(temporary, format="png", dpi=150, facecolor="white")
     return {"name": name, "title": title, "caption": caption, "svg": _svg(draw, name)}

@@ -41,7 +41,7 @@ def write_report(
 
     Args:
       report: the content of report.json: "title"; "sections", {name: {model: evaluation}}, or "models" for a
-        single section; for a diagnosis also "texts", "verdict" and "article". Parts may be absent.
+        single section; "notes", sentences that are shown above all numbers; for a diagnosis also "texts", "verdict" and "article". Parts may be absent.
       examples: generation records; a few are shown, with the first wrong step marked.
       metrics: metrics.jsonl of a run, for its curves by stage.
     """
@@ -62,6 +62,7 @@ def write_report(
         title=report["title"],
         verdict=report.get("verdict"),
         lines=[line for name, models in sections.items() for line in gap_lines(models, name)],
+        notes=report.get("notes", []),
         figures=figures,
         sections={name: models for name, models in sections.items() if models},
         texts=report.get("texts", {}),

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from rtd_jax.apps.report.drawing import SERIES, Colours, Draw, series_style
+from rtd_jax.apps.report.drawing import SERIES, Colours, Draw, label_text, series_style
 
 Evaluation = Mapping[str, Any]  # see `eval.metrics.make_report`; what was not measured is absent or empty
 Lines = Sequence[Mapping[str, Any]]  # of metrics.jsonl
@@ -180,7 +180,7 @@ def _draw_columns(axes: Axes, tables: Mapping[str, Mapping[str, Any]], names: Se
         offset = 0.12 * (i - (len(tables) - 1) / 2)
         _draw_estimates(axes, table, names, offset, series_style(colours, i, model, ""))
     axes.set(ylim=(-3, 103), xlim=(-0.5, len(names) - 0.5), xticks=range(len(names)))
-    labels = [name.replace(" & ", " &\n").replace("Intermediate ", "Interm.\n") for name in names]
+    labels = [label_text(name).replace(" & ", " &\n").replace("Intermediate ", "Interm.\n") for name in names]
     axes.set_xticklabels(labels, rotation=30 if len(names) > 5 else 0, ha="right" if len(names) > 5 else "center")
     axes.legend()
 

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from rtd_jax.apps.report.drawing import label_text
 from rtd_jax.base.files import replacing
 
 COLOURS = ("#cfe3f5", "#fbe0c4", "#d5edd0", "#e6d9f0", "#fbd5d5", "#e8e3c8")
@@ -62,14 +63,14 @@ def plot_scores(path: Path, tests: Mapping[str, Mapping[str, Any]]) -> None:
             error = [[f1["value"] - f1["low"]], [f1["high"] - f1["value"]]]
             error = np.maximum(error, 0.0).tolist()  # rounding may put an end of the interval beyond the value
             left.errorbar(f1["value"], place, xerr=error, fmt=marker, color=colour, capsize=2)
-    left.set_yticks(range(len(rows)), [f"{name}: {segmenter}" for name, segmenter, _ in rows])
+    left.set_yticks(range(len(rows)), [label_text(f"{name}: {segmenter}") for name, segmenter, _ in rows])
     left.invert_yaxis()
     left.set_xlabel("exact F1, 95% interval (o: all steps, |: without each chain's last)")
     left.grid(axis="x", alpha=0.3)
     right.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1)
     for name, result in tests.items():
         bins = result["calibration"]["bins"]
-        right.plot([x["probability"] for x in bins], [x["share"] for x in bins], marker="o", label=name)
+        right.plot([x["probability"] for x in bins], [x["share"] for x in bins], marker="o", label=label_text(name))
     right.set(xlabel="probability that a step ends here", ylabel="share of tokens where one does")
     right.legend()
     figure.tight_layout()

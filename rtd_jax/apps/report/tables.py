@@ -33,7 +33,8 @@ def interval(found: Mapping[str, Any] | None) -> str:
     """A value with its interval: "0.830 (0.790 to 0.870)"."""
     if found is None or found["value"] is None:
         return "–"
-    return f"{found['value']:.3f}" + ("" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})")
+    ends = found["low"], found["high"]
+    return f"{found['value']:.3f}" + ("" if None in ends else f" ({ends[0]:.3f} to {ends[1]:.3f})")
 
 
 def depth_table(evaluation: Evaluation) -> TextTable:

@@ -4,6 +4,7 @@
 <folder>/responses.jsonl   {"id", "sample", "text", "finish", "crc32"}, appended and synced to the disk
 """
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -13,10 +14,29 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from rtd_jax.apps.traces.requests import Reply, Request
-from rtd_jax.base.files import read_json, read_object, write_json
+from rtd_jax.apps.traces.requests import Finish, Reply, Request
+from rtd_jax.base.files import parse_json, read_object, read_record, reading, write_record
+from rtd_jax.base.settings import build
+from rtd_jax.data.manifest import LOG
 
-FORMAT = 1
+FORMAT = 2  # of requests.json; 1 has no digest
+
+
+@dataclasses.dataclass(frozen=True)
+class LogLine:
+    """A line of the log."""
+
+    id: str  # of the request
+    sample: int  # which of the problem's, from 0
+    text: str  # of the reply
+    finish: Finish  # how it ended
+    crc32: int  # of the other fields
+
+    @property
+    def checksum(self) -> int:
+        """What `crc32` has to be."""
+        fields = {key: value for key, value in vars(self).items() if key != "crc32"}
+        return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
 def recorded_identity(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -41,9 +61,10 @@ class ResponseLog(AbstractContextManager):
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.path = folder / "responses.jsonl"
+        self.path = folder / LOG
         self._check_identity(folder, identity)
-        self._file = self.path.open("ab+")
+        with reading(self.path):
+            self._file = self.path.open("ab+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.replies = self._read()
@@ -54,15 +75,14 @@ class ResponseLog(AbstractContextManager):
             raise ValueError(f"{self.path} is being written by another process; wait for it, or stop it") from error
 
     def _check_identity(self, folder: Path, identity: dict[str, Any]) -> None:
-        path, now = folder / "requests.json", {"format": FORMAT, **identity}
+        path, now = folder / "requests.json", json.loads(json.dumps(identity))
         if not path.exists():
             if self.path.exists():
                 raise ValueError(f"{self.path} has no {path.name} beside it, which says what was asked; restore it")
-            write_json(path, now)
+            write_record(path, FORMAT, now)
             return
-        before = read_json(path)
-        if not isinstance(before, dict) or before.get("format") != FORMAT:
-            raise ValueError(f"{path} is not of format {FORMAT}, which this version writes; use another --workdir")
+        before = read_record(path, FORMAT, "restore it, or use another --workdir", undigested=(1,))
+        del before["format"]
         changed = [key for key in sorted(now.keys() | before.keys()) if before.get(key) != now.get(key)]
         if changed:
             name, *others = changed
@@ -81,29 +101,29 @@ class ResponseLog(AbstractContextManager):
         replies: dict[str, Reply] = {}
         for number, line in enumerate(whole.split(b"\n") if newline else [], start=1):
             try:
-                row = json.loads(line)
-                if row.pop("crc32") != _checksum(row):
+                row = parse_json(line, "it", "")
+                if not isinstance(row, dict):
+                    raise ValueError(f"it is {type(row).__name__}, no object")
+                entry = build(LogLine, row, "its field")
+                if entry.crc32 != entry.checksum:
                     raise ValueError("its checksum differs")
-                replies.setdefault(row["id"], Reply(row["text"], row["finish"]))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except ValueError as error:
                 raise ValueError(
-                    f"{self.path}:{number} is damaged ({type(error).__name__}: {error}); delete this line and run the "
+                    f"{self.path}:{number} is damaged: {str(error).removesuffix('; ')}; delete this line and run the "
                     "command again, which asks for it anew"
                 ) from error
+            replies.setdefault(entry.id, Reply(entry.text, entry.finish))
         return replies
 
     def add(self, replies: Sequence[tuple[Request, Reply]]) -> None:
         """Appends replies and waits until they are on the disk."""
         for request, reply in replies:
-            row = {"id": request.id, "sample": request.sample, "text": reply.text, "finish": reply.finish}
-            self._file.write(json.dumps({**row, "crc32": _checksum(row)}).encode() + b"\n")
+            line = LogLine(request.id, request.sample, reply.text, reply.finish, 0)
+            line = dataclasses.replace(line, crc32=line.checksum)
+            self._file.write(json.dumps(vars(line)).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         self.replies.update((request.id, reply) for request, reply in replies)
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-
-def _checksum(row: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(row, sort_keys=True).encode())

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rtd_jax.apps.traces.requests import Reply, Request
+from rtd_jax.data.schemas.math import last_box
 from rtd_jax.data.sentences import sentences
-from rtd_jax.data.trace import Problem
-from rtd_jax.eval.answers import answer_matches, boxed, flexible_answer, parse_number, strict_answer
+from rtd_jax.data.trace import Problem, stated_answer
+from rtd_jax.eval.answers import answer_matches, parse_number, states_number
 from rtd_jax.eval.chains import split_solution
 from rtd_jax.eval.estimates import depth_key
 
@@ -146,8 +147,8 @@ def judge(problem: Problem, reply: Reply, settings: SelectionSettings) -> tuple[
 def _states_answer(problem: Problem, text: str, reading: str) -> bool:
     """Whether the text states an answer of the kind that the problem asks for, right or wrong."""
     if parse_number(problem.answer) is not None:
-        return strict_answer(text) is not None or (reading == "flexible" and flexible_answer(text) is not None)
-    stated = re.search(r"####[ \t]*\S", text) is not None or boxed(text) is not None
+        return states_number(text, is_strict=reading == "strict")
+    stated = bool(stated_answer(text)) or last_box(text) is not None
     return stated or (reading == "flexible" and bool(text.strip()))
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence, Set
 from typing import Any
 
-from rtd_jax.apps.traces.requests import OpenAISettings, Record, Reply, Request, SamplingSettings, before_stop
+from rtd_jax.apps.traces.requests import Finish, OpenAISettings, Record, Reply, Request, SamplingSettings, before_stop
 from rtd_jax.data.formats import TextFormat
 
 BACKOFF, LONGEST_BACKOFF = 0.5, 8.0  # seconds before a request is sent again whose reply could not be read
@@ -61,24 +61,30 @@ class OpenAIBackend:
     async def _ask(self, client: Any, request: Request) -> Reply:
         import openai
 
-        settings, where = self._settings, f"the server {self._settings.base_url}"
+        settings, where, problem = self._settings, f"the server {self._settings.base_url}", ""
+        again = "then run the command again to go on; what was answered is kept"
+        log = f"see its log for request {request.id}, {again}"
+        other = f"see that openai.base_url is that of an OpenAI-compatible API (it ends in /v1), {again}"
+        way_out = log
         for attempt in range(settings.retries + 1):
             try:
                 return self._reply(await self._send(client, request))
-            except (ValueError, openai.APIResponseValidationError) as error:  # not UTF-8, not JSON, or no completion
-                problem = str(error)
+            except _NoReply as error:
+                problem, way_out = str(error), other if error.is_foreign else log
+            except (ValueError, openai.APIResponseValidationError) as error:  # not UTF-8, or not JSON
+                problem, way_out = f"what is no JSON ({str(error)[:200]})", other
             except openai.APIStatusError as error:
                 if error.status_code in (400, 413, 422) and settings.skip_refused:
                     return Reply("", "refused")
-                way_out = "run the command again to go on; what was answered is kept"
+                remedy = "run the command again to go on; what was answered is kept"
                 if error.status_code in (400, 401, 403, 404, 413, 422):
-                    way_out = (
+                    remedy = (
                         "mend openai.model, openai.base_url, the key or the sampling; or leave such requests out "
                         "with --config.openai.skip_refused=True"
                     )
                 raise ValueError(
                     f"{where} answered {error.status_code} to the request of {request.problem.source or request.id}: "
-                    f"{str(error.message)[:300]}; {way_out}"
+                    f"{str(error.message)[:300]}; {remedy}"
                 ) from error
             except openai.APIConnectionError as error:  # a timeout is one too
                 reason = error.__cause__ or error
@@ -89,9 +95,8 @@ class OpenAIBackend:
             if attempt < settings.retries:
                 await asyncio.sleep(min(BACKOFF * 2**attempt, LONGEST_BACKOFF))
         raise ValueError(
-            f"{where} answered every one of {settings.retries + 1} attempts with what is no completion (the last: "
-            f"{problem[:200]}); see that base_url is that of an OpenAI-compatible API (it ends in /v1), then run the "
-            "command again"
+            f"{where} answered every one of {settings.retries + 1} attempts at {request.problem.source or request.id} "
+            f"without a reply; the last time with {problem}; {way_out}"
         )
 
     async def _send(self, client: Any, request: Request) -> Any:
@@ -112,17 +117,45 @@ class OpenAIBackend:
         return await client.completions.create(prompt=prompt, **options)
 
     def _reply(self, completion: Any) -> Reply:
-        """Raises ValueError where the server's reply is complete, but not a completion."""
-        try:
-            (choice,) = completion.choices
-            finish = choice.finish_reason
-            if finish == "content_filter":
-                return Reply("", "refused")
-            text = choice.message.content if self._text.kind == "chat" else choice.text
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{str(completion)[:120]!r} is not one choice: {error}") from error
-        if not isinstance(text, str) or finish not in ("stop", "length"):
-            raise ValueError(f"text is {str(text)[:60]!r} and finish_reason {finish!r}")
-        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is valid JSON, but cannot be written
+        """The reply in a completion.
+
+        A model that thinks out of sight may have written nothing yet when it is cut, or call a tool in place of an
+        answer: its text is null then, and counts as empty.
+
+        Raises:
+          _NoReply: the server's answer is complete, but is no reply, or does not say how the text ended.
+        """
+        if not hasattr(completion, "choices"):
+            raise _NoReply(f"what is no completion: {_said(completion)}", is_foreign=True)
+        choices = completion.choices or []
+        if len(choices) != 1 or not hasattr(choices[0], "finish_reason"):
+            raise _NoReply(f"{len(choices)} choices in place of one: {_said(completion)}")
+        finish, message = choices[0].finish_reason, getattr(choices[0], "message", None)
+        if finish == "content_filter" or getattr(message, "refusal", None):
+            return Reply("", "refused")
+        text = getattr(message, "content", None) if self._text.kind == "chat" else getattr(choices[0], "text", None)
+        if not isinstance(text, str | None):
+            raise _NoReply(f"text that is {type(text).__name__}: {_said(text)}")
+        if finish not in _ENDS:
+            raise _NoReply(f"finish_reason {finish!r}, so whether the text is whole is not known: {_said(text)}")
+        # Half a surrogate pair is valid JSON, but cannot be written.
+        text = (text or "").encode("utf-8", "replace").decode()
         text, stopped = before_stop(text, self._sampling.stop)
-        return Reply(text, "stop" if stopped else finish)
+        return Reply(text, "stop" if stopped else _ENDS[finish])
+
+
+# How a text ended, by finish_reason; a model that called a tool came to its end without an answer.
+_ENDS: dict[str, Finish] = {"stop": "stop", "length": "length", "tool_calls": "stop", "function_call": "stop"}
+
+
+class _NoReply(Exception):
+    """What a server sent in place of a reply, in words; foreign, where it does not seem to be a server of this API."""
+
+    def __init__(self, words: str, *, is_foreign: bool = False) -> None:
+        super().__init__(words)
+        self.is_foreign = is_foreign
+
+
+def _said(value: Any) -> str:
+    text = value.model_dump_json(exclude_none=True) if hasattr(value, "model_dump_json") else repr(value)
+    return text if len(text) < 200 else f"{text[:197]}..."

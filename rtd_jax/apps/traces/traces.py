@@ -23,8 +23,9 @@ from rtd_jax.apps.traces.select import OUTCOMES, Selected, SelectionSettings, se
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import check_writable, replacing, write_jsonl
 from rtd_jax.data.formats import TextFormat, solved_examples
-from rtd_jax.data.manifest import begin_manifest, finish_manifest
+from rtd_jax.data.manifest import LOG, begin_manifest, check_folder, finish_manifest, shard_names
 from rtd_jax.data.sources import SourceSettings, load_problems, load_traces
+from rtd_jax.eval.chains import check_reference
 
 PROGRESS_INTERVAL = 5.0  # seconds between two lines of progress
 
@@ -38,8 +39,9 @@ class OutputSettings:
     rows_per_shard: int = 10_000  # chains of a file
 
     def __post_init__(self) -> None:
-        if self.rows_per_shard < 1 or not self.split:
-            raise ValueError(f"rows_per_shard is {self.rows_per_shard} and split {self.split!r}; expected 1 and a name")
+        if self.rows_per_shard < 1:
+            raise ValueError(f"rows_per_shard is {self.rows_per_shard}; expected at least 1 chain")
+        shard_names(self.split, 1, self.format)  # refuses what cannot begin a file's name
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,11 @@ def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:
         that arrived before are in the log.
     """
     check_writable(workdir)
+    check_folder(workdir, recipe.output.split)  # before minutes of asking
+    known = _known(recipe.selection.tokenizer)
     problems = load_problems(recipe.problems)
+    for problem in problems:
+        check_reference(problem)
     examples = load_traces(recipe.examples) if recipe.examples else []
     asked = {problem.prompt for problem in problems}
     shared = next((trace for trace in examples if trace.prompt in asked), None)
@@ -98,7 +104,7 @@ def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:
 
             backend.complete(requests, missing, record)
         replies = {request.id: log.replies[request.id] for request in requests}
-        selected = select(requests, replies, recipe.selection, _known(recipe.selection.tokenizer))
+        selected = select(requests, replies, recipe.selection, known)
         digest = hashlib.sha256()
         for request_id, reply in sorted(replies.items()):
             digest.update(json.dumps([request_id, *reply]).encode())
@@ -113,6 +119,12 @@ def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:
         }
         manifest = _write_shards(recipe.output, workdir, selected, about)
     _print(selected, manifest)
+    if not selected.rows:
+        print(
+            f"warning: no chain is right and whole, so no shard was written: look into {workdir / LOG}; then change text, "
+            "sampling or selection",
+            flush=True,
+        )
     prompts = {request.problem.prompt for request in requests}
     texts = {(request.problem.prompt, replies[request.id].text) for request in requests}
     if samples > 1 and len(texts) == len(prompts):
@@ -149,13 +161,8 @@ def _backend(recipe: TracesRecipe, text: TextFormat) -> Backend:
 def _write_shards(output: OutputSettings, workdir: Path, selected: Selected, about: dict[str, Any]) -> Path:
     """Writes the kept chains, and the manifest, which says `about` them. Returns the manifest's path."""
     rows, size = selected.rows, output.rows_per_shard
-    if not rows:
-        raise ValueError(
-            f"no chain is right and whole ({selected.counts['all']}), so there is nothing to write: look into "
-            f"{workdir / 'responses.jsonl'}; then change text, sampling or selection"
-        )
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    names = [f"{output.split}-{i:05d}-of-{len(parts):05d}.{output.format}" for i in range(len(parts))]
+    names = shard_names(output.split, len(parts), output.format)
     begin_manifest(workdir, names)
     for name, part in zip(names, parts, strict=True):
         if output.format == "jsonl":

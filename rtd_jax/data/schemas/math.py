@@ -8,6 +8,8 @@ from rtd_jax.data.sentences import sentences
 from rtd_jax.data.trace import Trace
 
 _LEVEL = re.compile(r"(?:Level )?([1-5])(?:\.0)?")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a brace, or a backslash with the character that it belongs to
 
 
 def from_math(row: Row, source: str = "row") -> Trace:
@@ -44,27 +46,39 @@ def _subject(row: Row, source: str) -> str:
 
 
 def boxed(solution: str, source: str = "row") -> str:
-    r"""Content of the last `\boxed{...}` (or `\fbox{...}`, or `\boxed 5`), with balanced braces.
+    r"""What `last_box` reads in a reference solution.
 
     Raises:
-      ValueError: there is none, or its braces are not balanced.
+      ValueError: there is no box, its braces are not balanced, or it is empty.
     """
-    start = max(solution.rfind(r"\boxed"), solution.rfind(r"\fbox"))
-    if start < 0:
+    if not _BOX.search(solution):
         raise ValueError(rf"{source}: no \boxed{{}} in 'solution'; expected the answer there")
-    rest = solution[start:].removeprefix(r"\boxed").removeprefix(r"\fbox").lstrip()
+    answer = last_box(solution)
+    if answer is None:
+        raise ValueError(rf"{source}: the last \boxed in 'solution' has no balanced {{...}}")
+    if not answer:
+        raise ValueError(rf"{source}: the last \boxed in 'solution' is empty; expected the answer there")
+    return answer
+
+
+def last_box(text: str) -> str | None:
+    r"""Content of the last `\boxed{...}` (or `\fbox{...}`, or `\boxed 5`), with balanced braces; None without one.
+
+    References and replies are read by this one function.
+    """
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
+        return None
+    rest = text[boxes[-1].end() :].lstrip()
     if not rest.startswith("{"):
-        words, rest = rest.split("$")[0].split(), ""
-        if words:
-            return words[0]
+        words = rest.split("$")[0].split()
+        return words[0].rstrip(".,;:") or None if words else None
     depth = 0
-    for index, character in enumerate(rest):
-        if index and rest[index - 1] == "\\" and character in "{}":  # \{ is a printed brace and groups nothing
-            continue
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[1:index].strip()
-    raise ValueError(rf"{source}: the last \boxed in 'solution' has no balanced {{...}}")
+    for brace in _BRACE.finditer(rest):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)  # \{ is a printed brace and groups nothing
+        if depth == 0 and brace[0] == "}":
+            return rest[1 : brace.start()].strip()
+    return None
 
 
 SCHEMA = Schema("math", from_math, has_levels=True)
