@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from rtd_jax.base.sharding import ROW_AXES, constrain, row_ways
 from rtd_jax.base.types import Array
+from rtd_jax.losses.checks import check_number, check_vocabulary
 from rtd_jax.losses.divergences import mask_padding
 
 # (logits, constants, chunk of arrays) -> (sum of losses, other sums, gradient of the first with respect to the logits)
@@ -33,16 +34,22 @@ def over_chunks(
       part: (chunks of the arrays, [B, chunk_length, ...] each) -> (sums, results [B, chunk_length, ...]).
       arrays_BL: arrays [B, L, ...].
       chunk_length: positions of each row that are handled at one time.
+
+    Raises:
+      ValueError: a chunk has no positions.
     """
+    check_number("chunk_length", chunk_length, 1)
     rows, length = arrays_BL[0].shape[:2]
-    chunk_length = min(chunk_length, length)
+    chunk_length = max(1, min(chunk_length, length))
+    chunks_of_row = -(-length // chunk_length)  # 0 where rows are empty; so no size below is left to be inferred
 
     def split(x: Array) -> Array:
         x = jnp.pad(x, [(0, 0), (0, -length % chunk_length)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(rows, -1, chunk_length, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(rows, chunks_of_row, chunk_length, *x.shape[2:]), 1, 0)
 
     def joined(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length]
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(rows, chunks_of_row * chunk_length, *x.shape[3:])[:, :length]
 
     def body(sums: Any, chunk: tuple[Array, ...]) -> tuple[Any, Any]:
         chunk_sums, results = part(*chunk)
@@ -77,7 +84,11 @@ def map_logits(
       vocab_size: real vocabulary entries; the rest of V is padding.
       chunk_length: positions of each row whose logits exist at one time.
       weights_BL: where 0, the states are replaced by zeros, so that a state that is not finite has no effect.
+
+    Raises:
+      ValueError: the head has fewer than `vocab_size` columns, or `vocab_size` or `chunk_length` is below 1.
     """
+    check_vocabulary(vocab_size, head_DV=head_DV)
     head_DV = head_DV.astype(hidden_BLD.dtype)
     if weights_BL is not None:
         hidden_BLD = _cleared(hidden_BLD, weights_BL)
@@ -136,7 +147,7 @@ def _fused_forward(
         d_hidden = jnp.einsum("blv,dv->bld", d_logits, head_DV, preferred_element_type=jnp.float32)
         # One partial sum for each group of rows that shares a device: no communication inside the loop.
         hidden_RBLD, d_logits_RBLV = (
-            constrain(x.reshape(shards, -1, *x.shape[1:]), mesh, ROW_AXES, None, None, axis)
+            constrain(x.reshape(shards, len(x) // shards, *x.shape[1:]), mesh, ROW_AXES, None, None, axis)
             for x, axis in ((_cleared(hidden, rest[0]), None), (d_logits, "tensor"))
         )
         d_head = jnp.einsum("rbld,rblv->rdv", hidden_RBLD, d_logits_RBLV, preferred_element_type=jnp.float32)
