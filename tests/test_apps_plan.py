@@ -86,6 +86,71 @@ def test_collectives_in_a_loop_count_once_for_each_turn():
     assert memory(compiled).arguments == (7 * 8 * 16 + 64) * 4
 
 
+def _collective(instruction: str, header: str = "HloModule m, num_partitions=8"):
+    (found,) = Hlo(
+        f"{header}\n\nENTRY %main (p: f32[4]) -> f32[4] {{\n  %c = f32[100]{{0}} {instruction}\n}}\n"
+    ).collectives()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("attributes", "group"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", 2),
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}, use_global_device_ids=true", 4),
+        ("channel_id=1, replica_groups={{0,1,2},{3}}, use_global_device_ids=true", 3),
+        ("replica_groups={{0},{1},{2},{3}}", 1),
+        ("replica_groups={}, use_global_device_ids=true", None),
+        ("dimensions={0}", None),
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}", 2),
+        ("replica_groups=[4,2]<=[2,2,2]T(0,2,1), use_global_device_ids=true", 2),
+        ("replica_groups=[1,8]<=[8]", 8),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, dimensions={0}, use_global_device_ids=true", 4),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b'}, dimensions={1}", 8),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", 2),
+        ("replica_groups=mesh[x=2,y=4] {y}", 4),
+        # Of the replicas, of which there is one; all of its partitions take part.
+        ("channel_id=3, replica_groups={{0}}", 8),
+    ],
+)
+def test_a_collective_costs_what_its_group_exchanges(attributes, group):
+    """In each form in which XLA writes groups; of 400 bytes of results in groups of n, (n - 1) / n come from others."""
+    for start in ("", "-start"):
+        found = _collective(f'all-gather{start}(%p), metadata={{op_name="replica"}}, {attributes}')
+        assert found.group == group
+        of_all = 8 if group is None else group
+        assert found.wire_bytes(8) == 400 * (of_all - 1) / of_all
+    assert _collective(f"all-reduce(%p), {attributes}").wire_bytes(8) == 2 * 400 * (of_all - 1) / of_all
+    assert _collective(f"reduce-scatter(%p), {attributes}").wire_bytes(8) == 400 * (of_all - 1)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "sent"),
+    [("{{0,1},{1,0}}", 400), ("{{0,0},{1,1}}", 0), ("{{0,0},{1,2},{2,1}}", 400), ("{}", 0)],
+)
+def test_a_permutation_sends_what_leaves_its_device(pairs, sent):
+    found = _collective(f"collective-permute(%p), channel_id=1, source_target_pairs={pairs}")
+    assert found.wire_bytes(8) == sent
+
+
+def test_groups_of_a_mesh_of_two_axes_are_those_of_its_axes():
+    """Gathered over 4 of 8 devices and over 2, and summed over 4: as compiled, in whatever form groups are written."""
+    mesh = make_mesh(MeshSettings(data=1, fsdp=4, tensor=2))
+
+    def placed(x, *axes):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    def wire(function, *axes):
+        x = jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+        found = Hlo(jax.jit(function).lower(x).compile().as_text()).collectives()
+        return sum(collective.wire_bytes(8) * collective.times for collective in found)
+
+    assert wire(lambda x: placed(x, None, "tensor"), "fsdp", "tensor") == 16 * 16 * 4 / 2 * 3 / 4
+    assert wire(lambda x: placed(x, "fsdp", None), "fsdp", "tensor") == 16 * 16 * 4 / 4 / 2
+    assert wire(lambda x: placed(jnp.sum(x, axis=0), "tensor"), "fsdp", "tensor") == 2 * (16 / 2 * 4) * 3 / 4
+
+
 def test_bytes_of_shapes():
     assert shape_bytes("(bf16[2,3]{1,0}, f32[4]{0}, pred[])") == 12 + 16 + 1
 

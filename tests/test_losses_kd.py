@@ -7,6 +7,7 @@ import pytest
 
 from rtd_jax.apps.plan.program import matmul_flops
 from rtd_jax.losses import cross_entropy_sums, kd, kd_sums, kd_token_losses
+from rtd_jax.losses.policy import policy_sums, token_log_probs
 
 ROWS, LENGTH, STUDENT_WIDTH, TEACHER_WIDTH, VOCAB = 3, 7, 8, 12, 20
 
@@ -232,3 +233,36 @@ def test_a_scaled_loss_scales_its_gradient_and_the_other_sums_have_none():
 
     np.testing.assert_allclose(of(lambda sums: -3.0 * sums.loss), -3.0 * of(lambda sums: sums.loss), rtol=1e-6)
     np.testing.assert_array_equal(of(lambda sums: sums.soft + sums.hard + sums.kl_T1), 0.0)
+
+
+def _factor(got, want):
+    """By how much `want` has to be multiplied to fit `got` best, in float64."""
+    got, want = (np.asarray(x.astype(jnp.float32), np.float64).ravel() for x in (got, want))
+    return got @ want / (want @ want)
+
+
+@pytest.mark.parametrize("tokens", [256, 257, 771, 771 * 17, 65283, 1e6 + 3])
+def test_the_scale_of_a_loss_is_not_rounded_to_the_states_dtype(tokens):
+    """With bfloat16 states and head, 1 / tokens reaches their gradients with float32's digits, whatever the loss."""
+    keys = jax.random.split(jax.random.key(1), 6)
+    shapes = (4, 64, 32), (32, 50), (4, 64, 32), (32, 50)
+    arrays = [(0.5 * jax.random.normal(*x)).astype(jnp.bfloat16) for x in zip(keys, shapes, strict=False)]
+    labels, weights = jax.random.randint(keys[4], (4, 64), 0, 50), jnp.ones((4, 64))
+    drawn = token_log_probs(*arrays[:2], labels, weights, temperature=1.0, vocab_size=50)  # every ratio is 1
+    draws = drawn, jnp.where(jax.random.bernoulli(keys[5], shape=(4, 64)), 1.0, -1.0)
+    losses = {
+        "kd": lambda h, w: kd_sums(h, w, *arrays[2:], labels, weights, temperature=4.0, alpha=0.7, vocab_size=50).loss,
+        "labels": lambda h, w: cross_entropy_sums(h, w, labels, weights, vocab_size=50)[0],
+        "policy": lambda h, w: (
+            policy_sums(h, w, labels, weights, *draws, temperature=1.0, clip=0.2, vocab_size=50).loss
+        ),
+    }
+    for name, loss in losses.items():
+        gradients = jax.grad(lambda h, w, loss=loss: loss(h, w) / tokens, argnums=(0, 1))(*arrays[:2])
+        whole = jax.grad(loss, argnums=(0, 1))(*arrays[:2])
+        for gradient, expected in zip(gradients, whole, strict=True):
+            assert gradient.dtype == jnp.bfloat16
+            assert abs(_factor(gradient, expected) * tokens - 1) < 2**-12, name
+        if name == "kd":
+            exact = jax.grad(loss, argnums=(0, 1))(*(x.astype(jnp.float32) for x in arrays[:2]))
+            assert all(abs(_factor(g, x) * tokens - 1) < 2**-12 for g, x in zip(gradients, exact, strict=True))

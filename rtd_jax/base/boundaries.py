@@ -50,7 +50,7 @@ def shifted_labels(batch: Batch) -> tuple[Array, Array]:
 
 def shifted(x_BL: Array) -> Array:
     """Moves each token's value to the position before it, which predicts the token; 0 at a row's last position."""
-    return jnp.pad(x_BL[:, 1:], ((0, 0), (0, 1)))
+    return jnp.pad(x_BL[:, 1:], ((0, 0), (0, min(1, x_BL.shape[1]))))
 
 
 def completion_tokens(batch: Batch) -> Array:

@@ -4,9 +4,11 @@ A mean of micro-batch means is not the mean of the batch. Every metric is theref
 micro-batches, devices and updates, and divided only when it is shown.
 """
 
+import math
 from typing import NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from rtd_jax.base.types import Array
@@ -33,6 +35,14 @@ def safe_divide(numerator: Array, denominator: Array) -> Array:
     """`numerator / denominator`, and exactly 0 with zero gradient where the denominator is 0."""
     is_zero = denominator == 0
     return jnp.where(is_zero, 0.0, numerator / jnp.where(is_zero, 1.0, denominator))
+
+
+def within(values: Array, low: float, high: float = math.inf) -> Array:
+    """Values cut to the range of the exact ones, which rounding can leave; the gradient is that of `values`."""
+    excess = jnp.minimum(values - low, 0.0)
+    if high != math.inf:
+        excess += jnp.maximum(values - high, 0.0)
+    return values - jax.lax.stop_gradient(excess)
 
 
 def masked_sum(values: Array, mask: Array, axis: int | tuple[int, ...] | None = None) -> Array:

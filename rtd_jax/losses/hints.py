@@ -10,11 +10,14 @@ import jax.numpy as jnp
 
 from rtd_jax.base.means import safe_divide
 from rtd_jax.base.types import Array
+from rtd_jax.losses.trajectory import power_scale
 
 
 def hint_losses(student_BLS: Array, teacher_BLD: Array, mask_BL: Array, regressor_SD: Array) -> Array:
     """|W h_S - h_T|^2 / |h_T|^2 per token, float32 [B, L]; 0 with zero gradient where masked or where h_T is 0."""
     student = jnp.where(mask_BL[..., None], student_BLS, 0).astype(jnp.float32)
     teacher = jax.lax.stop_gradient(jnp.where(mask_BL[..., None], teacher_BLD, 0).astype(jnp.float32))
+    scale = power_scale(teacher, -1)
+    student, teacher = student * scale, teacher * scale
     error_BL = jnp.sum(jnp.square(jnp.einsum("bls,sd->bld", student, regressor_SD) - teacher), axis=-1)
     return safe_divide(error_BL, jnp.sum(jnp.square(teacher), axis=-1))

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from rtd_jax.base.means import safe_divide
 from rtd_jax.base.types import Array, TopK
+from rtd_jax.losses.checks import check_number, check_temperature, check_vocabulary
 from rtd_jax.losses.divergences import Terms, mask_padding, token_terms, top_k_terms
 from rtd_jax.losses.fused import chunk_logits, fused_sums, whole_columns
 
@@ -48,9 +49,14 @@ def kd_token_losses(
       student_logits, teacher_logits: [..., V]; rows of padding beyond `vocab_size` are ignored. The two V may differ in
         padding only.
       labels: int [...], ids of the predicted tokens.
-      temperature: T > 0.
+      temperature: T, from 0.001 to 1e6.
       vocab_size: number of real vocabulary entries.
+
+    Raises:
+      ValueError: a plain `temperature` out of range, or `vocab_size` below 1 or above V.
     """
+    check_temperature(temperature)
+    check_vocabulary(vocab_size, student_logits=student_logits, teacher_logits=teacher_logits)
     terms = token_terms(student_logits, teacher_logits, labels, temperature, vocab_size)
     return terms.soft, terms.hard, jax.lax.stop_gradient(terms.kl_T1), terms.correct
 
@@ -70,7 +76,7 @@ def kd(
 ) -> Array:
     """alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * CE, in nats per predicted token; float32 scalar.
 
-    Arguments as in `kd_sums`. 0 when no token has weight.
+    Arguments and what is raised as in `kd_sums`. 0 when no token has weight, or there is none.
     """
     sums = kd_sums(
         student_hidden_BLS,
@@ -109,8 +115,8 @@ def kd_sums(
       student_head_SV, teacher_head_DV: LM heads; products accumulate in float32.
       labels_BL: int32, the token predicted *at* each position (already shifted).
       weights_BL: float32 loss weights; tokens of weight 0 contribute nothing, whatever they hold.
-      temperature: T > 0, traced or not.
-      alpha: share of the soft loss in `loss`, traced or not.
+      temperature: T, from 0.001 to 1e6, traced or not.
+      alpha: share of the soft loss in `loss`, from 0 to 1, traced or not.
       vocab_size: real vocabulary entries; the rest of V is padding and gets no probability.
       chunk_length: positions of each row whose logits exist at one time: memory is B * chunk_length * V.
       mesh: where the arrays lie, rows over (data, fsdp) and the vocabulary over tensor. The logits then stay where they
@@ -118,7 +124,11 @@ def kd_sums(
 
     Returns:
       KDSums; `loss` is differentiable with respect to the student's states and head, and to nothing else.
+
+    Raises:
+      ValueError: a head has fewer than `vocab_size` columns, or a plain argument is out of range.
     """
+    check_vocabulary(vocab_size, student_head_SV=student_head_SV, teacher_head_DV=teacher_head_DV)
     chex.assert_rank([student_hidden_BLS, teacher_hidden_BLD], 3)
     chex.assert_rank([student_head_SV, teacher_head_DV], 2)
     chex.assert_equal_shape_prefix([student_hidden_BLS, teacher_hidden_BLD, labels_BL, weights_BL], 2)
@@ -156,6 +166,7 @@ def top_k_kd_sums(
     Args:
       top: see `TopK`; `soft_tail_BL` belongs to `temperature`. What it holds at tokens of weight 0 is not read.
     """
+    check_vocabulary(vocab_size, student_head_SV=student_head_SV)
     chex.assert_rank([student_hidden_BLS, top.ids_BLM, top.log_probs_BLM], 3)
     chex.assert_equal_shape([top.ids_BLM, top.log_probs_BLM])
     chex.assert_equal_shape([labels_BL, weights_BL, top.tail_BL, top.soft_tail_BL])
@@ -188,6 +199,8 @@ def _weighted_sums(
       student: states and head.
       tokens: loss weights, labels, and what else `terms` reads of each token, [B, L, ...].
     """
+    check_temperature(temperature)
+    check_number("alpha", alpha, 0.0, 1.0)
 
     def losses(logits: Array, constants: tuple, chunk: tuple) -> tuple[Array, tuple[Array, ...], Array]:
         constant, temperature, alpha = constants
@@ -214,6 +227,7 @@ def cross_entropy_sums(
     mesh: Mesh | None = None,
 ) -> tuple[Array, Array]:
     """Weighted sum of the cross-entropy over tokens (nats), and the sum of weights; the head fused in (`kd_sums`)."""
+    check_vocabulary(vocab_size, head_DV=head_DV)
     chex.assert_equal_shape_prefix([hidden_BLD, labels_BL, weights_BL], 2)
 
     def losses(logits: Array, _: tuple, chunk: tuple) -> tuple[Array, Array, Array]:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from rtd_jax.base.boundaries import shifted_labels, step_boundaries, transition_boundaries
 from rtd_jax.base.means import Mean, Metrics, safe_divide
 from rtd_jax.base.types import Array, Batch, TeacherOutputs
+from rtd_jax.losses.checks import check_number
 from rtd_jax.losses.kd import kd_sums, top_k_kd_sums
 from rtd_jax.losses.trajectory import (
     Projection,
@@ -96,7 +97,12 @@ def rtd(
 
     Returns:
       The loss (float32 scalar; sums over a partition of the rows to the batch's loss), and the metrics as (sum, count).
+
+    Raises:
+      ValueError: a plain weight is negative or not finite, and what `kd_sums` and the trajectory losses raise.
     """
+    check_number("weights.alignment", weights.alignment, 0.0)
+    check_number("weights.coherence", weights.coherence, 0.0)
     labels_BL, loss_weights_BL = shifted_labels(batch)
     student = student_hidden_BLS, student_head_SV
     targets = labels_BL, loss_weights_BL

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rtd_jax.base.boundaries import step_tokens
-from rtd_jax.base.means import masked_sum, safe_divide
+from rtd_jax.base.means import masked_sum, safe_divide, within
 from rtd_jax.base.types import Array, Batch
+from rtd_jax.losses.checks import check_number, check_temperature, check_vocabulary
 from rtd_jax.losses.divergences import mask_padding
 from rtd_jax.losses.fused import fused_sums, map_logits
 
@@ -56,8 +57,12 @@ def step_advantages(rewards_GNK: Array, mask_GNK: Array, std_floor: float = STD_
     Args:
       rewards_GNK: rewards of the K steps of N chains of each of G prompts; what is masked may be anything.
       mask_GNK: bool, the steps that exist.
-      std_floor: smallest divisor, in units of the reward.
+      std_floor: smallest divisor, above 0, in units of the reward.
+
+    Raises:
+      ValueError: the floor would let equal rewards divide by 0.
     """
+    check_number("std_floor", std_floor, 1e-30)
     chex.assert_rank([rewards_GNK, mask_GNK], 3)
     chex.assert_equal_shape([rewards_GNK, mask_GNK])
     rewards_GNK = jnp.where(mask_GNK, jnp.asarray(rewards_GNK, jnp.float32), 0.0)
@@ -112,7 +117,13 @@ def policy_sums(
       temperature: at which the chains were drawn: the policy is softmax(logits / temperature).
       clip: c, by which a ratio may leave 1 before its gradient stops.
       vocab_size, chunk_length, mesh: see `kd_sums`.
+
+    Raises:
+      ValueError: the head has fewer than `vocab_size` columns, or a plain argument is out of range.
     """
+    check_temperature(temperature)
+    check_number("clip", clip, 0.0)
+    check_vocabulary(vocab_size, head_SV=head_SV)
     chex.assert_equal_shape([labels_BL, weights_BL, old_log_probs_BL, advantages_BL])
     chex.assert_equal_shape_prefix([hidden_BLS, labels_BL], 2)
 
@@ -128,7 +139,7 @@ def policy_sums(
         loss, slope = policy_token_losses(label_log_probs, old, advantages, clip)
         clipped = (slope == 0.0) & (advantages != 0.0)
         log_ratio = label_log_probs - old
-        kl = jnp.exp(log_ratio) - 1.0 - log_ratio
+        kl = within(jnp.expm1(log_ratio) - log_ratio, 0.0)
         sums = tuple(jnp.sum(jnp.where(is_counted, weights * x, 0.0)) for x in (clipped, kl, 1.0))
         d_logits = (weights * slope / temperature)[..., None] * (is_label - jnp.exp(log_probs))
         return jnp.sum(jnp.where(is_counted, weights * loss, 0.0)), sums, d_logits
@@ -151,8 +162,9 @@ def token_log_probs(
 ) -> Array:
     """log softmax(logits / temperature) of each label, float32 [B, L], a chunk of positions at a time; 0 at weight 0.
 
-    Arguments as in `policy_sums`; not differentiated.
+    Arguments and what is raised as in `policy_sums`; not differentiated.
     """
+    check_temperature(temperature)
 
     def pick_labels(logits: Array, labels: Array, weights: Array) -> Array:
         log_probs = jax.nn.log_softmax(logits / temperature)

@@ -5,7 +5,8 @@ Both compare directions. With h_i the state at boundary i and delta_i = h_{i+1} 
     alignment = mean_i       1 - cos(f(h^S_i), h^T_i)              (the waypoints)
     coherence = mean_i      (1 - cos(g(delta^S_i), delta^T_i))^2   (the way between them)
 
-f and g are learned linear maps from student width to teacher width. With form="difference" a transition's length counts
+mean_i runs over one chain's boundaries or transitions; the loss is the mean of that over the chains that have any. f and
+g are learned linear maps from student width to teacher width. With form="difference" a transition's length counts
 beside its direction; a control, for the article says nothing of lengths:
 
     coherence = mean_i      |g(delta^S_i) - delta^T_i|^2 / |delta^T_i|^2
@@ -26,7 +27,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rtd_jax.base.means import Mean, mean_per_chain
+from rtd_jax.base.means import Mean, mean_per_chain, within
 from rtd_jax.base.types import Array
 
 TransitionForm = Literal["direction", "difference"]
@@ -109,6 +110,8 @@ def boundary_losses(student_states: Array, teacher_states: Array, mask: Array, p
     """
     _check(student_states, teacher_states, mask)
     student_states = _cleared(student_states, mask)
+    if not callable(projection):  # a function may be other than linear
+        student_states = student_states * power_scale(student_states, -1)
     return _cosine_distance(_project(student_states, teacher_states, projection), teacher_states, mask)
 
 
@@ -132,7 +135,13 @@ def transition_losses(
       ValueError: the widths differ and there is no projection, or the projection does not fit.
     """
     _check(student_states, teacher_states, mask)
-    student_deltas, teacher_deltas = transitions(_cleared(student_states, mask)), transitions(teacher_states)
+    student_states, teacher_states = (_cleared(x, mask) for x in (student_states, teacher_states))
+    of_student, of_teacher = (power_scale(x, (-2, -1)) for x in (student_states, teacher_states))
+    if form == "difference":
+        of_student = of_teacher  # lengths are compared
+    if not callable(projection):
+        student_states, teacher_states = student_states * of_student, teacher_states * of_teacher
+    student_deltas, teacher_deltas = transitions(student_states), transitions(teacher_states)
     projected = _project(student_deltas, teacher_deltas, projection)
     if form == "difference":
         return _relative_error(projected, teacher_deltas, transition_mask(mask))
@@ -153,6 +162,16 @@ def transition_mask(mask: Array) -> Array:
     return mask[..., 1:] & mask[..., :-1]
 
 
+def power_scale(states: Array, axes: int | tuple[int, ...]) -> Array:
+    """A factor that brings very long or very short states to where their squares are in float32's range.
+
+    A power of two, so that no digit changes, and 1 where the largest entry is from 1e-12 to 1e12. Of the states' dtype.
+    """
+    largest = jnp.max(jnp.abs(states), axis=axes, keepdims=True, initial=0.0).astype(jnp.float32)
+    scale = jnp.where(largest > 2.0**40, 2.0**-96, jnp.where(largest < 2.0**-40, 2.0**96, 1.0))
+    return jax.lax.stop_gradient(scale.astype(states.dtype))
+
+
 def _sum_over_chains(losses_K: Array, mask_K: Array) -> Mean:
     return Mean(jnp.sum(mean_per_chain(losses_K, mask_K)), count_chains(mask_K))
 
@@ -164,11 +183,13 @@ def _cosine_distance(a: Array, b: Array, mask: Array) -> Array:
     # then the result.
     usable = mask & jnp.any(a != 0, axis=-1) & jnp.any(b != 0, axis=-1)
     a, b = (jnp.where(usable[..., None], x, 1.0) for x in (a, b))
-    # Scaling by the largest entry keeps the squares of very short and very long vectors inside float32's range.
+    # Scaling by the largest entry keeps the squares of very short and very long vectors inside float32's range. Before
+    # it a power of two: XLA may multiply by 1 / 1e38, which is 0 where tiny numbers are flushed.
+    a, b = (x * power_scale(x, -1) for x in (a, b))
     a, b = (x / jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True)) for x in (a, b))
     dot = jnp.sum(a * b, axis=-1)
     norms = jnp.sqrt(jnp.sum(jnp.square(a), axis=-1)) * jnp.sqrt(jnp.sum(jnp.square(b), axis=-1))
-    return jnp.where(usable, 1.0 - dot / norms, 0.0)
+    return jnp.where(usable, within(1.0 - dot / norms, 0.0, 2.0), 0.0)
 
 
 def _relative_error(a: Array, b: Array, mask: Array) -> Array:
@@ -176,6 +197,8 @@ def _relative_error(a: Array, b: Array, mask: Array) -> Array:
     a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
     usable = mask & jnp.any(b != 0, axis=-1)
     a, b = (jnp.where(usable[..., None], x, 1.0) for x in (a, b))
+    scale = power_scale(b, -1)
+    a, b = a * scale, b * scale
     scale = jax.lax.stop_gradient(jnp.max(jnp.abs(b), axis=-1, keepdims=True))
     a, b = a / scale, b / scale
     return jnp.where(usable, jnp.sum(jnp.square(a - b), axis=-1) / jnp.sum(jnp.square(b), axis=-1), 0.0)

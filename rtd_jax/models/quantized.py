@@ -34,7 +34,8 @@ def quantize_params(params: Params) -> Params:
 
 
 def as_float(value: QArray | jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The array in `dtype`; int8 values are multiplied by their scales."""
+    """The array in `dtype`; int8 values are multiplied by their scales, in float32."""
     if isinstance(value, QArray):
-        return (value.qvalue.astype(dtype) * value.scale.astype(dtype)).astype(dtype)
+        # A scale rounded to bfloat16 would put one common error on the whole channel.
+        return (value.qvalue.astype(jnp.float32) * value.scale.astype(jnp.float32)).astype(dtype)
     return value.astype(dtype)

@@ -202,17 +202,9 @@ def _compile(name: str, traced: jax.stages.Traced, resident: float, devices: int
     wire = 0.0
     for collective in hlo.collectives():
         by_kind[collective.kind] = by_kind.get(collective.kind, 0.0) + collective.bytes * collective.times
-        wire += _wire_bytes(collective.kind, collective.bytes, devices) * collective.times
+        wire += collective.wire_bytes(devices) * collective.times
     flops = matmul_flops(traced.jaxpr.jaxpr) / devices
     return Plan(name, seconds, memory(compiled), resident, flops, hlo.bytes_moved(), by_kind, wire)
-
-
-def _wire_bytes(kind: str, result: float, devices: int) -> float:
-    """Bytes that one device sends for a collective whose result has `result` bytes, by the usual ring algorithms."""
-    others = devices - 1
-    shares = {"all-reduce": (2 * others, devices), "reduce-scatter": (others, 1), "collective-permute": (1, 1)}
-    sent, whole = shares.get(kind, (others, devices))
-    return result * sent / whole
 
 
 def print_plan(recipe: Recipe, target: Target, plans: Plans) -> None:

@@ -17,7 +17,8 @@ from jax.extend import core
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4}
 BYTES |= {"u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8}
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BY_REPLICA = ("all-gather", "all-reduce", "reduce-scatter")  # what their groups name depends on an attribute
+COLLECTIVES = (*_BY_REPLICA, "all-to-all", "collective-permute")
 # Instructions that move no bytes themselves: names, tuples, control flow (whose bodies are counted), and the second
 # halves of asynchronous pairs.
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"}
@@ -47,6 +48,17 @@ class Collective:
     shape: str  # of its result
     bytes: float  # of its result
     times: int  # how often it runs in one call of the program
+    group: int | None = None  # devices that exchange with one another; 1: nothing leaves a device; None: all devices
+
+    def wire_bytes(self, devices: int) -> float:
+        """Bytes that one of `devices` sends each time that it runs, by the usual ring algorithms."""
+        group = devices if self.group is None else self.group
+        if group == 1:
+            return 0.0
+        others = group - 1
+        shares = {"all-reduce": (2 * others, group), "reduce-scatter": (others, 1), "collective-permute": (1, 1)}
+        sent, whole = shares.get(self.kind, (others, group))
+        return self.bytes * sent / whole
 
 
 def memory(compiled: Any) -> Memory:
@@ -97,6 +109,8 @@ class Hlo:
     """Optimised HLO, parsed from its text."""
 
     def __init__(self, text: str):
+        partitions = re.search(r"^HloModule .*\bnum_partitions=(\d+)", text)
+        self._partitions = int(partitions[1]) if partitions else 1
         self._computations: dict[str, list[_Instruction]] = {}
         current: list[_Instruction] = []
         for line in text.splitlines():
@@ -137,8 +151,17 @@ class Hlo:
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 shape = _result(instruction)
-                found.append(Collective(kind, shape, shape_bytes(shape), times))
+                group = _moving_group(instruction) if kind == "collective-permute" else self._group(kind, instruction)
+                found.append(Collective(kind, shape, shape_bytes(shape), times, group))
         return found
+
+    def _group(self, kind: str, instruction: _Instruction) -> int | None:
+        """Devices in the largest group of a collective; None where its group is all of them."""
+        size = group_size(instruction.rest)
+        if size is None or kind not in _BY_REPLICA or "use_global_device_ids=true" in instruction.rest:
+            return size
+        # Without global ids these name replicas; on a channel all partitions of a replica take part, too.
+        return size * self._partitions if "channel_id=" in instruction.rest else size
 
     def bytes_moved(self) -> float:
         """Bytes read and written on one device: operands and results of every instruction that is not inside a fusion.
@@ -187,6 +210,31 @@ def shape_bytes(shape: str) -> float:
         for dtype, sizes in _SHAPE.findall(shape)
         if dtype in BYTES
     )
+
+
+def group_size(attributes: str) -> int | None:
+    """Devices in the largest group of a collective's `replica_groups`; None where they are empty: all devices.
+
+    The groups are listed, {{0,1},{2,3}}; or the rows of a reshaped and transposed iota, [4,2]<=[2,4]T(1,0); or axes of
+    a mesh, mesh['x'=2,'y'=4] {'y'}, where 'y':(2)2 is a part of an axis, of size 2.
+    """
+    if listed := re.search(r"replica_groups=\{((?:\s*\{[\d,\s]*\},?)*)\s*\}", attributes):
+        return max((len(group.split(",")) for group in re.findall(r"\{([^}]+)\}", listed[1])), default=None)
+    if rows := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
+        return int(rows[1])
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"([\w.\-]+)'?=(\d+)", mesh[1]))
+        axes = re.findall(r"([A-Za-z_][\w.\-]*)'?(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sizes[name]) for name, part in axes)
+    return None
+
+
+def _moving_group(permutation: _Instruction) -> int | None:
+    """1 where a collective-permute leaves all data where they are, 2 where it sends any to another device."""
+    pairs = re.search(r"source_target_pairs=\{((?:\s*\{\d+,\d+\},?)*)\s*\}", permutation.rest)
+    if pairs is None:
+        return None
+    return 2 if any(source != target for source, target in re.findall(r"(\d+),(\d+)", pairs[1])) else 1
 
 
 def _result(instruction: _Instruction) -> str:
