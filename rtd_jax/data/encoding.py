@@ -157,9 +157,9 @@ def _encode(
     wrong = np.flatnonzero((ends[step_ends] <= first_characters) | (np.diff(boundaries) <= 0))
     if len(wrong):
         raise ValueError(
-            f"{source}: step {wrong[0] + 1}, {trace.steps[wrong[0]][-60:]!r}, has no token of its own at its end: the "
-            f"steps end on tokens {boundaries[1:].tolist()} after a prompt of {prompt_length} tokens; expected each step "
-            "to end on a token of its own, so join it with its neighbour, or leave the row out"
+            f"{source}: step {wrong[0] + 1}, {trace.steps[wrong[0]][-60:]!r}, has no token of its own at its "
+            f"end: steps end on tokens {boundaries[1:].tolist()} after a prompt of {prompt_length} tokens; expected "
+            "each step to end on a token of its own, so join it with its neighbour, or leave the row out"
         )
     own = wide[(starts[wide] >= base) & (starts[wide] < base + len(trace.completion))]
     for token in own[np.isin(np.array(ids)[own], special_tokens)]:  # a normaliser made it of other characters
