@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import re
+import unicodedata
 
 import numpy as np
 import pytest
 from llama3_like import llama3_like
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rtd_jax.data.encoding import EncodedChain, chains_fingerprint, encode_traces
@@ -238,12 +240,163 @@ def test_a_template_that_writes_the_date_gives_the_same_text_every_day():
     assert render(tokenizer, "p", "c", CHAT).text.startswith("Today: 26 Jul 2024\n")
 
 
+def test_texts_without_an_end_are_refused(bpe):
+    """A student that never sees an end of a text never learns to stop."""
+    trace = generate(1)[0]
+    endless = llama3_like()
+    endless.eos_token = None
+    with pytest.raises(ValueError, match=r"no end-of-sequence token, .* never learn to stop; set eos_token"):
+        encode_trace(endless, trace, PLAIN)
+    endless.chat_template = bpe.chat_template.replace("+ '<|eot_id|>'", "")
+    with pytest.raises(ValueError, match=r"writes no end of turn .* never learn to stop"):
+        encode_trace(endless, trace, CHAT)
+    endless.chat_template = bpe.chat_template.replace("<|eot_id|>", "\n\n")  # line ends are stripped, and end nothing
+    with pytest.raises(ValueError, match="writes no end of turn"):
+        encode_trace(endless, trace, CHAT)
+
+
+def test_a_generation_stops_at_the_special_token_of_the_closing():
+    spaced = llama3_like()
+    spaced.eos_token = "<|end_of_text|>"
+    spaced.chat_template = spaced.chat_template.replace("+ '<|eot_id|>'", "+ ' <|eot_id|>'")  # as Llama-2 has a space
+    assert stop_token_ids(spaced, CHAT) == tuple(spaced.convert_tokens_to_ids(["<|eot_id|>", "<|end_of_text|>"]))
+
+
+@pytest.mark.parametrize("special", ["<|eot_id|>", "<|begin_of_text|>", "<|reserved_special_token_3|>"])
+@pytest.mark.parametrize("text_format", [PLAIN, CHAT], ids=["plain", "chat"])
+def test_special_tokens_in_the_text_of_a_row_are_refused(bpe, special, text_format):
+    """Text is text: it would be read as a real end or beginning, in the middle of a chain or a second time."""
+    trace = Trace.of_steps("What is 2?", ("One.", "Two."), "2", "#### 2", "rows:3")
+    placed = [
+        ("prompt", dataclasses.replace(trace, prompt=f"What is {special}?")),
+        ("completion", Trace.of_steps("What?", ("One.", f"Two {special}"), "2", "#### 2", "rows:3")),
+        ("completion", dataclasses.replace(trace, final=f"#### 2{special}")),
+    ]
+    for name, changed in placed:
+        with pytest.raises(
+            ValueError, match=rf"rows:3: the {name} has '{re.escape(special)}' in it, .*leave the row out"
+        ):
+            encode_trace(bpe, changed, text_format)
+    with pytest.raises(ValueError, match="the context has"):
+        encode_trace(bpe, trace, dataclasses.replace(text_format, context=f"Q: {special}\n"))
+    with pytest.raises(ValueError, match="a solved example has"):
+        render(bpe, "p", "c", CHAT, [("one?", f"one {special}")])
+    # A template may write them, and text that only looks like one is text.
+    encode_trace(bpe, trace, dataclasses.replace(text_format, prompt_template=f"{special}{{prompt}}\nA:"))
+    looks = encode_trace(bpe, dataclasses.replace(trace, prompt="<eot_id> <s> [INST] | >"), text_format)
+    usual, special_id = encode_trace(bpe, trace, text_format), bpe.convert_tokens_to_ids(special)
+    assert looks.tokens.tolist().count(special_id) == usual.tokens.tolist().count(special_id)
+
+
+def test_a_word_that_only_pads_is_text(bpe):
+    padded = llama3_like()
+    padded.pad_token = "."
+    trace = generate(1)[0]
+    assert "." in trace.prompt
+    assert len(encode_trace(padded, trace, PLAIN)) >= len(encode_trace(bpe, trace, PLAIN))
+
+
+def test_special_tokens_that_a_normaliser_makes_are_refused():
+    tokenizer = normalising(normalizers.NFKC())
+    tokenizer.add_special_tokens({"eos_token": AddedToken("<eos>", normalized=True)})
+    trace = Trace.of_steps("p", ("One.", "Two ＜eos＞ more"), "2", "#### 2", "rows:3")
+    with pytest.raises(ValueError, match=r"rows:3: '＜eos＞' is read as a special token"):
+        encode_trace(tokenizer, trace, PLAIN)
+
+
+def normalising(normalizer) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.normalizer = normalizer
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<eos>"],
+        show_progress=False,
+    )
+    core.train_from_iterator(["café au lait. plain text"] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+
+
+NORMALIZERS = {
+    "NFC": normalizers.NFC(),
+    "NFKC": normalizers.NFKC(),
+    "NFD": normalizers.NFD(),
+    "no accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+    "lower case": normalizers.Lowercase(),
+    "white space": normalizers.Replace(Regex(r"\s+"), " "),
+    "zero width": normalizers.Replace(Regex("[\u200b\u200d]"), ""),
+}
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize(
+    "step",
+    ["At the café", "Add 한국", "see ﬁ", "１２", "İ", "👩\u200d🚀", "x\u200d", "x\u200b", "q\u0323\u0307", "A  B"],
+)
+def test_boundaries_under_normalisers(normalizer, step):
+    """A step ends on the last token of its last character, also where the normaliser joins or drops characters."""
+    tokenizer = normalising(NORMALIZERS[normalizer])
+    for form in ("NFC", "NFD"):
+        text = unicodedata.normalize(form, step)
+        trace = Trace.of_steps(unicodedata.normalize(form, "Où é"), (text, "Home."), "7", "#### 7")
+        chain = encode_trace(tokenizer, trace, LINE_PROMPT)
+        until = [chain.tokens[chain.prompt_length : end + 1].tolist() for end in chain.boundaries[1:]]
+        assert until[0] == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert until[1] == tokenizer(f"{text}\nHome.", add_special_tokens=False)["input_ids"]
+
+
+def test_a_step_of_which_the_normaliser_leaves_nothing_is_named():
+    tokenizer = normalising(NORMALIZERS["zero width"])
+    trace = Trace.of_steps("Where?", ("Home.", "\u200b", "End."), "7", "#### 7", "rows:3")
+    with pytest.raises(ValueError, match=r"rows:3: step 2, '\\u200b', has no token of its own at its end"):
+        encode_trace(tokenizer, trace, LINE_PROMPT)
+
+
+BAD_TEMPLATES = {
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "has not ended after 4 s",
+    "{{ 'a' * 10**10 }}": "takes more than 512 MiB of memory",
+    "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x * 2 %}{% endfor %}": "takes more than 512",
+    "{{ 'a' * 10**7 }}": "writes more than 1,000,000 characters",
+    "{% for i in range(10**9) %}{% endfor %}": "fails .OverflowError: Range too big",
+    "{{ raise_exception('no\nsystem') }}": "fails .TemplateError: no system",
+    "{{ x.y.z }}": "fails .UndefinedError",
+    "{{ 1 / 0 }}": "fails .ZeroDivisionError",
+    "{{ messages[0] + 1 }}": "fails .TypeError",
+    "{% if %}": "fails .TemplateSyntaxError",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "fails .RecursionError",
+    "{{ ''.__class__.__mro__ }}": "fails .SecurityError",
+}
+
+
+@pytest.mark.parametrize(("template", "message"), BAD_TEMPLATES.items())
+def test_chat_templates_that_fail_or_do_not_end_are_named(template, message):
+    tokenizer = llama3_like()
+    tokenizer.chat_template, tokenizer.name_or_path = template, "some/tokenizer"
+    with pytest.raises(ValueError, match=f"the chat template of 'some/tokenizer' {message}") as caught:
+        render(tokenizer, "p", "c", CHAT)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_trial_of_a_template_knows_what_templates_use():
+    """What `transformers` gives to templates is there, so that no part of one goes untried because of an error."""
+    tokenizer = llama3_like()
+    tokenizer.chat_template = (
+        "{% generation %}{{ strftime_now('%Y') }}{{ messages | tojson }}{% endgeneration %}"
+        "{% set n = namespace(a=1) %}{% for i in [1] %}{% break %}{% endfor %}"
+        "{% if tools is none and bos_token and date_string %}{{ 'a' * 10**10 }}{% endif %}"
+    )
+    with pytest.raises(ValueError, match="takes more than 512 MiB of memory"):
+        render(tokenizer, "p", "c", CHAT)
+
+
 def test_steps_that_share_a_token_are_refused():
     # One token per pair of characters: steps "a" and "b" end inside the same one.
-    core = Tokenizer(models.WordLevel({"p ": 0, "a\nb": 1, "<unk>": 2}, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel({"p ": 0, "a\nb": 1, "<unk>": 2, "<eos>": 3}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split("p ", behavior="isolated")
     core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>")
     with pytest.raises(ValueError, match="expected each step to end on a token of its own"):
         encode_trace(tokenizer, Trace.of_steps("p", ("a", "b"), "b"), text_format=TextFormat("plain", "{prompt} ", ""))
 

@@ -98,6 +98,9 @@ def test_prm800k_gives_the_chosen_chain_and_every_rated_completion_beside_it():
     def of_step(step):
         return {**row, "label": {"steps": [step]}}
 
+    for nobody in (None, {}, {"text": None, "rating": None}):
+        step = {"completions": [{"text": "a", "rating": 1}], "human_completion": nobody}
+        assert [chain.trace.steps for chain in labelled_from_prm800k(of_step(step))] == [("a",)]
     for rating in (True, "1", [1], 0.5):
         with pytest.raises(ValueError, match=r"x:1: step 1: rating is .*; expected -1, 0, 1 or null"):
             labelled_from_prm800k(of_step({"completions": [{"text": "a", "rating": rating}]}), "x:1")

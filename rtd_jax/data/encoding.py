@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rtd_jax.data.formats import Rendered, TextFormat, render
+from rtd_jax.data.formats import Rendered, TextFormat, check_end, render, special_ids
 from rtd_jax.data.trace import Trace
 
 _TOKENISE_AT_ONCE = 512  # texts
@@ -70,8 +70,8 @@ def encode_traces(
 
     Raises:
       ValueError: more chains would be dropped (the error names the first one, its length, and the row length that would
-        hold all), or a trace cannot be encoded faithfully: a token is unknown to the tokenizer, prompt and completion
-        share a token, or two steps end on the same token.
+        hold all), the texts have no end, or a trace cannot be encoded faithfully: a token is unknown to the tokenizer,
+        a special token stands in the text, prompt and completion share a token, or a step has no token of its own.
     """
     if not 0.0 <= max_dropped_fraction <= 1.0:
         raise ValueError(f"max_dropped_fraction is {max_dropped_fraction}; expected 0 to 1")
@@ -80,16 +80,18 @@ def encode_traces(
             f"the tokenizer {tokenizer.name_or_path!r} has no fast form, so it gives no character offsets; save it "
             "with a tokenizer.json"
         )
+    check_end(tokenizer, text_format)
+    special = np.array(special_ids(tokenizer))
     chains: list[EncodedChain] = []
     for start in range(0, len(traces), _TOKENISE_AT_ONCE):
         block = traces[start : start + _TOKENISE_AT_ONCE]
-        texts = [render(tokenizer, trace.prompt, trace.completion, text_format) for trace in block]
+        texts = [render(tokenizer, trace.prompt, trace.completion, text_format, source=trace.source) for trace in block]
         # verbose=False: lengths are compared with the row, and what is too long is reported.
         options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
         whole = tokenizer([text.text for text in texts], return_offsets_mapping=True, **options)
         prompts = tokenizer([text.prompt for text in texts], **options)
         columns = block, texts, whole["input_ids"], whole["offset_mapping"], prompts["input_ids"]
-        chains += map(functools.partial(_encode, tokenizer), *columns)
+        chains += map(functools.partial(_encode, tokenizer, special), *columns)
     dropped = tuple(i for i, chain in enumerate(chains) if len(chain) > row_length)
     longest, first = max(map(len, chains), default=0), ""
     if dropped:
@@ -117,6 +119,7 @@ def chains_fingerprint(chains: Sequence[EncodedChain]) -> str:
 
 def _encode(
     tokenizer: PreTrainedTokenizerBase,
+    special_tokens: np.ndarray,
     trace: Trace,
     text: Rendered,
     ids: list[int],
@@ -144,15 +147,25 @@ def _encode(
     starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
     wide = np.flatnonzero(ends > starts)  # some tokenizers have tokens that cover no character
     base = len(text.prompt) + text.completion_offset
-    last_characters = np.array([base + end - 1 for _, end in trace.spans])
-    # Of the tokens that cover a character the last one is taken: a character can take several tokens.
+    spans = base + np.array(trace.spans)
+    first_characters, last_characters = spans[:, 0], spans[:, 1] - 1
+    # Of the tokens that cover a character the last one is taken: a character can take several tokens. A normaliser can
+    # leave a step's last characters to no token (of "e" and an accent that become one, it names the "e" only): then it
+    # is the last token before them that belongs to the step.
     step_ends = wide[np.searchsorted(starts[wide], last_characters, side="right") - 1]
-    assert np.all((starts[step_ends] <= last_characters) & (last_characters < ends[step_ends])), (source, offsets)
     boundaries = np.array([prompt_length - 1, *step_ends], np.int32)
-    if np.any(np.diff(boundaries) <= 0):
+    wrong = np.flatnonzero((ends[step_ends] <= first_characters) | (np.diff(boundaries) <= 0))
+    if len(wrong):
         raise ValueError(
-            f"{source}: steps end on tokens {boundaries[1:].tolist()} after a prompt of {prompt_length} tokens; "
-            "expected each step to end on a token of its own"
+            f"{source}: step {wrong[0] + 1}, {trace.steps[wrong[0]][-60:]!r}, has no token of its own at its "
+            f"end: steps end on tokens {boundaries[1:].tolist()} after a prompt of {prompt_length} tokens; expected "
+            "each step to end on a token of its own, so join it with its neighbour, or leave the row out"
+        )
+    own = wide[(starts[wide] >= base) & (starts[wide] < base + len(trace.completion))]
+    for token in own[np.isin(np.array(ids)[own], special_tokens)]:  # a normaliser made it of other characters
+        raise ValueError(
+            f"{source}: {text.text[starts[token] : ends[token]]!r} is read as a special token of the tokenizer "
+            f"{tokenizer.name_or_path!r}, not as text; leave the row out, or write it in another way"
         )
     weights = (np.arange(len(ids)) >= prompt_length).astype(np.float32)
     return EncodedChain(np.array(ids, np.int32), prompt_length, boundaries, weights, trace.source)

@@ -3,19 +3,21 @@
 Either way the text is prompt + completion + closing. The closing ends the turn: it is the end-of-sequence token of a
 plain text, or what the chat template writes after an assistant's message. Special tokens are written into the text,
 which is then tokenised with `add_special_tokens=False`, so that the beginning-of-sequence token cannot stand there
-twice.
+twice. Only the format writes them: a prompt or a chain that has "<eos>" in it, which would be read as a real end, is
+refused.
 """
 
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from rtd_jax.data.chat import apply_template
+
 _SENTINEL = "@@completion@@"
-# Llama-3.1's template writes today's date unless it is given one, and the data would differ from day to day.
-_DATE = "26 Jul 2024"
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class TextFormat:
     Attributes:
       kind: 'plain' or 'chat'.
       prompt_template: has {prompt} in it, once; of a chat it is the user's message. "" takes the default of the kind.
+        It may have special tokens in it, which nothing else of a text may.
       completion_prefix: stands between prompt and completion of a plain text and is predicted with the completion. With
         byte-pair tokenizers the separating space belongs here, because it is one token with the word that follows.
       context: stands before the prompt as it is: an instruction, or solved examples.
@@ -79,29 +82,42 @@ def render(
     completion: str,
     text_format: TextFormat,
     turns: Sequence[tuple[str, str]] = (),
+    source: str = "",
 ) -> Rendered:
     """The whole text of a chain.
 
     Args:
       turns: of a chat, pairs of a user's and an assistant's message that come first: solved examples.
+      source: where the chain came from, for errors.
 
     Raises:
-      ValueError: the tokenizer has no chat template, or an assistant's message does not continue its generation prompt.
+      ValueError: the tokenizer has no chat template, the template fails, an assistant's message does not continue its
+        generation prompt, or a special token stands in the text of the chain, of the context or of an example.
     """
+    examples = "\n".join(text for turn in turns for text in turn)
+    pieces = {
+        "the prompt": prompt,
+        "the completion": completion,
+        "the context": text_format.context,
+        "a solved example": examples,
+    }
+    pattern = _special_pattern(special_texts(tokenizer))
+    for name, text in pieces.items():
+        if pattern is not None and (found := pattern.search(text)):
+            raise ValueError(
+                f"{source or 'text'}: {name} has {found[0]!r} in it, a special token of the tokenizer "
+                f"{tokenizer.name_or_path!r} ({text[max(0, found.start() - 20) : found.end() + 20]!r}); it would be "
+                "read as one, not as text: leave the row out, or write it in another way "
+                "(only prompt_template may have it)"
+            )
     if text_format.kind == "plain":
         prefix = text_format.completion_prefix
         eos = str(tokenizer.eos_token or "")
         return Rendered(_bos(tokenizer) + text_format.fill(prompt), prefix + completion, eos, len(prefix))
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use format kind 'plain', "
-            "or an instruct model's tokenizer"
-        )
     said = [text for turn in (*turns, (text_format.fill(prompt), _SENTINEL)) for text in turn]
-    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
-    apply = functools.partial(tokenizer.apply_chat_template, tokenize=False, date_string=_DATE)
-    opening = str(apply(messages[:-1], add_generation_prompt=True))
-    whole = str(apply(messages))
+    messages = [(("user", "assistant")[i % 2], text) for i, text in enumerate(said)]
+    opening = apply_template(tokenizer, messages[:-1], is_prompt=True)
+    whole = apply_template(tokenizer, messages, is_prompt=False)
     before, sentinel, closing = whole.rpartition(_SENTINEL)
     if not sentinel or before != opening:
         raise ValueError(
@@ -119,10 +135,57 @@ def solved_examples(text_format: TextFormat, examples: Iterable[tuple[str, str]]
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> tuple[int, ...]:
-    """The token ids that end a generation: the first token of the closing, and the end-of-sequence token."""
-    closing = render(tokenizer, "x", "x", text_format).closing
-    ids = [*tokenizer(closing, add_special_tokens=False)["input_ids"][:1], tokenizer.eos_token_id]
+    """The token ids that end a generation: the closing's first special token, and the end-of-sequence token.
+
+    A closing without a special token ends at its first token.
+    """
+    closing = tokenizer(render(tokenizer, "x", "x", text_format).closing, add_special_tokens=False)["input_ids"]
+    # Llama-2 writes a space before its end, and the token of a space is no end.
+    special = [i for i in closing if i in special_ids(tokenizer)]
+    ids = [*(special or closing)[:1], tokenizer.eos_token_id]
     return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+
+
+def check_end(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> None:
+    """Raises ValueError where texts of this form have no end, so that a model that learns from them never stops."""
+    if render(tokenizer, "x", "x", text_format).closing.strip():
+        return
+    if text_format.kind == "plain":
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so a plain text has no end and "
+            "the student would never learn to stop; set eos_token in its tokenizer_config.json"
+        )
+    raise ValueError(
+        f"the chat template of {tokenizer.name_or_path!r} writes no end of turn after an assistant's message, so the "
+        "student would never learn to stop; let the template write eos_token there, or use format kind 'plain'"
+    )
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """The special tokens that are markup, like "<eos>" or "[INST]", and the end of sequence, whatever it is.
+
+    A word or a mark that is only the padding ("!") is ordinary text.
+    """
+    return _special_texts(tokenizer, len(tokenizer), tuple(map(str, tokenizer.all_special_tokens)))
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of `special_texts`."""
+    found = tokenizer.convert_tokens_to_ids(sorted(special_texts(tokenizer)))
+    return [found] if isinstance(found, int) else found
+
+
+@functools.lru_cache(maxsize=8)
+def _special_texts(tokenizer: PreTrainedTokenizerBase, size: int, named: tuple[str, ...]) -> frozenset[str]:
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    markup = {token for token in (*named, *added) if re.search(r"[<\[{|]", token)}
+    return frozenset(markup | ({str(tokenizer.eos_token)} if tokenizer.eos_token else set()))
+
+
+@functools.lru_cache(maxsize=8)
+def _special_pattern(texts: frozenset[str]) -> re.Pattern[str] | None:
+    longest_first = sorted(texts, key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, longest_first))) if texts else None
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -43,7 +43,8 @@ def split_files(folder: Path, split: str, subset: str = "") -> list[Path]:
     if len(kinds) > 1:
         _refuse(split, sorted(kinds.values()))
     if files[0].stem != split:
-        check_shards(place, files)
+        with reading(place):
+            check_shards(place, files)
         _check_numbers(files, split)
     return files
 

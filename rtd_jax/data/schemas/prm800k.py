@@ -44,8 +44,10 @@ def labelled_from_prm800k(row: Row, source: str = "row") -> list[LabelledChain]:
             if at is None or not 0 <= at < len(completions):
                 raise ValueError(f"{place}: chosen_completion is {shown(chosen)} of {len(completions)} completions")
             taken = completions[at]
-        elif (taken := step.get("human_completion")) is None:
-            break
+        else:
+            taken = step.get("human_completion")
+            if not taken or (isinstance(taken, Mapping) and taken.get("text") is None):  # tables write null so
+                break
         labels.append(_is_right(taken, place))
         steps.append(one_line(text_field(taken, "text", place)))
     if not steps and not others:
