@@ -247,7 +247,6 @@ def test_64_bit_numbers_change_nothing(params, prompts, changes):
         assert generate(MODEL, params, prompts, **options(**changes)) == expected
 
 
-@pytest.mark.parametrize("vocab_size", [0, PADDED + 1])
-def test_a_vocabulary_that_the_model_has_no_logits_for_is_refused(params, vocab_size):
-    with pytest.raises(ValueError, match=rf"vocab_size is {vocab_size}, but the model has logits for {PADDED} ids"):
-        generate(MODEL, params, [[1]], **options(vocab_size=vocab_size))
+def test_a_vocabulary_that_the_model_has_no_logits_for_is_refused(params):
+    with pytest.raises(ValueError, match=rf"vocab_size is {PADDED + 1}, but the model has logits for {PADDED} ids"):
+        generate(MODEL, params, [[1]], **options(vocab_size=PADDED + 1))

@@ -235,7 +235,7 @@ def _choose(
     """Chooses the next token of each row and writes it down."""
     head_DV = model.head(params).astype(hidden_BD.dtype)
     raw_BV = jnp.einsum("bd,dv->bv", hidden_BD, head_DV, preferred_element_type=jnp.float32)
-    if not 1 <= settings.vocab_size <= raw_BV.shape[-1]:
+    if settings.vocab_size > raw_BV.shape[-1]:
         raise ValueError(
             f"vocab_size is {settings.vocab_size}, but the model has logits for {raw_BV.shape[-1]} ids; "
             "use the tokenizer's highest id + 1"
