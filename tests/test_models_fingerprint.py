@@ -11,14 +11,17 @@ from pathlib import Path
 import jax
 import pytest
 
+from rtd_jax.apps.traces.log import recorded_identity
 from rtd_jax.models import fingerprint
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.fingerprint import Fingerprint, weights_fingerprint
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.to_hf import save_pretrained
+from rtd_jax.teacher.cache import TeacherCache, read_identity
 
 CONFIG = LlamaConfig(64, 8, 8, layers=2, heads=1, kv_heads=1, head_dim=8)
 BUNDLED = Path(__file__).parents[1] / "rtd_jax" / "bundled"
+ARTEFACTS = Path(__file__).parent / "golden" / "artefacts"
 
 
 @pytest.fixture
@@ -124,6 +127,28 @@ def test_the_bundled_classifier_knows_its_teacher_by_the_earlier_form():
     assert (recorded != now) is False
     assert str(now) != recorded
     assert {"teacher": recorded} == {"teacher": now}
+
+
+def test_a_cache_and_the_checkpoints_that_read_it_are_known_by_the_earlier_form():
+    folder = ARTEFACTS / "cache"
+    stored = read_identity(folder, hidden_layer=4)
+    cache = TeacherCache(folder, dataclasses.replace(stored, teacher=weights_fingerprint(BUNDLED / "tiny_teacher")))
+    assert cache.fingerprint == TeacherCache(folder, stored).fingerprint  # what a checkpoint has recorded
+    assert str(cache.fingerprint) != str(TeacherCache(folder, stored).fingerprint)
+    with pytest.raises(ValueError, match="written with another teacher"):
+        TeacherCache(folder, dataclasses.replace(stored, teacher=Fingerprint("v2-0", "of another model")))
+
+
+def test_replies_of_an_earlier_version_answer_the_same_requests(tmp_path):
+    """Requests are named by the text of the identity, so it has to be the recorded one."""
+    shutil.copy(ARTEFACTS / "traces" / "requests.json", tmp_path)
+    recorded = json.loads((tmp_path / "requests.json").read_text())
+    del recorded["format"]
+    now = recorded | {"model": weights_fingerprint(BUNDLED / "tiny_teacher")}
+    assert json.dumps(recorded_identity(tmp_path, now)) == json.dumps(recorded) != json.dumps(now)
+    assert json.dumps(recorded_identity(tmp_path / "elsewhere", now)) == json.dumps(now)
+    other = now | {"model": Fingerprint("v2-0", "of another model")}
+    assert recorded_identity(tmp_path, other) == other
 
 
 def test_two_models_that_differ_in_the_middle_only_are_told_apart_although_the_earlier_form_is_one(tmp_path):

@@ -78,7 +78,7 @@ def test_texts_with_the_highest_ids_can_be_evaluated(teacher, experiment):
     student, params = made.student, state.params["student"]
     highest = next(word for word, token in made.tokenizer.get_vocab().items() if token == ROWS - 1)
     ((nats,),) = choice_log_likelihoods(student, params, made.tokenizer, [("Question", [highest])], ScoringSettings(64))
-    assert nats > -2 * np.log(ROWS)
+    assert nats > -100
     ids = [max(made.tokenizer(trace.completion)["input_ids"]) for trace in made.train.traces]
     chosen = [trace for trace, highest in zip(made.train.traces, ids, strict=True) if highest >= len(made.tokenizer)]
     report, _ = made.evaluator(student, params, chosen[:2])
