@@ -233,3 +233,20 @@ def test_a_text_can_end_a_row(params, prompts, monkeypatch):
 def test_bad_sampling_is_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"eos_ids": (3, 5)}, {"sampling": Sampling(0.7, 0.8), "stopped": lambda ids: len(ids) > 4}],
+    ids=["greedy", "sampled and stopped"],
+)
+def test_64_bit_numbers_change_nothing(params, prompts, changes):
+    """A program around this package may have set jax_enable_x64; what is not given a dtype is then twice as wide."""
+    expected = generate(MODEL, params, prompts, **options(**changes))
+    with jax.enable_x64(True):
+        assert generate(MODEL, params, prompts, **options(**changes)) == expected
+
+
+def test_a_vocabulary_that_the_model_has_no_logits_for_is_refused(params):
+    with pytest.raises(ValueError, match=rf"vocab_size is {PADDED + 1}, but the model has logits for {PADDED} ids"):
+        generate(MODEL, params, [[1]], **options(vocab_size=PADDED + 1))

@@ -1,5 +1,6 @@
 """A model is opened in one way, and its weights are read only where somebody asks for them."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import ModelSettings, OpenModel, open_model
 from rtd_jax.models.to_hf import save_pretrained
+from rtd_jax.train.saved_models import load_model
 
 CONFIG = LlamaConfig(len(tiny_tokenizer()), 8, 8, layers=2, heads=1, kv_heads=1, head_dim=8)
 
@@ -70,6 +72,52 @@ def test_a_missing_tokenizer_is_named_where_it_is_asked_for(tmp_path):
     assert found.params
     with pytest.raises(ValueError, match=r"(?s)bare has no tokenizer that can be loaded .*; put tokenizer.json"):
         _ = found.tokenizer
+
+
+def test_a_tokenizer_with_ids_that_have_no_row_is_refused_with_both_numbers(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    found = opened(write_model(tmp_path / "model", tokenizer=tokenizer))
+    rows = CONFIG.vocab_size
+    message = (
+        rf"tokenizer in .*model has ids up to {rows + 1}, which need an embedding of {rows + 2} rows, .* has {rows};"
+    )
+    with pytest.raises(ValueError, match=message):
+        _ = found.tokenizer
+    with pytest.raises(ValueError, match=message):  # evaluate and diagnose, before they read the weights
+        load_model(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"eos_token_id": [2, 100_000]}, r"eos_token_id is \[2, 100000\], but the vocabulary of \d+ has ids"),
+        ({"pad_token_id": CONFIG.vocab_size}, "pad_token_id is"),
+        ({"bos_token_id": "1"}, "bos_token_id is '1'; expected a token id"),
+        ([], "expected a JSON object"),
+    ],
+)
+def test_ids_of_a_generation_config_are_checked_when_the_model_is_opened(directory, content, message):
+    path = directory / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [2, 3], "pad_token_id": None, "temperature": 0.6}))
+    opened(directory)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{path}: .*{message}"):
+        opened(directory)
+
+
+def test_a_tokenizer_without_its_config_is_not_another_tokenizer_without_a_word(directory):
+    (directory / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer_config.json, which names the tokens that begin and end"):
+        _ = opened(directory).tokenizer
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"a": ', b"\xff\xfe{", b"null"])
+def test_a_damaged_file_of_a_tokenizer_is_named(directory, name, content):
+    (directory / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{directory}/{name}: "):
+        _ = opened(directory).tokenizer
 
 
 def test_a_folder_that_is_no_model_is_refused_at_once(tmp_path):

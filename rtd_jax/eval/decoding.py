@@ -104,9 +104,9 @@ def generate(
       For each prompt the new ids without the ending id; so `max_new_tokens` of them exactly when no end came in time.
 
     Raises:
-      ValueError: an empty prompt, an id outside the vocabulary, or a vocabulary that the model has no rows for.
+      ValueError: an empty prompt, an id outside the vocabulary, or a vocabulary that the model has no logits for.
     """
-    _check(prompts, settings.vocab_size, model.config.vocab_size)
+    _check(prompts, settings.vocab_size)
     stream_of = np.arange(len(prompts)) if streams is None else np.asarray(streams)
     rows = settings.batch_size if batch_sharding is not None else min(settings.batch_size, max(1, len(prompts)))
     results: list[list[int]] = [[] for _ in prompts]
@@ -235,6 +235,11 @@ def _choose(
     """Chooses the next token of each row and writes it down."""
     head_DV = model.head(params).astype(hidden_BD.dtype)
     raw_BV = jnp.einsum("bd,dv->bv", hidden_BD, head_DV, preferred_element_type=jnp.float32)
+    if settings.vocab_size > raw_BV.shape[-1]:
+        raise ValueError(
+            f"vocab_size is {settings.vocab_size}, but the model has logits for {raw_BV.shape[-1]} ids; "
+            "use the tokenizer's highest id + 1"
+        )
     logits_BV = mask_padding(raw_BV, settings.vocab_size)
     sampling = settings.sampling
     if sampling is None:
@@ -263,11 +268,7 @@ def nucleus(logits_BV: Array, top_p: float) -> Array:
     return jnp.where(logits_BV >= lowest_B1, logits_BV, -jnp.inf)
 
 
-def _check(prompts: Sequence[Sequence[int]], vocab_size: int, rows: int) -> None:
-    if not 1 <= vocab_size <= rows:
-        raise ValueError(
-            f"vocab_size is {vocab_size}, but the model's embedding has {rows} rows; give the tokenizer's highest id + 1"
-        )
+def _check(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {i} has no tokens; give it at least one, such as the tokenizer's bos id")

@@ -231,7 +231,8 @@ class LlamaConfig:
             raise ValueError(f"LlamaConfig.head_dim {self.head_dim} is odd; rotary embedding needs pairs")
         for name in _SPECIAL:
             value = getattr(self, name)
-            ids = value if isinstance(value, tuple) else () if value is None else (value,)
+            value = list(value) if isinstance(value, tuple) else value  # as config.json has it
+            ids = value if isinstance(value, list) else [] if value is None else [value]
             if any(not 0 <= token < self.vocab_size for token in ids):
                 raise ValueError(
                     f"{name} is {value}, but the vocabulary of {self.vocab_size} has ids 0 to {self.vocab_size - 1}; "
