@@ -87,7 +87,7 @@ class Meta:
         if not 0 <= self.update < 2**31 or self.seconds < 0 or not isinstance(position, dict | None) or not is_curve:
             raise ValueError(
                 f"update is {self.update}, seconds {self.seconds}, iterator {self.iterator[:60]!r} and curve "
-                f"{self.curve[:60]!r}; expected two numbers from 0, a position or null, and a list of rows with an update"
+                f"{self.curve[:60]!r}; expected numbers from 0, a position or null, and rows with an update"
             )
 
 
