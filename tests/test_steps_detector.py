@@ -235,6 +235,14 @@ def test_a_classifier_of_another_teacher_is_refused_before_any_weights_are_loade
     assert not any(note.startswith("loading") for note in notes)
 
 
+def test_a_place_where_no_steps_can_be_kept_is_refused_before_any_weights_are_loaded():
+    recipe = tiny_recipe(segmentation=f"classifier:{CLASSIFIER}", steps_cache="/dev/null/steps")
+    notes: list[str] = []
+    with pytest.raises(ValueError, match=r"cannot write in /dev/null/steps: .* with --config\.data\.steps_cache"):
+        prepare(recipe, notes.append)
+    assert not any(note.startswith("loading") for note in notes)
+
+
 def test_prose_needs_a_classifier():
     source = {"schema": "prose", "location": "x.jsonl"}
     with pytest.raises(ValueError, match=r"'annotated', but the texts of x\.jsonl have no marked steps"):

@@ -264,13 +264,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_writable(directory: Path) -> None:
-    """Raises ValueError when nothing can be written in `directory`; creates it if need be."""
+def check_writable(directory: Path, flag: str = "--workdir") -> None:
+    """Raises ValueError when nothing can be written in `directory`, which `flag` gives; creates it if need be."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe.") as probe:  # a name that no other process has
             probe.write(b"x")
     except OSError as error:
-        raise ValueError(
-            f"cannot write in {directory}: {error.strerror}; choose another folder with --workdir"
-        ) from error
+        raise ValueError(f"cannot write in {directory}: {error.strerror}; choose another folder with {flag}") from error

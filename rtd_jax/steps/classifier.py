@@ -203,7 +203,7 @@ def load_classifier(folder: Path) -> BoundaryClassifier:
     described = load_record(_Described, folder / JSON, FORMAT, way_out, undigested=(WITHOUT_DIGEST,))
     path, layers, head = folder / WEIGHTS, len(described.layers), described.head
     arrays = load_arrays(path, described.weights_sha256, way_out)
-    if np.ndim(arrays.get("scale.mean")) != 2 or not arrays["scale.mean"].size:
+    if arrays.get("scale.mean", np.zeros(0)).ndim != 2 or not arrays["scale.mean"].size:
         raise ValueError(f"{path} has no 'scale.mean' of layers and dimensions; {way_out}")
     width = arrays["scale.mean"].shape[1]
     try:

@@ -145,8 +145,8 @@ def load_head(folder: Path, teacher: str, tokenizer: str, text: str) -> RewardMo
                 f"{now[:12]}); train one on this {name} with launch/reward_model.py"
             )
     arrays = load_arrays(path, saved.sha256, way_out)
-    (hidden,) = np.shape(arrays.get("inner"))[1:2] or (0,)
-    fresh = jax.eval_shape(lambda: init_head(jax.random.key(0), identity.width, hidden))
+    hidden = arrays.get("inner", np.zeros(0)).shape[-1:] or (0,)
+    fresh = jax.eval_shape(lambda: init_head(jax.random.key(0), identity.width, *hidden))
     check_arrays(path, arrays, {name: x.shape for name, x in fresh.items()}, way_out)
     if np.min(arrays["scale"]) <= 0:
         raise ValueError(f"{path}: 'scale' has values that are not positive; {way_out}")

@@ -235,8 +235,11 @@ def restore_params(path: Path, abstract: Params, shardings: Params) -> Params:
     """
     item = {"params": abstract}
     placed = ocp.checkpoint_utils.construct_restore_args(item, {"params": shardings})
-    restored = _restore(path, ocp.args.PyTreeRestore(item=item, restore_args=placed, partial_restore=True))
-    _check_arrays(path, restored)
+    try:
+        restored = _restore(path, ocp.args.PyTreeRestore(item=item, restore_args=placed, partial_restore=True))
+        _check_arrays(path, restored)
+    except DamagedCheckpoint as error:
+        raise ValueError(f"{error}. Give another stage of the run, or its student/ folder") from error
     return restored["params"]
 
 
