@@ -3,10 +3,15 @@
 import dataclasses
 import functools
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from rtd_jax.base.files import json_digest, write_record
+from rtd_jax.base.records import save_arrays
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.eval.segmentation import boundary_scores
 from rtd_jax.steps import classifier as module
@@ -24,6 +29,9 @@ from rtd_jax.steps.fit import Examples, FitSettings, fit_classifier
 from rtd_jax.steps.head import HeadSettings
 from rtd_jax.steps.prose import Reading
 
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLED = ROOT / "rtd_jax" / "bundled" / "tiny_boundaries"
+OLD = ROOT / "tests" / "golden" / "artefacts" / "boundaries"
 make_classifier = functools.partial(BoundaryClassifier, "a" * 64, "teacher", "b" * 64, (1, 2), TextFormat())
 
 
@@ -107,16 +115,87 @@ def test_a_damaged_folder_is_refused_by_name(fitted, tmp_path):
     with pytest.raises(ValueError, match=r"no classifier\.json; give a folder that launch/boundaries\.py wrote"):
         load_classifier(tmp_path)
     folder = save_classifier(tmp_path / "c", fitted)
-    described = json.loads((folder / "classifier.json").read_text())
-    for change, message in (
-        ({"format": 99}, "has format 99, this version reads 1"),
-        ({"head": described["head"] | {"width": 9}}, "does not hold a head of the shape"),
-        ({"weights_sha256": "0"}, "is not the file that"),
-    ):
-        (folder / "classifier.json").write_text(json.dumps(described | change))
-        with pytest.raises(ValueError, match=message):
+    path = folder / "classifier.json"
+    described = json.loads(path.read_text())
+
+    def refused(message: str, **changes: object) -> None:
+        record = {key: value for key, value in (described | changes).items() if key not in ("digest", *removed)}
+        path.write_text(json.dumps(record | {"digest": json_digest(record)}))
+        with pytest.raises(ValueError, match=message) as caught:
             load_classifier(folder)
-    del described["layers"]
-    (folder / "classifier.json").write_text(json.dumps(described))
-    with pytest.raises(ValueError, match=r"is damaged \(KeyError: 'layers'\)"):
-        load_classifier(folder)
+        assert str(folder) in str(caught.value)
+
+    removed: tuple[str, ...] = ()
+    refused("has format 99, this version reads 1 or 2", format=99)
+    refused(r"there is shape \[8\], its settings ask for shape \[9\]", head=described["head"] | {"width": 9})
+    refused("head.safetensors is not the file that the JSON", weights_sha256="0")
+    for threshold in (2, -0.1, 1e300, "0.5", None):
+        refused("threshold", threshold=threshold)
+    for layers in ([1], [1, 2, 3], [-1, 2], [], "12", [1.5, 2]):
+        refused("layers|of_cosine", layers=layers)
+    for min_tokens in (0, 10**9, 1.5, True):
+        refused("min_tokens", min_tokens=min_tokens)
+    for head in ({}, {"width": 10**400}, {"width": 8, "depth": 3}, {"width": 8, "dilations": [0]}, [], None):
+        refused("head|blocks", head=head)
+    refused("slope", slope="x")
+    refused("text", text={"kind": "other"})
+    for key in described.keys() - {"format", "digest"}:
+        removed = (key,)
+        refused(f"classifier.json has no '{key}'")
+    # A changed character, without a new digest.
+    for change in ({"threshold": 0.1}, {"layers": [2, 1]}, {"slope": 1.0}, {"format": 1}):
+        path.write_text(json.dumps(described | change))
+        with pytest.raises(ValueError, match=r"classifier\.json was changed or damaged after it was written"):
+            load_classifier(folder)
+
+
+def test_weights_of_another_shape_or_without_finite_values_are_refused_by_name(fitted, tmp_path):
+    folder = save_classifier(tmp_path / "c", fitted)
+    arrays = load_file(folder / "head.safetensors")
+    described = json.loads((folder / "classifier.json").read_text())
+
+    def refused(message: str, changed: dict) -> None:
+        digest = save_arrays(folder / "head.safetensors", changed)
+        write_record(
+            folder / "classifier.json", 2, {**without(described, "format", "digest"), "weights_sha256": digest}
+        )
+        with pytest.raises(ValueError, match=rf"{folder}.*{message}"):
+            load_classifier(folder)
+
+    for name, array in arrays.items():
+        refused(rf"'{name}': there is no such array|of_cosine|has no", without(arrays, name))
+        refused(rf"'{name}' has values that are not finite", arrays | {name: np.full_like(array, np.nan)})
+    refused("'more': there is shape .*no such array", arrays | {"more": np.zeros(3, np.float32)})
+    refused(
+        "'scale.deviation' has values that are not positive", arrays | {"scale.deviation": arrays["scale.mean"] * 0}
+    )
+
+
+def without(values: dict, *names: str) -> dict:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+@pytest.mark.parametrize("folder", [BUNDLED, OLD], ids=["bundled", "earlier format"])
+def test_kept_classifiers_load(folder):
+    assert len(load_classifier(folder).fingerprint) == 64
+    assert load_classifier(BUNDLED).fingerprint == load_classifier(OLD).fingerprint
+
+
+def test_an_earlier_file_of_another_shape_is_refused_by_name(tmp_path):
+    folder = Path(shutil.copytree(OLD, tmp_path / "c"))
+    described = json.loads((folder / "classifier.json").read_text())
+    for key in described:
+        for value in (None, -1, [], {}, "x", [None], 10**400):
+            if (key, value) in (
+                ("fitted", {}),
+                ("text", {}),
+                ("teacher", "x"),
+                ("teacher_name", "x"),
+                ("tokenizer", "x"),
+            ):
+                continue
+            if key in ("slope", "intercept", "threshold") and value == -1 and key != "threshold":
+                continue  # any number may be right
+            (folder / "classifier.json").write_text(json.dumps(described | {key: value}))
+            with pytest.raises(ValueError, match=str(folder)):
+                load_classifier(folder)

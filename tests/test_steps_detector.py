@@ -5,12 +5,14 @@ import datetime
 import importlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from rtd_jax.apps.cache import cache_teacher
 from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings
@@ -18,7 +20,7 @@ from rtd_jax.apps.diagnose.diagnose import _cut as cut_chains
 from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.pretrain import PretrainRecipe
 from rtd_jax.apps.segment import SegmentSettings, segment
-from rtd_jax.base.files import write_jsonl
+from rtd_jax.base.files import json_digest, write_jsonl
 from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.encoding import encode_traces
@@ -117,9 +119,22 @@ def test_one_program_finds_what_kept_states_give(detector, loaded, problems, tmp
     apart = text_boundaries(probabilities, candidates, classifier.threshold, classifier.min_tokens)
     together = dataclasses.replace(detector, batch_size=8).detect(readings)
     assert all(np.array_equal(a, b) for a, b in zip(apart, together, strict=True))
-    next(tmp_path.iterdir()).write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"is damaged .*delete it"):
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    kept = load_file(path)["states"]
+    for damaged in (b"x", b"", whole[:-1], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{path.name} (is|was changed or) damaged .*delete it"):
+            kept_states(*arguments)
+    for changed in (kept[1:], kept[:, :1], kept[..., None], kept.astype(np.float32), np.full_like(kept, np.nan)):
+        save_file({"states": changed}, path)
+        with pytest.raises(ValueError, match=rf"{path.name} (is|was changed or) damaged.*delete it"):
+            kept_states(*arguments)
+    save_file({"others": kept}, path)
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged .*delete it"):
         kept_states(*arguments)
+    save_file({"states": kept}, path)  # as an earlier version did: without a digest
+    assert all(np.array_equal(a, b) for a, b in zip(states, kept_states(*arguments), strict=True))
 
 
 def test_found_steps_are_kept_and_the_teacher_is_not_asked_again(detector, problems, tmp_path):
@@ -136,6 +151,52 @@ def test_found_steps_are_kept_and_the_teacher_is_not_asked_again(detector, probl
     ):
         with pytest.raises(AssertionError, match="the teacher was asked"):
             other.cut(texts)
+
+    # Kept steps that were changed are refused by name, digest or not.
+    (path,) = tmp_path.iterdir()
+    whole = path.read_text()
+    record = json.loads(whole)
+    spans = record["spans"]
+    unsigned = {key: value for key, value in record.items() if key != "digest"}
+
+    def refused(content: object) -> None:
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=rf"{path.name}.*delete it, and the steps are found and written again"):
+            kept.cut(texts)
+
+    refused(record | {"spans": [spans[0][:-1], *spans[1:]]})  # a last step that is dropped leaves a text that could be
+    for wrong in (
+        spans[1:],
+        spans[::-1],
+        [],
+        [[]] * 6,
+        {},
+        None,
+        "x",
+        [[[1]]] * 6,
+        [[["a", "b"]]] * 6,
+        [[[0, 1.5]]] * 6,
+    ):
+        for changed in (unsigned | {"spans": wrong}, unsigned | {"texts": "0" * 64}):
+            refused(changed | {"digest": json_digest(changed)})
+        if isinstance(wrong, list):
+            refused(wrong)  # as an earlier version wrote it
+    for text in ("", "[", "[" * 5000, "[NaN]", "{}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=path.name):
+            kept.cut(texts)
+    path.write_text(json.dumps(spans))
+    assert kept.cut(texts) == first
+
+
+@pytest.mark.parametrize("name", ["set[1]", "a*b", "x?"])
+def test_folders_may_have_glob_characters(detector, problems, tmp_path, name):
+    shutil.copytree(CLASSIFIER, tmp_path / name)
+    assert load_classifier(tmp_path / name).fingerprint == detector.classifier.fingerprint
+    texts = [prose(trace) for trace in problems[:2]]
+    keeping = dataclasses.replace(detector, folder=tmp_path / name / "steps")
+    assert keeping.cut(texts) == keeping.cut(texts)
+    assert len(list((tmp_path / name / "steps").iterdir())) == 1
 
 
 def test_cut_chains_encode_with_a_boundary_at_every_step(detector, problems):
@@ -176,6 +237,14 @@ def test_a_classifier_of_another_teacher_is_refused_before_any_weights_are_loade
     notes: list[str] = []
     with pytest.raises(ValueError, match="fitted to the states of tiny_teacher"):
         prepare(dataclasses.replace(recipe, teacher=other), notes.append)
+    assert not any(note.startswith("loading") for note in notes)
+
+
+def test_a_place_where_no_steps_can_be_kept_is_refused_before_any_weights_are_loaded():
+    recipe = tiny_recipe(segmentation=f"classifier:{CLASSIFIER}", steps_cache="/dev/null/steps")
+    notes: list[str] = []
+    with pytest.raises(ValueError, match=r"cannot write in /dev/null/steps: .* with --config\.data\.steps_cache"):
+        prepare(recipe, notes.append)
     assert not any(note.startswith("loading") for note in notes)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 from tiny_run import recipe, source, write_teacher
 
 from rtd_jax.apps.distill.own_chains import drawn_chain, make_sampler
@@ -19,6 +20,8 @@ from rtd_jax.apps.distill.stages import Run, Trainer
 from rtd_jax.apps.pretrain import SizeSettings, model_config
 from rtd_jax.apps.reward_model import LabelledSteps, RewardModelRecipe, fit_head, judge, train_reward_model
 from rtd_jax.base.console import Display
+from rtd_jax.base.files import json_digest
+from rtd_jax.base.records import save_arrays
 from rtd_jax.base.sharding import MeshSettings, make_mesh, put_batch, to_host
 from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import encode_traces
@@ -139,8 +142,46 @@ def test_a_saved_head_belongs_to_its_teacher_and_its_file(tmp_path):
     with pytest.raises(ValueError, match=r"holds no reward model \(no head.json\); train one with"):
         load_head(tmp_path / "nowhere", "teacher", "tokenizer", "text")
     (tmp_path / "head.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"is not the file that head.json names"):
+    with pytest.raises(ValueError, match=r"is not the file that the JSON beside it was written with"):
         load_head(tmp_path, "teacher", "tokenizer", "text")
+
+
+def test_a_head_of_another_shape_is_refused_by_name(tmp_path):
+    identity = RewardIdentity("teacher", "tokenizer", "text", (1, 2), True, 66)
+    save_head(tmp_path, init_head(jax.random.key(0), 66, 4), identity)
+    path, weights = tmp_path / "head.json", tmp_path / "head.safetensors"
+    saved, arrays = json.loads(path.read_text()), load_file(weights)
+    del saved["digest"]
+
+    def refused(message: str, record: dict, old: bool = False) -> None:
+        path.write_text(json.dumps(record | ({"format": 2} if old else {"digest": json_digest(record)})))
+        with pytest.raises(ValueError, match=rf"{tmp_path}.*({message})"):
+            load_head(tmp_path, "teacher", "tokenizer", "text")
+
+    for old in (False, True):
+        for value in (None, [], {}, "x", 3, {"layers": [1]}):
+            refused("identity", saved | {"identity": value}, old)
+            refused("sha256|is not the file", saved | {"sha256": value}, old)
+        for key in saved["identity"]:
+            for value in (None, [], {}, -5, [None], 10**400, 2.5):
+                refused("identity|another form|another t", saved | {"identity": saved["identity"] | {key: value}}, old)
+        refused("sha256", {"format": 3, "identity": saved["identity"]}, old)
+    path.write_text(json.dumps(saved | {"digest": "0" * 64}))
+    with pytest.raises(ValueError, match="was changed or damaged after it was written"):
+        load_head(tmp_path, "teacher", "tokenizer", "text")
+
+    for name, array in arrays.items():
+        for changed in (
+            {key: x for key, x in arrays.items() if key != name},
+            arrays | {name: np.full_like(array, np.inf)},
+            arrays | {name: np.zeros((*array.shape, 2), np.float32)},
+        ):
+            refused(f"'{name}|'out'", saved | {"sha256": save_arrays(weights, changed)})
+    refused(
+        "'scale' has values that are not", saved | {"sha256": save_arrays(weights, arrays | {"scale": np.zeros(66)})}
+    )
+    path.write_text(json.dumps(saved | {"format": 2, "sha256": save_arrays(weights, arrays)}))
+    assert load_head(tmp_path, "teacher", "tokenizer", "text").identity == identity  # of the earlier format
 
 
 # One update, on 8 simulated devices.

@@ -79,6 +79,7 @@ def boundaries(recipe: BoundaryRecipe, workdir: Path) -> Path:
     Raises:
       ValueError: data, teacher or settings that cannot be used, with the way out.
     """
+    check_writable(Path(recipe.states).expanduser(), "--config.states")
     note = functools.partial(print, flush=True)
     reader = _Reader(recipe, open_model(recipe.teacher, make_mesh(recipe.mesh), note))
     wanted = recipe.train_chains + recipe.validation_chains

@@ -38,7 +38,7 @@ def cache_teacher(recipe: Recipe, _: Path) -> Path:
     if not recipe.teacher.cache:
         raise ValueError("teacher.cache is empty; say where to write with --config.teacher.cache=<folder>")
     folder = Path(recipe.teacher.cache).expanduser()
-    check_writable(folder)
+    check_writable(folder, "--config.teacher.cache")
     mesh = make_mesh(recipe.mesh)
     check_rows(recipe.batch_size, mesh)
     teacher = open_model(recipe.teacher, mesh, functools.partial(print, flush=True))

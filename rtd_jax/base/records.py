@@ -56,17 +56,17 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def load_arrays(path: Path, sha256: str, way_out: str) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, which must be the one with this SHA-256; "" takes any.
+    """The arrays of a safetensors file, which must be the one with this SHA-256.
 
     Raises:
       ValueError: the file cannot be read, is another one, or has an array with a value that is not finite.
     """
     with reading(path, way_out):
-        if sha256 and file_digest(path) != sha256:
-            raise ValueError(f"{path} is not the file that was written with the JSON beside it; {way_out}")
+        if file_digest(path) != sha256:
+            raise ValueError(f"{path} is not the file that the JSON beside it was written with; {way_out}")
         try:
             arrays = load_file(path)
-        except (SafetensorError, MemoryError) as error:
+        except (SafetensorError, MemoryError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); {way_out}") from error
     for name, array in arrays.items():
         if not np.all(np.isfinite(array)):

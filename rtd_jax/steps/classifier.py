@@ -1,7 +1,7 @@
 """A fitted boundary classifier: the network, what it was fitted to, and its folder on disk.
 
-A folder holds `classifier.json` (settings and fingerprints) and `head.safetensors` (the weights). A classifier reads
-the states of one teacher, so it is refused with any other.
+A folder holds `classifier.json` (settings, fingerprints, and the digests of itself and of the weights) and
+`head.safetensors` (the weights). A classifier reads the states of one teacher, so it is refused with any other.
 """
 
 import dataclasses
@@ -16,17 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from rtd_jax.base.files import read_json, replacing, write_json
+from rtd_jax.base.files import reading, write_record
+from rtd_jax.base.records import check_arrays, load_arrays, load_record, save_arrays
 from rtd_jax.base.types import Array, Params
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.packing import packed_rows
 from rtd_jax.steps.decoder import decode
 from rtd_jax.steps.head import HeadSettings, Scale, boundary_logits, init_head
 
-FORMAT = 1
+FORMAT = 2
+WITHOUT_DIGEST = 1  # an earlier format, which is read too
 JSON, WEIGHTS = "classifier.json", "head.safetensors"
 ROW_LENGTH = 512  # tokens of a packed row
 ROWS = 8  # of a batch that the head reads
@@ -144,19 +144,42 @@ def text_boundaries(
     return out_of_rows(np.asarray(decode(*arrays, threshold, min_tokens=min_tokens)), lengths)
 
 
+@dataclass(frozen=True)
+class _Described:
+    """Content of `classifier.json`, with the names of `BoundaryClassifier`."""
+
+    teacher: str
+    teacher_name: str
+    tokenizer: str
+    layers: tuple[int, ...]
+    text: TextFormat
+    head: HeadSettings
+    slope: float
+    intercept: float
+    threshold: float
+    min_tokens: int
+    weights_sha256: str
+    fitted: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.layers or min(self.layers) < 0:
+            raise ValueError(f"layers is {list(self.layers)}; expected at least one, counted from 0")
+        if not 0.0 <= self.threshold <= 1.0:
+            raise ValueError(f"threshold is {self.threshold}; expected a probability, 0 to 1")
+        if not 1 <= self.min_tokens <= ROW_LENGTH:
+            raise ValueError(f"min_tokens is {self.min_tokens}; expected 1 to {ROW_LENGTH}")
+
+
 def save_classifier(folder: Path, classifier: BoundaryClassifier) -> Path:
     """Writes the folder. The JSON comes last and has the digest of the weights, so an unfinished folder is refused."""
-    arrays = _arrays(classifier)
-    with replacing(folder / WEIGHTS) as temporary:
-        save_file(arrays, temporary)
+    digest = save_arrays(folder / WEIGHTS, _arrays(classifier))
     described = {
-        "format": FORMAT,
         **classifier._decisive(),
         "teacher_name": classifier.teacher_name,
-        "weights_sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        "weights_sha256": digest,
         "fitted": classifier.fitted,
     }
-    write_json(folder / JSON, described)
+    write_record(folder / JSON, FORMAT, described)
     return folder
 
 
@@ -166,43 +189,39 @@ def load_classifier(folder: Path) -> BoundaryClassifier:
     Raises:
       ValueError: it is missing, damaged, of another version, or its two files do not belong together.
     """
-    folder = folder.expanduser()
-    if not (folder / JSON).is_file():
+    folder, way_out = (
+        folder.expanduser(),
+        "restore it from a copy, or fit the classifier again with launch/boundaries.py",
+    )
+    with reading(folder):
+        is_there = (folder / JSON).is_file()
+    if not is_there:
         raise ValueError(
             f"{folder} has no {JSON}; give a folder that launch/boundaries.py wrote, e.g. "
             "rtd_jax/bundled/tiny_boundaries"
         )
-    values = read_json(folder / JSON)
-    if values.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder / JSON} has format {values.get('format')!r}, this version reads {FORMAT}; fit it again"
-        )
+    described = load_record(_Described, folder / JSON, FORMAT, way_out, undigested=(WITHOUT_DIGEST,))
+    path, layers, head = folder / WEIGHTS, len(described.layers), described.head
+    arrays = load_arrays(path, described.weights_sha256, way_out)
+    if arrays.get("scale.mean", np.zeros(0)).ndim != 2 or not arrays["scale.mean"].size:
+        raise ValueError(f"{path} has no 'scale.mean' of layers and dimensions; {way_out}")
+    width = arrays["scale.mean"].shape[1]
     try:
-        if hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() != values["weights_sha256"]:
-            raise ValueError(f"{folder / WEIGHTS} is not the file that {JSON} was written with; fit it again")
-        arrays = load_file(folder / WEIGHTS)
-        head = HeadSettings(**(values["head"] | {"dilations": tuple(values["head"]["dilations"])}))
-        scale = Scale(arrays.pop("scale.mean"), arrays.pop("scale.deviation"))
-        flat = {
-            tuple(int(part) if part.isdigit() else part for part in name.split(".")): jnp.asarray(array, jnp.float32)
-            for name, array in arrays.items()
-        }
-        classifier = BoundaryClassifier(
-            text=TextFormat(**values["text"]),
-            layers=tuple(values["layers"]),
-            head=head,
-            params=unflatten_dict(flat),
-            scale=scale,
-            **{key: values[key] for key in ("teacher", "teacher_name", "tokenizer", "slope", "intercept")},
-            **{key: values[key] for key in ("threshold", "min_tokens", "fitted")},
-        )
-        fresh = jax.eval_shape(functools.partial(init_head, head, *scale.mean_ND.shape))
-        has_shapes = jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, classifier.params)
-        if not has_shapes or len(scale.mean_ND) != len(classifier.layers):
-            raise ValueError(f"{folder / WEIGHTS} does not hold a head of the shape in {JSON}; fit it again")
-    except (KeyError, TypeError, SafetensorError, OSError) as error:
-        raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}); fit the classifier again") from error
-    return classifier
+        fresh = jax.eval_shape(functools.partial(init_head, head, layers, width))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{folder / JSON}: head is {head}, which cannot be built ({error}); {way_out}") from error
+    shapes = {".".join(map(str, name)): x.shape for name, x in flatten_dict(fresh).items()}
+    check_arrays(path, arrays, shapes | dict.fromkeys(("scale.mean", "scale.deviation"), (layers, width)), way_out)
+    scale = Scale(arrays.pop("scale.mean"), arrays.pop("scale.deviation"))
+    if np.min(scale.deviation_ND) <= 0:
+        raise ValueError(f"{path}: 'scale.deviation' has values that are not positive; {way_out}")
+    flat = {
+        tuple(int(part) if part.isdigit() else part for part in name.split(".")): jnp.asarray(array, jnp.float32)
+        for name, array in arrays.items()
+    }
+    values = {field.name: getattr(described, field.name) for field in dataclasses.fields(described)}
+    del values["weights_sha256"]
+    return BoundaryClassifier(**values, params=unflatten_dict(flat), scale=scale)
 
 
 def _arrays(classifier: BoundaryClassifier) -> dict[str, np.ndarray]:

@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from rtd_jax.base.files import read_json, write_json
+from rtd_jax.base.files import read_json, write_record
+from rtd_jax.base.records import load_record, shaped
 from rtd_jax.base.sharding import put_same, row_sharding
 from rtd_jax.base.types import Array, Params
 from rtd_jax.data.by_length import LengthBatch
@@ -26,6 +27,7 @@ from rtd_jax.steps.classifier import BoundaryClassifier, find_boundaries
 from rtd_jax.steps.prose import Reading, read, unmarked
 from rtd_jax.steps.token_states import run_on_readings, unit_states
 
+FORMAT = 1  # of a file of steps; an earlier version wrote the list of spans alone
 SHARD = 256  # texts whose steps lie in one file: as many as are cut again at most, if a run is killed
 
 
@@ -81,17 +83,14 @@ class Detector:
             digest.update(f"{len(prompt)}:{len(text)}:{prompt}{text}".encode())
         path = self.folder / f"{digest.hexdigest()[:32]}.json"
         if path.exists():
-            kept = [tuple((int(a), int(b)) for a, b in spans) for spans in read_json(path)]
-            for spans, (_, text, source) in zip(kept, texts, strict=True):
-                check_spans(spans, text, source)
-            return kept
+            return _kept(path, digest.hexdigest(), texts)
         if jax.process_count() > 1:
             raise ValueError(
                 f"{self.folder} does not have the steps of these chains, and {jax.process_count()} processes cannot "
                 "share finding them: run launch/cache_teacher.py, or launch/segment.py, with one process first"
             )
         steps = self._find(texts)
-        write_json(path, steps)
+        write_record(path, FORMAT, {"texts": digest.hexdigest(), "spans": steps})
         return steps
 
     def _find(self, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:
@@ -122,6 +121,36 @@ class Detector:
             return detect_batch(self.classifier, model, params, *placed)
 
         return run_on_readings(boundaries_of, readings, self.mesh, self.batch_size)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Content of a file of steps."""
+
+    texts: str  # digest of the texts, of the classifier and of its teacher's dtypes
+    spans: tuple[tuple[tuple[int, int], ...], ...]  # of each text
+
+    def __post_init__(self) -> None:
+        if any(len(span) != 2 for spans in self.spans for span in spans):
+            raise ValueError("a span has not two ends")
+
+
+def _kept(path: Path, digest: str, texts: Sequence[tuple[str, str, str]]) -> list[tuple[Span, ...]]:
+    """The steps in a file. Raises ValueError where it is damaged, or holds those of other texts."""
+    way_out = "delete it, and the steps are found and written again"
+    content = read_json(path, way_out)
+    if isinstance(content, list):
+        kept = shaped(_Kept, {"texts": digest, "spans": content}, path, way_out)
+    else:
+        kept = load_record(_Kept, path, FORMAT, way_out)
+    if kept.texts != digest or len(kept.spans) != len(texts):
+        raise ValueError(f"{path} holds the steps of {len(kept.spans)} other texts than these {len(texts)}; {way_out}")
+    for spans, (_, text, source) in zip(kept.spans, texts, strict=True):
+        try:
+            check_spans(spans, text, source)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}; {way_out}") from error
+    return list(kept.spans)
 
 
 def detect_batch(

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from rtd_jax.base.files import replacing
+from rtd_jax.base import files
 from rtd_jax.base.sharding import put_same, row_sharding, row_ways, to_host
 from rtd_jax.base.types import Array, Params
 from rtd_jax.data.by_length import LengthBatch, batches_by_length, rows_at_once
@@ -88,18 +88,43 @@ def kept_states(
         for reading in shard:
             digest.update(f"{reading.prompt_length}:{len(reading.tokens_L)}:".encode() + reading.tokens_L.tobytes())
         path = folder / f"{digest.hexdigest()[:32]}.safetensors"
+        tokens = sum(len(reading.ends_T) for reading in shard)
         if path.exists():
-            try:
-                states_TND = load_file(path)["states"]
-            except (SafetensorError, KeyError) as error:
-                raise ValueError(f"{path} is damaged ({error}); delete it, and it is written again") from error
+            states_TND = _read_states(path, tokens, len(layers))
         else:
             states_TND = np.concatenate(run(shard))
-            with replacing(path) as temporary:
-                save_file({"states": states_TND}, temporary)
+            if not np.all(np.isfinite(states_TND)):
+                sources = f"the {len(shard)} texts from {shard[0].text[:40]!r} on"
+                raise ValueError(
+                    f"the teacher's hidden states of {sources} are not finite; check its weights and dtypes"
+                )
+            with files.replacing(path) as temporary:
+                save_file({"states": states_TND}, temporary, {"sha256": _digest(states_TND)})
             note(f"hidden states of {start + len(shard)} of {len(readings)} texts are in {folder}")
         states += np.split(states_TND, np.cumsum([len(reading.ends_T) for reading in shard])[:-1])
     return states
+
+
+def _read_states(path: Path, tokens: int, layers: int) -> np.ndarray:
+    """The states in a file, [T, N, D]. Raises ValueError where it is damaged; an earlier version wrote no digest."""
+    way_out = "delete it, and it is written again"
+    try:
+        with files.reading(path, way_out), safe_open(path, "numpy") as file:
+            digest, states_TND = (file.metadata() or {}).get("sha256"), file.get_tensor("states")
+    except (SafetensorError, KeyError, TypeError, MemoryError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {way_out}") from error
+    if states_TND.ndim != 3 or states_TND.shape[:2] != (tokens, layers) or states_TND.dtype != np.float16:
+        raise ValueError(
+            f"{path} is damaged: it has {states_TND.dtype}{list(states_TND.shape)}, where float16 states of {tokens} "
+            f"tokens and {layers} layers are expected; {way_out}"
+        )
+    if digest not in (None, _digest(states_TND)) or not np.all(np.isfinite(states_TND)):
+        raise ValueError(f"{path} was changed or damaged after it was written; {way_out}")
+    return states_TND
+
+
+def _digest(states_TND: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(states_TND).tobytes()).hexdigest()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -8,10 +8,9 @@ the rewards of other steps. The features know the step's context (the problem an
 teacher's attention.
 
     <folder>/head.safetensors   mean and scale of the features it was trained on, and its weights
-    <folder>/head.json          the layers, and which teacher and tokenizer it belongs to
+    <folder>/head.json          the layers, which teacher and tokenizer it belongs to, digests of itself and the weights
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,15 +19,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from rtd_jax.base.boundaries import gather_boundaries, shifted_labels, step_tokens
-from rtd_jax.base.files import read_json, replacing, write_json
+from rtd_jax.base.files import reading, write_record
+from rtd_jax.base.records import check_arrays, load_arrays, load_record, save_arrays
 from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.policy import token_log_probs
 from rtd_jax.models.model import LlamaModel
 
-FORMAT = 2
+FORMAT = 3
+WITHOUT_DIGEST = 2  # an earlier format, which is read too
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,23 @@ class RewardIdentity:
     layers: tuple[int, ...]  # whose states it reads, counted from 0 (embeddings) to N (final normed states)
     surprise: bool  # whether it also reads how surprised the teacher is by the step's tokens
     width: int  # of the features
+
+    def __post_init__(self) -> None:
+        of_states = self.width - 2 * self.surprise
+        is_shared = of_states % len(self.layers) == 0 if self.layers else of_states == 0
+        if min(self.layers, default=0) < 0 or not 1 <= self.width < 2**31 or not is_shared:
+            raise ValueError(
+                f"layers is {list(self.layers)}, surprise {self.surprise} and width {self.width}; expected as many "
+                "features of each layer, and two more of surprise"
+            )
+
+
+@dataclass(frozen=True)
+class _Described:
+    """Content of `head.json`."""
+
+    sha256: str  # of head.safetensors
+    identity: RewardIdentity
 
 
 class RewardModel(NamedTuple):
@@ -91,10 +108,9 @@ def step_features(states: Sequence[Array], log_probs_BL: Array | None, batch: Ba
 
 def save_head(folder: Path, params: Params, identity: RewardIdentity) -> None:
     """Writes head.safetensors, then head.json; each file is written completely or not at all."""
-    with replacing(folder / "head.safetensors") as temporary:
-        save_file({name: np.asarray(x, np.float32) for name, x in params.items()}, temporary)
-    digest = hashlib.sha256((folder / "head.safetensors").read_bytes()).hexdigest()
-    write_json(folder / "head.json", {"format": FORMAT, "sha256": digest, "identity": asdict(identity)})
+    arrays = {name: np.asarray(x, np.float32) for name, x in params.items()}
+    digest = save_arrays(folder / "head.safetensors", arrays)
+    write_record(folder / "head.json", FORMAT, {"sha256": digest, "identity": asdict(identity)})
 
 
 def load_head(folder: Path, teacher: str, tokenizer: str, text: str) -> RewardModel:
@@ -107,15 +123,16 @@ def load_head(folder: Path, teacher: str, tokenizer: str, text: str) -> RewardMo
     Raises:
       ValueError: there is no head, it is damaged, or it was trained on another teacher, tokenizer or form of text.
     """
-    if not (folder / "head.json").is_file():
+    way_out = "restore it from a copy, or train the reward model again with launch/reward_model.py"
+    with reading(folder):
+        is_there = (folder / "head.json").is_file()
+    if not is_there:
         raise ValueError(
             f"{folder} holds no reward model (no head.json); train one with "
             "`python launch/reward_model.py --config=configs/reward_tiny.py` and give <its workdir>/model"
         )
-    saved = read_json(folder / "head.json")
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise ValueError(f"{folder}/head.json is not of format {FORMAT}, which this version reads")
-    identity = RewardIdentity(**saved["identity"] | {"layers": tuple(saved["identity"]["layers"])})
+    saved = load_record(_Described, folder / "head.json", FORMAT, way_out, undigested=(WITHOUT_DIGEST,))
+    identity, path = saved.identity, folder / "head.safetensors"
     if identity.text != text:
         raise ValueError(
             f"the reward model {folder} was trained on another form of text: {identity.text}, this run's is {text}; "
@@ -127,11 +144,13 @@ def load_head(folder: Path, teacher: str, tokenizer: str, text: str) -> RewardMo
                 f"the reward model {folder} was trained on another {name} (fingerprint {before[:12]}, this run's is "
                 f"{now[:12]}); train one on this {name} with launch/reward_model.py"
             )
-    path = folder / "head.safetensors"
-    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
-    if digest != saved["sha256"]:
-        raise ValueError(f"{path} is not the file that head.json names ({digest[:12]}); train the reward model again")
-    return RewardModel({name: jnp.asarray(x) for name, x in load_file(path).items()}, identity, digest)
+    arrays = load_arrays(path, saved.sha256, way_out)
+    hidden = arrays.get("inner", np.zeros(0)).shape[-1:] or (0,)
+    fresh = jax.eval_shape(lambda: init_head(jax.random.key(0), identity.width, *hidden))
+    check_arrays(path, arrays, {name: x.shape for name, x in fresh.items()}, way_out)
+    if np.min(arrays["scale"]) <= 0:
+        raise ValueError(f"{path}: 'scale' has values that are not positive; {way_out}")
+    return RewardModel({name: jnp.asarray(x) for name, x in arrays.items()}, identity, saved.sha256)
 
 
 def make_step_reader(

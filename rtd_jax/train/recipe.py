@@ -134,6 +134,7 @@ class Recipe:
     log_every: int = 10  # updates
     checkpoint_every: int = 500  # updates between rolling checkpoints
     keep_checkpoints: int = 2  # rolling ones; stage checkpoints are all kept
+    checkpoint_digest: bool = True  # saved arrays get digests, checked on restoring: one pass over the state's bytes
     resume_from: str = ""  # a stage checkpoint of another run; "" starts afresh or resumes this workdir
 
     def __post_init__(self) -> None:

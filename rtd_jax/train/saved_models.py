@@ -22,7 +22,7 @@ from rtd_jax.models.open import FloatDtype, ModelSettings, WeightDtype, open_mod
 from rtd_jax.models.quantized import INT8, quantize_params
 from rtd_jax.models.text_record import read_text_format
 from rtd_jax.models.weights import logical_axes
-from rtd_jax.train.checkpoints import read_meta, restore_params
+from rtd_jax.train.checkpoints import numbered, read_meta, restore_params
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.student import student_config
 
@@ -108,13 +108,16 @@ def stage_checkpoint(path: str) -> Path | None:
     folder = Path(path).expanduser()
     if (folder / "meta").is_dir() and (folder / "state").is_dir():
         return folder.absolute()
-    stages = [x for x in (folder / "checkpoints" / "stages").glob("*") if x.name.isdigit()]
-    return max(stages, key=lambda x: int(x.name)).absolute() if stages else None
+    stages = numbered(folder / "checkpoints" / "stages")
+    return stages[-1].absolute() if stages else None
 
 
 def _load_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh: Mesh) -> LoadedModel:
     meta = read_meta(path)
-    recipe = build(Recipe, meta["settings"], "settings")
+    try:
+        recipe = build(Recipe, meta["settings"], "settings")
+    except ValueError as error:
+        raise ValueError(f"{path} is no checkpoint of a distillation that this version reads: {error}") from error
     try:
         teacher = open_model(recipe.teacher, mesh)
         config = student_config(recipe.student, teacher.config)
@@ -147,5 +150,5 @@ def _load_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh:
         f=f,
         g=g,
         layers=recipe.loss.matched_layers(Setup(config, teacher.config, config.vocab_size)),
-        teacher_fingerprint=meta["fingerprints"]["teacher"],
+        teacher_fingerprint=meta["fingerprints"].get("teacher", ""),
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from rtd_jax.base.files import check_writable
 from rtd_jax.base.types import Params
 from rtd_jax.data.by_length import round_up
 from rtd_jax.data.encoding import EncodedChain, encode_traces
@@ -97,7 +98,7 @@ def make_detector(recipe: Recipe, teacher: OpenModel) -> Detector | None:
     """The detector that cuts the recipe's chains into steps; None where no classifier does.
 
     Raises:
-      ValueError: the classifier is missing or damaged, or was fitted to another teacher.
+      ValueError: the classifier is missing or damaged, or was fitted to another teacher; or steps cannot be kept.
     """
     folder = classifier_folder(recipe.data.segmentation)
     if folder is None:
@@ -111,12 +112,15 @@ def make_detector(recipe: Recipe, teacher: OpenModel) -> Detector | None:
             teacher.note("some chains have not been cut yet, so the teacher is loaded in spite of its cache")
         return teacher.model, teacher.params
 
+    steps = Path(recipe.data.steps_cache).expanduser() if recipe.data.steps_cache else None
+    if steps is not None:
+        check_writable(steps, "--config.data.steps_cache")
     return Detector(
         classifier,
         teacher.tokenizer,
         teacher.mesh,
         load,
         described=recipe.teacher.precision,
-        folder=Path(recipe.data.steps_cache).expanduser() if recipe.data.steps_cache else None,
+        folder=steps,
         note=teacher.note,
     )

@@ -41,7 +41,7 @@ def train(recipe: Recipe, workdir: Path) -> Path:
     """
     started = time.monotonic()
     settings = dataclasses.asdict(recipe)
-    checkpoints = Checkpoints(workdir, recipe.keep_checkpoints)
+    checkpoints = Checkpoints(workdir, recipe.keep_checkpoints, digest=recipe.checkpoint_digest)
     latest = checkpoints.latest()
     if latest is not None:  # before anything heavy is loaded
         check_same_settings(latest, settings)
