@@ -30,6 +30,7 @@ from rtd_jax.apps.study.claims import (
     smaller_gain,
     verdict,
 )
+from rtd_jax.apps.study.finished import read_outcome
 from rtd_jax.apps.study.recipe import Method, StudyRecipe
 from rtd_jax.apps.study.report import markdown, study_report
 from rtd_jax.apps.study.runner import Job, Preparation, prepare_once, run_jobs
@@ -38,12 +39,12 @@ from rtd_jax.apps.study.statistics import (
     Outcome,
     accuracy,
     difference,
-    read_outcome,
     seeds_to_find,
     share_interval,
     share_of_gain_lost,
 )
 from rtd_jax.apps.study.study import study as write_study
+from rtd_jax.base.lock import locked
 from rtd_jax.base.settings import build
 from rtd_jax.eval.estimates import Estimate, over_seeds
 from rtd_jax.train.recipe import Recipe
@@ -372,7 +373,9 @@ def test_finished_runs_are_kept_and_failed_ones_named_and_repeated(fake_train, t
     (tmp_path / "broken").touch()
     with pytest.raises(ValueError, match=r"1 of 3 runs failed, first task kd seed 1: its log is .*runs/1/log.txt"):
         run_jobs(jobs, fake_train, 1, tmp_path / "compiled")
-    assert capsys.readouterr().out.count("chain accuracy 25.0%") == 2
+    out = capsys.readouterr().out
+    assert out.count("chain accuracy 25.0%") == 2
+    assert "task kd seed 1: FAILED, see" in out
     (tmp_path / "broken").unlink()
     run_jobs(jobs, fake_train, 2, tmp_path / "compiled")
     assert [(job.workdir / "calls").read_text() for job in jobs] == ["x", "xx", "x"]
@@ -393,35 +396,46 @@ def test_a_workdir_of_another_study_is_refused_before_anything_starts(fake_train
     run_jobs([job], fake_train, 1, tmp_path / "compiled")
 
 
-def test_a_study_that_is_asked_to_stop_takes_its_runs_along(tmp_path):
-    trainer = tmp_path / "program.py"
-    trainer.write_text(
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("preparing", [False, True])
+def test_a_study_that_is_stopped_or_killed_takes_its_runs_along(tmp_path, number, preparing):
+    """While it prepares as well; a killed one cannot tell them, so they watch it."""
+    started, log = tmp_path / "started", tmp_path / "prepared" / "cache.log"
+    program = tmp_path / "program.py"
+    program.write_text(
         "import os, pathlib, sys, time\n"
-        "flags = dict(flag.lstrip('-').split('=', 1) for flag in sys.argv[2:])\n"
-        "pathlib.Path(flags['workdir'], 'started').write_text(str(os.getpid()))\n"
-        "time.sleep(600)\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from rtd_jax.base.signals import stoppable\n"
+        "with stoppable(ends_process=True):\n"
+        f"    pathlib.Path({str(started)!r}).write_text(str(os.getpid()))\n"
+        "    time.sleep(600)\n"
     )
-    base, workdir = tmp_path / "base.py", tmp_path / "run"
-    base.write_text("# a config\n")
-    program = (
+    (tmp_path / "base.py").write_text("# a config\n")
+    text = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from rtd_jax.apps.study import runner\n"
-        f"runner.PROGRAM = (sys.executable, {str(trainer)!r})\n"
-        f"job = runner.Job('task', 'kd', 0, ('seed=0',), Path({str(workdir)!r}))\n"
-        f"runner.run_jobs([job], Path({str(base)!r}), 1, Path({str(tmp_path / 'compiled')!r}))\n"
+        "from rtd_jax.apps.study import recipe, runner, study\n"
+        f"runner.PROGRAM = (sys.executable, {str(program)!r})\n"
+        f"made = recipe.StudyRecipe({str(tmp_path / 'base.py')!r}, {{'task': ()}}, {{'kd': ('x={{cache}}',)}}, (0,),\n"
+        f"    prepare={{'cache': ('make',)}} if {preparing} else {{}})\n"
+        f"study.study(made, Path({str(tmp_path)!r}))\n"
     )
-    study = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
-    started = workdir / "started"
+    study = subprocess.Popen([sys.executable, "-c", text], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (started.exists() and started.read_text()):
         assert study.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    study.send_signal(signal.SIGTERM)
-    assert study.wait(60) == 128 + signal.SIGTERM
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(started.read_text()), 0)
+    assert log.exists() == preparing
+    study.send_signal(number)
+    said = study.communicate(timeout=60)[1].decode()
+    assert study.returncode == (128 + number if number == signal.SIGTERM else -number), said
+    assert "Traceback" not in said
+    pid = int(started.read_text())
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        while Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":  # perhaps nobody has asked how it ended
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_without_runs_there_is_nothing_to_report(fake_train, tmp_path):
@@ -568,12 +582,114 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
     assert "reward" in made
 
 
-def test_a_damaged_record_is_refused_by_name(tmp_path):
-    report = {"student": {"step_accuracy": {"all": {"mean": 1.0}}, "perplexity": 1.0}, "updates": 1, "wall_seconds": 1}
+def write_run(workdir: Path, right: tuple[bool, ...] = (True, False), **changes) -> None:
+    """What a finished run leaves, as far as a study reads it; `changes` replaces keys of the report."""
+    mean = {"mean": float(np.mean(right)), "stderr": None, "n": len(right)}
+    student = {"step_accuracy": {"1": mean, "all": mean}, "chain_accuracy": {"1": mean, "all": mean}}
+    student["perplexity"] = float(np.exp(0.5))
+    stage = {"depth": "1+", "updates": 3, "threshold": 0.1, "coherence": None, "ended_by": "budget"}
+    report = {"student": student, "updates": 3, "wall_seconds": 1.5, "stages": [stage]} | changes
+    row = {"model": "student", "depth": 1, "reference_nats": 2.0, "reference_tokens": 4, "prompt": "a\u2028b"}
+    rows = [row | {"correct": x} for x in right]
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "report.json").write_text(json.dumps(report))
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (workdir / "generations.jsonl").write_text(text, encoding="utf-8")
+
+
+def test_a_finished_run_is_read_also_where_its_student_diverged(tmp_path):
+    write_run(tmp_path)
+    found = read_outcome("task", "kd", 0, tmp_path)
+    assert (found.correct.tolist(), found.perplexity, found.seconds) == ([True, False], np.exp(0.5), 1.5)
+    report = json.loads((tmp_path / "report.json").read_text())
+    report["student"]["perplexity"] = None
     (tmp_path / "report.json").write_text(json.dumps(report))
-    (tmp_path / "generations.jsonl").write_text('{"model": "student", "depth": 1, "correct": tr\n')
-    with pytest.raises(ValueError, match=r"generations.jsonl is not what a run writes"):
+    row = '{"model": "student", "depth": 1, "correct": true, "reference_nats": null, "reference_tokens": 4}\n'
+    (tmp_path / "generations.jsonl").write_text(row + row.replace("true", "false"))
+    assert read_outcome("task", "kd", 0, tmp_path).perplexity == np.inf
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        "[]",
+        "null",
+        '{"kind": "evaluation", "sections": {}}',
+        {"student": None},
+        {"student": {}},
+        {"student": {"step_accuracy": {}, "chain_accuracy": {}, "perplexity": 1.0}},
+        {"updates": "3"},
+        {"stages": [1]},
+        {"stages": {"a": 1}},
+        {"stages": [{"depth": "x", "updates": 1, "threshold": 0.1, "coherence": None, "ended_by": "budget"}]},
+        {"curve": [{"update": 1, "seconds": 1.0, "chain_accuracy": {"1": 0.5}}]},
+        {"curve": 5},
+        {"drift": {"steps": []}},
+        {"drift": {"steps": [{"step": 1}], "relation": 0}},
+        {"teacher": {"perplexity": "low", "step_accuracy": {}, "chain_accuracy": {}}},
+        {"wall_seconds": None},
+    ],
+)
+def test_a_report_that_no_run_wrote_is_refused_by_name(tmp_path, content):
+    write_run(tmp_path, **(content if isinstance(content, dict) else {}))
+    if isinstance(content, str):
+        (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"report.json.*delete {tmp_path} and run again"):
         read_outcome("task", "kd", 0, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"model": "student", "depth": 1, "correct": tr\n', r"generations.jsonl:1: not valid JSON"),
+        ('{"model": "student", "depth": 1}\n', r"generations.jsonl:1: .*row.correct is missing"),
+        ('{"model": "student", "depth": 1, "correct": "yes"}\n', r"generations.jsonl:1: .*row.correct is 'yes'"),
+        ('{"model": "mine", "depth": 1, "correct": true}\n', r"generations.jsonl:1: .*its model is 'mine'"),
+        ('{"model": "student", "depth": -1, "correct": true}\n', r"generations.jsonl:1: .*its depth -1"),
+        ("", r"generations.jsonl has 0 texts of the student"),
+        ('{"model": "student", "depth": 1, "correct": true}\n', r"are of two runs \(their student differs\)"),
+    ],
+)
+def test_texts_that_are_not_the_reports_are_refused_by_name(tmp_path, content, words):
+    write_run(tmp_path)
+    (tmp_path / "generations.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=rf"{words}.*delete {tmp_path} and run again"):
+        read_outcome("task", "kd", 0, tmp_path)
+
+
+def test_the_report_of_another_run_is_told_by_its_numbers(tmp_path):
+    write_run(tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    report["student"]["perplexity"] *= 1.001
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="are of two runs"):
+        read_outcome("task", "kd", 0, tmp_path)
+
+
+def test_a_foreign_report_is_found_before_the_missing_runs_are_made(fake_train, tmp_path):
+    recipe = StudyRecipe(str(fake_train), {"task": ()}, {"kd": ()}, (0, 1))
+    workdir = tmp_path / "study"
+    run = workdir / "runs" / "task" / "kd" / "seed_1"
+    run.mkdir(parents=True)
+    (run / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"seed_1/report.json is not what a run writes"):
+        write_study(recipe, workdir)
+    assert not (workdir / "runs" / "task" / "kd" / "seed_0" / "calls").exists()
+    for content in ("", "[1]", '{"a": 1}'):
+        (run / "job.json").write_text(content)
+        with pytest.raises(ValueError, match=r"seed_1.*job.json"):
+            runner.claim_jobs(recipe.jobs(workdir), fake_train)
+
+
+def test_one_study_at_a_time_makes_runs_and_others_may_look(fake_train, tmp_path):
+    recipe = StudyRecipe(str(fake_train), {"task": ()}, {"kd": ()}, (0,), deep=1)
+    write_run(tmp_path / "study" / "runs" / "task" / "kd" / "seed_0")
+    with locked(tmp_path / "study"):
+        with pytest.raises(ValueError, match="study is in use by process"):
+            write_study(recipe, tmp_path / "study")
+        assert write_study(replace(recipe, parallel=0), tmp_path / "study").is_file()
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import pytest
 
 from rtd_jax.base.files import (
     check_writable,
-    finite,
     read_json,
     read_jsonl,
     read_object,
@@ -119,11 +118,3 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     write_json(tmp_path / "a.json", {})
     temporary, renamed, folder = calls
     assert (temporary.endswith(".tmp"), renamed, folder) == (True, "rename", str(tmp_path))
-
-
-def test_what_json_cannot_hold_becomes_null_and_its_places_are_listed():
-    """A report with an infinite number is written; whoever reads it finds null there, and what it was."""
-    value, places = finite({"a": [1.5, float("nan")], "b": {"c": float("-inf"), "d": (2, "x")}, "e": True})
-    assert value == {"a": [1.5, None], "b": {"c": None, "d": [2, "x"]}, "e": True}
-    assert places == {"a[1]": "nan", "b.c": "-inf"}
-    assert finite(float("inf"), "loss") == (None, {"loss": "inf"})

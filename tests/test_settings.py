@@ -353,6 +353,50 @@ def test_an_override_that_is_not_read_is_named(overrides, warned):
         assert line.startswith(f"--config.{start}")
 
 
+@pytest.mark.parametrize(
+    ("given", "depths"),
+    [
+        (["(1,2)", "(5,)"], (5,)),
+        (["(5,)", "(1,2)"], (1, 2)),
+        (["(1,2)", "(1,2)", "1"], (1,)),
+        (["(1,2)", "()"], ()),
+        (["()", "(3)"], (3,)),
+        (["[1, 2]", "[4]"], (4,)),
+    ],
+)
+def test_of_a_tuple_that_is_given_twice_the_last_one_holds(given, depths):
+    values = parsed("rtd_tiny", *(f"curriculum.depths={text}" for text in given))
+    assert values["config"].value.curriculum.depths == depths
+    assert values["config"].override_values["curriculum.depths"] == depths
+
+
+def test_of_texts_and_of_numbers_that_are_given_twice_the_last_one_holds():
+    values = parsed("rtd_tiny", "seed=1", "data.train.split=a", "seed=2", "data.train.split=b", "loss.alpha=0.1")
+    config = values["config"].value
+    assert (config.seed, config.data.train.split, config.loss.alpha) == (2, "b", 0.1)
+    values = parsed("traces_tiny", "sampling.stop=('a',)", "sampling.stop=('b','c')")
+    assert values["config"].value.sampling.stop == ("b", "c")
+    values = parsed("study_tiny", "only=('kd','rtd')", "only=kd", "seeds=(1,2)", "seeds=(3,)")
+    assert (values["config"].value.only, values["config"].value.seeds) == (("kd",), (3,))
+
+
+def test_flags_that_are_lists_or_numbers_hold_the_last_one_too():
+    values = flags.FlagValues()
+    define_flags(COMMANDS["evaluate"], ["test"], values)
+    values(["test", "--model=a,b", "--model=c", "--limit=1", "--limit=2"])
+    assert (values["model"].value, values["limit"].value) == (["c"], 2)
+
+
+def test_two_configs_are_refused():
+    """The overrides between them would be those of the first one."""
+    path = ROOT / "configs" / "rtd_tiny.py"
+    argv = ["test", f"--config={path}", "--config.seed=1", f"--config={path}"]
+    values = flags.FlagValues()
+    define_flags(COMMANDS["train"], argv, values)
+    with pytest.raises(flags.Error, match=r"--config is given twice, .*rtd_tiny.py and .*; give one of them"):
+        values(argv)
+
+
 def test_a_backend_that_is_not_chosen_is_not_read():
     values = parsed("traces_tiny", "openai.retries=3", "jax.batch_size=5")
     recipe = build(TracesRecipe, values["config"].value.to_dict())

@@ -16,7 +16,7 @@ from rtd_jax.apps.distill.run import train
 from rtd_jax.apps.distill.stages import Trainer
 from rtd_jax.base import signals
 from rtd_jax.base.lock import locked
-from rtd_jax.train import metrics
+from rtd_jax.eval import evaluate
 from rtd_jax.train.loop import Loop
 from rtd_jax.train.metrics import MetricsLog
 from rtd_jax.train.recipe import EvaluationSettings
@@ -44,6 +44,13 @@ def signal_at(update: int, number: int, monkeypatch) -> None:
     monkeypatch.setattr(Loop, "settle", settle_and_send)
 
 
+def diverged(score):
+    """The scores of references by a model that gives them next to no probability."""
+    return lambda *args, **kwargs: [
+        found | {"reference_nats": found["reference_nats"] * 1e6} for found in score(*args, **kwargs)
+    ]
+
+
 def full_disk_at(event: int, monkeypatch) -> None:
     """A disk that is full from the n-th event of TensorBoard on, counted from 0."""
     write, count = EventsWriter.write_event, iter(range(10**9))
@@ -56,7 +63,7 @@ def full_disk_at(event: int, monkeypatch) -> None:
     monkeypatch.setattr(EventsWriter, "write_event", write_or_fail)
 
 
-def test_a_full_disk_and_a_signal_end_a_run_which_then_goes_on_with_the_same_bits(tmp_path, monkeypatch):
+def test_a_full_disk_and_a_signal_end_a_run_which_then_goes_on_with_the_same_bits(tmp_path, monkeypatch, capsys):
     """The full disk is an error at its update, with the checkpoint before it intact; a signal saves between two lines
     of the log. The student and the log are those of a run that nothing ended."""
     few = EvaluationSettings(problems_per_depth=1, max_new_tokens=4, batch_size=4, teacher=False)
@@ -80,11 +87,21 @@ def test_a_full_disk_and_a_signal_end_a_run_which_then_goes_on_with_the_same_bit
     assert rolling(workdir) == {"5", "8"}
     assert not (workdir / "report.json").exists()
 
-    train(settings, workdir)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "score_references", diverged(evaluate.score_references))
+        train(settings, workdir)
     assert log_of(workdir) == log_of(tmp_path / "whole")
     ours, theirs = (load_file(path / "student" / "model.safetensors") for path in (workdir, tmp_path / "whole"))
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+    # A student with an infinite perplexity is reported all the same, with null and the reason.
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["student"]["perplexity"] is None
+    assert report["student"]["perplexity_by_depth"]["all"]["mean"] is None
+    assert "student.perplexity is inf" in report["not_finite"]
+    assert "report.json has null" in capsys.readouterr().out
+    assert (workdir / "report.html").exists()
 
     with locked(workdir), pytest.raises(ValueError, match=f"{workdir} is in use by process {os.getpid()} on host"):
         train(settings, workdir)
@@ -134,10 +151,3 @@ def test_what_a_kill_leaves_in_a_log_is_dropped_and_damage_before_it_is_named(tm
         path.write_bytes(b'{"update": 1}\n' + line + b'\n{"update": 2}\n')
         with pytest.raises(ValueError, match=r"metrics.jsonl:2: .*delete this line"):
             MetricsLog(tmp_path, 2)
-
-
-@pytest.mark.parametrize(("name", "is_folder"), [("metrics.jsonl", True), ("tensorboard", False)])
-def test_files_in_the_way_of_a_log_are_named(tmp_path, name, is_folder):
-    (tmp_path / name).mkdir() if is_folder else (tmp_path / name).write_text("")
-    with pytest.raises(ValueError, match=f"{name}"):
-        metrics.check_loggable(tmp_path)

@@ -218,11 +218,42 @@ def define_flags(command: Command, argv: list[str], values: flags.FlagValues) ->
     if command.recipe:
         config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/rtd_tiny.py.", values, sys_argv=argv)
         values["config"].parser = _ConfigFile(command.recipe)
+        _let_last_tuple_hold(values)
         _define_fields(RunFlags, values)
     if command.flags:
         _define_fields(_import(command.flags), values)
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.", flag_values=values)
     return [name for name in values if name not in before]
+
+
+def _let_last_tuple_hold(values: flags.FlagValues) -> None:
+    """Of a tuple that is given twice the last one holds, as of every other setting; absl would join the two.
+
+    The flags of a config's settings are defined when --config is read, which stands before them.
+    """
+    config: Any = values["config"]
+    read_config = config.parse
+
+    def parse_config(argument: str) -> None:
+        if config.present:
+            raise flags.Error(f"--config is given twice, {config.config_filename} and {argument}; give one of them")
+        read_config(argument)
+        for name in values:
+            if name.startswith("config.") and isinstance(values[name], flags.MultiFlag):
+                _parse_alone(values[name])
+
+    config.parse = parse_config
+
+
+def _parse_alone(flag: Any) -> None:
+    """Has a flag that could be repeated forget what it was given before."""
+    parse = flag.parse
+
+    def parse_last(argument: Any) -> None:
+        flag.present = 0
+        parse(argument)
+
+    flag.parse = parse_last
 
 
 def _define_fields(settings: type, values: flags.FlagValues) -> None:
@@ -345,6 +376,8 @@ Every setting of the config can be overridden:
   --config.loss.alpha=0.5           numbers and texts
   --config.curriculum.depths=(1,2)  tuples (in quotes, where the shell wants them)
   --noconfig.curriculum.enabled     switches, or --config.curriculum.enabled=False
+
+Where one is given twice, the last one holds.
 
 --config=FILE --print_config shows all keys with value, origin and meaning."""
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rtd_jax.apps.report.tables import depth_table
 from rtd_jax.base import signals
 from rtd_jax.base.console import Display, print_table
-from rtd_jax.base.files import write_json
+from rtd_jax.base.files import finite_report, write_json
 from rtd_jax.base.lock import one_writer
 from rtd_jax.base.means import Metrics
 from rtd_jax.base.settings import check_at_least
@@ -31,6 +31,7 @@ from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.data.tokenizer_match import vocab_size
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, decoding_notes, first_of_each_depth
+from rtd_jax.eval.ready import check_evaluation
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.methods.kd import Labels
 from rtd_jax.methods.term import Objective
@@ -41,6 +42,7 @@ from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_met
 from rtd_jax.train.loop import Loop, stopped_after
 from rtd_jax.train.metrics import MetricsLog
 from rtd_jax.train.optimizer import OptimizerSettings, make_optimizer
+from rtd_jax.train.outputs import check_outputs, check_saves
 from rtd_jax.train.state import TrainState, create_state, state_shardings
 from rtd_jax.train.update import make_train_step
 
@@ -111,6 +113,8 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
       ValueError: bad settings, data, checkpoints or disk; the message has the place and the way out.
     """
     started = time.monotonic()
+    if jax.process_index() == 0:
+        check_outputs(workdir, "model")
     settings = dataclasses.asdict(recipe)
     checkpoints = Checkpoints(workdir, keep=2)
     latest = checkpoints.latest()
@@ -120,7 +124,14 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
     for phase in recipe.phases:
         check_rows(phase.batch_size, mesh)
     tokenizer = tiny_tokenizer(closed_words(recipe.train.schema))
+    check_saves(tokenizer)
     model = LlamaModel(model_config(recipe.model, tokenizer), activation_sharding=row_sharding(mesh))
+    traces = load_traces(recipe.train)
+    loaders = [_loader(recipe, number, traces, tokenizer, mesh) for number in range(1, 1 + len(recipe.phases))]
+    problems = first_of_each_depth(load_traces(recipe.test), recipe.problems_per_depth)
+    scoring = ScoringSettings(recipe.phases[-1].row_length, recipe.phases[-1].batch_size)
+    evaluator = ChainEvaluator(tokenizer, recipe.text, DecodingSettings(recipe.max_new_tokens), scoring, mesh)
+    check_evaluation(evaluator, problems, {"model": model.config}, "")
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
     params_key, run_key = jax.random.split(jax.random.PRNGKey(recipe.seed))
 
@@ -142,7 +153,7 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
     def shown(means: dict[str, float], speed: float) -> dict[str, str]:
         return {"loss": f"{means['loss']:.4f}", "tokens/s": f"{speed:,.0f}"}
 
-    start, traces = int(state.step), load_traces(recipe.train)
+    start = int(state.step)
     with (
         contextlib.closing(MetricsLog(workdir, start)) as log,
         Display(recipe.total_updates, start, silent=jax.process_index() != 0) as display,
@@ -153,11 +164,10 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
         last = 0  # update at which the phase ends
         # Several processes would have to stop at the same update, so a signal stops them where they are.
         with signals.finishing() if jax.process_count() == 1 else contextlib.nullcontext():
-            for number, phase in enumerate(recipe.phases, start=1):
+            for number, (phase, loader) in enumerate(zip(recipe.phases, loaders, strict=True), start=1):
                 last += phase.updates
                 if start >= last:
                     continue
-                loader = _loader(recipe, number, traces, tokenizer, mesh)
                 if position is not None:
                     loader.set_state(position)
                 loop = Loop(state, loader, step, mesh, ("phase", number), log, display, log_periods, shown, line)
@@ -165,9 +175,6 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
                 state, position, line = loop.state, None, None
         params = state.params["student"]
         save_pretrained(workdir / "model", model.config, params, tokenizer=tokenizer, text=recipe.text)
-        scoring = ScoringSettings(recipe.phases[-1].row_length, recipe.phases[-1].batch_size)
-        evaluator = ChainEvaluator(tokenizer, recipe.text, DecodingSettings(recipe.max_new_tokens), scoring, mesh)
-        problems = first_of_each_depth(load_traces(recipe.test), recipe.problems_per_depth)
         notes = decoding_notes(display.note, "model")
         result, _ = evaluator(model, state.params["student"], problems, progress=notes)
     report = {
@@ -176,8 +183,11 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
         "wall_seconds": round(time.monotonic() - started, 1),
         "settings": settings,
     }
+    report, not_finite = finite_report(report)
+    if not_finite:
+        report["not_finite"] = not_finite
     write_json(workdir / "report.json", report)
-    print_table("Accuracy by reasoning depth (± one standard error)", *depth_table(result))
+    print_table("Accuracy by reasoning depth (± one standard error)", *depth_table(report["model"]))
     print(
         f"next: distill it with `python launch/train.py --config=configs/rtd_tiny.py "
         f"--config.teacher.path={workdir / 'model'}`"

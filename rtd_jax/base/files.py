@@ -77,27 +77,6 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def finite(value: Any, place: str = "") -> tuple[Any, dict[str, str]]:
-    """A JSON value with None in place of NaN and infinity, which JSON does not have, and what stood where.
-
-    A model that diverged has an infinite perplexity. Its report is written all the same, with null there and a list of
-    such places: {"student.perplexity": "inf", "curve[3].loss": "nan"}.
-    """
-    if isinstance(value, float) and not math.isfinite(value):
-        return None, {place: str(value)}
-    if isinstance(value, dict):
-        parts = {key: finite(item, f"{place}.{key}" if place else str(key)) for key, item in value.items()}
-        return {key: item for key, (item, _) in parts.items()}, _joined(found for _, found in parts.values())
-    if isinstance(value, list | tuple):
-        items = [finite(item, f"{place}[{i}]") for i, item in enumerate(value)]
-        return [item for item, _ in items], _joined(found for _, found in items)
-    return value, {}
-
-
-def _joined(dicts: Iterable[dict[str, str]]) -> dict[str, str]:
-    return {key: value for found in dicts for key, value in found.items()}
-
-
 @contextlib.contextmanager
 def reading(path: Path, way_out: str = "restore it or write it again") -> Iterator[None]:
     """Turns a system error of the block into a ValueError that names `path`, the cause, and what to do about it.
@@ -253,6 +232,28 @@ def parse_lines(
         if not isinstance(row, dict):
             raise ValueError(f"{place}: {line[:60]!r} is no JSON object; {way_out}")
         yield place, row
+
+
+def finite_report(value: Any, path: str = "") -> tuple[Any, list[str]]:
+    """`value` with None in the place of every number that is not finite, and where those numbers stood.
+
+    JSON has no infinity and no NaN. A report keeps null, and the places as its reasons: "sections.gsm8k.run.perplexity
+    is inf".
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, [f"{path or 'the value'} is {value}"]
+    items: Iterable[tuple[Any, Any]]
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return value, []
+    clean, places = {}, []
+    for key, item in items:
+        clean[key], found = finite_report(item, f"{path}.{key}" if path else str(key))
+        places += found
+    return (clean if isinstance(value, dict) else list(clean.values())), places
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

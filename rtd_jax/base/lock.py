@@ -107,7 +107,8 @@ def _take(path: Path, way_out: str) -> int | None:
                 return descriptor
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                return _take_without_flock(path, way_out)
+                _take_without_flock(path, way_out)
+                return None
             raise ValueError(
                 f"{path.parent} is in use by {_described(_read(path))}. Two runs in one folder would mix their files: "
                 f"wait for that process, stop it, or choose another {way_out}"

@@ -45,6 +45,7 @@ class _State:
     finishing = 0  # blocks that stop by themselves when they are asked to
     asked: int | None = None  # a signal that such a block was told of
     is_stopping = False  # the exception is under way
+    has_parent = False  # a process that stops with its parent
 
 
 def asked() -> bool:
@@ -93,6 +94,7 @@ def stoppable(ends_process: bool = False) -> Iterator[None]:
         sys.unraisablehook = _try_again
         install()
         if os.environ.pop(STOPS_WITH_PARENT, None):  # not for processes that this one starts
+            _State.has_parent = True
             threading.Thread(target=_watch_parent, daemon=True).start()
         yield
     except Stopped as stop:
@@ -107,7 +109,7 @@ def stoppable(ends_process: bool = False) -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         sys.unraisablehook = unraisable
-        _State.is_installed, _State.asked, _State.is_stopping = False, None, False
+        _State.is_installed, _State.asked, _State.is_stopping, _State.has_parent = False, None, False, False
 
 
 def install() -> None:
@@ -119,6 +121,9 @@ def install() -> None:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
+    # A scheduler tells both parent and child, and then the parent tells the child again.
+    if _State.has_parent and number == signal.SIGTERM and (_State.is_stopping or _State.asked is not None):
+        return
     if _State.is_stopping:  # it takes too long
         os._exit(128 + number)
     if _State.finishing and _State.asked is None:

@@ -62,7 +62,7 @@ def save_pretrained(
         for tensor in tensors:
             tensor.to_host(config)  # every process takes part in gathering arrays that are spread over them
         return directory
-    _check_replaceable(directory)
+    check_replaceable(directory)
     partial = directory.parent / f".{directory.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a save that was killed
@@ -148,7 +148,8 @@ def _write_tensors(directory: Path, tensors: list[_Tensor], config: LlamaConfig)
         write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _check_replaceable(directory: Path) -> None:
+def check_replaceable(directory: Path) -> None:
+    """Raises ValueError where `save_pretrained` would have to remove what is no part of a model."""
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: is a file; give another directory")
     known = {"config.json", INDEX_FILE, *TOKENIZER_FILES}

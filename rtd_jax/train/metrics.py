@@ -13,7 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from rtd_jax.base.files import finite, parse_json, reading, replacing
+from rtd_jax.base.files import finite_report, parse_json, reading, replacing
 
 FILE, BOARD = "metrics.jsonl", "tensorboard"
 
@@ -49,7 +49,7 @@ class MetricsLog:
         """
         if not self._is_lead:
             return
-        line, _ = finite({"update": update, **labels, **scalars})
+        line, _ = finite_report({"update": update, **labels, **scalars})
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         with self._writing(f"at update {update}"):
             self._file.write(json.dumps(line) + "\n")
@@ -74,12 +74,6 @@ class MetricsLog:
                 "space, or see that this user may write there. Earlier checkpoints are intact: the same command "
                 "resumes from the last one"
             ) from error
-
-
-def check_loggable(workdir: Path) -> None:
-    """Raises ValueError where `MetricsLog` could not write its files."""
-    if (workdir / FILE).is_dir() or ((workdir / BOARD).exists() and not (workdir / BOARD).is_dir()):
-        raise ValueError(f"{workdir} holds a folder {FILE} or a file {BOARD}; remove it or choose another --workdir")
 
 
 def _drop_after(path: Path, update: int) -> None:

@@ -14,8 +14,11 @@ from rtd_jax.base.sharding import check_rows, host_share, make_mesh, put_batch
 from rtd_jax.base.types import Batch, Params
 from rtd_jax.data.encoding import EncodedChain, chains_fingerprint
 from rtd_jax.data.packing import fixed_batches
+from rtd_jax.data.sources import load_traces
 from rtd_jax.data.tokenizer_match import compare_tokenizers, vocab_size
-from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings
+from rtd_jax.data.trace import Trace
+from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, first_of_each_depth
+from rtd_jax.eval.ready import check_evaluation
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.methods.term import Objective, Term
 from rtd_jax.models.config import LlamaConfig
@@ -23,12 +26,12 @@ from rtd_jax.models.from_hf import resolve
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import OpenModel, check_rows_of_ids, load_tokenizer, open_model
 from rtd_jax.steps.detector import Detector
-from rtd_jax.teacher.cache import TeacherCache
+from rtd_jax.teacher.cache import TeacherCache, chain_key
 from rtd_jax.teacher.reward_head import RewardModel, load_head
 from rtd_jax.train.curriculum import Stage, stages
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe, cache_identity
-from rtd_jax.train.splits import Chains, load_splits, make_detector
+from rtd_jax.train.splits import Chains, encode_split, load_splits, make_detector, prefixed_chains
 from rtd_jax.train.state import TrainState, create_state, state_shardings
 from rtd_jax.train.student import initial_student, student_config, student_model
 from rtd_jax.train.update import TeacherSource, TrainStep, make_train_step
@@ -50,7 +53,7 @@ class Experiment:
     step: TrainStep
     train: Chains
     validation: Chains
-    detector: Detector | None  # where a classifier cuts the chains
+    problems: tuple[Trace, ...]  # of the evaluation at the end, shallow ones first
     stages: tuple[Stage, ...]
     max_boundaries: int  # slots of a chain, the prompt's end included
     fingerprints: dict[str, str]
@@ -116,6 +119,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
     note("reading and tokenising the chains")
     detector = make_detector(recipe, teacher)
     train, validation = load_splits(recipe.data, teacher.tokenizer, detector)
+    problems = _test_problems(recipe, teacher, detector)
     plan = tuple(stages(recipe.curriculum))
     _check_chains(recipe, plan, {"training": train, "validation": validation}, note)
     cache, reward = None, None
@@ -149,7 +153,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         step=make_train_step(student, model, optimizer, objective, recipe.update, mesh),
         train=train,
         validation=validation,
-        detector=detector,
+        problems=tuple(problems),
         stages=plan,
         max_boundaries=1 + max(t.depth for chains in (train, validation) for t in chains.traces),
         fingerprints={
@@ -161,6 +165,10 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
             "student_config": hashlib.sha256(repr(config).encode()).hexdigest(),
         },
     )
+    models = {"student": config} | ({"teacher": teacher.config} if recipe.evaluation.teacher and is_run else {})
+    check_evaluation(experiment.evaluator, problems, models, "evaluation.")
+    if cache is not None and objective.reads_teacher and jax.process_count() == 1:  # others may each have a part
+        _check_cached(experiment, cache)
     return experiment, _initial_state(recipe, student, teacher, objective, optimizer)
 
 
@@ -175,6 +183,38 @@ def _checked_config(recipe: Recipe, teacher: OpenModel) -> LlamaConfig:
     return config
 
 
+def _test_problems(recipe: Recipe, teacher: OpenModel, detector: Detector | None) -> list[Trace]:
+    """The problems of the evaluation at the end: loaded at the start, so that what is wrong with them is found there.
+
+    Raises:
+      ValueError: they cannot be read or encoded.
+    """
+    try:
+        test = load_traces(recipe.data.test)
+        if recipe.data.test.schema == "prose" and detector is not None:  # others have steps of their own
+            test = detector.cut(test)
+        fitting = encode_split(test, recipe.data, teacher.tokenizer).traces
+    except ValueError as error:
+        raise ValueError(f"data.test: {error}") from error
+    return first_of_each_depth(fitting, recipe.evaluation.problems_per_depth)
+
+
+def _check_cached(experiment: Experiment, cache: TeacherCache) -> None:
+    """Raises ValueError where the cache lacks a chain that the run will read: days later, perhaps."""
+    recipe, train, validation = experiment.recipe, experiment.train, experiment.validation
+    chains = [*train.encoded, *validation.encoded]
+    for stage in experiment.stages:
+        held_out = validation.of_stage(stage, recipe.curriculum.validation_chains)
+        chains += prefixed_chains(recipe, experiment.tokenizer, train.traces, held_out.traces)
+    missing = [x for x in chains if chain_key(x.tokens, x.boundaries, x.loss_weights) not in cache]
+    if missing:
+        raise ValueError(
+            f"teacher.cache {recipe.teacher.cache} has no record of {len(missing)} of {len(chains)} chains, the first "
+            f"of {missing[0].source}: text, template, segmentation or curriculum settings are not those it was written "
+            "for, or it was not finished; run launch/cache_teacher.py with this recipe to add what is missing"
+        )
+
+
 def _check_chains(
     recipe: Recipe, plan: Sequence[Stage], splits: Mapping[str, Chains], note: Callable[[str], None]
 ) -> None:
@@ -186,6 +226,14 @@ def _check_chains(
                 raise ValueError(
                     f"curriculum stage {stage.name} has no {split} chain: the chains have {depths} steps. Set "
                     f"curriculum.depths to depths that exist, e.g. {tuple(depths[:5])}, or add data"
+                )
+        if split == "validation" and recipe.evaluation.drift_problems:
+            # A map is fitted on one half of the chains and used on the other.
+            count = len(first_of_each_depth(chains.traces, recipe.evaluation.drift_problems))
+            if count < 2:
+                raise ValueError(
+                    f"evaluation.drift_problems is {recipe.evaluation.drift_problems}, but drift is measured on two "
+                    f"validation chains at least, and there is {count}; set it to 0, or add data"
                 )
         if chains.too_long:
             note(

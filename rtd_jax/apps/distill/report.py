@@ -1,6 +1,5 @@
 """The end of a run: the drift between student and teacher, and the tables and the page that a person reads."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,9 @@ import numpy as np
 
 from rtd_jax.apps.distill.prepare import Experiment
 from rtd_jax.apps.report.page import write_report
-from rtd_jax.apps.report.tables import depth_table
+from rtd_jax.apps.report.tables import depth_table, number
 from rtd_jax.base.console import print_table
+from rtd_jax.base.files import read_jsonl
 from rtd_jax.base.sharding import to_host
 from rtd_jax.base.types import Params
 from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure, transitions
@@ -70,16 +70,19 @@ def print_report(report: dict[str, Any], workdir: Path) -> None:
         (
             stage["depth"],
             stage["updates"],
-            f"{stage['threshold']:.4f}",
-            "-" if stage["coherence"] is None else f"{stage['coherence']:.4f}",
+            number(stage["threshold"], digits=4),
+            number(stage["coherence"], digits=4),
             stage["ended_by"],
         )
         for stage in report["stages"]
     ]
     print_table("Curriculum", ["stage", "updates", "threshold", "coherence", "ended by"], stages)
-    perplexities = ", ".join(f"{name} {report[name]['perplexity']:.3f}" for name in names)
+    perplexities = ", ".join(f"{name} {number(report[name]['perplexity'])}" for name in names)
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report["seconds"].items())
     print(f"perplexity: {perplexities}.  {report['wall_seconds']:.0f} s in all: {spent}.")
+    if report.get("not_finite"):
+        shown = "; ".join(report["not_finite"][:3])
+        print(f"report.json has null where a number is not finite ({shown}): the model diverged")
     print(f"report: {workdir / 'report.html'}, {workdir / 'report.json'}   student: {workdir / 'student'}")
     print(f"next: look at the curves with `tensorboard --logdir {workdir / 'tensorboard'}`, or load the student with")
     print(f"      transformers.AutoModelForCausalLM.from_pretrained({str(workdir / 'student')!r})")
@@ -87,8 +90,8 @@ def print_report(report: dict[str, Any], workdir: Path) -> None:
 
 def write_page(report: dict[str, Any], workdir: Path) -> None:
     """Writes report.html of a run, from its report, and metrics.jsonl and generations.jsonl in `workdir`."""
-    lines = (workdir / "generations.jsonl").read_text(encoding="utf-8").splitlines()
-    examples = [record for record in map(json.loads, lines) if record["model"] == "student"]
+    records = (record for _, record in read_jsonl(workdir / "generations.jsonl"))
+    examples = [record for record in records if record.get("model") == "student"]
     models = {name: report[name] for name in ("student", "teacher") if name in report}
     shown = {"title": f"Run {workdir.name}", "models": models, "stages": report["stages"]}
     if "drift" in report:

@@ -14,18 +14,17 @@ from rtd_jax.apps.distill.report import drift_section, print_report, write_page
 from rtd_jax.apps.distill.stages import Run, Trainer
 from rtd_jax.base import signals
 from rtd_jax.base.console import Display
-from rtd_jax.base.files import write_json, write_jsonl
+from rtd_jax.base.files import finite_report, write_json, write_jsonl
 from rtd_jax.base.lock import one_writer
 from rtd_jax.base.types import Params
-from rtd_jax.data.sources import load_traces
-from rtd_jax.eval.evaluate import decoding_notes, first_of_each_depth
+from rtd_jax.eval.evaluate import decoding_notes
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_meta, restore_state
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.metrics import MetricsLog
+from rtd_jax.train.outputs import check_outputs, check_saves
 from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.splits import encode_split
 from rtd_jax.train.state import TrainState
 
 
@@ -46,9 +45,12 @@ def train(recipe: Recipe, workdir: Path) -> Path:
     if latest is not None:  # before anything heavy is loaded
         check_same_settings(latest, settings)
     is_lead = jax.process_index() == 0
+    if is_lead:
+        check_outputs(workdir, "student")
     clock = Clock()
     with clock.span("loading and tokenising"):
         experiment, state = prepare(recipe, functools.partial(print, flush=True) if is_lead else lambda _: None)
+        check_saves(experiment.tokenizer)
         run = _starting_point(experiment, state, clock, latest)
     if is_lead:
         write_json(workdir / "settings.json", settings)
@@ -69,6 +71,10 @@ def train(recipe: Recipe, workdir: Path) -> Path:
     report["wall_seconds"] = round(time.monotonic() - started, 1)
     report["train_seconds"] = round(run.seconds, 1)  # of all processes that the run had
     report["seconds"] = clock.seconds()  # of this process: a run that was resumed has had others before
+    # A student that diverged is reported as well; JSON has no infinite perplexity.
+    report, not_finite = finite_report(report)
+    if not_finite:
+        report["not_finite"] = not_finite
     if is_lead:
         write_json(workdir / "report.json", report)
         write_page(report, workdir)
@@ -109,11 +115,7 @@ def _starting_point(experiment: Experiment, state: TrainState, clock: Clock, lat
 
 def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path) -> dict[str, Any]:
     """Evaluates student and teacher on the test problems: the content of report.json. Writes generations.jsonl."""
-    recipe, test = experiment.recipe, load_traces(experiment.recipe.data.test)
-    if recipe.data.test.schema == "prose" and experiment.detector is not None:  # others have steps of their own
-        test = experiment.detector.cut(test)
-    fitting = encode_split(test, recipe.data, experiment.tokenizer).traces
-    problems = first_of_each_depth(fitting, recipe.evaluation.problems_per_depth)
+    recipe = experiment.recipe
     report: dict[str, Any] = {
         "stages": [dataclasses.asdict(record) for record in run.records],
         "updates": int(run.state.step),
@@ -127,10 +129,10 @@ def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path)
     generations: list[dict[str, Any]] = []
     for name, (model, params) in models.items():
         note = decoding_notes(display.note, name)
-        report[name], records = experiment.evaluator(model, params, problems, progress=note)
+        report[name], records = experiment.evaluator(model, params, experiment.problems, progress=note)
         for key in ("chain_accuracy", "step_accuracy", "perplexity"):
             report[key][name] = report[name][key]
-        generations += [{"model": name, **record} for record in records]
+        generations += [{"model": name, **finite_report(record)[0]} for record in records]
     if recipe.evaluation.every:
         report["curve"] = run.curve
     if recipe.evaluation.drift_problems:

@@ -12,6 +12,7 @@ from rtd_jax.apps.report import article, pictures
 from rtd_jax.apps.report.drawing import Draw, write_figure, write_page
 from rtd_jax.apps.report.pictures import Evaluation
 from rtd_jax.apps.report.tables import depth_table, group_table, interval, percent, total_lines
+from rtd_jax.base.files import read_jsonl
 
 EXAMPLES = 6  # chains shown in full
 CAPTIONS = {
@@ -95,7 +96,7 @@ def _pictures(
         title = f"Does the transition cosine tell right from wrong? ({of})"
         yield f"roc_{name}", title, CAPTIONS["roc"], pictures.roc(text)
     if metrics is not None and metrics.is_file():
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        lines = [line for _, line in read_jsonl(metrics)]
         yield "training_loss", "Training losses by stage", CAPTIONS["loss"], pictures.training_losses(lines)
         title, draw = "Validation coherence by stage", pictures.validation_coherence(lines)
         yield "training_coherence", title, CAPTIONS["coherence"], draw

@@ -320,7 +320,7 @@ def _claims_on_errors_and_cost(runs: TaskRuns) -> list[Claim]:
 
 def _claims_on_drift(runs: TaskRuns) -> list[Claim]:
     claims: list[Claim] = []
-    curves = [curve for outcome in runs.finished(runs.baseline) if len(curve := cka_curve(outcome)) > 1]
+    curves = [curve for outcome in runs.finished(runs.baseline) if len(curve := cka_curve(outcome.drift)) > 1]
     if curves:
         fall = over_seeds([curve[min(curve)] - curve[max(curve)] for curve in curves])
         first, last = article.CKA[1], article.CKA[4]
@@ -330,7 +330,7 @@ def _claims_on_drift(runs: TaskRuns) -> list[Claim]:
         )
         published = f"{first:.2f} - {last:.2f} = {first - last:.2f}"
         claims.append(Claim(text, with_interval(fall, ".3f", scale=1), published, verdict(fall)))
-    areas = [area for outcome in runs.finished(runs.whole) if (area := auroc_within(outcome)) is not None]
+    areas = [area for outcome in runs.finished(runs.whole) if (area := auroc_within(outcome.drift)) is not None]
     if areas:
         above = over_seeds([area - 0.5 for area in areas])
         found = f"{with_interval(above, '.3f', scale=1)} above 0.5, among steps of the same place and depth"

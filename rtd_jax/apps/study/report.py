@@ -233,7 +233,9 @@ def _drift(runs: TaskRuns) -> Section:
 
     rows = []
     for name, curve in curves.items():
-        areas = [area for outcome in runs.finished(name) if (area := statistics.auroc_within(outcome)) is not None]
+        areas = [
+            area for outcome in runs.finished(name) if (area := statistics.auroc_within(outcome.drift)) is not None
+        ]
         rows.append((name, *cells(curve, ".3f"), f"{np.mean(areas):.3f}" if areas else "-"))
     rows.append(("article (biased CKA, KD)", *cells(article.CKA, ".2f"), f"{article.AUROC:.2f}"))
     text = (
@@ -273,12 +275,13 @@ def _stages(runs: TaskRuns) -> Section:
     rows = []
     for number, first in enumerate(found[0].stages if found else ()):
         records = [outcome.stages[number] for outcome in found]
+        thresholds = [record["threshold"] for record in records if record["threshold"] is not None]
         losses = [record["coherence"] for record in records if record["coherence"] is not None]  # None: no updates left
         solved = [share for outcome in found if (share := statistics.solved_after_stage(outcome, number)) is not None]
         rows.append(
             (
                 first["depth"],
-                f"{np.mean([record['threshold'] for record in records]):.3f}",
+                f"{np.mean(thresholds):.3f}" if thresholds else "-",
                 f"{np.mean(losses):.3f}" if losses else "-",
                 f"{sum(record['ended_by'] == 'threshold' for record in records)} of {len(records)}",
                 f"{np.mean([record['updates'] for record in records]):.0f}",
@@ -304,7 +307,7 @@ def _mean_cka_curves(runs: TaskRuns) -> dict[str, dict[int, float]]:
     """CKA by step of each method where it was measured: means over the seeds that have the step."""
     means = {}
     for name, outcomes in runs.outcomes.items():
-        curves = [statistics.cka_curve(outcome) for outcome in outcomes]
+        curves = [statistics.cka_curve(outcome.drift) for outcome in outcomes]
         steps = sorted({step for curve in curves for step in curve})
         if steps:
             means[name] = {s: float(np.mean([curve[s] for curve in curves if s in curve])) for s in steps}

@@ -14,10 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from rtd_jax.base.files import read_json, write_json
+from rtd_jax.base import signals
+from rtd_jax.base.files import read_json, read_object, write_json
+from rtd_jax.base.lock import owner
 
 PROGRAM = (sys.executable, "-m", "rtd_jax")
 POLL_SECONDS = 0.5
+PATIENCE = 60.0  # seconds for what a killed study left running
 # SHA-256 of the text that a base config had before configs were built from the settings' defaults. It gave the same
 # settings, so runs that were begun with it are continued.
 EARLIER_TEXTS = {
@@ -71,7 +74,13 @@ def prepare_once(preparations: Sequence[Preparation]) -> None:
     for preparation in preparations:
         command, log = _without_script(preparation.command), preparation.folder.with_suffix(".log")
         if preparation.record.exists():
-            if _without_script(read_json(preparation.record)) != command:
+            before = read_json(preparation.record)
+            if not isinstance(before, list) or not before or not all(isinstance(x, str) for x in before):
+                raise ValueError(
+                    f"{preparation.record} is not what a study writes, a list of texts; delete it and "
+                    f"{preparation.folder}, and run again"
+                )
+            if _without_script(before) != command:
                 raise ValueError(
                     f"{preparation.folder} was made by another command ({preparation.record} differs); give the study "
                     "another --workdir, or delete that folder and its .json"
@@ -80,19 +89,17 @@ def prepare_once(preparations: Sequence[Preparation]) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         print(f"preparing {preparation.name}: {' '.join(command)}", flush=True)
         started = time.monotonic()
-        with log.open("a") as file:
-            done = subprocess.run(
-                [*PROGRAM, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=_environment(),
-            )
-        if done.returncode:
-            last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        _wait_for([preparation.folder])
+        process = _start(command, log, _environment())
+        try:
+            process.wait()
+        finally:
+            _stop([process])
+        if process.returncode:
+            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             raise ValueError(
-                f"preparing {preparation.name} failed ({' '.join(last)[:300]}): its log is {log}. Run the same command "
-                "again to continue"
+                f"preparing {preparation.name} {_ended(process)} ({' '.join(last)[:300]}): its log is {log}. Run the "
+                "same command again to continue"
             )
         write_json(preparation.record, command)
         print(f"prepared {preparation.name} in {time.monotonic() - started:.0f} s", flush=True)
@@ -108,6 +115,11 @@ def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, compiled: Path) -> 
       ValueError: a workdir holds a run with other settings (before anything starts), or jobs failed (after all others
         ran), with the place of their logs.
     """
+    with signals.stoppable():
+        _run_jobs(jobs, base, parallel, compiled)
+
+
+def _run_jobs(jobs: Sequence[Job], base: Path, parallel: int, compiled: Path) -> None:
     claim_jobs(jobs, base)
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= parallel <= len(cores):
@@ -116,42 +128,48 @@ def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, compiled: Path) -> 
     total = len(waiting)
     print(f"{len(jobs)} runs, {len(jobs) - total} of them finished; {parallel} at a time", flush=True)
     running: dict[int, tuple[Job, subprocess.Popen, float]] = {}  # by share of the cores
-    failed: list[Job] = []
+    failed: list[tuple[Job, str]] = []  # and how they ended
+    _wait_for([job.workdir for job in waiting])
     started = time.monotonic()
-    # A request to stop becomes SystemExit, so that the `finally` below stops the jobs too.
-    previous_handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         while waiting or running:
             for share in range(parallel):
                 if share not in running and waiting:
                     job = waiting.pop(0)
-                    running[share] = (job, _start(job, base, set(cores[share::parallel]), compiled), time.monotonic())
+                    process = _start_job(job, base, set(cores[share::parallel]), compiled)
+                    running[share] = (job, process, time.monotonic())
             time.sleep(POLL_SECONDS)
             for share, (job, process, since) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[share]
+                _stop([process])  # it has ended: this closes its pipe
                 if process.returncode == 0 and job.report.exists():
-                    accuracy = read_json(job.report)["student"]["chain_accuracy"]["all"]
-                    outcome = f"chain accuracy {100 * accuracy['mean']:.1f}%"
+                    outcome = _chain_accuracy(job)
                 else:
-                    failed.append(job)
-                    outcome = f"FAILED, see {job.log}"
+                    failed.append((job, _ended(process)))
+                    outcome = f"{_ended(process).upper()}, see {job.log}"
                 left = len(waiting) + len(running)
                 now, done = time.monotonic(), total - left
                 eta = (now - started) / done * left / 60
                 print(f"[{done}/{total}] {job.name}: {outcome}, {now - since:.0f} s; ETA {eta:.0f} min", flush=True)
     finally:
-        for _, process, _ in running.values():
-            process.terminate()
-        for _, process, _ in running.values():
-            process.wait()
-        signal.signal(signal.SIGTERM, previous_handler)
+        _stop([process for _, process, _ in running.values()])
     if failed:
+        job, how = failed[0]
         raise ValueError(
-            f"{len(failed)} of {total} runs failed, first {failed[0].name}: its log is {failed[0].log}. The others are "
+            f"{len(failed)} of {total} runs failed, first {job.name}: its log is {job.log} (it {how}). The others are "
             "finished; run the same command again to repeat the failed ones"
         )
+
+
+def _chain_accuracy(job: Job) -> str:
+    """What a run's report says, in words; whether it is whole is checked where all of them are read."""
+    try:
+        mean = read_object(job.report)["student"]["chain_accuracy"]["all"]["mean"]
+        return f"chain accuracy {100 * mean:.1f}%"
+    except (ValueError, KeyError, TypeError):
+        return f"its report cannot be read, see {job.report}"
 
 
 def claim_jobs(jobs: Sequence[Job], base: Path) -> None:
@@ -190,8 +208,8 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _start(job: Job, base: Path, cores: set[int], compiled: Path) -> subprocess.Popen:
-    command = [*PROGRAM, "train", f"--config={base}", f"--workdir={job.workdir}"]
+def _start_job(job: Job, base: Path, cores: set[int], compiled: Path) -> subprocess.Popen:
+    command = ["train", f"--config={base}", f"--workdir={job.workdir}"]
     command += [f"--config.{override}" for override in job.overrides]
     environment = _environment() | {
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
@@ -201,9 +219,44 @@ def _start(job: Job, base: Path, cores: set[int], compiled: Path) -> subprocess.
     all_cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)  # the child inherits it; set in the child it would come after its first threads
     try:
-        with job.log.open("a") as log:
-            return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
+        return _start(command, job.log, environment)
     finally:
         os.sched_setaffinity(0, all_cores)
+
+
+def _start(command: Sequence[str], log: Path, environment: dict[str, str]) -> subprocess.Popen:
+    """Starts a command of `python -m rtd_jax` that stops when this process is gone, however that ended."""
+    with log.open("a") as file:
+        return subprocess.Popen(
+            [*PROGRAM, *command],
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment | {signals.STOPS_WITH_PARENT: "1"},
+        )
+
+
+def _stop(processes: Sequence[subprocess.Popen]) -> None:
+    """Asks those that run to stop, and waits for them; training saves first."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+
+
+def _ended(process: subprocess.Popen) -> str:
+    """How a process ended that did not end well: "failed", or "was stopped by SIGTERM"."""
+    status = process.returncode
+    number = -status if status < 0 else status - 128
+    return f"was stopped by {signal.Signals(number).name}" if number in set(signal.Signals) else "failed"
+
+
+def _wait_for(folders: Sequence[Path]) -> None:
+    """Gives processes of a study that was killed the time to stop; one that goes on is refused by the next in it."""
+    deadline = time.monotonic() + PATIENCE
+    while (busy := next(filter(owner, folders), None)) and time.monotonic() < deadline:
+        print(f"waiting for {owner(busy) or 'a process'} to leave {busy}", flush=True)
+        time.sleep(2 * POLL_SECONDS)

@@ -1,16 +1,13 @@
 """From finished runs to estimates over seeds and problems, and numbers from the curves of a run."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from rtd_jax.base.files import read_json
 from rtd_jax.base.types import Array
 from rtd_jax.eval.estimates import (
     CONFIDENCE,
@@ -40,7 +37,7 @@ class Outcome:
     correct: np.ndarray  # bool [problems]: every intermediate result and the answer are right, free-running
     teacher_correct: np.ndarray | None  # bool [problems]
     step_accuracy: float  # teacher-forced, over all depths
-    perplexity: float
+    perplexity: float  # infinite where the student diverged
     updates: int
     seconds: float  # of training, with calibration and compilation, without evaluations
     step_accuracy_by_depth: dict[str, float] = field(default_factory=dict)  # teacher-forced
@@ -67,41 +64,6 @@ def json_row(found: Estimate | None) -> dict[str, Any] | None:
     if isinstance(found, Difference):
         row |= {"p_value": found.p_value, "seeds_needed": found.seeds_needed}
     return row
-
-
-def read_outcome(task: str, method: str, seed: int, workdir: Path) -> Outcome:
-    """Reads report.json and generations.jsonl of a finished run.
-
-    Raises:
-      ValueError: a file is missing or damaged.
-    """
-    report = read_json(workdir / "report.json")
-    path = workdir / "generations.jsonl"
-    records: dict[str, list[dict]] = {"student": [], "teacher": []}
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            records[record["model"]].append(record)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not what a run writes ({error!r}); delete {workdir} and run again") from error
-    correct = {model: np.array([row["correct"] for row in rows], bool) for model, rows in records.items()}
-    return Outcome(
-        task,
-        method,
-        seed,
-        np.array([record["depth"] for record in records["student"]]),
-        correct["student"],
-        correct["teacher"] if records["teacher"] else None,
-        report["student"]["step_accuracy"]["all"]["mean"],
-        report["student"]["perplexity"],
-        report["updates"],
-        report.get("train_seconds", report["wall_seconds"]),
-        {depth: found["mean"] for depth, found in report["student"]["step_accuracy"].items()},
-        report.get("teacher", {}).get("perplexity"),
-        report.get("drift"),
-        tuple(report.get("curve", ())),
-        tuple(report["stages"]),
-    )
 
 
 def accuracy(outcomes: Sequence[Outcome], chosen: Chosen) -> Estimate:
@@ -192,16 +154,16 @@ def accuracy_at(outcome: Outcome, seconds: float) -> float:
     return accuracies[-1] if accuracies else 0.0
 
 
-def cka_curve(outcome: Outcome) -> dict[int, float]:
+def cka_curve(drift: dict[str, Any] | None) -> dict[int, float]:
     """Debiased CKA by step over the same chains, from step 1 on; {} where it was not measured."""
-    steps = (outcome.drift or {}).get("steps", [])
+    steps = (drift or {}).get("steps", [])
     found = {s["step"]: (s["cka_same_chains"] or {}).get("value") for s in steps if s["step"] >= 1}
     return {step: value for step, value in found.items() if value is not None}
 
 
-def auroc_within(outcome: Outcome) -> float | None:
+def auroc_within(drift: dict[str, Any] | None) -> float | None:
     """AUROC of the transition cosine for the next step, among steps of the same place in chains of the same depth."""
-    return outcome.drift["relation"]["next_step"]["auroc_within"]["value"] if outcome.drift else None
+    return drift["relation"]["next_step"]["auroc_within"]["value"] if drift else None
 
 
 def _paired_tables(methods: Sequence[Sequence[Outcome]], chosen: Chosen) -> list[np.ndarray]:

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rtd_jax.apps.report.sections import write_sections
+from rtd_jax.apps.study.finished import read_outcome
 from rtd_jax.apps.study.recipe import StudyRecipe, prepared_folder
 from rtd_jax.apps.study.report import markdown, study_report
 from rtd_jax.apps.study.runner import Job, claim_jobs, prepare_once, run_jobs
-from rtd_jax.apps.study.statistics import read_outcome
-from rtd_jax.base.files import check_writable, replacing, write_json
+from rtd_jax.apps.study.statistics import Outcome
+from rtd_jax.base.files import check_writable, finite_report, replacing, write_json
+from rtd_jax.base.lock import locked
+from rtd_jax.base.signals import stoppable
 
 
 def study(recipe: StudyRecipe, workdir: Path) -> Path:
@@ -29,27 +32,43 @@ def study(recipe: StudyRecipe, workdir: Path) -> Path:
         raise ValueError(
             f"base config {recipe.base} does not exist; run from the folder that has it, or give a full path"
         )
-    check_writable(workdir)
     jobs = recipe.jobs(workdir)
-    if not recipe.parallel:
-        finished = [job for job in jobs if job.report.exists()]
-        if not finished:
-            raise ValueError(f"parallel is 0: only a report of finished runs, but {workdir} has none; use 1 or more")
-        claim_jobs(finished, base)
-    try:
-        if recipe.parallel:
-            if not all(job.report.exists() for job in jobs):
-                prepare_once(recipe.preparations(workdir))
-            run_jobs(jobs, base, recipe.parallel, prepared_folder(workdir) / "compiled")
-    finally:
-        finished = [job for job in jobs if job.report.exists()]
-        if finished:
-            _write_report(recipe, finished, len(jobs), workdir)
+    if recipe.parallel:
+        with locked(workdir), stoppable():
+            _make_runs(recipe, jobs, base, workdir)
+        return workdir / "study.md"
+    check_writable(workdir)  # a look at the runs of a study that is at work elsewhere is harmless
+    finished = [job for job in jobs if job.report.exists()]
+    if not finished:
+        raise ValueError(f"parallel is 0: only a report of finished runs, but {workdir} has none; use 1 or more")
+    claim_jobs(finished, base)
+    _write_report(recipe, jobs, workdir)
     return workdir / "study.md"
 
 
-def _write_report(recipe: StudyRecipe, finished: Sequence[Job], planned: int, workdir: Path) -> None:
-    outcomes = [read_outcome(job.task, job.method, job.seed, job.workdir) for job in finished]
+def _make_runs(recipe: StudyRecipe, jobs: Sequence[Job], base: Path, workdir: Path) -> None:
+    """Makes the runs that are missing and reports on all that are finished, also where some failed."""
+    _outcomes(jobs)  # what is wrong with earlier runs is found before hours of others
+    try:
+        if not all(job.report.exists() for job in jobs):
+            prepare_once(recipe.preparations(workdir))
+        run_jobs(jobs, base, recipe.parallel, prepared_folder(workdir) / "compiled")
+    except Exception:  # but not a signal, which is to end this soon
+        _write_report(recipe, jobs, workdir)
+        raise
+    _write_report(recipe, jobs, workdir)
+
+
+def _outcomes(jobs: Sequence[Job]) -> list[Outcome]:
+    """What the finished ones of the jobs found."""
+    return [read_outcome(job.task, job.method, job.seed, job.workdir) for job in jobs if job.report.exists()]
+
+
+def _write_report(recipe: StudyRecipe, jobs: Sequence[Job], workdir: Path) -> None:
+    """Writes the report over the jobs that are finished, if there are any."""
+    outcomes, planned = _outcomes(jobs), len(jobs)
+    if not outcomes:
+        return
     report = study_report(recipe, outcomes)
     hours = sum(outcome.seconds for outcome in outcomes) / 3600
     report.intro += (
@@ -57,13 +76,13 @@ def _write_report(recipe: StudyRecipe, finished: Sequence[Job], planned: int, wo
         f"{_processor()} with Python {platform.python_version()}, {datetime.date.today()}. A method with one "
         "seed decides nothing.",
     )
-    write_json(workdir / "study.json", report.numbers)
+    write_json(workdir / "study.json", finite_report(report.numbers)[0])
     text = markdown(report)
     for path in (workdir / "study.md", *([Path(recipe.report)] if recipe.report else [])):
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     page = write_sections(workdir, report.title, report.intro, report.sections, report.pictures)
-    print(f"report over {len(finished)} of {planned} runs: {workdir / 'study.md'}, {page}", flush=True)
+    print(f"report over {len(outcomes)} of {planned} runs: {workdir / 'study.md'}, {page}", flush=True)
 
 
 def _processor() -> str:
