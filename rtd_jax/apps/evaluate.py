@@ -11,6 +11,7 @@ from rtd_jax.apps.report.page import gap_lines, write_report
 from rtd_jax.apps.report.tables import depth_table, group_table, percent, total_lines
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import check_writable, write_json, write_jsonl
+from rtd_jax.base.settings import SEED, check_distinct, check_filled, check_ranges
 from rtd_jax.base.sharding import row_sharding, row_ways
 from rtd_jax.data.formats import render
 from rtd_jax.data.schemas.arc import ChoiceQuestion
@@ -65,6 +66,11 @@ class EvaluateSettings:
             raise ValueError(f"models are {self.model}; give each of them once")
         if self.samples > 1 and self.temperature <= 0:
             raise ValueError(f"samples is {self.samples} but decoding is greedy, so all are alike; set a temperature")
+        check_ranges(self, limit="[0, 1e7]", few_shot="[-1, 1000]", few_shot_seed=SEED, levels="[1, 5]", seed=SEED)
+        check_ranges(self, samples="[1, 1e4]", temperature="[0, 100]", top_p="(0, 1]")
+        check_ranges(self, max_new_tokens="[1, 1e6]", batch_size="[1, 1e6]")
+        check_distinct(self, "tasks", "levels")
+        check_filled(self, "out", "levels")
 
 
 def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rtd_jax.apps.traces.requests import Reply, Request
+from rtd_jax.base.settings import check_ranges
 from rtd_jax.data.sentences import sentences
 from rtd_jax.data.trace import Problem
 from rtd_jax.eval.answers import answer_matches, boxed, flexible_answer, parse_number, strict_answer
@@ -29,11 +30,7 @@ class SelectionSettings:
     tokenizer: str = ""  # Hugging Face folder: a chain with tokens that it does not know is unparsable; "": no check
 
     def __post_init__(self) -> None:
-        if self.per_problem < 0 or not 0 < self.max_depth_share <= 1:
-            raise ValueError(
-                f"per_problem is {self.per_problem} and max_depth_share {self.max_depth_share}; expected 0 (all) or "
-                "more, and a share in (0, 1]"
-            )
+        check_ranges(self, per_problem="[0, 1e6]", max_depth_share="(0, 1]")
 
 
 @dataclass(frozen=True)
