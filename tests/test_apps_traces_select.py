@@ -123,7 +123,7 @@ def test_requests_are_named_by_what_decides_their_reply():
         (lambda: SamplingSettings(samples=2, temperature=0.0), "writes the same chain each time"),
         (lambda: SamplingSettings(stop=("",)), "would end every chain at once"),
         (lambda: OpenAISettings(extra_body="[1]"), "expected a JSON object"),
-        (lambda: SelectionSettings(max_depth_share=0.0), "max_depth_share 0.0"),
+        (lambda: SelectionSettings(max_depth_share=0.0), "max_depth_share is 0.0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(make, message):

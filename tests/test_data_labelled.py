@@ -139,7 +139,7 @@ def test_files_are_read_and_refusals_name_file_and_row(tmp_path):
     [
         ({"schema": "prm"}, "schema 'prm' is unknown"),
         ({"limit": 0}, "needs the number of problems"),
-        ({"corruption": 0.0}, r"corruption is 0.0; give a share of the steps in \(0, 1\)"),
+        ({"corruption": 0.0}, "corruption is 0.0; expected above 0 and below 1"),
         ({"schema": "prm800k"}, "needs a location"),
     ],
 )

@@ -96,7 +96,7 @@ def test_scale_is_of_all_tokens_and_never_zero():
 
 
 def test_bad_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"dilations \(0,\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"dilations\[0\] is 0; expected 1 to"):
         HeadSettings(dilations=(0,))
     with pytest.raises(ValueError, match=r"dropout is 1\.0"):
         HeadSettings(dropout=1.0)

@@ -113,5 +113,5 @@ def test_a_record_survives_json():
 
 @pytest.mark.parametrize("changes", [{"depths": ()}, {"depths": (0, 1)}, {"replay": 1.0}, {"validate_every": 0}])
 def test_impossible_settings_are_refused(changes):
-    with pytest.raises(ValueError, match="curriculum"):
+    with pytest.raises(ValueError, match=next(iter(changes))):
         CurriculumSettings(**changes)

@@ -16,8 +16,9 @@ import numpy as np
 
 from rtd_jax.apps.report.segments import plot_examples, plot_scores
 from rtd_jax.base.console import print_table
-from rtd_jax.base.files import write_json
+from rtd_jax.base.files import check_writable, write_json
 from rtd_jax.base.lock import one_writer
+from rtd_jax.base.settings import LAYER, check_distinct, check_filled, check_ranges
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings, load_traces
@@ -43,6 +44,7 @@ class HeldOut:
     form: str = "plain"  # marks taken away; "marked": left in; "bare": lower case and without end punctuation too
 
     def __post_init__(self) -> None:
+        check_ranges(self, chains="[1, 1e7]")
         if self.form not in FORMS:
             raise ValueError(f"form is {self.form!r}; use one of {', '.join(FORMS)}")
 
@@ -68,8 +70,10 @@ class BoundaryRecipe:
     mesh: MeshSettings = MeshSettings()
 
     def __post_init__(self) -> None:
-        if not self.tests or not self.layers or min(self.train_chains, self.validation_chains) < 1:
-            raise ValueError("a fit needs layers, train_chains, validation_chains and at least one of tests")
+        check_ranges(self, layers=LAYER, train_chains="[1, 1e7]", validation_chains="[1, 1e7]", batch_size="[1, 1e6]")
+        check_ranges(self, examples="[0, 1000]", resamples="[20, 1e6]")
+        check_filled(self, "layers", "tests")
+        check_distinct(self, "layers")
 
 
 @one_writer(lambda recipe, workdir: workdir)

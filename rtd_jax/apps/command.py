@@ -24,7 +24,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from rtd_jax.base import signals
-from rtd_jax.base.settings import build, comments, defaults, settings_of, unread_settings, value_types
+from rtd_jax.base.settings import build, check_ranges, comments, defaults, settings_of, unread_settings, value_types
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class RunFlags:
     coordinator: str | None = None  # host:port of process 0, where JAX cannot find the cluster.
     processes: int | None = None  # With --coordinator: how many processes there are.
     process: int | None = None  # With --coordinator: which of them this is, from 0.
+
+    def __post_init__(self) -> None:
+        check_ranges(self, processes="[1, 1e6]", process="[0, 1e6]")
 
 
 COMMANDS = {

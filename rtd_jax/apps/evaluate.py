@@ -9,9 +9,9 @@ from typing import Any
 from rtd_jax.apps.report.page import gap_lines, write_report
 from rtd_jax.apps.report.tables import depth_table, group_table, percent, total_lines
 from rtd_jax.base.console import print_table, printable
-from rtd_jax.base.files import finite, write_json, write_jsonl
+from rtd_jax.base.files import finite_report, write_json, write_jsonl
 from rtd_jax.base.lock import one_writer
-from rtd_jax.base.settings import check_at_least
+from rtd_jax.base.settings import SEED, check_distinct, check_filled, check_ranges
 from rtd_jax.base.sharding import row_sharding, row_ways
 from rtd_jax.data.formats import TextFormat, render
 from rtd_jax.data.schemas.arc import ChoiceQuestion
@@ -64,19 +64,14 @@ class EvaluateSettings:
             raise ValueError("give either models (--model) or texts to score (--generations)")
         if len(set(self.model)) < len(self.model):
             raise ValueError(f"models are {self.model}; give each of them once")
-        check_at_least(0, self, "limit", group="--")
-        check_at_least(-1, self, "few_shot", group="--")
-        check_at_least(1, self, "samples", "max_new_tokens", "batch_size", group="--")
-        if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1:  # NaN is neither
-            raise ValueError(
-                f"--temperature is {self.temperature} and --top_p {self.top_p}; expected 0 (greedy) to 100, and a share "
-                "in (0, 1]"
-            )
-        if not self.levels or not set(self.levels) <= {1, 2, 3, 4, 5}:
-            raise ValueError(f"--levels is {self.levels}; MATH has the levels 1 to 5")
         TextFormat(prompt_template=self.prompt_template)  # refuses one without {prompt}
         if self.samples > 1 and self.temperature <= 0:
             raise ValueError(f"samples is {self.samples} but decoding is greedy, so all are alike; set a temperature")
+        check_ranges(self, limit="[0, 1e7]", few_shot="[-1, 1000]", few_shot_seed=SEED, levels="[1, 5]", seed=SEED)
+        check_ranges(self, samples="[1, 1e4]", temperature="[0, 100]", top_p="(0, 1]")
+        check_ranges(self, max_new_tokens="[1, 1e6]", batch_size="[1, 1e6]")
+        check_distinct(self, "tasks", "levels")
+        check_filled(self, "out", "levels")
 
 
 @one_writer(lambda settings, *_, **__: settings.out, "--out")
@@ -101,7 +96,7 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
     names = {name for models in sections.values() for name in models}
     for task, models in sections.items():
         notes += unequal_conditions(task, models, [record for record in records if record["task"] == task])
-    report, places = finite(
+    report, reasons = finite_report(
         {
             "kind": "evaluation",
             "title": f"Evaluation of {', '.join(sorted(names))}",
@@ -110,10 +105,8 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
             "sections": sections,
         }
     )
-    report["notes"] = notes + [
-        f"{place} is {seen}, which JSON cannot hold: null in the report" for place, seen in places.items()
-    ]
-    records = finite(records)[0]
+    report["notes"] = notes + [f"{reason}, which JSON cannot hold: null in the report" for reason in reasons]
+    records = finite_report(records)[0]
     write_jsonl(out / "generations.jsonl", records)
     write_json(out / "report.json", report)
     write_report(out, report, records)

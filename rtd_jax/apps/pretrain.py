@@ -20,7 +20,7 @@ from rtd_jax.base.console import Display, print_table
 from rtd_jax.base.files import finite_report, write_json
 from rtd_jax.base.lock import one_writer
 from rtd_jax.base.means import Metrics
-from rtd_jax.base.settings import check_at_least
+from rtd_jax.base.settings import SEED, check_filled, check_ranges
 from rtd_jax.base.sharding import MeshSettings, check_rows, host_share, make_mesh, put_batch, row_sharding
 from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain, encode_traces
@@ -60,6 +60,10 @@ class SizeSettings:
     rope_theta: float = 10_000.0  # base of the rotary angles
     max_positions: int = 1024  # tokens; written to config.json
 
+    def __post_init__(self) -> None:
+        sizes = ("layers", "width", "mlp_width", "heads", "kv_heads", "head_dim")
+        check_ranges(self, **dict.fromkeys(sizes, "[1, 1e6]"), rope_theta="(1, 1e12]", max_positions="[1, 1e8]")
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -72,7 +76,8 @@ class Phase:
     chains_per_row: int  # at most
 
     def __post_init__(self) -> None:
-        check_at_least(1, self, "updates", "max_depth", "batch_size", "row_length", "chains_per_row")
+        check_ranges(self, updates="[1, 1e9]", max_depth="[1, 1000]", batch_size="[1, 1e6]")
+        check_ranges(self, row_length="[2, 1e7]", chains_per_row="[1, 1e5]")
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,9 @@ class PretrainRecipe:
     seed: int = 0  # of params, data order and few-shot choices
 
     def __post_init__(self) -> None:
+        check_filled(self, "phases")
+        check_ranges(self, shot_fraction="[0, 1]", problems_per_depth="[1, 1e6]", max_new_tokens="[1, 1e6]", seed=SEED)
+        check_ranges(self, log_every="[1, 1e9]", checkpoint_every="[1, 1e9]")
         if "prose" in (self.train.schema, self.test.schema):
             raise ValueError(
                 "a pretraining takes problems by their depth, and texts of schema 'prose' have no marked steps to "

@@ -14,7 +14,7 @@ import optax
 
 from rtd_jax.base.files import write_json
 from rtd_jax.base.lock import one_writer
-from rtd_jax.base.settings import check_at_least
+from rtd_jax.base.settings import LAYER, SEED, check_distinct, check_ranges
 from rtd_jax.base.sharding import MeshSettings, check_rows, make_mesh, put_batch, to_host
 from rtd_jax.base.types import Params
 from rtd_jax.data.encoding import encode_traces
@@ -54,9 +54,10 @@ class RewardModelRecipe:
     def __post_init__(self) -> None:
         if not self.layers and not self.surprise:
             raise ValueError("layers is empty and surprise False: the head would read nothing; give layers=(-1,)")
-        check_at_least(1, self, "row_length", "batch_size", "epochs", "steps_per_update")
-        if self.hidden < 0 or self.learning_rate <= 0:
-            raise ValueError(f"hidden is {self.hidden} and learning_rate {self.learning_rate}; give >= 0 and > 0")
+        check_ranges(self, layers=LAYER, hidden="[0, 1e6]", row_length="[2, 1e7]", max_dropped_fraction="[0, 1]")
+        check_ranges(self, batch_size="[1, 1e6]", epochs="[1, 1e6]", steps_per_update="[1, 1e7]", seed=SEED)
+        check_ranges(self, learning_rate="(0, 10]", weight_decay="[0, 100]", resamples="[20, 1e6]")
+        check_distinct(self, "layers")
 
 
 class LabelledSteps(NamedTuple):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rtd_jax.base.files import check_writable, write_jsonl
+from rtd_jax.base.settings import check_filled, check_ranges
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.schemas.schema import answer_field, fields_of, shown
 from rtd_jax.data.sources import SourceSettings, read_rows
@@ -32,6 +33,10 @@ class SegmentSettings:
     compute_dtype: FloatDtype = "float32"  # of matrix products and hidden states
     batch_size: int = 16  # rows that the teacher reads at one time
     keep: str = "runs/steps"  # folder of the steps found so far, so that a killed run goes on; "" keeps nothing
+
+    def __post_init__(self) -> None:
+        check_filled(self, "teacher", "classifier", "data", "out", "text_field")
+        check_ranges(self, batch_size="[1, 1e6]")
 
 
 def segment(settings: SegmentSettings) -> Path:

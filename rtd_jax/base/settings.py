@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import re
 import types
 import typing
@@ -164,11 +165,79 @@ def check_at_least(least: int, settings: Any, *names: str, group: str = "") -> N
             raise ValueError(f"{group}{name} is {getattr(settings, name)}; it must be at least {least}")
 
 
+class SettingError(ValueError):
+    """A setting that cannot be used. The message begins with its name, before which `build` puts the path."""
+
+
+SEED = "[0, 2147483647]"  # that JAX's, NumPy's and Python's generators all take
+LAYER = "[-1000, 1000]"  # of a model; from the end where negative
+
+
+def check_ranges(settings: Any, **intervals: str) -> None:
+    """Checks numbers, and the entries of tuples, against intervals such as "[1, 1e6]", "(0, 1]" and "[0, inf)".
+
+    None is not checked. Upper limits of counts lie far beyond what is useful; they catch slips that would fill the
+    memory or never end.
+
+    Raises:
+      SettingError: a number is outside; with the interval in words, and the comment on the setting's line for its unit.
+    """
+    for name, interval in intervals.items():
+        value = getattr(settings, name)
+        entries = {f"{name}[{i}]": x for i, x in enumerate(value)} if isinstance(value, tuple) else {name: value}
+        for key, number in entries.items():
+            if isinstance(number, int | float) and not _is_inside(number, interval):
+                raise SettingError(f"{key} is {number}; expected {_in_words(interval)}{_meaning(settings, name)}")
+
+
+def check_filled(settings: Any, *names: str) -> None:
+    """Raises SettingError where a text or a tuple is empty."""
+    for name in names:
+        if not getattr(settings, name):
+            raise SettingError(f"{name} is empty; expected a value{_meaning(settings, name)}")
+
+
+def check_distinct(settings: Any, *names: str) -> None:
+    """Raises SettingError where a tuple has a value twice."""
+    for name in names:
+        values = getattr(settings, name)
+        if len(set(values)) < len(values):
+            raise SettingError(f"{name} is {values}; expected each value once")
+
+
+def _meaning(settings: Any, name: str) -> str:
+    """What a setting means, with its unit, to be put behind a message: " (optimizer updates)"."""
+    cls: type = type(settings)
+    meaning = comments(cls).get(name, "")
+    return f" ({meaning})" if meaning else ""
+
+
+def _bounds(interval: str) -> tuple[float, float]:
+    low, high = interval[1:-1].split(", ")
+    return float(low), float(high)
+
+
+def _is_inside(number: float, interval: str) -> bool:
+    low, high = _bounds(interval)
+    above = number > low if interval[0] == "(" else number >= low
+    below = number < high if interval[-1] == ")" else number <= high
+    return above and below  # neither is true of NaN
+
+
+def _in_words(interval: str) -> str:
+    low, high = (f"{bound:,.10g}" for bound in _bounds(interval))
+    if interval[0] == "[" and interval[-1] == "]":
+        return f"{low} to {high}"
+    begin = f"above {low}" if interval[0] == "(" else f"at least {low}"
+    end = f"below {high}" if interval[-1] == ")" else f"at most {high}"
+    return begin if high == "inf" else f"{begin} and {end}"
+
+
 def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
     """Builds dataclass `cls` from a mapping or ConfigDict, nested dataclasses included.
 
-    Integers are accepted for floats and lists for tuples; nothing else is converted. An optional group is None if its
-    keys without default are all None or "".
+    Integers are accepted for floats and lists for tuples; nothing else is converted. Floats are finite. An optional
+    group is None if its keys without default are all None or "".
 
     Raises:
       ValueError: a key that `cls` does not have, a key without default that is missing, or a value of another type; the
@@ -179,11 +248,18 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
     for name in _required(cls):
         if values.get(name) is None and type(None) not in typing.get_args(hints[name]):
             raise ValueError(f"{path}.{name} is missing and has no default; set it in the config")
-    arguments = {key: _convert(hints[key], values[key], f"{path}.{key}") for key in values}
+    arguments = {key: _convert(hints[key], values[key], _below(path, key)) for key in values}
     try:
         return cls(**arguments)
+    except SettingError as error:
+        raise SettingError(_below(path, str(error))) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _below(path: str, key: str) -> str:
+    """A key of a group as people write it: "config.loss.alpha", and the flag "--limit"."""
+    return f"{path}{key}" if path == "--" else f"{path}.{key}"
 
 
 def _check_known(cls: type, values: Mapping[str, Any], path: str) -> None:
@@ -216,7 +292,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if origin is dict:
             return {key: _convert(arguments[1], entry, f"{path}.{key}") for key, entry in value.items()}
         return build(typing.cast(type, hint), value, path)
-    if hint is float and type(value) is int:
+    if hint is float and type(value) in (int, float):
+        if not abs(value) < math.inf or abs(value) > 1e308:
+            raise ValueError(f"{path} is {value}; expected a finite number")
         return float(value)
     if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise ValueError(f"{path} is {value!r} ({type(value).__name__}); expected {hint.__name__}")

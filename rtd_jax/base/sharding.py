@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rtd_jax.base.settings import SettingError
+
 ROW_AXES = ("data", "fsdp")  # the batch axis is spread over both
 
 MeshAxes = str | tuple[str, ...] | None
@@ -47,6 +49,14 @@ class MeshSettings:
     fsdp: int = -1  # devices that share rows and weights
     tensor: int = 1  # devices that share heads, MLP and vocabulary
 
+    def __post_init__(self) -> None:
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            if not (size == -1 or 1 <= size <= 1_000_000):
+                raise SettingError(f"{name} is {size}; expected 1 to 1,000,000 devices, or -1: what is left")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"mesh sizes data, fsdp, tensor are {list(sizes.values())}; at most one of them can be -1")
+
 
 def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh (data, fsdp, tensor) over all devices.
@@ -56,8 +66,6 @@ def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else devices
     sizes = [settings.data, settings.fsdp, settings.tensor]
-    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-        raise ValueError(f"mesh sizes data, fsdp, tensor are {sizes}; use positive numbers, at most one of them -1")
     known = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):

@@ -7,6 +7,7 @@ import itertools
 import random
 from dataclasses import dataclass
 
+from rtd_jax.base.settings import SEED, check_distinct, check_ranges
 from rtd_jax.data.generators import word_problems
 from rtd_jax.data.generators.corruption import corrupt
 from rtd_jax.data.schemas import SCHEMAS
@@ -27,8 +28,8 @@ class LabelledSettings(RowSource):
 
     def __post_init__(self) -> None:
         self.check_source(("synthetic",), _PARSERS)
-        if not 0.0 < self.corruption < 1.0:
-            raise ValueError(f"corruption is {self.corruption}; give a share of the steps in (0, 1), e.g. 0.25")
+        check_ranges(self, depths="[1, 1000]", seed=SEED, corruption="(0, 1)")
+        check_distinct(self, "depths")
 
     def unread_settings(self) -> dict[str, str]:
         unread = PLACE if self.schema == "synthetic" else ("depths", "seed", "corruption")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rtd_jax.base.files import reading
+from rtd_jax.base.settings import SEED, check_distinct, check_filled, check_ranges
 from rtd_jax.data.generators import GENERATORS
 from rtd_jax.data.generators.streams import DEPTHS
 from rtd_jax.data.rows import ROWS_AT_ONCE, SUFFIXES, read_file, table_rows
@@ -44,8 +45,10 @@ class RowSource:
         known = (*generated, *published)
         if self.schema not in known:
             raise ValueError(f"schema {self.schema!r} is unknown; use one of {', '.join(known)}")
-        if self.limit < 0:
-            raise ValueError(f"limit is {self.limit}; expected 0 (all) or more chains")
+        check_filled(self, "split")
+        check_ranges(
+            self, limit="[0, 1e7]" if self.schema in generated else "[0, 1e9]"
+        )  # generated ones fill the memory
         if self.schema in generated and not self.limit:
             raise ValueError(
                 f"limit is 0; the {self.schema} source is endless and needs the number of problems to make"
@@ -68,6 +71,8 @@ class SourceSettings(RowSource):
 
     def __post_init__(self) -> None:
         self.check_source(_GENERATED, _WITH_TRACES)
+        check_ranges(self, depths="[1, 1000]", levels="[1, 5]", seed=SEED)
+        check_distinct(self, "depths", "levels")
         graded = [name for name, schema in _WITH_TRACES.items() if schema.has_levels]
         if self.levels and not (self.schema in graded and set(self.levels) <= {1, 2, 3, 4, 5}):
             raise ValueError(

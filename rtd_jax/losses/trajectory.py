@@ -5,8 +5,8 @@ Both compare directions. With h_i the state at boundary i and delta_i = h_{i+1} 
     alignment = mean_i       1 - cos(f(h^S_i), h^T_i)              (the waypoints)
     coherence = mean_i      (1 - cos(g(delta^S_i), delta^T_i))^2   (the way between them)
 
-mean_i runs over one chain's boundaries or transitions; the loss is the mean of that over the chains that have any. f and
-g are learned linear maps from student width to teacher width. With form="difference" a transition's length counts
+mean_i runs over one chain's boundaries or transitions; the loss is the mean of that over the chains that have any. f
+and g are learned linear maps from student width to teacher width. With form="difference" a transition's length counts
 beside its direction; a control, for the article says nothing of lengths:
 
     coherence = mean_i      |g(delta^S_i) - delta^T_i|^2 / |delta^T_i|^2

@@ -30,8 +30,8 @@ class LossSettings(
     """
 
     def __post_init__(self) -> None:
-        for method in _methods():
-            if check := vars(method).get("__post_init__"):
+        for part in LossSettings.__mro__[1:]:  # each checks its own keys
+            if check := vars(part).get("__post_init__"):
                 check(self)
 
     def unread_settings(self) -> dict[str, str]:

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from rtd_jax.base.boundaries import step_boundaries
 from rtd_jax.base.means import Metrics
+from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.trajectory import alignment_sums, count_chains
 from rtd_jax.methods.maps import AXES, Maps, TrajectorySettings, boundary_reads, init_state_map, state_map
@@ -18,6 +19,9 @@ class AlignmentSettings(TrajectorySettings):
     teaches_by: ClassVar[str] = "alignment_weight"
 
     alignment_weight: float = 0.3  # of the boundary alignment
+
+    def __post_init__(self) -> None:
+        check_ranges(self, alignment_weight="[0, 1e6]")
 
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         return (Alignment(self.alignment_weight, self.matched_layers(setup), self.projections),)

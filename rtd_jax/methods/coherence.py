@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from rtd_jax.base.boundaries import transition_boundaries
 from rtd_jax.base.means import Metrics
+from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.trajectory import TransitionForm, coherence_sums, count_chains, transition_mask
 from rtd_jax.methods.maps import AXES, Maps, TrajectorySettings, boundary_reads, init_transition_map, transition_map
@@ -24,6 +25,9 @@ class CoherenceSettings(TrajectorySettings):
     coherence_weight: float = 0.5  # of the reasoning coherence
     anchor_prompt: bool = True  # the prompt's end is h_0, so that a one-step problem has a transition
     transition_form: TransitionForm = "direction"  # the article's cosine; difference: lengths of transitions count too
+
+    def __post_init__(self) -> None:
+        check_ranges(self, coherence_weight="[0, 1e6]")
 
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         layers = self.matched_layers(setup)

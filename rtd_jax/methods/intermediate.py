@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from rtd_jax.base.boundaries import chain_tokens
 from rtd_jax.base.means import Mean, Metrics, masked_sum
+from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.hints import hint_losses
 from rtd_jax.methods.maps import AXES, init_map
@@ -29,8 +30,7 @@ class IntermediateSettings(MethodSettings):
     intermediate_layers: int = 4  # pairs of evenly spaced layers; read when intermediate_weight is not 0
 
     def __post_init__(self) -> None:
-        if self.intermediate_layers < 1:
-            raise ValueError(f"loss.intermediate_layers is {self.intermediate_layers}; FitNets-style matching uses 4")
+        check_ranges(self, intermediate_weight="[0, 1e6]", intermediate_layers="[1, 1000]")
 
     def unread_settings(self) -> dict[str, str]:
         return {} if self.intermediate_weight else {"intermediate_layers": "loss.intermediate_weight is 0"}

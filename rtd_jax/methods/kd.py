@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from rtd_jax.base.boundaries import shifted_labels
 from rtd_jax.base.means import Mean, Metrics
+from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.kd import cross_entropy_sums, kd_sums, top_k_kd_sums
 from rtd_jax.methods.term import Coefficients, MethodSettings, Outputs, Reads, Setup, Term
@@ -19,6 +20,9 @@ class ChunkSettings(MethodSettings):
     """The key of `loss` that every term with an LM head inside reads."""
 
     chunk_length: int = 32  # positions of each row whose logits exist at one time
+
+    def __post_init__(self) -> None:
+        check_ranges(self, chunk_length="[1, 1e7]")
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,7 @@ class KDSettings(ChunkSettings):
     alpha: float = 0.7  # share of the soft loss; the labels' cross-entropy gets 1 - alpha
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"loss.temperature is {self.temperature}; it must be positive, the article uses 4.0")
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(
-                f"loss.alpha is {self.alpha}; it is the soft loss's share, in [0, 1]; the article uses 0.7"
-            )
+        check_ranges(self, temperature="[0.001, 1e6]", alpha="[0, 1]")
 
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         return (KD(1.0, self.temperature, self.alpha, setup.vocab_size, self.chunk_length, setup.mesh),)

@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from rtd_jax.base.settings import LAYER, check_ranges
 from rtd_jax.base.types import Array, Params
 from rtd_jax.losses.trajectory import Projection
 from rtd_jax.methods.term import MethodSettings, Reads, Setup
@@ -66,6 +67,9 @@ class TrajectorySettings(MethodSettings):
     hidden_layer: int = -1  # of the teacher, matched at the boundaries; -1 is the final normed state
     student_hidden_layer: int = -1  # of the student; -1 is the final normed state
     projections: Maps = "separate"  # f for states and g for transitions: separate, shared (one map) or none
+
+    def __post_init__(self) -> None:
+        check_ranges(self, hidden_layer=LAYER, student_hidden_layer=LAYER)
 
     def matched_layers(self, setup: Setup) -> tuple[int, int]:
         """(student's, teacher's) layer whose states are compared, counted from 0.

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from rtd_jax.base.settings import SettingError, check_ranges
+
 
 @dataclass(frozen=True)
 class RewardSettings:
@@ -23,21 +25,15 @@ class RewardSettings:
     batch_size: int = 128  # chains drawn at one time
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "prompts_per_update", "updates_per_refresh", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"reward.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.samples < 2:
-            raise ValueError(
-                f"reward.samples is {self.samples}; advantages compare the chains of a problem, use 2 or more"
-            )
+        counts = ("prompts", "prompts_per_update", "updates_per_refresh", "max_new_tokens", "batch_size")
+        check_ranges(self, **dict.fromkeys(counts, "[1, 1e6]"), temperature="[0.001, 1e6]", clip="(0, 100]")
+        if self.samples == 1:
+            raise SettingError("samples is 1; advantages compare the chains of a problem, use 2 or more")
+        check_ranges(self, samples="[2, 1e4]")
         if self.prompts % self.prompts_per_update:
             raise ValueError(
                 f"reward.prompts {self.prompts} is not a multiple of reward.prompts_per_update "
                 f"{self.prompts_per_update}"
-            )
-        if self.temperature <= 0 or self.clip <= 0:
-            raise ValueError(
-                f"reward.temperature is {self.temperature}, reward.clip {self.clip}; both must be positive"
             )
 
     @property

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from rtd_jax.base.boundaries import shifted, shifted_labels
 from rtd_jax.base.means import Mean, Metrics
+from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.types import Array, Params
 from rtd_jax.losses.policy import Rollouts, policy_sums
 from rtd_jax.methods.kd import ChunkSettings, predicted_tokens
@@ -19,6 +20,9 @@ class StepRewardSettings(ChunkSettings):
     """Keys of `loss` that the rewards of steps read; the group `reward` has the others (`RewardSettings`)."""
 
     reward_weight: float = 0.0  # a baseline: rewards of the steps of the student's own chains
+
+    def __post_init__(self) -> None:
+        check_ranges(self, reward_weight="[0, 1e6]")
 
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         if not self.reward_weight:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from rtd_jax.base.boundaries import completion_tokens
 from rtd_jax.base.means import Mean, Metrics
+from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.trajectory import boundary_losses
 from rtd_jax.methods.maps import AXES, Maps, TrajectorySettings, init_state_map, state_map
@@ -20,6 +21,9 @@ class TokenAlignmentSettings(TrajectorySettings):
     teaches_by: ClassVar[str] = "token_alignment_weight"
 
     token_alignment_weight: float = 0.0  # a control: alignment at every token of a completion
+
+    def __post_init__(self) -> None:
+        check_ranges(self, token_alignment_weight="[0, 1e6]")
 
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         if not self.token_alignment_weight:

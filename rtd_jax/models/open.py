@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rtd_jax.base.files import read_object
+from rtd_jax.base.settings import check_filled
 from rtd_jax.base.sharding import TABLES, activation_sharding, in_host_memory, param_shardings
 from rtd_jax.base.types import Params
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint, vocab_size
@@ -35,6 +36,9 @@ class ModelSettings:
     attention: AttentionKernel = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's
     sharding: Literal["fsdp", "tensor"] = "fsdp"  # what travels between devices: "fsdp" weights, "tensor" activations
     offload: bool = False  # layers in host memory, each copied to the devices when it runs
+
+    def __post_init__(self) -> None:
+        check_filled(self, "path")
 
     @property
     def precision(self) -> str:

@@ -14,6 +14,7 @@ import optax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
+from rtd_jax.base.settings import SEED, check_distinct, check_filled, check_ranges
 from rtd_jax.base.types import Array, Params
 from rtd_jax.steps.classifier import BoundaryClassifier, in_rows, row_ids, text_boundaries, text_probabilities
 from rtd_jax.steps.head import HeadSettings, Scale, boundary_logits, boundary_loss, init_head, measure_scale
@@ -35,8 +36,12 @@ class FitSettings:
     seed: int = 0  # of the head and the order of the data
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.rows < 1 or self.positive_weight <= 0 or not self.thresholds or not self.min_tokens:
-            raise ValueError(f"epochs, rows, positive_weight, thresholds and min_tokens must be positive; got {self}")
+        check_ranges(
+            self, epochs="[1, 1e6]", rows="[1, 1e5]", learning_rate="(0, 10]", weight_decay="[0, 100]", seed=SEED
+        )
+        check_ranges(self, positive_weight="(0, 1e6]", thresholds="[0, 1]", min_tokens="[1, 1e4]")
+        check_filled(self, "thresholds", "min_tokens")
+        check_distinct(self, "thresholds", "min_tokens")
 
 
 @dataclass(frozen=True, eq=False)

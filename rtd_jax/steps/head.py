@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.types import Array, Params
 
 
@@ -30,10 +31,7 @@ class HeadSettings:
     dropout: float = 0.1  # of hidden units, while fitting
 
     def __post_init__(self) -> None:
-        if self.width < 1 or any(dilation < 1 for dilation in self.dilations):
-            raise ValueError(f"width {self.width} and dilations {self.dilations} must be at least 1")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}; expected 0 or more and below 1")
+        check_ranges(self, width="[1, 1e5]", dilations="[1, 1e5]", dropout="[0, 1)")
 
 
 class Scale(NamedTuple):

@@ -31,6 +31,7 @@ from safetensors.numpy import load, save
 
 from rtd_jax.base.files import json_digest, read_record, reading, write_record
 from rtd_jax.base.records import shaped
+from rtd_jax.base.settings import LAYER, check_distinct, check_ranges
 from rtd_jax.base.types import Array, Batch, TeacherOutputs, TopK
 from rtd_jax.models.fingerprint import Fingerprint
 from rtd_jax.teacher.shards import (
@@ -59,9 +60,8 @@ class CacheSettings:
     chains_per_shard: int = 512  # the most that a killed run has to write again
 
     def __post_init__(self) -> None:
-        for name, value, usual in (("chains_per_shard", self.chains_per_shard, 512), ("top_k", self.top_k, 64)):
-            if value < 1:
-                raise ValueError(f"cache.{name} is {value}; it must be at least 1, usually {usual}")
+        check_ranges(self, top_k="[1, 1e6]", chains_per_shard="[1, 1e7]", layers=LAYER)
+        check_distinct(self, "layers")
 
 
 @dataclass(frozen=True)

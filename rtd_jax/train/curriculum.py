@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from rtd_jax.base.settings import check_at_least
+from rtd_jax.base.settings import check_ranges
 
 EndedBy = Literal["threshold", "plateau", "budget"]
 
@@ -31,11 +31,11 @@ class CurriculumSettings:
     spend_budget: bool = True  # the last stage trains to the last update, so that the cosine reaches its end
 
     def __post_init__(self) -> None:
+        check_ranges(self, depths="[1, 1000]", validate_every="[1, 1e9]", validation_chains="[1, 1e7]")
+        check_ranges(self, threshold_factor="[0, 1e6]", calibration_shots="[0, 100]", min_updates="[0, 1e9]")
+        check_ranges(self, replay="[0, 1)", plateau_patience="[0, 1e9]", plateau_tolerance="[0, 1)")
         if not self.depths or list(self.depths) != sorted(set(self.depths)) or self.depths[0] < 1:
             raise ValueError(f"curriculum.depths is {self.depths}; give increasing step counts, e.g. (1, 2, 3, 4, 5)")
-        if not 0.0 <= self.replay < 1.0:
-            raise ValueError(f"curriculum.replay is {self.replay}; give a share in [0, 1), e.g. 0.3")
-        check_at_least(1, self, "validate_every", "validation_chains", group="curriculum.")
 
     def unread_settings(self) -> dict[str, str]:
         unread = {}

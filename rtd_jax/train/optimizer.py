@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import optax
 
+from rtd_jax.base.settings import check_ranges
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -20,6 +22,10 @@ class OptimizerSettings:
     weight_decay: float = 0.0  # on matrices only
     clip_norm: float = 1.0  # global norm of the gradient
     offload: bool = False  # the moments lie in host memory and come to the devices for the update only
+
+    def __post_init__(self) -> None:
+        check_ranges(self, learning_rate="(0, 10]", warmup_updates="[0, 1e9]", final_fraction="[0, 1]")
+        check_ranges(self, b1="[0, 1)", b2="[0, 1)", eps="(0, 1]", weight_decay="[0, 100]", clip_norm="(0, inf)")
 
 
 def learning_rate_schedule(settings: OptimizerSettings, total_updates: int) -> optax.Schedule:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
-from rtd_jax.base.settings import check_at_least
+from rtd_jax.base.settings import SEED, check_filled, check_ranges
 from rtd_jax.base.sharding import MeshSettings
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings
@@ -51,6 +51,7 @@ class StudentSettings:
     remat: Remat = "none"  # what the backward pass recomputes; "full" keeps one state per layer
 
     def __post_init__(self) -> None:
+        check_ranges(self, **dict.fromkeys(SIZES, "[0, 1e6]"))
         needed = {"pretrained": ("path",), "teacher_layers": ("layers",), "random": SIZES}[self.init]
         given = [name for name in ("path", *SIZES) if getattr(self, name)]
         missing = [name for name in needed if name not in given]
@@ -78,6 +79,9 @@ class DataSettings:
     max_dropped_fraction: float = 0.0  # of chains longer than a row; more is an error
 
     def __post_init__(self) -> None:
+        check_ranges(self, row_length="[2, 1e7]", chains_per_row="[1, 1e5]")
+        check_ranges(self, validation_fraction="(0, 1)", max_dropped_fraction="[0, 1]")
+        check_filled(self, "segmentation")
         prose = [x for x in (self.train, self.validation, self.test) if x is not None and x.schema == "prose"]
         if prose and not self.segmentation.startswith("classifier:"):
             raise ValueError(
@@ -105,9 +109,9 @@ class EvaluationSettings:
     drift_problems: int = 0  # validation problems of each depth on which states are compared at the end; 0: none
 
     def __post_init__(self) -> None:
-        check_at_least(0, self, "every", "drift_problems", group="evaluation.")
-        if self.every:
-            check_at_least(1, self, "curve_problems", group="evaluation.")
+        check_ranges(self, problems_per_depth="[1, 1e6]", max_new_tokens="[1, 1e6]", batch_size="[1, 1e6]")
+        check_ranges(self, every="[0, 1e9]", drift_problems="[0, 1e6]")
+        check_ranges(self, curve_problems="[1, 1e6]" if self.every else "[0, 1e6]")
 
     def unread_settings(self) -> dict[str, str]:
         return {} if self.every else {"curve_problems": "evaluation.every is 0"}
@@ -138,8 +142,8 @@ class Recipe:
     resume_from: str = ""  # a stage checkpoint of another run; "" starts afresh or resumes this workdir
 
     def __post_init__(self) -> None:
-        check_at_least(1, self, "batch_size", "total_updates", "micro_batches")
-        check_at_least(1, self, "log_every", "checkpoint_every", "keep_checkpoints")
+        check_ranges(self, batch_size="[1, 1e6]", total_updates="[1, 1e9]", micro_batches="[1, 1e6]", seed=SEED)
+        check_ranges(self, log_every="[1, 1e9]", checkpoint_every="[1, 1e9]", keep_checkpoints="[1, 1e6]")
         if self.loss.reward_weight:
             self._check_reward()
         curriculum = self.curriculum

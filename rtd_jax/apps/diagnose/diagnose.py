@@ -17,6 +17,7 @@ from rtd_jax.apps.report.tables import interval
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import write_json, write_jsonl
 from rtd_jax.base.lock import one_writer
+from rtd_jax.base.settings import LAYER, SEED, SettingError, check_filled, check_ranges
 from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings, load_traces
@@ -67,9 +68,9 @@ class DiagnoseSettings:
     seed: int = 0  # of intervals and of the halves that maps are fitted on
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "row_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_filled(self, "teacher", "student", "data", "split", "out")
+        check_ranges(self, max_new_tokens="[1, 1e6]", row_length="[2, 1e7]", batch_size="[1, 1e6]", limit="[0, 1e7]")
+        check_ranges(self, teacher_layer=LAYER, student_layer=LAYER, seed=SEED)
         if self.cache and self.decode_teacher:
             raise ValueError(
                 "decode_teacher needs the teacher's weights, which are not loaded with a cache; leave out --cache or "
@@ -87,7 +88,8 @@ class DiagnoseSettings:
         if self.schema == "prose" and self.segmentation == "annotated":
             raise ValueError("texts of schema 'prose' have no marked steps; give --segmentation=classifier:<folder>")
         if self.resamples < 20:
-            raise ValueError(f"resamples is {self.resamples}; an interval needs at least 20, 200 are usual")
+            raise SettingError(f"resamples is {self.resamples}; an interval needs at least 20, 200 are usual")
+        check_ranges(self, resamples="[20, 1e6]")
 
 
 @one_writer(lambda settings, *_, **__: settings.out, "--out")

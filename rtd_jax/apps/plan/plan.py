@@ -17,6 +17,7 @@ from rtd_jax.apps.plan.program import Hlo, Memory, matmul_flops, memory
 from rtd_jax.apps.plan.targets import Target, find_target, prepare_backends
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import write_json
+from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.sharding import make_mesh
 from rtd_jax.data.by_length import round_up
 from rtd_jax.eval.decoding import PROMPT_MULTIPLE, GenerateSettings, greedy
@@ -38,6 +39,9 @@ class PlanSettings:
     target: str = "a100-80gb:8"  # hardware and how much of it; also tpu-v5p:2x2x2, tpu-v6e:4x4, h100-80gb:8, cpu:8
     dollars_per_device_hour: float | None = None  # price of a device; an assumed one where it is not given
     json: str = ""  # file into which the numbers are written, too; "" writes none
+
+    def __post_init__(self) -> None:
+        check_ranges(self, dollars_per_device_hour="[0, 1e6]")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from rtd_jax.apps.study.runner import Job, Preparation
+from rtd_jax.base.settings import SEED, check_distinct, check_filled, check_ranges
 
 Overrides = tuple[str, ...]  # of a config, as on the command line but without "--config.": "loss.alpha=0.7"
 Role = Literal[
@@ -43,6 +44,9 @@ class Method:
     pictured: bool = False  # whether the report's pictures have a line for it
     place: int = 0  # order of claims, questions and lines in pictures; a ConfigDict does not keep the order of its keys
 
+    def __post_init__(self) -> None:
+        check_ranges(self, alignment="[0, 1e6]", coherence="[0, 1e6]", place="[-1e6, 1e6]")
+
     @property
     def components(self) -> tuple[bool, bool, bool]:
         """Whether it has (alignment, coherence, curriculum)."""
@@ -76,6 +80,9 @@ class StudyRecipe:
     smaller_than: dict[str, str] = field(default_factory=dict)  # {task of a smaller student: task of the larger one}
 
     def __post_init__(self) -> None:
+        check_filled(self, "base")
+        check_ranges(self, seeds=SEED, parallel="[0, 1e4]", deep="[1, 1000]")
+        check_distinct(self, "seeds", "only")
         if self.baseline not in self.methods:
             raise ValueError(f"baseline is {self.baseline!r}; it must be one of the methods {', '.join(self.methods)}")
         for name in ("tasks", "methods", "seeds"):

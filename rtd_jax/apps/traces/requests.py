@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+from rtd_jax.base.settings import SEED, check_filled, check_ranges
 from rtd_jax.base.sharding import MeshSettings
 from rtd_jax.data.trace import Problem
 
@@ -24,12 +25,7 @@ class SamplingSettings:
     seed: int = 0  # each request has its own seed, made from this one and the request's id
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.max_tokens < 1:
-            raise ValueError(f"samples is {self.samples} and max_tokens {self.max_tokens}; both must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more, usually 0.7")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1], and 1 keeps everything")
+        check_ranges(self, samples="[1, 1e5]", max_tokens="[1, 1e6]", temperature="[0, 100]", top_p="(0, 1]", seed=SEED)
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"samples is {self.samples} but temperature 0 writes the same chain each time; raise it")
         if "" in self.stop:
@@ -47,6 +43,9 @@ class JaxSettings:
     batch_size: int = 64  # chains decoded together; an interrupted run loses at most so many
     mesh: MeshSettings = MeshSettings()
 
+    def __post_init__(self) -> None:
+        check_ranges(self, batch_size="[1, 1e6]")
+
 
 @dataclass(frozen=True)
 class OpenAISettings:
@@ -63,11 +62,10 @@ class OpenAISettings:
     skip_refused: bool = False  # count a request that the server refuses (400, 413, 422) instead of stopping
 
     def __post_init__(self) -> None:
-        if self.concurrency < 1 or self.retries < 0 or self.requests_per_minute < 0 or self.timeout <= 0:
-            raise ValueError(
-                f"concurrency is {self.concurrency}, retries {self.retries}, requests_per_minute "
-                f"{self.requests_per_minute}, timeout {self.timeout}; expected at least 1, 0, 0 and more than 0 s"
-            )
+        check_filled(self, "base_url")
+        check_ranges(
+            self, concurrency="[1, 1e4]", requests_per_minute="[0, 1e9]", timeout="(0, 1e6]", retries="[0, 1e6]"
+        )
         self.extra()
 
     def extra(self) -> dict[str, Any]:

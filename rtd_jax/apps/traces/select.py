@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rtd_jax.apps.traces.requests import Reply, Request
+from rtd_jax.base.settings import check_ranges
 from rtd_jax.data.schemas.math import last_box
 from rtd_jax.data.sentences import sentences
 from rtd_jax.data.trace import Problem, stated_answer
@@ -30,11 +31,7 @@ class SelectionSettings:
     tokenizer: str = ""  # Hugging Face folder: a chain with tokens that it does not know is unparsable; "": no check
 
     def __post_init__(self) -> None:
-        if self.per_problem < 0 or not 0 < self.max_depth_share <= 1:
-            raise ValueError(
-                f"per_problem is {self.per_problem} and max_depth_share {self.max_depth_share}; expected 0 (all) or "
-                "more, and a share in (0, 1]"
-            )
+        check_ranges(self, per_problem="[0, 1e6]", max_depth_share="(0, 1]")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from rtd_jax.apps.traces.requests import (
 from rtd_jax.apps.traces.select import OUTCOMES, Selected, SelectionSettings, select
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import check_writable, replacing, write_jsonl
+from rtd_jax.base.settings import check_ranges
 from rtd_jax.data.formats import TextFormat, solved_examples
 from rtd_jax.data.manifest import LOG, begin_manifest, check_folder, finish_manifest, shard_names
 from rtd_jax.data.sources import SourceSettings, load_problems, load_traces
@@ -39,8 +40,7 @@ class OutputSettings:
     rows_per_shard: int = 10_000  # chains of a file
 
     def __post_init__(self) -> None:
-        if self.rows_per_shard < 1:
-            raise ValueError(f"rows_per_shard is {self.rows_per_shard}; expected at least 1 chain")
+        check_ranges(self, rows_per_shard="[1, 1e9]")
         shard_names(self.split, 1, self.format)  # refuses what cannot begin a file's name
 
 
