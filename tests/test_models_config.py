@@ -57,7 +57,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 512,
 }
-NUMBERS = ("NaN", "Infinity", "-Infinity", "-1", "true", '"8"', "[8]", "{}", "1e999")
+NUMBERS = (f"1{'0' * 400}", "NaN", "Infinity", "-Infinity", "-1", "true", '"8"', "[8]", "{}", "1e999")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 WHOLE = (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
 BAD = {
@@ -86,7 +86,7 @@ def load(tmp_path, text: str) -> LlamaConfig:
 def test_a_value_that_cannot_be_is_named_by_file_key_and_value(tmp_path, key):
     for value in BAD[key]:
         text = json.dumps({k: v for k, v in HF.items() if k != key})
-        shown = "null|None" if value == "null" else re.escape(repr(json.loads(value)))
+        shown = "null|None" if value == "null" else re.escape(repr(json.loads(value))[:80])
         with pytest.raises(ValueError, match=rf"^{tmp_path}/config.json: {key} is ({shown})"):
             load(tmp_path, f'{text[:-1]}, "{key}": {value}}}')
 
@@ -144,7 +144,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
             {"rope_parameters": {"full_attention": SAID["rope_parameters"]}},
             "rope_parameters.full_attention is an object",
         ),
-        ({"rope_scaling": LLAMA3 | {"factor": 0.0}}, "rope_scaling.factor is 0.0; expected a positive number"),
+        ({"rope_scaling": LLAMA3 | {"factor": 0.0}}, "rope_scaling.factor is 0.0; expected a positive finite number"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": None}}, "lacks low_freq_factor"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, "rope_parameters.rope_theta is '1e4'"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta is null"),

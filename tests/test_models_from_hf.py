@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -286,13 +287,15 @@ def test_a_full_disk_is_reported_with_the_place(saved):
 
 def test_saving_again_replaces_and_clears_what_a_kill_left(saved):
     directory, config, params = saved
-    leftover = directory.parent / ".model.partial"
-    leftover.mkdir()
-    (leftover / "model.safetensors").write_bytes(b"half")
+    leftovers = [directory.parent / name for name in (".model.partial", ".model.replaced")]
+    for leftover in leftovers:
+        leftover.mkdir()
+        (leftover / "model.safetensors").write_bytes(b"half")
+    shutil.rmtree(directory)  # a kill between the two renames of a save
     save_pretrained(directory, config, params)
     reloaded = load_params(directory, config)
     jax.tree.map(np.testing.assert_array_equal, reloaded, params)
-    assert not leftover.exists()
+    assert not any(leftover.exists() for leftover in leftovers)
 
 
 def test_a_directory_with_other_files_is_not_replaced(saved):

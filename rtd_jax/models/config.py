@@ -1,6 +1,5 @@
 """The description of a Llama (its sizes, rotary embedding and special token ids), and how its layers are counted."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 _ROPE_KINDS = ("default", "llama3")
 _LLAMA3_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
 _MOST_LAYERS = 10_000
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _MOST = 2**31 - 1  # of any size: token ids and positions are int32
 
 
@@ -18,27 +18,27 @@ _MOST = 2**31 - 1  # of any size: token ids and positions are int32
 
 def _whole(key: str, value: Any) -> int:
     if type(value) is not int:
-        raise ValueError(f"{key} is {_shown(value)}; expected a whole number")
+        raise ValueError(f"{key} is {_shown(value)}; expected a whole number, as in the original config.json")
     if not 1 <= value <= _MOST:
-        raise ValueError(f"{key} is {value}; it must be at least 1, and at most {_MOST:,}")
+        raise ValueError(f"{key} is {_shown(value)}; it must be at least 1, and at most {_MOST:,}")
     return value
 
 
 def _positive(key: str, value: Any) -> float:
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{key} is {_shown(value)}; expected a positive number that is not infinite")
+    if type(value) not in (int, float) or not _SMALLEST <= value <= _LARGEST:
+        raise ValueError(f"{key} is {_shown(value)}; expected a positive finite number, as in the original config.json")
     return float(value)
 
 
 def _share(key: str, value: Any) -> float:
     if type(value) not in (int, float) or not 0 <= value <= 1:
-        raise ValueError(f"{key} is {_shown(value)}; expected a number from 0 to 1")
+        raise ValueError(f"{key} is {_shown(value)}; expected a number from 0 to 1, as in the original config.json")
     return float(value)
 
 
 def _flag(key: str, value: Any) -> bool:
     if type(value) is not bool:
-        raise ValueError(f"{key} is {_shown(value)}; expected true or false")
+        raise ValueError(f"{key} is {_shown(value)}; expected true or false, as in the original config.json")
     return value
 
 
@@ -278,8 +278,6 @@ class LlamaConfig:
             raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}; set head_dim")
         values: dict[str, Any] = {"norm_eps": 1e-6, "kv_heads": heads, "head_dim": width // heads, **sizes}
         for name, (key, read) in _OPTIONS.items():
-            if key in hf and hf[key] is None and read is not _token_ids:
-                raise ValueError(f"{key} is null; give what the model was trained with, or leave the key out")
             if key in hf:
                 values[name] = read(key, hf[key])
         return cls(**values, rope=RopeConfig.from_hf(hf))

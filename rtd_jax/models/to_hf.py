@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from rtd_jax.base.files import write_json
+from rtd_jax.base.files import to_disk, write_json
 from rtd_jax.base.types import Params
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.models.config import LlamaConfig
@@ -45,7 +45,7 @@ def save_pretrained(
 ) -> Path:
     """Writes config.json, the tokenizer and the weights, and returns the absolute path of the directory.
 
-    Everything is written beside `directory` and renamed at the end, so that a failure leaves what was there before.
+    Everything is written beside `directory` and renamed when it is on the disk: a failure leaves what was there before.
     With several processes all must call it, and the first one writes. The host holds one file's tensors at a time.
 
     Args:
@@ -74,7 +74,10 @@ def save_pretrained(
             tokenizer.save_pretrained(str(partial))
         if text is not None:
             write_text_format(partial, text)
+        for path in (*partial.iterdir(), partial):
+            to_disk(path)
         _replace(directory, partial)
+        to_disk(directory.parent)
     except (OSError, SafetensorError) as error:
         size = sum(tensor.size for tensor in tensors) / 2**20
         raise OSError(
@@ -162,15 +165,15 @@ def check_replaceable(directory: Path) -> None:
 
 
 def _replace(directory: Path, complete: Path) -> None:
-    if not directory.is_dir():
-        complete.rename(directory)
-        return
     old = directory.parent / f".{directory.name}.replaced"
-    shutil.rmtree(old, ignore_errors=True)
-    directory.rename(old)
+    had_one = directory.is_dir()
+    if had_one:
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
     try:
         complete.rename(directory)
     except OSError:
-        old.rename(directory)
+        if had_one:
+            old.rename(directory)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)  # also what a kill between two renames left
