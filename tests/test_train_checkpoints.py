@@ -152,6 +152,18 @@ def test_meta_that_was_changed_is_refused(workdir):
             Checkpoints(workdir, 3).latest()
 
 
+def test_a_whole_checkpoint_under_the_name_of_another_is_refused(workdir):
+    root = workdir / "checkpoints"
+    shutil.rmtree(root / "stages" / "2")
+    shutil.copytree(root / "stages" / "1", root / "stages" / "2")
+    with pytest.raises(ValueError, match=r"stages/2 holds stage 1, not the one of its name"):
+        read_meta(root / "stages" / "2")
+    shutil.rmtree(root / "stages" / "2")
+    shutil.copytree(root / "rolling" / "8", root / "rolling" / "20")
+    with pytest.raises(ValueError, match=r"rolling/20 holds update 8, not .* checkpoint before it is .*rolling/16"):
+        Checkpoints(workdir, 3).latest()
+
+
 @pytest.mark.parametrize("old", [False, True], ids=["format 2", "format 1"])
 def test_meta_of_another_shape_is_refused_by_name(workdir, old):
     path = workdir / "checkpoints" / "rolling" / "16"

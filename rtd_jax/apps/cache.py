@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -125,7 +125,7 @@ def _forward(
 
 
 def _records(
-    batches: Iterable[tuple[Batch, tuple[TopK, Array]]], identity: Identity, chains: Iterable[EncodedChain]
+    batches: Iterable[tuple[Batch, tuple[TopK, Array]]], identity: Identity, chains: Sequence[EncodedChain]
 ) -> Iterator[tuple[str, bytes]]:
     """(key, record) of every one of the chains that is in this process's rows of the batches.
 

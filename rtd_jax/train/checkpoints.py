@@ -92,20 +92,14 @@ class Meta:
 
 
 class Checkpoints:
-    """Saves and finds the checkpoints of a run.
+    """Saves and finds the checkpoints of a run; `keep` is the number of rolling ones.
 
-    Every method raises ValueError where a checkpoint cannot be written or read, with its path and the way out.
+    With `digest` the arrays of a state get digests, by which damage is noticed when it is restored. Every method raises
+    ValueError where a checkpoint cannot be written or read, with its path and the way out; so does a workdir whose path
+    has characters with which none can be written.
     """
 
     def __init__(self, workdir: Path, keep: int, *, digest: bool = True):
-        """
-        Args:
-          keep: the number of rolling ones.
-          digest: whether the arrays of a state get digests, by which damage is noticed when it is restored.
-
-        Raises:
-          ValueError: the folder's name has characters with which checkpoints cannot be written.
-        """
         self._root = (workdir / "checkpoints").absolute()
         self._keep, self._digest = keep, digest
         check_path(self._root)
@@ -200,11 +194,16 @@ def read_meta(path: Path) -> dict[str, Any]:
     try:
         content = read_record(file, FORMAT, way_out, undigested=(WITHOUT_DIGESTS,))
         known = {name: content[name] for name in Meta.__dataclass_fields__ if name in content}
-        return content | asdict(shaped(Meta, known, file, way_out))
+        meta = content | asdict(shaped(Meta, known, file, way_out))
     except ValueError as error:
         if isinstance(error.__cause__, OSError):  # which says nothing about its content
             raise
         raise DamagedCheckpoint(str(error)) from error
+    finished = sum(record["ended_by"] is not None for record in meta["records"])
+    for kind, number, what in (("rolling", meta["update"], "update"), ("stages", finished, "stage")):
+        if path.parent.name == kind and path.name.isdecimal() and int(path.name) != number:
+            raise DamagedCheckpoint(f"{path} holds {what} {number}, not the one of its name; {way_out}")
+    return meta
 
 
 def restore_state(path: Path, like: TrainState) -> TrainState:
