@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,3 +152,14 @@ def test_what_a_kill_leaves_in_a_log_is_dropped_and_damage_before_it_is_named(tm
         path.write_bytes(b'{"update": 1}\n' + line + b'\n{"update": 2}\n')
         with pytest.raises(ValueError, match=r"metrics.jsonl:2: .*delete this line"):
             MetricsLog(tmp_path, 2)
+
+
+def test_a_run_that_learns_from_drawn_chains_stops_only_where_new_ones_are_due():
+    """Drawn chains are not in a checkpoint; a run that is resumed elsewhere would draw others."""
+    trainer = object.__new__(Trainer)
+    trainer._recipe = SimpleNamespace(reward=SimpleNamespace(updates_per_refresh=4))  # type: ignore[assignment]
+    trainer._draw = None
+    assert all(trainer._can_stop(SimpleNamespace(update=update)) for update in (5, 8))  # type: ignore[arg-type]
+    trainer._draw = lambda *_: ([], {})
+    assert not trainer._can_stop(SimpleNamespace(update=5))  # type: ignore[arg-type]
+    assert trainer._can_stop(SimpleNamespace(update=8))  # type: ignore[arg-type]

@@ -5,10 +5,11 @@ import dataclasses
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -158,9 +159,6 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return update(state, {}, put_batch(batch, mesh), objective.coefficients())
 
-    def shown(means: dict[str, float], speed: float) -> dict[str, str]:
-        return {"loss": f"{means['loss']:.4f}", "tokens/s": f"{speed:,.0f}"}
-
     start = int(state.step)
     with (
         contextlib.closing(MetricsLog(workdir, start)) as log,
@@ -169,18 +167,14 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         display.note(f"pretraining {parameters:,} parameters on {len(traces)} problems from update {start}: {workdir}")
         log_periods = (recipe.log_every, recipe.checkpoint_every)
-        last = 0  # update at which the phase ends
+
+        def loop_of(number: int, state: TrainState, line: dict[str, Any] | None) -> Loop:
+            where = ("phase", number)
+            return Loop(state, loaders[number - 1], step, mesh, where, log, display, log_periods, _shown, line)
+
         # Several processes would have to stop at the same update, so a signal stops them where they are.
         with signals.finishing() if jax.process_count() == 1 else contextlib.nullcontext():
-            for number, (phase, loader) in enumerate(zip(recipe.phases, loaders, strict=True), start=1):
-                last += phase.updates
-                if start >= last:
-                    continue
-                if position is not None:
-                    loader.set_state(position)
-                loop = Loop(state, loader, step, mesh, ("phase", number), log, display, log_periods, shown, line)
-                loop.run(partial(_save_or_end, recipe, checkpoints, last))
-                state, position, line = loop.state, None, None
+            state = _train_phases(recipe, checkpoints, loop_of, state, position, line)
         params = state.params["student"]
         save_pretrained(workdir / "model", model.config, params, tokenizer=tokenizer, text=recipe.text)
         notes = decoding_notes(display.note, "model")
@@ -201,6 +195,32 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
         f"--config.teacher.path={workdir / 'model'}`"
     )
     return workdir / "model"
+
+
+def _shown(means: dict[str, float], speed: float) -> dict[str, str]:
+    return {"loss": f"{means['loss']:.4f}", "tokens/s": f"{speed:,.0f}"}
+
+
+def _train_phases(
+    recipe: PretrainRecipe,
+    checkpoints: Checkpoints,
+    loop_of: Callable[[int, TrainState, dict[str, Any] | None], Loop],
+    state: TrainState,
+    position: dict[str, Any] | None,
+    line: dict[str, Any] | None,
+) -> TrainState:
+    """Trains the phases that are not finished; `position` and `line` are those of the phase that is open."""
+    start, last = int(state.step), 0  # the run's first update, and the one at which a phase ends
+    for number, phase in enumerate(recipe.phases, start=1):
+        last += phase.updates
+        if start >= last:
+            continue
+        loop = loop_of(number, state, line)
+        if position is not None:
+            loop.loader.set_state(position)
+        loop.run(partial(_save_or_end, recipe, checkpoints, last))
+        state, position, line = loop.state, None, None
+    return state
 
 
 def _save_or_end(recipe: PretrainRecipe, checkpoints: Checkpoints, last: int, loop: Loop) -> bool:

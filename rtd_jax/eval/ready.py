@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from rtd_jax.data.formats import render, stop_token_ids
+from rtd_jax.data.tokenizer_match import vocab_size
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.chains import score_texts
 from rtd_jax.eval.decoding import GenerateSettings
@@ -26,7 +27,7 @@ def check_evaluation(
     if not problems:
         raise ValueError("no test problem is left for the evaluation; raise its problems_per_depth, or add data")
     ends = stop_token_ids(tokenizer, evaluator.text)
-    GenerateSettings(decoding.max_new_tokens, ends, len(tokenizer), decoding.batch_size)  # checks them
+    GenerateSettings(decoding.max_new_tokens, ends, vocab_size(tokenizer), decoding.batch_size)  # checks them
     for name, config in models.items():
         if decoding.max_new_tokens > config.max_positions:
             raise ValueError(

@@ -72,14 +72,7 @@ class Experiment:
     @property
     def evaluator(self) -> ChainEvaluator:
         """Evaluates models in the recipe's form of text."""
-        recipe = self.recipe
-        return ChainEvaluator(
-            self.tokenizer,
-            recipe.data.text,
-            DecodingSettings(recipe.evaluation.max_new_tokens, recipe.evaluation.batch_size),
-            ScoringSettings(recipe.data.row_length, recipe.rows_at_once),
-            self.mesh,
-        )
+        return make_evaluator(self.recipe, self.tokenizer, self.mesh)
 
     def batches(
         self, chains: Sequence[EncodedChain], chains_per_row: int = 1, row_length: int | None = None
@@ -102,6 +95,17 @@ class Experiment:
                 dtype = self.recipe.teacher.compute_dtype
                 source = put_batch(self.cache.outputs(batch, states_only=states_only, dtype=dtype), self.mesh)
         return source, put_batch(batch, self.mesh)
+
+
+def make_evaluator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, mesh: Mesh) -> ChainEvaluator:
+    """Evaluates models as the recipe says."""
+    return ChainEvaluator(
+        tokenizer,
+        recipe.data.text,
+        DecodingSettings(recipe.evaluation.max_new_tokens, recipe.evaluation.batch_size),
+        ScoringSettings(recipe.data.row_length, recipe.rows_at_once),
+        mesh,
+    )
 
 
 def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experiment, TrainState]:
@@ -136,10 +140,18 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         or recipe.evaluation.teacher
         or recipe.evaluation.drift_problems
     )
+    models = {"student": config} | ({"teacher": teacher.config} if recipe.evaluation.teacher and is_run else {})
+    evaluator, settings = make_evaluator(recipe, teacher.tokenizer, mesh), recipe.evaluation
+    check_evaluation(evaluator, problems, models, "evaluation.")
+    for count in (settings.curve_problems if settings.every else 0, settings.drift_problems):
+        if count:  # validation problems are solved as well
+            check_evaluation(evaluator, first_of_each_depth(validation.traces, count), models, "evaluation.")
+    objective = recipe.objective(config, teacher.config, teacher.vocab_size, mesh)
+    if cache is not None and objective.reads_teacher and jax.process_count() == 1:  # others may each have a part
+        _check_cached(recipe, teacher, cache, train, validation)
     student = student_model(recipe.student, config, mesh)
     model, params = (teacher.model, teacher.params) if is_run else (None, {})
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
-    objective = recipe.objective(config, teacher.config, teacher.vocab_size, mesh)
     experiment = Experiment(
         recipe=recipe,
         mesh=mesh,
@@ -165,10 +177,6 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
             "student_config": hashlib.sha256(repr(config).encode()).hexdigest(),
         },
     )
-    models = {"student": config} | ({"teacher": teacher.config} if recipe.evaluation.teacher and is_run else {})
-    check_evaluation(experiment.evaluator, problems, models, "evaluation.")
-    if cache is not None and objective.reads_teacher and jax.process_count() == 1:  # others may each have a part
-        _check_cached(experiment, cache)
     return experiment, _initial_state(recipe, student, teacher, objective, optimizer)
 
 
@@ -199,13 +207,12 @@ def _test_problems(recipe: Recipe, teacher: OpenModel, detector: Detector | None
     return first_of_each_depth(fitting, recipe.evaluation.problems_per_depth)
 
 
-def _check_cached(experiment: Experiment, cache: TeacherCache) -> None:
+def _check_cached(recipe: Recipe, teacher: OpenModel, cache: TeacherCache, train: Chains, validation: Chains) -> None:
     """Raises ValueError where the cache lacks a chain that the run will read: days later, perhaps."""
-    recipe, train, validation = experiment.recipe, experiment.train, experiment.validation
     chains = [*train.encoded, *validation.encoded]
-    for stage in experiment.stages:
+    for stage in stages(recipe.curriculum):
         held_out = validation.of_stage(stage, recipe.curriculum.validation_chains)
-        chains += prefixed_chains(recipe, experiment.tokenizer, train.traces, held_out.traces)
+        chains += prefixed_chains(recipe, teacher.tokenizer, train.traces, held_out.traces)
     missing = [x for x in chains if chain_key(x.tokens, x.boundaries, x.loss_weights) not in cache]
     if missing:
         raise ValueError(
