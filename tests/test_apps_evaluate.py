@@ -18,7 +18,7 @@ from rtd_jax.apps.evaluate import NOT_KNOWN, EvaluateSettings, evaluate
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.schemas.math import from_math
 from rtd_jax.data.schemas.strategyqa import from_strategyqa
-from rtd_jax.data.trace import Trace, spans_of
+from rtd_jax.data.trace import Trace, problem_key, spans_of
 from rtd_jax.eval import metrics
 from rtd_jax.eval.answers import flexible_answer, harness_match, strict_answer
 from rtd_jax.eval.chains import score_texts
@@ -502,3 +502,35 @@ def test_what_is_missing_is_found_before_a_model_is_loaded(tmp_path, monkeypatch
         settings = EvaluateSettings(**{"model": (str(BUNDLED),), "out": str(tmp_path / "out"), **options})
         with pytest.raises(ValueError, match=words):
             evaluate(settings, note=lambda _: None)
+
+
+def strategyqa(folder, questions, split="train"):
+    rows = [{"question": q, "answer": True, "facts": ["f."], "decomposition": ["d?"]} for q in questions]
+    (folder / "strategyqa").mkdir(exist_ok=True)
+    (folder / "strategyqa" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_problem_never_stands_among_its_own_examples(tmp_path):
+    """Repeated rows: equality is of the problem, not of the row's place, its white space or its case."""
+    strategyqa(tmp_path, ["Is 0 odd?", "is  0 ODD?", "Is 0 odd?", "Is 1 odd?", "Is 2 odd?", "Is 3 odd?"])
+    problems = load_problems("strategyqa", data_root=str(tmp_path), few_shot=3)
+    assert len(problems.items) == 6
+    for item, text in zip(problems.items, problems.texts, strict=True):
+        asked = [problem_key(line) for line in text.context.splitlines() if line.startswith("Question: ")]
+        assert len(set(asked)) == len(asked) == 3
+        assert problem_key(f"Question: {item.prompt}") not in asked
+    with pytest.raises(ValueError, match=r"train.jsonl:1: train has 3 other problems .*, too few to draw 4 solved"):
+        load_problems("strategyqa", data_root=str(tmp_path), few_shot=4)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_test_question_that_is_in_the_training_split_too_is_no_example(tmp_path, chat):
+    (tmp_path / "gsm8k").mkdir()
+    rows = [{"question": f"How many are {i}?", "answer": f"{i}\n#### {i}"} for i in range(4)]
+    for split, own in (("train", rows), ("test", rows[:1])):
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    for seed in range(8):
+        problems = load_problems("gsm8k", data_root=str(tmp_path), few_shot=3, seed=seed, chat=chat)
+        shown = str(problems.turns) + problems.texts[0].context
+        assert "are 0?" not in shown
+        assert all(f"are {i}?" in shown for i in (1, 2, 3))

@@ -151,6 +151,11 @@ class Problem:
         return answer_line(self.answer)
 
 
+def problem_key(prompt: str) -> str:
+    """Equal for two problems that are one, wherever their rows stand: the text up to white space and case."""
+    return " ".join(prompt.split()).casefold()
+
+
 def answer_line(answer: str) -> str:
     """The last line of a completion, in GSM8K's form: `#### 72`."""
     return f"#### {answer}"
