@@ -9,7 +9,7 @@ from typing import Any
 from rtd_jax.apps.report.page import gap_lines, write_report
 from rtd_jax.apps.report.tables import depth_table, group_table, percent, total_lines
 from rtd_jax.base.console import print_table, printable
-from rtd_jax.base.files import check_writable, finite_report, write_json, write_jsonl
+from rtd_jax.base.files import check_writable, finite_report, null_notes, write_json, write_jsonl
 from rtd_jax.base.settings import check_at_least
 from rtd_jax.base.sharding import row_sharding, row_ways
 from rtd_jax.data.formats import TextFormat, render
@@ -100,7 +100,7 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
     names = {name for models in sections.values() for name in models}
     for task, models in sections.items():
         notes += unequal_conditions(task, models, [record for record in records if record["task"] == task])
-    report, reasons = finite_report(
+    report, places = finite_report(
         {
             "kind": "evaluation",
             "title": f"Evaluation of {', '.join(sorted(names))}",
@@ -109,7 +109,7 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
             "sections": sections,
         }
     )
-    report["notes"] = notes + [f"{reason}, which JSON cannot hold: null in the report" for reason in reasons]
+    report["notes"] = notes + null_notes(places)
     records = finite_report(records)[0]
     write_jsonl(out / "generations.jsonl", records)
     write_json(out / "report.json", report)
@@ -267,7 +267,10 @@ def _choose(
         batch_sharding=row_sharding(loaded.mesh),
         progress=_progress(note, f"{loaded.name}, {task}: %d of %d choices read"),
     )
-    return score_choices(questions, log_likelihoods, problems.text_format)
+    try:
+        return score_choices(questions, log_likelihoods, problems.text_format)
+    except ValueError as error:
+        raise ValueError(f"{loaded.name}, {task}: {error}; its weights or activations are not finite") from error
 
 
 def _progress(note: Callable[[str], None], line: str) -> Progress:
