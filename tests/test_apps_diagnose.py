@@ -378,12 +378,13 @@ def test_the_page_draws_the_auroc_curve_and_names_the_articles(tmp_path):
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match="resamples is 3"):
+    with pytest.raises(ValueError, match="--resamples is 3; expected 20 to"):
         DiagnoseSettings("a", "b", resamples=3)
     with pytest.raises(ValueError, match="no such directory"):
         load_model("/no/such/model")
-    for name, value in {"limit": -1, "seed": -1, "max_new_tokens": 0, "batch_size": 0, "row_length": 0}.items():
-        with pytest.raises(ValueError, match=f"--{name} is {value}; it must be at least"):
+    bad = {"limit": -1, "seed": -1, "max_new_tokens": 0, "batch_size": 0, "row_length": 0}
+    for name, value in (*bad.items(), ("seed", 2**40), ("limit", 10**12)):
+        with pytest.raises(ValueError, match=f"--{name} is {value}; expected "):
             DiagnoseSettings("a", "b", **{name: value})
     with pytest.raises(ValueError, match="prompt_template is 'x'; expected"):
         DiagnoseSettings("a", "b", prompt_template="x")

@@ -252,9 +252,9 @@ def test_texts_made_elsewhere_and_bad_rows(tmp_path):
     found = json.loads(evaluate(EvaluateSettings(generations=str(path), out=str(tmp_path / "x"))).read_text())
     assert found["sections"][""]["theirs"]["chain_accuracy"]["1"]["mean"] == 0.5
     assert found["sections"][""]["theirs"]["samples"] == 2
-    for bad, words in (('{"prompt": "x"}', "theirs.jsonl:1: 'reference' is missing"), ("{", "theirs.jsonl:1: not valid JSON")):
+    for bad, words in (('{"prompt": "x"}', "'reference' is missing"), ("{", "not valid JSON")):
         path.write_text(bad)
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=f"theirs.jsonl:1: {words}"):
             evaluate(EvaluateSettings(generations=str(path), out=str(tmp_path / "y")))
     with pytest.raises(ValueError, match="tasks are"):
         EvaluateSettings(("m",), tasks=("gsm9k",))
@@ -327,9 +327,9 @@ def test_rows_that_do_not_belong_together_are_refused(tmp_path):
         score(tmp_path, [TEXT, CHOICE])
     with pytest.raises(ValueError, match=r"rows.jsonl:1: there are 1 texts of this problem, but 2 of that of .*:2"):
         score(tmp_path, [TEXT | {"prompt": "other"}, TEXT, TEXT])
-    with pytest.raises(ValueError, match="rows.jsonl:1: NaN is not JSON|rows.jsonl:1: not valid JSON"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: NaN is not JSON|rows.jsonl:1: not valid JSON"):
         score(tmp_path, [CHOICE | {"log_likelihoods": [-1, float("nan")]}])
-    with pytest.raises(ValueError, match="rows.jsonl:1: its answer is '6', but its own text is read as"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: its answer is '6', but its own text is read as"):
         score(tmp_path, [{**TEXT, "reference": ["#### 5"], "answer": "6"}])
 
 
@@ -358,7 +358,7 @@ def test_steps_that_share_lines_are_scored_again_alike(tmp_path):
 
 
 def test_joined_files_that_number_their_problems_alike_are_told_apart(tmp_path):
-    """Two files of one problem each, both number 0 and both right: 100%, not one problem with a right and a wrong text."""
+    """Two files of one problem each, both number 0 and both right: 100%, not one problem with a wrong text."""
     other = {"prompt": "r", "reference": ["3+3=6."], "answer": "6", "text": "3+3=6.\n#### 6"}
     rows = [row | {"problem": 0, "sample": 0} for row in (TEXT, other)]
     found = score(tmp_path, rows)["sections"][""]["rows"]
@@ -394,7 +394,7 @@ def test_a_number_that_is_not_finite_is_null_with_its_reason(tmp_path, capsys):
     assert found["perplexity"] is None
     assert found["perplexity_by_depth"]["all"] == {"mean": None, "stderr": None, "n": 2}
     (note,) = report["notes"]
-    assert note.startswith("null in the report, because the number overflowed or is none: sections..rows.perplexity is inf,")
+    assert note.startswith("null in the report, because the number overflowed or is none: sections..rows.perplexity")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "perplexity is inf" in page
     assert "<td>–</td>" in page
@@ -433,7 +433,8 @@ def test_a_model_is_asked_as_it_was_trained_and_all_of_a_table_alike(tmp_path):
     options = {"tasks": ("synthetic",), "limit": 6, "max_new_tokens": 128, "out": str(tmp_path / "out")}
     models = folder(tmp_path / "silent"), str(BUNDLED)
     report = json.loads(evaluate(EvaluateSettings(models, **options), note=lambda _: None).read_text())
-    assert [found["chain_accuracy"]["all"]["mean"] > 0.9 for found in report["sections"]["synthetic"].values()] == [1, 1]
+    both = report["sections"]["synthetic"].values()
+    assert [found["chain_accuracy"]["all"]["mean"] > 0.9 for found in both] == [True, True]
     assert report["protocol"]["synthetic"]["prompt"] == ASKED.template
     assert list(report["protocol"]["synthetic"]["trained_on"].values()) == [NOT_KNOWN, "this form"]
     assert report["notes"] == [f"synthetic: {models[0]} does not say on which form of text it was trained"]
@@ -458,7 +459,7 @@ def test_which_form_is_asked_is_decided_by_flags_then_by_the_first_model_that_sa
     assert asked((second,)) == (ASKED.template, [])
     assert "no model says on which form" in asked((folder(tmp_path / "silent"),))[1][0]
     (tmp_path / "second" / TEXT_FILE).write_text((tmp_path / "second" / TEXT_FILE).read_text().replace("Answer", "A"))
-    with pytest.raises(ValueError, match="rtd_jax.json was changed or damaged"):
+    with pytest.raises(ValueError, match=r"rtd_jax.json was changed or damaged"):
         asked((second,))
 
 
@@ -476,6 +477,8 @@ def test_a_saved_model_keeps_its_form_of_text_and_transformers_loads_the_folder(
     "values",
     [
         {"limit": -1},
+        {"limit": 10**12},
+        {"max_new_tokens": 10**12},
         {"few_shot": -2},
         {"samples": 0},
         {"max_new_tokens": 0},

@@ -11,6 +11,7 @@ import pytest
 from rtd_jax.base.files import (
     check_writable,
     finite_report,
+    null_notes,
     read_json,
     read_jsonl,
     read_object,
@@ -127,5 +128,9 @@ def test_a_report_has_null_for_what_no_json_can_hold_and_says_where():
     clean, reasons = finite_report(report)
     assert clean == {"a": [1.5, None], "b": {"c": None, "d": None}, "e": [True, "inf", None]}
     assert reasons == ["a.1 is inf", "b.c is nan", "e.2 is -inf"]
-    assert finite_report(math.nan) == (None, ["the value is nan"]) and finite_report({}) == ({}, [])
+    assert finite_report(math.nan) == (None, ["the value is nan"])
+    assert finite_report({}) == ({}, [])
+    assert null_notes([]) == []
+    note = "null in the report, because the number overflowed or is none: a, b, c, d, and 2 more"
+    assert null_notes(list("abcdef")) == [note]
     json.dumps(clean, allow_nan=False)

@@ -20,14 +20,12 @@ def test_no_chain_of_the_calibration_sees_its_own_solution(tmp_path):
     chains = prefixed_chains(settings, tokenizer, [train[0], repeated, *train[1:]], [repeated, other])
 
     def behind(shot, trace):
-        text = dataclasses.replace(
-            TINY_FORMAT, context=solved_examples(TINY_FORMAT, [(shot.prompt, shot.completion)])
-        )
+        text = dataclasses.replace(TINY_FORMAT, context=solved_examples(TINY_FORMAT, [(shot.prompt, shot.completion)]))
         return encode_traces(tokenizer, [trace], text, row_length=10_000)[0][0].tokens
 
     assert [list(chain.tokens) for chain in chains] == [
         list(behind(train[1], repeated)),
         list(behind(train[0], other)),
     ]
-    with pytest.raises(ValueError, match=r"calibration_shots is 1, but the training data have 0 other problems than that"):
+    with pytest.raises(ValueError, match="calibration_shots is 1, but the training data have 0 other"):
         prefixed_chains(settings, tokenizer, [train[0], repeated], [repeated])

@@ -10,7 +10,6 @@ from rtd_jax.apps.report.page import gap_lines, write_report
 from rtd_jax.apps.report.tables import depth_table, group_table, percent, total_lines
 from rtd_jax.base.console import print_table, printable
 from rtd_jax.base.files import check_writable, finite_report, null_notes, write_json, write_jsonl
-from rtd_jax.base.settings import check_at_least
 from rtd_jax.base.sharding import row_sharding, row_ways
 from rtd_jax.data.formats import TextFormat, render
 from rtd_jax.data.schemas.arc import ChoiceQuestion
@@ -28,6 +27,13 @@ from rtd_jax.train.saved_models import LoadedModel, load_model, trained_text
 OPEN_FROM = 5  # depths 1, 2, 3, 4, 5+
 SCORING_ROWS = 8  # of 512 tokens, read together on each device
 NOTE_SECONDS = 10.0  # between two progress lines of one kind
+RANGES = {  # of settings that are counts; beyond them no machine has the memory or the time
+    "limit": (0, 10**7),
+    "few_shot": (-1, 1000),
+    "samples": (1, 10**4),
+    "max_new_tokens": (1, 10**6),
+    "batch_size": (1, 10**5),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +69,13 @@ class EvaluateSettings:
             raise ValueError("give either models (--model) or texts to score (--generations)")
         if len(set(self.model)) < len(self.model):
             raise ValueError(f"models are {self.model}; give each of them once")
-        check_at_least(0, self, "limit", group="--")
-        check_at_least(-1, self, "few_shot", group="--")
-        check_at_least(1, self, "samples", "max_new_tokens", "batch_size", group="--")
+        for name, (least, most) in RANGES.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"--{name} is {getattr(self, name)}; expected {least} to {most}")
         if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1:  # NaN is neither
             raise ValueError(
-                f"--temperature is {self.temperature} and --top_p {self.top_p}; expected 0 (greedy) to 100, and a share "
-                "in (0, 1]"
+                f"--temperature is {self.temperature} and --top_p {self.top_p}; expected 0 (greedy) to 100, and a "
+                "share in (0, 1]"
             )
         if not self.levels or not set(self.levels) <= {1, 2, 3, 4, 5}:
             raise ValueError(f"--levels is {self.levels}; MATH has the levels 1 to 5")
@@ -117,7 +123,7 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
     for task, models in report["sections"].items():
         _print(task, models, protocol.get(task))
     for line in report["notes"]:
-        print(f"warning: {line}")
+        print(f"warning: {printable(line)}")
     print(f"report: {out / 'report.html'}   {out / 'report.json'}")
     return out / "report.json"
 

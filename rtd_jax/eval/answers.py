@@ -207,7 +207,7 @@ def states_right_answer(trace: Trace | Problem, text: str) -> bool:
 
 
 def _ends_in_step(text: str, step: str) -> bool:
-    """Whether a text concludes as its reference's last step does, which may have several lines: in its number or words."""
+    """Whether a text concludes, in its number or else in words, as its reference's last step of one or more lines."""
     count = len([line for line in step.splitlines() if line.strip()])
     lines = " ".join([line for line in text.splitlines() if line.strip()][-count:])
     result = step_result(step)

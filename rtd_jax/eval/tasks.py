@@ -198,8 +198,8 @@ def _examples(
     """The solved examples of each problem, and of how many rows they were drawn.
 
     As the harness' ContextSampler: one generator goes through the problems in order. Where examples come from the split
-    of the problems, one more is drawn and the problem itself taken out. A problem is itself wherever its row stands, and
-    no example comes twice: where a row is repeated, others are drawn in its place, by a generator of their own.
+    of the problems, one more is drawn and the problem itself taken out. A problem is itself wherever its row stands,
+    and no example comes twice: where a row is repeated, others are drawn in its place, by a generator of their own.
     """
     if task.schema == "synthetic":
         pool: list[Any] = list(load_traces(SourceSettings("synthetic", split="train", limit=SYNTHETIC_PROBLEMS)))
@@ -241,7 +241,7 @@ def _examples(
                 chosen.setdefault(content, solved)
         if len(chosen) < shots:
             raise ValueError(
-                f"{item.source}: {task.examples} has {len(chosen)} other problems (a problem that is there twice counts "
+                f"{item.source}: {task.examples} has {len(chosen)} other problems (one that is there twice counts "
                 f"once), too few to draw {shots} solved examples; lower few_shot"
             )
         examples.append(list(chosen.values()))

@@ -37,7 +37,7 @@ def rescore(path: Path, open_from: int | None) -> Iterator[tuple[str, str, Score
         rows.append((row, place))
         kind = _kind(row, place)
         if kind != _kind(*rows[0]):
-            raise ValueError(f"{place}: a row of {kind}, but {rows[0][1]} of the same task and model is none; keep apart")
+            raise ValueError(f"{place}: a row of {kind}, but {rows[0][1]}, of the same task and model, is none")
         _check(row, place, _CHOICES if kind == "choices" else _TEXTS)
     if not groups:
         raise ValueError(f"{path}: the file is empty; expected one JSON object a line")
@@ -101,7 +101,8 @@ def _trace(row: Row, place: str) -> Trace:
     final = answer_line(answer) if answer and not in_box else ""
     trace = Trace.of_steps(row["prompt"], steps, answer, final, place)
     if "reference_text" in row:
-        trace = dataclasses.replace(trace, body=row["reference_text"], spans=_spans(row["reference_text"], steps, place))
+        body = row["reference_text"]
+        trace = dataclasses.replace(trace, body=body, spans=_spans(body, steps, place))
     return dataclasses.replace(trace, subject=row.get("subject", ""), level=row.get("level", 0))
 
 
@@ -118,13 +119,13 @@ def _spans(body: str, steps: Sequence[str], place: str) -> tuple[tuple[int, int]
 
 
 def _kind(row: Row, place: str) -> str:
-    """"text" or "choices"; raises ValueError where a row lacks a field of its kind."""
+    """ "text" or "choices"; raises ValueError where a row lacks a field of its kind."""
     kind = "choices" if "choices" in row or "log_likelihoods" in row else "text"
     wanted = ("prompt", "choices", "answer", "log_likelihoods")
     if kind == "text":
         wanted = ("prompt", "reference", "answer", "completions" if "completions" in row else "text")
     missing = [field for field in wanted if field not in row]
-    if missing and not (missing == ["completions"] and "text" in row):
+    if missing:
         raise ValueError(
             f"{place}: {missing[0]!r} is missing; a row has prompt, reference (a list of steps), answer, and text (or "
             "completions, a list of steps, and final), or prompt, choices, answer (an index) and log_likelihoods"
@@ -186,9 +187,11 @@ _TEXTS: dict[str, Check] = {
     "subject": (_is_text, "text"),
     "level": (lambda value, row: _is_count(value, row) and value <= 5, "a number, 1 to 5, or 0 for none"),
     "teacher_forced": (
-        lambda value, row: isinstance(value, list)
-        and all(isinstance(item, bool) for item in value)
-        and len(value) == len(row["reference"]),
+        lambda value, row: (
+            isinstance(value, list)
+            and all(isinstance(item, bool) for item in value)
+            and len(value) == len(row["reference"])
+        ),
         "true or false for each step of the reference",
     ),
     "reference_nats": (
@@ -211,9 +214,11 @@ _CHOICES: dict[str, Check] = {
         "the index of the right choice, from 0 (0 for A, 1 for B)",
     ),
     "log_likelihoods": (
-        lambda value, row: isinstance(value, list)
-        and all(_is_number(item, row) for item in value)
-        and len(value) == len(row["choices"]),
+        lambda value, row: (
+            isinstance(value, list)
+            and all(_is_number(item, row) for item in value)
+            and len(value) == len(row["choices"])
+        ),
         "a finite number of nats for each choice",
     ),
     "text_format": (_is_text, "text"),

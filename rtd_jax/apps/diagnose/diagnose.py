@@ -14,9 +14,8 @@ import numpy as np
 from rtd_jax.apps.diagnose.findings import ARTICLE, verdict
 from rtd_jax.apps.report.page import write_report
 from rtd_jax.apps.report.tables import interval
-from rtd_jax.base.console import print_table
+from rtd_jax.base.console import print_table, printable
 from rtd_jax.base.files import check_writable, finite_report, null_notes, write_json, write_jsonl
-from rtd_jax.base.settings import check_at_least
 from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings, load_traces
@@ -34,6 +33,15 @@ from rtd_jax.steps.detector import Detector
 from rtd_jax.steps.select import classifier_folder
 from rtd_jax.teacher.cache import TeacherCache
 from rtd_jax.train.saved_models import LoadedModel, load_model, stage_checkpoint
+
+RANGES = {  # of settings that are numbers; beyond them no machine has the memory or the time
+    "limit": (0, 10**7),
+    "max_new_tokens": (1, 10**6),
+    "row_length": (1, 10**7),
+    "batch_size": (1, 10**5),
+    "resamples": (20, 10**5),  # an interval needs 20
+    "seed": (0, 2**32 - 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +75,9 @@ class DiagnoseSettings:
     seed: int = 0  # of intervals and of the halves that maps are fitted on
 
     def __post_init__(self) -> None:
-        check_at_least(1, self, "max_new_tokens", "row_length", "batch_size", group="--")
-        check_at_least(0, self, "limit", "seed", group="--")
+        for name, (least, most) in RANGES.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"--{name} is {getattr(self, name)}; expected {least} to {most}")
         TextFormat(prompt_template=self.prompt_template)  # refuses one without {prompt}
         if self.cache and self.decode_teacher:
             raise ValueError(
@@ -86,8 +95,6 @@ class DiagnoseSettings:
             )
         if self.schema == "prose" and self.segmentation == "annotated":
             raise ValueError("texts of schema 'prose' have no marked steps; give --segmentation=classifier:<folder>")
-        if self.resamples < 20:
-            raise ValueError(f"resamples is {self.resamples}; an interval needs at least 20, 200 are usual")
 
 
 def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) -> Path:
@@ -259,8 +266,8 @@ def text_format(settings: DiagnoseSettings, *models: LoadedModel) -> TextFormat:
 def other_formats(text: TextFormat, *models: LoadedModel) -> list[str]:
     """A sentence for each model that was trained on another form of text than both are asked in."""
     return [
-        f"{model.name} was trained on another form of text, {model.text.template!r}, than the one that both models read, "
-        f"{text.template!r}: some of what differs between them may be that"
+        f"{model.name} was trained on another form of text, {model.text.template!r}, than the one that both models "
+        f"read, {text.template!r}: some of what differs between them may be that"
         for model in models
         if model.text is not None and model.text.identity != text.identity
     ]
@@ -284,7 +291,7 @@ def print_diagnosis(report: dict[str, Any], out: Path) -> None:
     for line in report["verdict"]["evidence"]:
         print(f"  - {line}")
     for line in report["notes"]:
-        print(f"warning: {line}")
+        print(f"warning: {printable(line)}")
     print(f"report: {out / 'report.html'}   {out / 'report.json'}")
 
 

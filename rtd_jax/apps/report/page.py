@@ -12,6 +12,7 @@ from rtd_jax.apps.report import article, pictures
 from rtd_jax.apps.report.drawing import Draw, write_figure, write_page
 from rtd_jax.apps.report.pictures import Evaluation
 from rtd_jax.apps.report.tables import depth_table, group_table, interval, percent, total_lines
+from rtd_jax.base.files import read_jsonl
 
 EXAMPLES = 6  # chains shown in full
 CAPTIONS = {
@@ -40,8 +41,9 @@ def write_report(
     """Writes report.html and one PNG for each picture into `out`. Returns the page's path.
 
     Args:
-      report: the content of report.json: "title"; "sections", {name: {model: evaluation}}, or "models" for a
-        single section; "notes", sentences that are shown above all numbers; for a diagnosis also "texts", "verdict" and "article". Parts may be absent.
+      report: the content of report.json: "title"; "sections", {name: {model: evaluation}}, or "models" for a single
+        section; "notes", sentences that are shown above all numbers; for a diagnosis also "texts", "verdict" and
+        "article". Parts may be absent.
       examples: generation records; a few are shown, with the first wrong step marked.
       metrics: metrics.jsonl of a run, for its curves by stage.
     """
@@ -95,7 +97,7 @@ def _pictures(
         title = f"Does the transition cosine tell right from wrong? ({of})"
         yield f"roc_{name}", title, CAPTIONS["roc"], pictures.roc(text)
     if metrics is not None and metrics.is_file():
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        lines = [line for _, line in read_jsonl(metrics)]
         yield "training_loss", "Training losses by stage", CAPTIONS["loss"], pictures.training_losses(lines)
         title, draw = "Validation coherence by stage", pictures.validation_coherence(lines)
         yield "training_coherence", title, CAPTIONS["coherence"], draw

@@ -122,8 +122,8 @@ def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:
     _print(selected, manifest)
     if not selected.rows:
         print(
-            f"warning: no chain is right and whole, so no shard was written: look into {workdir / LOG}; then change text, "
-            "sampling or selection",
+            f"warning: no chain is right and whole, so no shard was written: look into {workdir / LOG}; then change "
+            "text, sampling or selection",
             flush=True,
         )
     prompts = {request.problem.prompt for request in requests}
