@@ -408,6 +408,10 @@ def test_models_under_unequal_conditions_are_said_to_be(tmp_path):
     rows = [TEXT | OWN | {"model": "a"}, TEXT | other | {"model": "b"}, TEXT | OWN | {"model": "c", "prompt": "r"}]
     notes = score(tmp_path, rows)["notes"]
     start = "texts: the models of this table are not comparable: "
+    mixed = [TEXT | OWN | {"problem": i, "max_new_tokens": 8 * (i + 1)} for i in range(2)]
+    assert score(tmp_path, mixed)["notes"] == [
+        f"{start}the tokens decoded at most differs between the rows of rows: 16, 8"
+    ]
     assert notes == [
         f"{start}the form of text differs: a plain, b chat, c plain",
         f"{start}the tokens decoded at most differs: a 8, b 16, c 8",

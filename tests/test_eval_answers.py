@@ -229,6 +229,7 @@ def test_a_box_is_read_alike_in_references_and_replies(solution, answer):
         ("3", "#### −3", False, True),  # the harness' flexible reading does not know this minus
         ("24", "48-24", False, False),  # and takes this one for a sign
         ("12", "#### 12 apples", True, True),
+        ("12", "12 apples ...", False, False),  # the harness takes the dots for a number
         ("72", "##### 72", False, True),  # a heading
     ],
 )

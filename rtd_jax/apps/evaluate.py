@@ -213,8 +213,16 @@ def unequal_conditions(task: str, models: Mapping[str, Any], records: list[Recor
         if len(set(values.values())) > 1:
             lines.append(f"the {words} differs: " + ", ".join(f"{name} {value}" for name, value in values.items()))
     prompts: dict[str, set[str]] = {name: set() for name in models}
+    seen_of: dict[tuple[str, str], set[Any]] = {}  # values in the rows of one model, which files that were joined mix
     for record in records:
         prompts[record["model"]].add(record["prompt"])
+        for key in (key for key in CONDITIONS if key in record):
+            seen_of.setdefault((record["model"], key), set()).add(record[key])
+    lines += [
+        f"the {CONDITIONS[key]} differs between the rows of {name}: {', '.join(sorted(map(str, seen)))}"
+        for (name, key), seen in seen_of.items()
+        if len(seen) > 1
+    ]
     first, *others = prompts.items()
     lines += [f"{first[0]} and {name} were asked different problems" for name, seen in others if seen != first[1]]
     return [f"{task or 'texts'}: the models of this table are not comparable: {line}" for line in lines]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 Span = tuple[int, int]  # characters [start, end) of a text
 
 _ANSWER_LINE = re.compile(r"####(?!#)[ \t]*(\S.*?)[ \t]*")
-_INNER_ANSWER = re.compile(r"(?<!#)####(?!#)[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+_INNER_ANSWER = re.compile(r"(?<!#)####(?!#)[ \t]*(\S.*)")
 
 
 @dataclass(frozen=True)
