@@ -378,11 +378,45 @@ def test_the_page_draws_the_auroc_curve_and_names_the_articles(tmp_path):
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match="resamples is 3"):
+    with pytest.raises(ValueError, match="--resamples is 3; expected 20 to"):
         DiagnoseSettings("a", "b", resamples=3)
     with pytest.raises(ValueError, match="no such directory"):
         load_model("/no/such/model")
+    bad = {"limit": -1, "seed": -1, "max_new_tokens": 0, "batch_size": 0, "row_length": 0}
+    for name, value in (*bad.items(), ("seed", 2**40), ("limit", 10**12)):
+        with pytest.raises(ValueError, match=f"--{name} is {value}; expected "):
+            DiagnoseSettings("a", "b", **{name: value})
+    with pytest.raises(ValueError, match="prompt_template is 'x'; expected"):
+        DiagnoseSettings("a", "b", prompt_template="x")
     assert TextFormat().template  # the default of models that no run has trained
+
+
+def test_what_is_missing_is_found_before_a_model_is_loaded(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("rtd_jax.apps.diagnose.diagnose.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    for options, words in (
+        ({"data": str(tmp_path / "nowhere")}, "no such folder or file"),
+        ({"segmentation": f"classifier:{tmp_path / 'none'}"}, "none"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(teacher, teacher, tmp_path / "out", **options)
+
+
+def test_a_student_that_overflows_is_reported_with_null_and_words(teacher, tmp_path):
+    """Finite weights, infinite activations: no comparison is possible, and no error either."""
+    config = load_config(teacher)
+    params = load_params(teacher, config)
+    for name in ("q", "k"):
+        params["layers"]["attention"][name] = params["layers"]["attention"][name] * np.float32(1e25)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(teacher))
+    student = save_pretrained(tmp_path / "student", config, params, tokenizer=tokenizer, text=TextFormat())
+    report = run(teacher, student, tmp_path / "out")
+    assert report["models"]["student"]["perplexity"] is None
+    assert report["texts"]["reference"]["steps"][1]["boundary_cosine"] is None
+    assert report["verdict"]["sentence"].startswith("There are only 0 successes")
+    words = " ".join(report["notes"])
+    assert "of the reference chains are left out: a state there is not finite" in words
+    assert "because the number overflowed or is none: models.student.perplexity is nan, " in words
+    assert "student was trained on another form of text, 'Question: {prompt}\\nAnswer:'" in words
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from rtd_jax.apps.evaluate import NOT_KNOWN, EvaluateSettings, evaluate
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.schemas.math import from_math
 from rtd_jax.data.schemas.strategyqa import from_strategyqa
-from rtd_jax.data.trace import Trace, spans_of
+from rtd_jax.data.trace import Trace, problem_key, spans_of
 from rtd_jax.eval import metrics
 from rtd_jax.eval.answers import flexible_answer, harness_match, strict_answer
 from rtd_jax.eval.chains import score_texts
@@ -252,12 +252,9 @@ def test_texts_made_elsewhere_and_bad_rows(tmp_path):
     found = json.loads(evaluate(EvaluateSettings(generations=str(path), out=str(tmp_path / "x"))).read_text())
     assert found["sections"][""]["theirs"]["chain_accuracy"]["1"]["mean"] == 0.5
     assert found["sections"][""]["theirs"]["samples"] == 2
-    for bad, words in (
-        ('{"prompt": "x"}', "theirs.jsonl:1: 'reference' is missing"),
-        ("{", "theirs.jsonl:1: not valid JSON"),
-    ):
+    for bad, words in (('{"prompt": "x"}', "'reference' is missing"), ("{", "not valid JSON")):
         path.write_text(bad)
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=f"theirs.jsonl:1: {words}"):
             evaluate(EvaluateSettings(generations=str(path), out=str(tmp_path / "y")))
     with pytest.raises(ValueError, match="tasks are"):
         EvaluateSettings(("m",), tasks=("gsm9k",))
@@ -330,9 +327,9 @@ def test_rows_that_do_not_belong_together_are_refused(tmp_path):
         score(tmp_path, [TEXT, CHOICE])
     with pytest.raises(ValueError, match=r"rows.jsonl:1: there are 1 texts of this problem, but 2 of that of .*:2"):
         score(tmp_path, [TEXT | {"prompt": "other"}, TEXT, TEXT])
-    with pytest.raises(ValueError, match="rows.jsonl:1: NaN is not JSON|rows.jsonl:1: not valid JSON"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: NaN is not JSON|rows.jsonl:1: not valid JSON"):
         score(tmp_path, [CHOICE | {"log_likelihoods": [-1, float("nan")]}])
-    with pytest.raises(ValueError, match="rows.jsonl:1: its answer is '6', but its own text is read as"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: its answer is '6', but its own text is read as"):
         score(tmp_path, [{**TEXT, "reference": ["#### 5"], "answer": "6"}])
 
 
@@ -361,7 +358,7 @@ def test_steps_that_share_lines_are_scored_again_alike(tmp_path):
 
 
 def test_joined_files_that_number_their_problems_alike_are_told_apart(tmp_path):
-    """Two files of one problem each, both number 0 and both right: 100%, not one problem with a right and a wrong text."""
+    """Two files of one problem each, both number 0 and both right: 100%, not one problem with a wrong text."""
     other = {"prompt": "r", "reference": ["3+3=6."], "answer": "6", "text": "3+3=6.\n#### 6"}
     rows = [row | {"problem": 0, "sample": 0} for row in (TEXT, other)]
     found = score(tmp_path, rows)["sections"][""]["rows"]
@@ -396,11 +393,12 @@ def test_a_number_that_is_not_finite_is_null_with_its_reason(tmp_path, capsys):
     found = report["sections"][""]["rows"]
     assert found["perplexity"] is None
     assert found["perplexity_by_depth"]["all"] == {"mean": None, "stderr": None, "n": 2}
-    assert "sections..rows.perplexity is inf, which JSON cannot hold: null in the report" in report["notes"]
+    (note,) = report["notes"]
+    assert note.startswith("null in the report, because the number overflowed or is none: sections..rows.perplexity")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "perplexity is inf" in page
     assert "<td>–</td>" in page
-    assert "warning: sections..rows.perplexity is inf" in capsys.readouterr().out
+    assert f"warning: {note}" in capsys.readouterr().out
     rows[0]["reference_nats"] = None  # as it is written for nats that are not finite
     assert score(tmp_path, rows)["sections"][""]["rows"]["perplexity"] is None
 
@@ -410,6 +408,10 @@ def test_models_under_unequal_conditions_are_said_to_be(tmp_path):
     rows = [TEXT | OWN | {"model": "a"}, TEXT | other | {"model": "b"}, TEXT | OWN | {"model": "c", "prompt": "r"}]
     notes = score(tmp_path, rows)["notes"]
     start = "texts: the models of this table are not comparable: "
+    mixed = [TEXT | OWN | {"problem": i, "max_new_tokens": 8 * (i + 1)} for i in range(2)]
+    assert score(tmp_path, mixed)["notes"] == [
+        f"{start}the tokens decoded at most differs between the rows of rows: 16, 8"
+    ]
     assert notes == [
         f"{start}the form of text differs: a plain, b chat, c plain",
         f"{start}the tokens decoded at most differs: a 8, b 16, c 8",
@@ -435,10 +437,8 @@ def test_a_model_is_asked_as_it_was_trained_and_all_of_a_table_alike(tmp_path):
     options = {"tasks": ("synthetic",), "limit": 6, "max_new_tokens": 128, "out": str(tmp_path / "out")}
     models = folder(tmp_path / "silent"), str(BUNDLED)
     report = json.loads(evaluate(EvaluateSettings(models, **options), note=lambda _: None).read_text())
-    assert [found["chain_accuracy"]["all"]["mean"] > 0.9 for found in report["sections"]["synthetic"].values()] == [
-        1,
-        1,
-    ]
+    both = report["sections"]["synthetic"].values()
+    assert [found["chain_accuracy"]["all"]["mean"] > 0.9 for found in both] == [True, True]
     assert report["protocol"]["synthetic"]["prompt"] == ASKED.template
     assert list(report["protocol"]["synthetic"]["trained_on"].values()) == [NOT_KNOWN, "this form"]
     assert report["notes"] == [f"synthetic: {models[0]} does not say on which form of text it was trained"]
@@ -463,7 +463,7 @@ def test_which_form_is_asked_is_decided_by_flags_then_by_the_first_model_that_sa
     assert asked((second,)) == (ASKED.template, [])
     assert "no model says on which form" in asked((folder(tmp_path / "silent"),))[1][0]
     (tmp_path / "second" / TEXT_FILE).write_text((tmp_path / "second" / TEXT_FILE).read_text().replace("Answer", "A"))
-    with pytest.raises(ValueError, match="rtd_jax.json was changed or damaged"):
+    with pytest.raises(ValueError, match=r"rtd_jax.json was changed or damaged"):
         asked((second,))
 
 
@@ -481,6 +481,8 @@ def test_a_saved_model_keeps_its_form_of_text_and_transformers_loads_the_folder(
     "values",
     [
         {"limit": -1},
+        {"limit": 10**12},
+        {"max_new_tokens": 10**12},
         {"few_shot": -2},
         {"samples": 0},
         {"max_new_tokens": 0},
@@ -508,3 +510,35 @@ def test_what_is_missing_is_found_before_a_model_is_loaded(tmp_path, monkeypatch
         settings = EvaluateSettings(**{"model": (str(BUNDLED),), "out": str(tmp_path / "out"), **options})
         with pytest.raises(ValueError, match=words):
             evaluate(settings, note=lambda _: None)
+
+
+def strategyqa(folder, questions, split="train"):
+    rows = [{"question": q, "answer": True, "facts": ["f."], "decomposition": ["d?"]} for q in questions]
+    (folder / "strategyqa").mkdir(exist_ok=True)
+    (folder / "strategyqa" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_problem_never_stands_among_its_own_examples(tmp_path):
+    """Repeated rows: equality is of the problem, not of the row's place, its white space or its case."""
+    strategyqa(tmp_path, ["Is 0 odd?", "is  0 ODD?", "Is 0 odd?", "Is 1 odd?", "Is 2 odd?", "Is 3 odd?"])
+    problems = load_problems("strategyqa", data_root=str(tmp_path), few_shot=3)
+    assert len(problems.items) == 6
+    for item, text in zip(problems.items, problems.texts, strict=True):
+        asked = [problem_key(line) for line in text.context.splitlines() if line.startswith("Question: ")]
+        assert len(set(asked)) == len(asked) == 3
+        assert problem_key(f"Question: {item.prompt}") not in asked
+    with pytest.raises(ValueError, match=r"train.jsonl:1: train has 3 other problems .*, too few to draw 4 solved"):
+        load_problems("strategyqa", data_root=str(tmp_path), few_shot=4)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_test_question_that_is_in_the_training_split_too_is_no_example(tmp_path, chat):
+    (tmp_path / "gsm8k").mkdir()
+    rows = [{"question": f"How many are {i}?", "answer": f"{i}\n#### {i}"} for i in range(4)]
+    for split, own in (("train", rows), ("test", rows[:1])):
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    for seed in range(8):
+        problems = load_problems("gsm8k", data_root=str(tmp_path), few_shot=3, seed=seed, chat=chat)
+        shown = str(problems.turns) + problems.texts[0].context
+        assert "are 0?" not in shown
+        assert all(f"are {i}?" in shown for i in (1, 2, 3))

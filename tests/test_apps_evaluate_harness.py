@@ -122,7 +122,9 @@ def test_arc_is_that_of_the_harness_row_by_row(tmp_path, model_dir, shots):
 @pytest.mark.parametrize(("shots", "chat"), [(5, False), (0, False), (3, True)])
 def test_gsm8k_prompts_are_those_of_the_harness(tmp_path, model_dir, shots, chat):
     rows = [{"question": question, "answer": answer} for question, answer in GSM8K]
-    data = write_rows(tmp_path, "gsm8k", train=rows, test=rows[:6])
+    # Of other people: the harness would show a problem that is in both splits its own solution, which is not done here.
+    asked = [row | {"question": row["question"].replace("Ann", "Zoe")} for row in rows[:6]]
+    data = write_rows(tmp_path, "gsm8k", train=rows, test=asked)
     _prompts_are_the_harness_own(data, model_dir, shots, chat, len(rows[:6]))
 
 

@@ -169,7 +169,7 @@ def test_a_damaged_or_foreign_log_is_refused(tmp_path):
     with ResponseLog(tmp_path, IDENTITY), pytest.raises(ValueError, match="is being written by another process"):
         ResponseLog(tmp_path, IDENTITY)
     (tmp_path / "requests.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="requests.json has format 99, this version reads 1 or 2"):
+    with pytest.raises(ValueError, match=r"requests.json has format 99, this version reads 1 or 2"):
         ResponseLog(tmp_path, IDENTITY)
     (tmp_path / "requests.json").unlink()
     with pytest.raises(ValueError, match=r"has no requests\.json beside it"):
@@ -327,14 +327,11 @@ def test_a_line_of_the_log_of_another_type_is_named(tmp_path, line):
     if isinstance(line, dict):
         row = json.loads(lines[1]) | line
         if "crc32" not in line:
-            row["crc32"] = zlib.crc32(
-                json.dumps({k: v for k, v in row.items() if k != "crc32"}, sort_keys=True).encode()
-            )
+            fields = {key: value for key, value in row.items() if key != "crc32"}
+            row["crc32"] = zlib.crc32(json.dumps(fields, sort_keys=True).encode())
         line = json.dumps(row)
     path.write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
-    with pytest.raises(
-        ValueError, match=r"responses.jsonl:2 is damaged: .*; delete this line and run the command again"
-    ):
+    with pytest.raises(ValueError, match=r"responses.jsonl:2 is damaged: .*; delete this line and run"):
         ResponseLog(tmp_path, IDENTITY)
 
 
@@ -346,10 +343,10 @@ def test_what_was_asked_is_a_record_and_an_earlier_one_is_read(tmp_path):
     with ResponseLog(tmp_path, IDENTITY) as log:
         assert len(log.replies) == len(REQUESTS)
     path.write_text(json.dumps(record | {"model": "another"}))
-    with pytest.raises(ValueError, match="requests.json was changed or damaged after it was written"):
+    with pytest.raises(ValueError, match=r"requests.json was changed or damaged after it was written"):
         ResponseLog(tmp_path, IDENTITY)
     path.write_text("[]")
-    with pytest.raises(ValueError, match="requests.json: expected a JSON object"):
+    with pytest.raises(ValueError, match=r"requests.json: expected a JSON object"):
         ResponseLog(tmp_path, IDENTITY)
 
 

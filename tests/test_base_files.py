@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,8 @@ import pytest
 
 from rtd_jax.base.files import (
     check_writable,
+    finite_report,
+    null_notes,
     read_json,
     read_jsonl,
     read_object,
@@ -118,3 +121,16 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     write_json(tmp_path / "a.json", {})
     temporary, renamed, folder = calls
     assert (temporary.endswith(".tmp"), renamed, folder) == (True, "rename", str(tmp_path))
+
+
+def test_a_report_has_null_for_what_no_json_can_hold_and_says_where():
+    report = {"a": [1.5, math.inf], "b": {"c": math.nan, "d": None}, "e": (True, "inf", -math.inf)}
+    clean, reasons = finite_report(report)
+    assert clean == {"a": [1.5, None], "b": {"c": None, "d": None}, "e": [True, "inf", None]}
+    assert reasons == ["a.1 is inf", "b.c is nan", "e.2 is -inf"]
+    assert finite_report(math.nan) == (None, ["the value is nan"])
+    assert finite_report({}) == ({}, [])
+    assert null_notes([]) == []
+    note = "null in the report, because the number overflowed or is none: a, b, c, d, and 2 more"
+    assert null_notes(list("abcdef")) == [note]
+    json.dumps(clean, allow_nan=False)

@@ -180,42 +180,10 @@ def test_an_answer_that_sympy_cannot_finish_is_wrong_after_a_while(monkeypatch):
 
 
 WRITTEN = [
-    *(
-        "3/4",
-        "-3/4",
-        "3 1/2",
-        "3 / 4",
-        "2/4",
-        "1 000",
-        "1\u202f000",
-        "12 345 678",
-        "1,000",
-        "-3",
-        "−3",
-        "–3",
-        "- 3",
-        "3½",
-    ),
-    *(
-        "$5",
-        "-$5",
-        "$ 5",
-        "$70.00",
-        "€5",
-        "5 €",
-        "72.",
-        "72.0",
-        "1e3",
-        "½",
-        "７２",
-        "0",
-        "-0",
-        "50%",
-        "5 apples",
-        "12,5",
-    ),
-    *("1 2", "10^2", "1:30", "1.000.000", "#5", "9" * 300, "YES", "Yes.", "no", "(B)", "b", "B", "J", "..."),
-    *("x > 1", r"\dfrac{1}{2}", r"\text{yes}", r"$\frac{3}{4}$", r"\boxed{5}"),
+    *("3/4", "-3/4", "3 1/2", "3 / 4", "2/4", "1 000", "1\u202f000", "12 345 678", "1,000", "-3", "−3", "–3", "- 3"),
+    *("3½", "$5", "-$5", "$ 5", "$70.00", "€5", "5 €", "72.", "72.0", "1e3", "½", "７２", "0", "-0", "50%", "#5"),
+    *("5 apples", "12,5", "1 2", "10^2", "1:30", "1.000.000", "9" * 300, "YES", "Yes.", "no", "(B)", "b", "B", "J"),
+    *("x > 1", r"\dfrac{1}{2}", r"\text{yes}", r"$\frac{3}{4}$", r"\boxed{5}", "..."),
 ]
 
 
@@ -261,6 +229,7 @@ def test_a_box_is_read_alike_in_references_and_replies(solution, answer):
         ("3", "#### −3", False, True),  # the harness' flexible reading does not know this minus
         ("24", "48-24", False, False),  # and takes this one for a sign
         ("12", "#### 12 apples", True, True),
+        ("12", "12 apples ...", False, False),  # the harness takes the dots for a number
         ("72", "##### 72", False, True),  # a heading
     ],
 )
@@ -287,12 +256,12 @@ def test_steps_that_share_a_line_are_judged_by_their_lines():
 
 def test_a_reference_that_states_two_answers_is_refused_by_name():
     row = {"question": "q", "answer": "Try.\n#### 4\nNo: 5.\n#### 5"}
-    with pytest.raises(ValueError, match="train.jsonl:7: 'answer' states an answer twice: '#### 4' stands before"):
+    with pytest.raises(ValueError, match=r"train.jsonl:7: 'answer' states an answer twice: '#### 4' stands before"):
         from_gsm8k(row, "train.jsonl:7")
     trace = Trace.of_steps("q", ("#### 4", "No: 5."), "5", "#### 5", "steps.jsonl:3")
     with pytest.raises(ValueError, match=r"steps.jsonl:3: its answer is '5', but its own text is read as '#### 4'"):
         score_chain("anything", trace)
-    with pytest.raises(ValueError, match="chat.jsonl:2: its answer is"):
+    with pytest.raises(ValueError, match=r"chat.jsonl:2: its answer is"):
         check_reference(Problem("q", "two\nlines", source="chat.jsonl:2"))
 
 

@@ -1,8 +1,11 @@
 """CKA, cosines through maps, AUROC and correlations: by hand, against references, on what must not matter."""
 
+import json
+
 import numpy as np
 import pytest
 
+from rtd_jax.apps.diagnose.findings import verdict
 from rtd_jax.eval.cka import linear_cka, resampled_cka
 from rtd_jax.eval.drift import (
     BoundaryStates,
@@ -13,6 +16,7 @@ from rtd_jax.eval.drift import (
     decline,
     drift_starts,
     mean_by_step,
+    measure,
     rank_correlation,
     roc_points,
     transitions,
@@ -187,6 +191,36 @@ def test_drift_is_seen_where_it_is():
     by_step = mean_by_step(values[1])
     assert by_step[0].n == 200
     assert by_step[4].n == np.sum(drifting.mask_CK[:, 4])
+
+
+def test_states_that_are_not_finite_are_left_out_and_counted():
+    """A model that overflows in some places, or everywhere: null and words in place of an error."""
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(12, 4, 6)), rng.normal(size=(12, 4, 5))
+    mask = np.ones((12, 4), bool)
+    mask[0, 3] = False
+    failed, right = np.arange(12) % 2 == 0, [[True, False, True]] * 12
+
+    def measured(student):
+        states = BoundaryStates(student, teacher, mask)
+        maps = cross_fitted(states, 0), cross_fitted(transitions(states), 0)
+        return measure(states, maps, right, failed, resamples=20, seed=0)
+
+    whole, some, student_all = measured(student), student.copy(), np.full_like(student, np.nan)
+    some[3, 2, 1], some[4, 2] = np.inf, np.nan
+    found = measured(some)
+    assert "not_finite" not in whole
+    assert found["not_finite"] == 2
+    assert [step["chains"] for step in found["steps"]] == [12, 12, 10, 11]
+    assert found["steps"][1]["cka"] == whole["steps"][1]["cka"]
+    nothing = measured(student_all)
+    assert nothing["not_finite"] == 47
+    assert nothing["steps"][1]["cka"] is None
+    assert nothing["decline"]["transition_cosine"]["value"] is None
+    json.dumps(nothing, allow_nan=False)
+    for text in (found, nothing):
+        for all_fail in (failed, np.ones(12, bool)):
+            assert verdict({"reference": text}, all_fail)["sentence"]
 
 
 def test_drift_starts_where_it_starts_and_decline_follows_chains():

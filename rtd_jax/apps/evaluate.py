@@ -9,7 +9,7 @@ from typing import Any
 from rtd_jax.apps.report.page import gap_lines, write_report
 from rtd_jax.apps.report.tables import depth_table, group_table, percent, total_lines
 from rtd_jax.base.console import print_table, printable
-from rtd_jax.base.files import finite_report, write_json, write_jsonl
+from rtd_jax.base.files import finite_report, null_notes, write_json, write_jsonl
 from rtd_jax.base.lock import one_writer
 from rtd_jax.base.settings import SEED, check_distinct, check_filled, check_ranges
 from rtd_jax.base.sharding import row_sharding, row_ways
@@ -96,7 +96,7 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
     names = {name for models in sections.values() for name in models}
     for task, models in sections.items():
         notes += unequal_conditions(task, models, [record for record in records if record["task"] == task])
-    report, reasons = finite_report(
+    report, places = finite_report(
         {
             "kind": "evaluation",
             "title": f"Evaluation of {', '.join(sorted(names))}",
@@ -105,7 +105,7 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
             "sections": sections,
         }
     )
-    report["notes"] = notes + [f"{reason}, which JSON cannot hold: null in the report" for reason in reasons]
+    report["notes"] = notes + null_notes(places)
     records = finite_report(records)[0]
     write_jsonl(out / "generations.jsonl", records)
     write_json(out / "report.json", report)
@@ -113,7 +113,7 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
     for task, models in report["sections"].items():
         _print(task, models, protocol.get(task))
     for line in report["notes"]:
-        print(f"warning: {line}")
+        print(f"warning: {printable(line)}")
     print(f"report: {out / 'report.html'}   {out / 'report.json'}")
     return out / "report.json"
 
@@ -203,8 +203,16 @@ def unequal_conditions(task: str, models: Mapping[str, Any], records: list[Recor
         if len(set(values.values())) > 1:
             lines.append(f"the {words} differs: " + ", ".join(f"{name} {value}" for name, value in values.items()))
     prompts: dict[str, set[str]] = {name: set() for name in models}
+    seen_of: dict[tuple[str, str], set[Any]] = {}  # values in the rows of one model, which files that were joined mix
     for record in records:
         prompts[record["model"]].add(record["prompt"])
+        for key in (key for key in CONDITIONS if key in record):
+            seen_of.setdefault((record["model"], key), set()).add(record[key])
+    lines += [
+        f"the {CONDITIONS[key]} differs between the rows of {name}: {', '.join(sorted(map(str, seen)))}"
+        for (name, key), seen in seen_of.items()
+        if len(seen) > 1
+    ]
     first, *others = prompts.items()
     lines += [f"{first[0]} and {name} were asked different problems" for name, seen in others if seen != first[1]]
     return [f"{task or 'texts'}: the models of this table are not comparable: {line}" for line in lines]
@@ -263,7 +271,10 @@ def _choose(
         batch_sharding=row_sharding(loaded.mesh),
         progress=_progress(note, f"{loaded.name}, {task}: %d of %d choices read"),
     )
-    return score_choices(questions, log_likelihoods, problems.text_format)
+    try:
+        return score_choices(questions, log_likelihoods, problems.text_format)
+    except ValueError as error:
+        raise ValueError(f"{loaded.name}, {task}: {error}; its weights or activations are not finite") from error
 
 
 def _progress(note: Callable[[str], None], line: str) -> Progress:

@@ -30,7 +30,7 @@ from rtd_jax.data.loader import BatchLoader
 from rtd_jax.data.sources import SourceSettings, closed_words, load_traces
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.data.tokenizer_match import vocab_size
-from rtd_jax.data.trace import Trace
+from rtd_jax.data.trace import Trace, problem_key
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, decoding_notes, first_of_each_depth
 from rtd_jax.eval.ready import check_evaluation
 from rtd_jax.eval.scoring import ScoringSettings
@@ -282,6 +282,8 @@ def encode_chains(
     shallow = [trace for trace in traces if trace.depth <= 2]
     for index in rng.sample(range(len(traces)), int(recipe.shot_fraction * len(traces))):
         shot = rng.choice(shallow)
+        if problem_key(shot.prompt) == problem_key(traces[index].prompt):
+            continue  # a problem's own solution would stand before it
         text = replace(recipe.text, context=solved_examples(recipe.text, [(shot.prompt, shot.completion)]))
         prefixed, _ = encode_traces(
             tokenizer, [traces[index]], text, row_length=phase.row_length, max_dropped_fraction=1.0

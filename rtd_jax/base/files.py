@@ -256,6 +256,14 @@ def finite_report(value: Any, path: str = "") -> tuple[Any, list[str]]:
     return (clean if isinstance(value, dict) else list(clean.values())), places
 
 
+def null_notes(places: Sequence[str]) -> list[str]:
+    """A sentence on what `finite_report` replaced, for the report's reader; [] where that is nothing."""
+    if not places:
+        return []
+    more = f", and {len(places) - 4} more" if len(places) > 4 else ""
+    return [f"null in the report, because the number overflowed or is none: {', '.join(places[:4])}{more}"]
+
+
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes one JSON object a line, atomically. Non-finite floats are refused (they are not JSON)."""
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

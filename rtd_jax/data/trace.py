@@ -11,7 +11,7 @@ from dataclasses import dataclass
 Span = tuple[int, int]  # characters [start, end) of a text
 
 _ANSWER_LINE = re.compile(r"####(?!#)[ \t]*(\S.*?)[ \t]*")
-_INNER_ANSWER = re.compile(r"(?<!#)####(?!#)[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+_INNER_ANSWER = re.compile(r"(?<!#)####(?!#)[ \t]*(\S.*)")
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,11 @@ class Problem:
     def final(self) -> str:
         """The line that states the answer."""
         return answer_line(self.answer)
+
+
+def problem_key(prompt: str) -> str:
+    """Equal for two problems that are one, wherever their rows stand: the text up to white space and case."""
+    return " ".join(prompt.split()).casefold()
 
 
 def answer_line(answer: str) -> str:

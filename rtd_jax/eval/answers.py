@@ -125,8 +125,8 @@ def _last_numbers(text: str) -> list[Fraction | None]:
     harness = list(_FLEXIBLE.finditer(text))
     written = list(_WRITTEN.finditer(text.translate(_ALIKE)))
     last = written[-1] if written else None
-    if last and harness and harness[-1].start() < last.start() < harness[-1].end():
-        last = None  # the harness takes the sign of a subtraction for the number's
+    if last and harness and not (last.start() <= harness[-1].start() < last.end() or last.start() >= harness[-1].end()):
+        last = None  # a part of what the harness reads, which takes the sign of a subtraction for the number's
     return [parse_number(match[0]) for match in (harness[-1] if harness else None, last) if match]
 
 
@@ -207,7 +207,7 @@ def states_right_answer(trace: Trace | Problem, text: str) -> bool:
 
 
 def _ends_in_step(text: str, step: str) -> bool:
-    """Whether a text concludes as its reference's last step does, which may have several lines: in its number or words."""
+    """Whether a text concludes, in its number or else in words, as its reference's last step of one or more lines."""
     count = len([line for line in step.splitlines() if line.strip()])
     lines = " ".join([line for line in text.splitlines() if line.strip()][-count:])
     result = step_result(step)

@@ -63,10 +63,10 @@ def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
     answer has to be right in the strict reading: a solution that never states it is unfinished.
 
     Returns:
-      prompt, completions (steps of the text), final (its answer line), text, reference (steps; also reference_text where that is not
-      one step a line), answer, depth, correct,
+      prompt, completions (steps of the text), final (its answer line), text, reference (steps), answer, depth, correct,
       answer_strict, answer_flexible, first_error, steps_right (one bool a reference result), finished (as given). Of
-      MATH also subject, level, and math_verify (whether that library finds the answers equal).
+      MATH also subject, level, and math_verify (whether that library finds the answers equal). Where the reference is
+      not one step a line, also reference_text.
 
       `first_error` is the index, among the generated lines, of the first step whose result is not the reference's; the
       answer line counts as the line after the last step, and a missing step counts at the line that stands in its
@@ -117,9 +117,9 @@ def check_reference(trace: Trace | Problem) -> None:
         return
     seen = final or (lines[-1] if lines else "")
     raise ValueError(
-        f"{trace.source or 'a reference'}: its answer is {trace.answer!r}, but its own text is read as {seen[:80]!r}, so "
-        "a right reply could not be told from a wrong one; state the answer once, on a last line `#### answer`, or leave "
-        "the row out"
+        f"{trace.source or 'a reference'}: its answer is {trace.answer!r}, but its own text is read as {seen[:80]!r}, "
+        "so a right reply could not be told from a wrong one; state the answer once, on a last line `#### answer`, or "
+        "leave the row out"
     )
 
 

@@ -27,7 +27,21 @@ class BoundaryStates(NamedTuple):
 
     student_CKS: np.ndarray
     teacher_CKD: np.ndarray
-    mask_CK: np.ndarray  # bool; the slots that exist, from the left
+    mask_CK: np.ndarray  # bool; the slots that exist
+
+
+def finite_states(states: BoundaryStates) -> tuple[BoundaryStates, int]:
+    """The states with those masked that are not finite in either model, and how many these are.
+
+    A model whose numbers overflow has no state there: nothing can be compared with it, but the rest can.
+    """
+    student_CKS, teacher_CKD, mask_CK = states
+    finite_CK = np.isfinite(student_CKS).all(-1) & np.isfinite(teacher_CKD).all(-1)
+    known_CK = mask_CK & finite_CK
+    if (known_CK == mask_CK).all():
+        return states, 0
+    student, teacher = (np.where(known_CK[:, :, None], x, 0.0) for x in (student_CKS, teacher_CKD))
+    return BoundaryStates(student, teacher, known_CK), int(np.sum(mask_CK & ~finite_CK))
 
 
 def transitions(states: BoundaryStates) -> BoundaryStates:
@@ -103,7 +117,7 @@ def cross_fitted(states: BoundaryStates, seed: int) -> list[Map]:
     Raises:
       ValueError: fewer than two chains.
     """
-    student_CKS, teacher_CKD, mask_CK = states
+    student_CKS, teacher_CKD, mask_CK = finite_states(states)[0]
     count = len(mask_CK)
     if count < 2:
         raise ValueError(f"a map fitted on one half and measured on the other needs two chains, got {count}")
@@ -225,13 +239,15 @@ def measure(
     """Drift by step, and its relation to failure, as plain numbers.
 
     Args:
-      states: of both models at slots 0 (the prompt's end) to K.
+      states: of both models at slots 0 (the prompt's end) to K; those that are not finite are left out and counted.
       maps: (f, g) for each chain.
       steps_right: for each chain, whether each of its steps is right; None where that cannot be said.
       failed: bool [C], whether the student's free-running chain is wrong.
     """
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
-    depths = states.mask_CK.sum(1) - 1
+    states, not_finite = finite_states(states)
+    slots = states.mask_CK.shape[1]
+    depths = np.where(states.mask_CK.any(1), slots - 1 - np.argmax(states.mask_CK[:, ::-1], axis=1), 0)
     # Column 0 of both belongs to the first step: the prompt's end has no transition, and no part in what follows.
     boundary_CK, transition_CK = cosines(states, maps[0]), cosines(transitions(states), maps[1])
     by_step = {"boundary_cosine": boundary_CK[:, 1:], "transition_cosine": transition_CK}
@@ -256,6 +272,7 @@ def measure(
     starts = {name: drift_starts(values_CK) for name, values_CK in by_step.items()}
     return {
         "chains": len(depths),
+        **({"not_finite": not_finite} if not_finite else {}),  # boundaries left out
         "steps": steps,
         "same_chains": {"steps": deepest, "chains": int(np.sum(depths >= deepest))},
         "decline": {name: decline(values_CK).interval_row() for name, values_CK in by_step.items()},

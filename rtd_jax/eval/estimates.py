@@ -102,7 +102,7 @@ def perplexity_estimate(nats: Values, tokens: Values) -> Estimate:
     perplexity times that of the mean cross-entropy per token.
     """
     mean = ratio(nats, tokens)
-    value = math.exp(mean.value) if mean.value < 700 else math.inf
+    value = math.inf if mean.value >= 700 else math.exp(mean.value)
     return Estimate.with_error(value, None if mean.stderr is None else value * mean.stderr, mean.n)
 
 

@@ -64,7 +64,7 @@ def accuracy(scored: ScoredTexts, key: str) -> Table:
 
 
 def exact_match(scored: ScoredTexts, read: Callable[[str], str | None]) -> Table:
-    """As lm-evaluation-harness counts on GSM8K; {} where an answer is not a number on a `####` line that it can read."""
+    """As lm-evaluation-harness counts on GSM8K; {} where an answer is no number on a `####` line that it can read."""
     answers = {record["answer"] for record in scored.records}
     unread = any(parse_number(x) is None or not harness_match(read(answer_line(x)), x) for x in answers)
     if unread or any("math_verify" in record for record in scored.records):

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.schemas import SCHEMAS
 from rtd_jax.data.schemas.arc import ChoiceQuestion, choices_from_arc
 from rtd_jax.data.sources import SourceSettings, load_rows, load_traces
-from rtd_jax.data.trace import Trace
+from rtd_jax.data.trace import Trace, problem_key
 
 SUBJECTS = (
     "algebra",
@@ -198,7 +198,8 @@ def _examples(
     """The solved examples of each problem, and of how many rows they were drawn.
 
     As the harness' ContextSampler: one generator goes through the problems in order. Where examples come from the split
-    of the problems, one more is drawn and the problem itself taken out.
+    of the problems, one more is drawn and the problem itself taken out. A problem is itself wherever its row stands,
+    and no example comes twice: where a row is repeated, others are drawn in its place, by a generator of their own.
     """
     if task.schema == "synthetic":
         pool: list[Any] = list(load_traces(SourceSettings("synthetic", split="train", limit=SYNTHETIC_PROBLEMS)))
@@ -211,7 +212,7 @@ def _examples(
         )
 
     @functools.cache
-    def example(i: int) -> tuple[Item, tuple[str, str]]:
+    def example(i: int) -> tuple[Hashable, tuple[str, str]]:
         if task.schema == "synthetic":
             item, answer = pool[i], pool[i].completion
         elif task.is_choice:
@@ -224,14 +225,41 @@ def _examples(
             # GSM8K's as published: four rows of its training split have white space that a Trace does not keep.
             answer = row["answer"] if task.schema == "gsm8k" else item.completion
         question = item.question if isinstance(item, ChoiceQuestion) else item.prompt
-        return item, (text.template.replace("{prompt}", question), answer)
+        return _content(item), (text.template.replace("{prompt}", question), answer)
 
     draw = random.Random(seed)
     examples: list[Turns] = []
-    for item in items:
-        drawn = [example(i) for i in draw.sample(range(len(pool)), shots + has_itself)]
-        examples.append([solved for other, solved in drawn if other != item][:shots])
+    for number, item in enumerate(items):
+        own = _content(item)
+        chosen: dict[Hashable, tuple[str, str]] = {}
+        drawn = draw.sample(range(len(pool)), shots + has_itself)
+        for i in itertools.chain(drawn, _others(len(pool), f"{seed} {number}")):
+            if len(chosen) == shots:
+                break
+            content, solved = example(i)
+            if content != own:
+                chosen.setdefault(content, solved)
+        if len(chosen) < shots:
+            raise ValueError(
+                f"{item.source}: {task.examples} has {len(chosen)} other problems (one that is there twice counts "
+                f"once), too few to draw {shots} solved examples; lower few_shot"
+            )
+        examples.append(list(chosen.values()))
     return examples, len(pool)
+
+
+def _others(count: int, seed: str) -> Iterator[int]:
+    """All numbers below `count` in random order; shuffled only where they are asked for."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    yield from order
+
+
+def _content(item: Item) -> Hashable:
+    """Equal for two items that are one problem, wherever their rows stand."""
+    if isinstance(item, ChoiceQuestion):
+        return problem_key(item.question), frozenset(map(problem_key, item.choices))
+    return problem_key(item.prompt)
 
 
 def _identity(item: Item) -> str:

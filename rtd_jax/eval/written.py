@@ -37,9 +37,7 @@ def rescore(path: Path, open_from: int | None) -> Iterator[tuple[str, str, Score
         rows.append((row, place))
         kind = _kind(row, place)
         if kind != _kind(*rows[0]):
-            raise ValueError(
-                f"{place}: a row of {kind}, but {rows[0][1]} of the same task and model is none; keep apart"
-            )
+            raise ValueError(f"{place}: a row of {kind}, but {rows[0][1]}, of the same task and model, is none")
         _check(row, place, _CHOICES if kind == "choices" else _TEXTS)
     if not groups:
         raise ValueError(f"{path}: the file is empty; expected one JSON object a line")
@@ -103,9 +101,8 @@ def _trace(row: Row, place: str) -> Trace:
     final = answer_line(answer) if answer and not in_box else ""
     trace = Trace.of_steps(row["prompt"], steps, answer, final, place)
     if "reference_text" in row:
-        trace = dataclasses.replace(
-            trace, body=row["reference_text"], spans=_spans(row["reference_text"], steps, place)
-        )
+        body = row["reference_text"]
+        trace = dataclasses.replace(trace, body=body, spans=_spans(body, steps, place))
     return dataclasses.replace(trace, subject=row.get("subject", ""), level=row.get("level", 0))
 
 
@@ -128,7 +125,7 @@ def _kind(row: Row, place: str) -> str:
     if kind == "text":
         wanted = ("prompt", "reference", "answer", "completions" if "completions" in row else "text")
     missing = [field for field in wanted if field not in row]
-    if missing and not (missing == ["completions"] and "text" in row):
+    if missing:
         raise ValueError(
             f"{place}: {missing[0]!r} is missing; a row has prompt, reference (a list of steps), answer, and text (or "
             "completions, a list of steps, and final), or prompt, choices, answer (an index) and log_likelihoods"

@@ -36,7 +36,8 @@ class LoadedModel:
       params: empty where they were not asked for.
       directory: the Hugging Face folder or the stage checkpoint.
       text: the form of text that it was trained on; None where its folder does not say.
-      f, g: of a stage checkpoint, as the attributes below, the run's maps for states and for transitions, [S, D]; the identity where it has none.
+      f, g: the run's maps for states and for transitions, [S, D]; the identity where it has none. Unset for a Hugging
+        Face folder, as are the attributes below.
       layers: the (student, teacher) layers that the maps join.
       teacher_fingerprint: of the run's teacher.
     """

@@ -13,7 +13,7 @@ from rtd_jax.data.by_length import round_up
 from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import solved_examples
 from rtd_jax.data.sources import load_traces
-from rtd_jax.data.trace import Trace
+from rtd_jax.data.trace import Trace, problem_key
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import OpenModel
 from rtd_jax.steps.classifier import load_classifier
@@ -82,11 +82,34 @@ def encode_split(traces: Sequence[Trace], data: DataSettings, tokenizer: PreTrai
 def prefixed_chains(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Sequence[Trace], traces: Sequence[Trace]
 ) -> list[EncodedChain]:
-    """The chains of `traces` behind solved training examples, of any length: the other context of the calibration."""
-    text, shots = recipe.data.text, train[: recipe.curriculum.calibration_shots]
-    context = solved_examples(text, [(shot.prompt, shot.completion) for shot in shots])
-    text = replace(text, context=text.context + context)
-    return encode_traces(tokenizer, recut(traces, recipe.data.segmentation), text, row_length=2**31 - 1)[0]
+    """The chains of `traces` behind solved training examples, of any length: the other context of the calibration.
+
+    The examples are the first of the training chains; a chain whose own problem is among them has the next one.
+
+    Raises:
+      ValueError: there are not as many other problems among the training chains.
+    """
+    text, count = recipe.data.text, recipe.curriculum.calibration_shots
+    pool: dict[str, Trace] = {}  # one more than are needed: where a chain's own problem is among them, it is left out
+    for shot in train:
+        if len(pool) <= count:
+            pool.setdefault(problem_key(shot.prompt), shot)
+    groups: dict[tuple[str, ...], list[int]] = {}  # chains by their examples
+    for i, trace in enumerate(traces):
+        keys = tuple(key for key in pool if key != problem_key(trace.prompt))[:count]
+        if len(keys) < count:
+            raise ValueError(
+                f"curriculum.calibration_shots is {count}, but the training data have {len(keys)} other problems than "
+                f"that of {trace.source or 'a validation chain'}; lower it"
+            )
+        groups.setdefault(keys, []).append(i)
+    encoded: dict[int, EncodedChain] = {}
+    for keys, members in groups.items():
+        context = solved_examples(text, [(pool[key].prompt, pool[key].completion) for key in keys])
+        behind = replace(text, context=text.context + context)
+        chosen = recut([traces[i] for i in members], recipe.data.segmentation)
+        encoded |= zip(members, encode_traces(tokenizer, chosen, behind, row_length=2**31 - 1)[0], strict=True)
+    return [encoded[i] for i in range(len(traces))]
 
 
 def row_length_of(chains: Sequence[EncodedChain]) -> int:

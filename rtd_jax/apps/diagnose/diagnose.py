@@ -14,8 +14,8 @@ import numpy as np
 from rtd_jax.apps.diagnose.findings import ARTICLE, verdict
 from rtd_jax.apps.report.page import write_report
 from rtd_jax.apps.report.tables import interval
-from rtd_jax.base.console import print_table
-from rtd_jax.base.files import write_json, write_jsonl
+from rtd_jax.base.console import print_table, printable
+from rtd_jax.base.files import finite_report, null_notes, write_json, write_jsonl
 from rtd_jax.base.lock import one_writer
 from rtd_jax.base.settings import LAYER, SEED, SettingError, check_filled, check_ranges
 from rtd_jax.data.encoding import EncodedChain, encode_traces
@@ -71,6 +71,7 @@ class DiagnoseSettings:
         check_filled(self, "teacher", "student", "data", "split", "out")
         check_ranges(self, max_new_tokens="[1, 1e6]", row_length="[2, 1e7]", batch_size="[1, 1e6]", limit="[0, 1e7]")
         check_ranges(self, teacher_layer=LAYER, student_layer=LAYER, seed=SEED)
+        TextFormat(prompt_template=self.prompt_template)  # refuses one without {prompt}
         if self.cache and self.decode_teacher:
             raise ValueError(
                 "decode_teacher needs the teacher's weights, which are not loaded with a cache; leave out --cache or "
@@ -103,6 +104,9 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
     for path in (settings.teacher, settings.student):
         if stage_checkpoint(path) is None:
             resolve(path)  # raises for a misspelt name before minutes are spent on the other model
+    traces, classifier = _traces(settings), classifier_folder(settings.segmentation)
+    if classifier is not None:
+        load_classifier(classifier)
     teacher, cache = None, None
     if settings.cache:
         teacher = load_model(settings.teacher, compute_dtype=settings.compute_dtype, weights=False)
@@ -111,7 +115,8 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
     teacher = teacher or load_model(settings.teacher, settings.teacher_dtype, settings.compute_dtype)
     student = load_model(settings.student, settings.student_dtype, settings.compute_dtype)
     pair = Pair(settings, student, teacher, text_format(settings, student, teacher), note)
-    traces = _cut(settings, teacher, _traces(settings), note)
+    notes = other_formats(pair.text, student, teacher)
+    traces = _cut(settings, teacher, traces, note)
     traces, encoded = pair.encode(traces, settings.row_length)
     if cache is not None:
         traces, encoded = _in_cache(cache, settings.cache, traces, encoded, note)
@@ -136,6 +141,12 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
     else:
         texts |= pair.compare_own(records["student"])
     both_fail = int(np.sum(failed["student"] & failed["teacher"])) if "teacher" in models else None
+    notes += [
+        f"{text['not_finite']} boundaries of the {name} chains are left out: a state there is not finite in one of the "
+        "models (weights or activations overflow; try --compute_dtype=float32)"
+        for name, text in texts.items()
+        if "not_finite" in text
+    ]
     report = {
         "kind": "diagnosis",
         "title": f"{student.name} against {teacher.name}",
@@ -148,7 +159,9 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
         "verdict": verdict(texts, failed["student"], both_fail),
         "article": ARTICLE,
     }
-    generations = [{"model": models[role].name, **record} for role in models for record in records[role]]
+    report, places = finite_report(report)
+    report["notes"] = notes + null_notes(places)
+    generations = finite_report([{"model": models[r].name, **record} for r in models for record in records[r]])[0]
     write_jsonl(out / "generations.jsonl", generations)
     write_json(out / "report.json", report)
     write_report(out, report, generations[: len(traces)])
@@ -246,6 +259,16 @@ def text_format(settings: DiagnoseSettings, *models: LoadedModel) -> TextFormat:
     return next((model.text for model in models if model.text is not None), TextFormat())
 
 
+def other_formats(text: TextFormat, *models: LoadedModel) -> list[str]:
+    """A sentence for each model that was trained on another form of text than both are asked in."""
+    return [
+        f"{model.name} was trained on another form of text, {model.text.template!r}, than the one that both models "
+        f"read, {text.template!r}: some of what differs between them may be that"
+        for model in models
+        if model.text is not None and model.text.identity != text.identity
+    ]
+
+
 def print_diagnosis(report: dict[str, Any], out: Path) -> None:
     """Prints the tables and the verdict."""
     measures = ("cka", "cka_debiased", "cka_same_chains", "boundary_cosine", "transition_cosine")
@@ -263,6 +286,8 @@ def print_diagnosis(report: dict[str, Any], out: Path) -> None:
     print(f"verdict: {report['verdict']['sentence']}")
     for line in report["verdict"]["evidence"]:
         print(f"  - {line}")
+    for line in report["notes"]:
+        print(f"warning: {printable(line)}")
     print(f"report: {out / 'report.html'}   {out / 'report.json'}")
 
 

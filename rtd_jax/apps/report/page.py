@@ -41,8 +41,9 @@ def write_report(
     """Writes report.html and one PNG for each picture into `out`. Returns the page's path.
 
     Args:
-      report: the content of report.json: "title"; "sections", {name: {model: evaluation}}, or "models" for a
-        single section; "notes", sentences that are shown above all numbers; for a diagnosis also "texts", "verdict" and "article". Parts may be absent.
+      report: the content of report.json: "title"; "sections", {name: {model: evaluation}}, or "models" for a single
+        section; "notes", sentences that are shown above all numbers; for a diagnosis also "texts", "verdict" and
+        "article". Parts may be absent.
       examples: generation records; a few are shown, with the first wrong step marked.
       metrics: metrics.jsonl of a run, for its curves by stage.
     """

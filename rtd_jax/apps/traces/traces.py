@@ -26,6 +26,7 @@ from rtd_jax.base.settings import check_ranges
 from rtd_jax.data.formats import TextFormat, solved_examples
 from rtd_jax.data.manifest import LOG, begin_manifest, check_folder, finish_manifest, shard_names
 from rtd_jax.data.sources import SourceSettings, load_problems, load_traces
+from rtd_jax.data.trace import problem_key
 from rtd_jax.eval.chains import check_reference
 
 PROGRESS_INTERVAL = 5.0  # seconds between two lines of progress
@@ -79,8 +80,8 @@ def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:
     for problem in problems:
         check_reference(problem)
     examples = load_traces(recipe.examples) if recipe.examples else []
-    asked = {problem.prompt for problem in problems}
-    shared = next((trace for trace in examples if trace.prompt in asked), None)
+    asked = {problem_key(problem.prompt) for problem in problems}
+    shared = next((trace for trace in examples if problem_key(trace.prompt) in asked), None)
     if shared is not None:
         raise ValueError(f"{shared.source} is a solved example and a problem too; take examples from another split")
     context = solved_examples(recipe.text, [(trace.prompt, trace.completion) for trace in examples])
@@ -121,8 +122,8 @@ def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:
     _print(selected, manifest)
     if not selected.rows:
         print(
-            f"warning: no chain is right and whole, so no shard was written: look into {workdir / LOG}; then change text, "
-            "sampling or selection",
+            f"warning: no chain is right and whole, so no shard was written: look into {workdir / LOG}; then change "
+            "text, sampling or selection",
             flush=True,
         )
     prompts = {request.problem.prompt for request in requests}
