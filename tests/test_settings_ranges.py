@@ -167,6 +167,12 @@ def test_a_recipe_names_the_whole_key_its_range_and_its_unit(override, message):
         built("rtd_tiny", override)
 
 
+def test_an_update_of_more_tokens_than_any_memory_has_is_refused():
+    message = r"config\.batch_size is 1000000 with data\.row_length 10000000; expected at most 1,000,000,000 tokens"
+    with pytest.raises(ValueError, match=message):
+        built("rtd_tiny", "batch_size=1000000", "data.row_length=10000000")
+
+
 def test_groups_inside_tuples_and_of_any_names_are_named_too():
     phases = "({'updates': 0, 'max_depth': 6, 'batch_size': 4, 'row_length': 64, 'chains_per_row': 1},)"
     with pytest.raises(ValueError, match=r"config\.phases\[0\]\.updates is 0; expected 1 to"):

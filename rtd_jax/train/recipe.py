@@ -5,7 +5,7 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
-from rtd_jax.base.settings import SEED, check_filled, check_ranges
+from rtd_jax.base.settings import SEED, SettingError, check_filled, check_ranges
 from rtd_jax.base.sharding import MeshSettings
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings
@@ -20,6 +20,7 @@ from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.optimizer import OptimizerSettings
 from rtd_jax.train.update import UpdateSettings
 
+MOST_TOKENS = 10**9  # of an update; a batch of more is a slip, and would fill the memory of the host
 SIZES = ("layers", "width", "mlp_width", "heads", "kv_heads", "head_dim")  # of a student with random weights
 
 
@@ -144,6 +145,11 @@ class Recipe:
     def __post_init__(self) -> None:
         check_ranges(self, batch_size="[1, 1e6]", total_updates="[1, 1e9]", micro_batches="[1, 1e6]", seed=SEED)
         check_ranges(self, log_every="[1, 1e9]", checkpoint_every="[1, 1e9]", keep_checkpoints="[1, 1e6]")
+        if self.batch_size * self.data.row_length > MOST_TOKENS:
+            raise SettingError(
+                f"batch_size is {self.batch_size} with data.row_length {self.data.row_length}; expected at most "
+                f"{MOST_TOKENS:,} tokens in an update"
+            )
         if self.loss.reward_weight:
             self._check_reward()
         curriculum = self.curriculum
