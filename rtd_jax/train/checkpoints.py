@@ -12,6 +12,7 @@ temporary name and renames, so a run that is killed while it saves still has the
 import contextlib
 import glob
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -326,6 +327,8 @@ def _restore(path: Path, arguments: ocp.args.CheckpointArgs) -> Any:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path, args=ocp.args.Composite(state=arguments))["state"]
     except Exception as error:
+        # Other reads of the same failure would print tracebacks whenever they are collected.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         if _NOT_NOW.search(str(error)):
             raise ValueError(
                 f"{path} could not be read: {_first_line(error)}. It need not be damaged: see that this user may read "
