@@ -158,13 +158,6 @@ def unread_settings(settings: Any, path: str = "") -> dict[str, str]:
     return unread
 
 
-def check_at_least(least: int, settings: Any, *names: str, group: str = "") -> None:
-    """Raises ValueError where one of the named settings is below `least`; `group` goes before its name ("loss.")."""
-    for name in names:
-        if getattr(settings, name) < least:
-            raise ValueError(f"{group}{name} is {getattr(settings, name)}; it must be at least {least}")
-
-
 class SettingError(ValueError):
     """A setting that cannot be used. The message begins with its name, before which `build` puts the path."""
 
