@@ -27,8 +27,8 @@ def array_digests(tree: Any) -> dict[str, str]:
     All processes must call it.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    # Each is fetched before the next is started: several programs under way at one time may run in another order on each
-    # of several processes, which then wait for one another for ever.
+    # Each is fetched before the next is started: several programs under way at one time may run in another order on
+    # each of several processes, which then wait for one another for ever.
     sums = [np.asarray(_sums_where_it_lies(leaf)) for _, leaf in leaves]
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)} {high:08x}{low:08x}"
