@@ -27,10 +27,12 @@ def array_digests(tree: Any) -> dict[str, str]:
     All processes must call it.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    sums = [_sums_where_it_lies(leaf) for _, leaf in leaves]
+    # Each is fetched before the next is started: several programs under way at one time may run in another order on
+    # each of several processes, which then wait for one another for ever.
+    sums = [np.asarray(_sums_where_it_lies(leaf)) for _, leaf in leaves]
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)} {high:08x}{low:08x}"
-        for (path, leaf), (high, low) in zip(leaves, jax.device_get(sums), strict=True)
+        for (path, leaf), (high, low) in zip(leaves, sums, strict=True)
     }
 
 
