@@ -1,5 +1,6 @@
 """A checkpoint is what was saved, or it is refused by name and the one before it is offered."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rtd_jax.apps.distill.stages import Run
 from rtd_jax.base.files import json_digest
 from rtd_jax.train.array_digests import array_digests
-from rtd_jax.train.checkpoints import Checkpoints, numbered, read_meta, restore_params, restore_state
+from rtd_jax.train.checkpoints import (
+    Checkpoints,
+    check_same_settings,
+    numbered,
+    read_meta,
+    restore_params,
+    restore_state,
+)
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.state import TrainState, create_state
 
@@ -294,3 +302,18 @@ def test_a_backslash_in_a_path_is_refused(tmp_path):
         Checkpoints(tmp_path / "a\\b", 2)
     with pytest.raises(ValueError, match="has a backslash"):
         restore_state(tmp_path / "a\\b" / "checkpoints" / "stages" / "1", state_at(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class SomeRecipe:
+    seed: int = 0  # of a run
+    newer: float = 0.5  # came after the checkpoint was written
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(workdir):
+    stage = workdir / "checkpoints" / "stages" / "2"
+    check_same_settings(stage, SomeRecipe())
+    with pytest.raises(ValueError, match=r"run with other settings: newer was 0.5, is 0.7\. Use another --workdir"):
+        check_same_settings(stage, SomeRecipe(newer=0.7))
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        check_same_settings(stage, SomeRecipe(seed=1))

@@ -128,7 +128,7 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
     checkpoints = Checkpoints(workdir, keep=2)
     latest = checkpoints.latest()
     if latest is not None:
-        check_same_settings(latest, settings)
+        check_same_settings(latest, recipe)
     mesh = make_mesh(recipe.mesh)
     for phase in recipe.phases:
         check_rows(phase.batch_size, mesh)

@@ -26,7 +26,7 @@ from flax.traverse_util import flatten_dict
 
 from rtd_jax.base.files import DIGEST, json_digest, parse_json, read_record
 from rtd_jax.base.records import shaped
-from rtd_jax.base.settings import build
+from rtd_jax.base.settings import build, defaults
 from rtd_jax.base.types import Params
 from rtd_jax.train.array_digests import array_digests
 from rtd_jax.train.curriculum import StageRecord
@@ -301,10 +301,21 @@ def _finished_stages(path: Path) -> int:
         return 0
 
 
-def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError when the run of checkpoint `path` had other settings, naming the first that differs."""
-    before = flatten_dict(read_meta(path)["settings"], sep=".")
-    now = flatten_dict(json.loads(json.dumps(settings)), sep=".")  # tuples become lists, as in the checkpoint
+def check_same_settings(path: Path, recipe: Any) -> None:
+    """Raises ValueError when the run of checkpoint `path` had other settings, naming the first that differs.
+
+    A setting that came to the recipe after the checkpoint was written had its default then.
+    """
+
+    def flat(settings: dict[str, Any]) -> dict[str, Any]:
+        return flatten_dict(json.loads(json.dumps(settings)), sep=".")  # tuples become lists, as in the checkpoint
+
+    now, saved, default = (
+        flat(asdict(recipe)),
+        flat(read_meta(path)["settings"]),
+        flat(defaults(type(recipe)).to_dict()),
+    )
+    before = {key: value for key, value in default.items() if key in now} | saved
     changed = sorted(
         key
         for key in before.keys() | now.keys()

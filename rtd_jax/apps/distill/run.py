@@ -43,7 +43,7 @@ def train(recipe: Recipe, workdir: Path) -> Path:
     checkpoints = Checkpoints(workdir, recipe.keep_checkpoints, digest=recipe.checkpoint_digest)
     latest = checkpoints.latest()
     if latest is not None:  # before anything heavy is loaded
-        check_same_settings(latest, settings)
+        check_same_settings(latest, recipe)
     is_lead = jax.process_index() == 0
     if is_lead:
         check_outputs(workdir, "student")
