@@ -53,7 +53,7 @@ from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.distill.run import _starting_point, train
 from rtd_jax.apps.evaluate import EvaluateSettings, evaluate
 from rtd_jax.apps.study import runner
-from rtd_jax.apps.study.statistics import read_outcome
+from rtd_jax.apps.study.finished import read_outcome
 from rtd_jax.apps.traces import traces as traces_app
 from rtd_jax.apps.traces.requests import Reply
 from rtd_jax.base.files import DIGEST, json_digest, write_json, write_jsonl
