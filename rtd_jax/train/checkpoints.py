@@ -325,7 +325,7 @@ def _restore(path: Path, arguments: ocp.args.CheckpointArgs) -> Any:
     check_path(path)
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(path, args=ocp.args.Composite(state=arguments))["state"]
+            state = checkpointer.restore(path, args=ocp.args.Composite(state=arguments))["state"]
     except Exception as error:
         # Other reads of the same failure would print tracebacks whenever they are collected.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -335,6 +335,11 @@ def _restore(path: Path, arguments: ocp.args.CheckpointArgs) -> Any:
                 "it and that enough files may be open (`ulimit -n 65536`), and run again"
             ) from error
         raise DamagedCheckpoint(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
+    for place, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if not isinstance(leaf, jax.Array):  # what was asked for comes back where the list of arrays lacks it
+            name = jax.tree_util.keystr(place, simple=True, separator="/")
+            raise DamagedCheckpoint(f"{path} is not a readable checkpoint: its list of arrays lacks {name}")
+    return state
 
 
 def _first_line(error: Exception) -> str:
