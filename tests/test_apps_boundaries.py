@@ -77,7 +77,7 @@ def test_a_fit_leaves_a_classifier_scores_and_pictures_and_reads_states_once(rec
 def test_bad_recipes_are_refused_before_the_fit(recipe, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="form is 'prose'; use one of plain, marked, bare"):
         HeldOut(problems("test", 30), 24, "prose")
-    with pytest.raises(ValueError, match="at least one of tests"):
+    with pytest.raises(ValueError, match="tests is empty"):
         dataclasses.replace(recipe, tests={})
     with pytest.raises(ValueError, match=r"train_chains \+ validation_chains asks for 230 chains, but there are 120"):
         boundaries(dataclasses.replace(recipe, train_chains=200), tmp_path)

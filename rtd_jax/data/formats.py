@@ -42,6 +42,11 @@ class TextFormat:
     def __post_init__(self) -> None:
         if self.kind not in ("plain", "chat"):
             raise SettingError(f"kind is {self.kind!r}; expected 'plain' or 'chat'")
+        for name in ("prompt_template", "completion_prefix", "context"):
+            try:
+                getattr(self, name).encode()
+            except UnicodeEncodeError:  # a command line may have any bytes
+                raise SettingError(f"{name} is {getattr(self, name)!r}, which is not UTF-8; expected text") from None
         if self.prompt_template and self.prompt_template.count("{prompt}") != 1:
             raise SettingError(f"prompt_template is {self.prompt_template!r}; expected {{prompt}} in it exactly once")
 

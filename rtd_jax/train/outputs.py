@@ -27,6 +27,6 @@ def check_saves(tokenizer: PreTrainedTokenizerBase) -> None:
         except Exception as error:  # of whatever kind a tokenizer's own code raises
             raise ValueError(
                 f"the tokenizer {tokenizer.name_or_path} cannot be saved ({type(error).__name__}: {error}), so neither "
-                f"can the model that is trained with it; see that there is space in {folder}, and that its save_pretrained "
+                f"can the model that is trained with it; see that there is space in {folder}, and that save_pretrained "
                 "works in transformers"
             ) from error
