@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +54,22 @@ from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.distill.run import _starting_point, train
 from rtd_jax.apps.evaluate import EvaluateSettings, evaluate
 from rtd_jax.apps.study import runner
-from rtd_jax.apps.study.statistics import read_outcome
+from rtd_jax.apps.study.finished import read_outcome
 from rtd_jax.apps.traces import traces as traces_app
 from rtd_jax.apps.traces.requests import Reply
 from rtd_jax.base.files import DIGEST, json_digest, write_json, write_jsonl
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.sources import SourceSettings, load_traces
+from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
 from rtd_jax.models.open import ModelSettings, open_model
-from rtd_jax.steps.classifier import load_classifier
+from rtd_jax.steps.classifier import load_classifier, save_classifier
 from rtd_jax.steps.detector import Detector
-from rtd_jax.teacher.cache import CacheWriter, TeacherCache
+from rtd_jax.steps.prose import Reading as TextReading
+from rtd_jax.steps.prose import read as read_text
+from rtd_jax.steps.token_states import kept_states
+from rtd_jax.teacher.cache import CacheSettings, CacheWriter, TeacherCache
 from rtd_jax.teacher.reward_head import RewardIdentity, init_head, load_head, save_head
-from rtd_jax.train.checkpoints import Checkpoints
+from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_meta
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.metrics import MetricsLog
 from rtd_jax.train.recipe import Recipe, cache_identity
@@ -86,7 +91,7 @@ class Target:
     name: str
     folder: Path
     read: Callable[[Path], Reading]
-    foreign: Path | None = None  # the same thing of another run
+    foreign: tuple[Path, ...] = ()  # the same thing of other runs
     skip: tuple[str, ...] = ()  # names of files that this reader does not read
 
 
@@ -159,8 +164,8 @@ def json_mutations(path: Path, rng: random.Random) -> Iterator[tuple[str, Callab
         new = rng.choice(VALUES)
         name = ".".join(map(str, place))
         changes = {
-            f"{name} = {new!r}": functools.partial(_replaced, value, place, new),
-            f"{name} left out": functools.partial(_without, value, place),
+            f"{name} = {new!r}": partial(_replaced, value, place, new),
+            f"{name} left out": partial(_without, value, place),
         }
         for kind, change in changes.items():
             changed = change()
@@ -208,14 +213,14 @@ def jsonl_mutations(path: Path, rng: random.Random) -> Iterator[tuple[str, Calla
     row = rng.randrange(len(lines))
     for other in (b"null\n", b"[]\n", b"3\n", b'"x"\n', b"{}\n", b"\n", b'{"a": NaN}\n', lines[-1] + b"\xff\n"):
         changed = b"".join([*lines[:row], other, *lines[row + 1 :]])
-        yield f"line {row + 1} is {other[:12]!r}", functools.partial(_write, content=changed)
-    yield f"line {row + 1} twice", functools.partial(_write, content=b"".join([*lines, lines[row]]))
-    yield f"line {row + 1} lost", functools.partial(_write, content=b"".join([*lines[:row], *lines[row + 1 :]]))
+        yield f"line {row + 1} is {other[:12]!r}", partial(_write, content=changed)
+    yield f"line {row + 1} twice", partial(_write, content=b"".join([*lines, lines[row]]))
+    yield f"line {row + 1} lost", partial(_write, content=b"".join([*lines[:row], *lines[row + 1 :]]))
     value = json.loads(lines[row])
     for key in value:
         new = rng.choice(VALUES)
         changed = b"".join([*lines[:row], json.dumps(value | {key: new}).encode() + b"\n", *lines[row + 1 :]])
-        yield f"line {row + 1}: {key} = {new!r}", functools.partial(_write, content=changed)
+        yield f"line {row + 1}: {key} = {new!r}", partial(_write, content=changed)
 
 
 def _write(place: Path, content: bytes) -> None:
@@ -236,10 +241,10 @@ def mutations(target: Target, rng: random.Random) -> list[Mutation]:
             continue
         siblings = [x for x in sorted(path.parent.glob(f"*{path.suffix}")) if x != path and x.is_dir() == path.is_dir()]
         others = {f"exchanged for {other.name}": other for other in siblings[:3]}
-        foreign = target.foreign and target.foreign / place
-        if foreign and foreign.exists() and foreign.is_dir() == path.is_dir():
-            others["exchanged for another run's"] = foreign
-        exchanges = [(kind, functools.partial(_exchange, other=other)) for kind, other in others.items()]
+        for foreign in target.foreign:
+            if (foreign / place).exists() and (foreign / place).is_dir() == path.is_dir():
+                others[f"exchanged for {foreign.name}'s"] = foreign / place
+        exchanges = [(kind, partial(_exchange, other=other)) for kind, other in others.items()]
         found += [Mutation(place, kind, apply) for kind, apply in exchanges]
         if path.is_dir():
             found += [Mutation(place, "deleted", shutil.rmtree), Mutation(place, "a stray file", _add_stray)]
@@ -249,7 +254,53 @@ def mutations(target: Target, rng: random.Random) -> list[Mutation]:
             found += [Mutation(place, *change) for change in json_mutations(path, rng)]
         if path.suffix == ".jsonl":
             found += [Mutation(place, kind, apply) for kind, apply in jsonl_mutations(path, rng)]
-    return found
+    return [*found, *joint_mutations(target), *_pairs(found, rng)]
+
+
+def joint_mutations(target: Target) -> Iterator[Mutation]:
+    """Several files of another run at once, as a copy into the wrong folder leaves them."""
+    files = [str(path.relative_to(target.folder)) for path in sorted(target.folder.rglob("*")) if path.is_file()]
+    for foreign in target.foreign:
+        for place in files:
+            stem = Path(place).stem
+            partners = [x for x in files if Path(x).stem == stem and Path(x).parent == Path(place).parent]
+            if len(partners) > 1 and place == partners[0] and all((foreign / x).exists() for x in partners):
+                yield Mutation(".", f"{stem}.* exchanged for {foreign.name}'s", partial(_copy_over, foreign, partners))
+            if len(files) > 1:
+                yield Mutation(".", f"all but {place} exchanged for {foreign.name}'s", partial(_swap, foreign, place))
+                without = partial(_swap, foreign, place, keeps=False)
+                yield Mutation(".", f"exchanged for {foreign.name}'s, which lacks {place}", without)
+        yield Mutation(".", f"{foreign.name}'s added", partial(shutil.copytree, foreign, dirs_exist_ok=True))
+
+
+def _copy_over(foreign: Path, places: Sequence[str], folder: Path) -> None:
+    for place in places:
+        shutil.copy(foreign / place, folder / place)
+
+
+def _swap(foreign: Path, place: str, folder: Path, keeps: bool = True) -> None:
+    """Puts another run's folder in the place of `folder`, with our file or with none at `place`."""
+    kept = (folder / place).read_bytes()
+    _exchange(folder, foreign)
+    (folder / place).unlink(missing_ok=True)
+    if keeps:
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_bytes(kept)
+
+
+def _pairs(found: Sequence[Mutation], rng: random.Random) -> Iterator[Mutation]:
+    """Two mutations of different files at once."""
+    for _ in range(len(found) // 4):
+        one, other = rng.sample(found, 2)
+        if not Path(one.place).is_relative_to(other.place) and not Path(other.place).is_relative_to(one.place):
+            kind = f"{one.kind}; and {other.place}: {other.kind}"
+
+            def both(place: Path, one: Mutation = one, other: Mutation = other) -> None:
+                folder = place.parents[len(Path(one.place).parts) - 1]
+                one.apply(place)
+                other.apply(folder / other.place)
+
+            yield Mutation(one.place, kind, both, one.is_signed or other.is_signed)
 
 
 def _add_stray(folder: Path) -> None:
@@ -264,13 +315,15 @@ def _add_stray(folder: Path) -> None:
 def targets(root: Path, only: Sequence[str] = ()) -> list[Target]:
     """Makes everything that can be damaged, in a folder of its own, with a reader for each."""
     makers = {
-        "checkpoint": _checkpoint,
+        "checkpoint": partial(_checkpoint, kind="stages"),
+        "rolling": partial(_checkpoint, kind="rolling"),
         "stage": _stage,
         "student": _student,
         "model": _model,
         "cache": _cache,
         "classifier": _classifier,
         "steps": _steps,
+        "states": _states,
         "reward": _reward,
         "traces": _traces,
         "shards": _shards,
@@ -304,22 +357,24 @@ def _runs(root: Path) -> tuple[Path, Path]:
     return root / "run", root / "other_run"
 
 
-def _checkpoint(root: Path) -> Target:
-    """A run that is resumed from its newest checkpoint."""
+def _checkpoint(root: Path, kind: str) -> Target:
+    """A run that is resumed from its newest checkpoint, at the end of a stage or inside one."""
     experiment, state = prepare(_recipe(root), lambda _: None)
 
     def read(folder: Path) -> Reading:
         latest = Checkpoints(folder, 2).latest()
+        if latest is not None:
+            check_same_settings(latest, dataclasses.asdict(experiment.recipe))
         run = _starting_point(experiment, state, Clock(), latest)
         return digest(run.state, run.records, run.iterator, run.curve), ""
 
     ours, theirs = _runs(root)
     folders = []
     for folder in (ours, theirs):
-        copy = root / f"{folder.name}_checkpoints"
-        shutil.copytree(folder / "checkpoints" / "stages", copy / "checkpoints" / "stages")
+        copy = root / f"{folder.name}_{kind}"
+        shutil.copytree(folder / "checkpoints" / kind, copy / "checkpoints" / kind)
         folders.append(copy)
-    return Target("checkpoint", folders[0], read, folders[1])
+    return Target({"stages": "checkpoint"}.get(kind, kind), folders[0], read, (folders[1],))
 
 
 def _stage(root: Path) -> Target:
@@ -327,13 +382,14 @@ def _stage(root: Path) -> Target:
 
     def read(folder: Path) -> Reading:
         model = load_model(str(folder / "2"))
-        return digest(model.params, model.f, model.g, model.text), ""
+        arrays = read_meta(folder / "2")["arrays"]  # those of another run are another model, as in another folder
+        return digest(model.params, model.f, model.g, model.text), digest(sorted(arrays.items()))
 
     folders = []
     for run in _runs(root):
-        folders.append(root / f"{run.name}_stages")
+        folders.append(root / f"{run.name}_evaluated")
         shutil.copytree(run / "checkpoints" / "stages" / "2", folders[-1] / "2")
-    return Target("stage", *folders[:1], read, folders[1])
+    return Target("stage", folders[0], read, (folders[1],))
 
 
 def _read_model(folder: Path) -> Reading:
@@ -346,7 +402,7 @@ def _read_model(folder: Path) -> Reading:
 def _student(root: Path) -> Target:
     """The Hugging Face folder that a run writes."""
     ours, theirs = _runs(root)
-    return Target("student", ours / "student", _read_model, theirs / "student")
+    return Target("student", ours / "student", _read_model, (theirs / "student",))
 
 
 def _model(root: Path) -> Target:
@@ -358,17 +414,23 @@ def _model(root: Path) -> Target:
         folders = [write_teacher(root / name, seed) for seed, name in ((0, "sharded"), (1, "other_sharded"))]
     finally:
         to_hf.MAX_SHARD_BYTES = before
-    return Target("model", folders[0], _read_model, folders[1])
+    return Target("model", folders[0], _read_model, (folders[1],))
 
 
 def _cache(root: Path) -> Target:
+    """A teacher's outputs, beside those of another teacher, of fewer tokens and of other layers."""
+    ours, theirs = _teachers(root)
+    small, cache = _recipe(root), CacheSettings(top_k=8, chains_per_shard=12, layers=(1,))
     folders = []
-    for teacher, name in zip(_teachers(root), ("cache", "other_cache"), strict=True):
-        small = _recipe(root)
-        settings = dataclasses.replace(small.teacher, path=str(teacher), cache=str(root / name))
-        cache = dataclasses.replace(small.cache, top_k=8, chains_per_shard=12, layers=(1,))
+    for teacher, settings, name in (
+        (ours, cache, "cache"),
+        (theirs, cache, "other_cache"),
+        (ours, dataclasses.replace(cache, top_k=4), "top_4_cache"),
+        (ours, dataclasses.replace(cache, layers=(0,)), "layer_0_cache"),
+    ):
         folders.append(root / name)
-        cache_teacher(dataclasses.replace(small, teacher=settings, cache=cache), root / name)
+        teacher_settings = dataclasses.replace(small.teacher, path=str(teacher), cache=str(folders[-1]))
+        cache_teacher(dataclasses.replace(small, teacher=teacher_settings, cache=settings), folders[-1])
     small = dataclasses.replace(_recipe(root), cache=cache)
     mesh = make_mesh(MESH)
     identity = cache_identity(small, open_model(small.teacher, mesh, lambda _: None))
@@ -380,18 +442,22 @@ def _cache(root: Path) -> Target:
         found = {key: cache.read(key) for key in keys if key in cache}
         return digest("" if lost else sorted(found.items())), digest(sorted(lost))
 
-    return Target("cache", folders[0], read, folders[1])
+    return Target("cache", folders[0], read, tuple(folders[1:]))
 
 
 def _classifier(root: Path) -> Target:
-    folder = root / "classifier"
+    folder, other = root / "classifier", root / "other_classifier"
     shutil.copytree(BUNDLED / "tiny_boundaries", folder)
+    fitted = load_classifier(folder)
+    save_classifier(
+        other, dataclasses.replace(fitted, params=jax.tree.map(lambda x: 1.5 * x, fitted.params), slope=2.0)
+    )
 
     def read(folder: Path) -> Reading:
         found = load_classifier(folder)
         return digest(found.params, found.scale, found.threshold, found.layers, found.text), found.fingerprint
 
-    return Target("classifier", folder, read)
+    return Target("classifier", folder, read, (other,))
 
 
 def _steps(root: Path) -> Target:
@@ -409,6 +475,21 @@ def _steps(root: Path) -> Target:
     return Target("steps", root / "steps", lambda folder: (digest(detector(folder).find(texts)), ""))
 
 
+def _states(root: Path) -> Target:
+    """Hidden states that a boundary classifier is fitted to, kept on disk."""
+    tokenizer = tiny_tokenizer()
+    texts = [read_text(tokenizer, "What?", text, TINY_FORMAT) for text in ("Add 2 and 3 .", "Then 5 + 4 = 9 .")]
+
+    def run(texts: Sequence[TextReading]) -> list[np.ndarray]:
+        return [np.full((len(text.ends_T), 1, 4), len(text.ends_T), np.float16) for text in texts]
+
+    def read(folder: Path) -> Reading:
+        return digest(kept_states(folder, "teacher", texts, (0,), run, lambda _: None)), ""
+
+    read(root / "states")
+    return Target("states", root / "states", read)
+
+
 def _reward(root: Path) -> Target:
     folders = []
     for seed, name in enumerate(("reward", "other_reward")):
@@ -421,7 +502,7 @@ def _reward(root: Path) -> Target:
         found = load_head(folder, "t" * 64, "k" * 64, "text")
         return digest(found.head, found.identity), found.digest
 
-    return Target("reward", folders[0], read, folders[1])
+    return Target("reward", folders[0], read, (folders[1],))
 
 
 class _Right:
@@ -468,13 +549,15 @@ def _traces(root: Path) -> Target:
         _write_traces(folder)
         return _read_shards(folder)
 
-    return Target("traces", _trace_folders(root)[0], read, _trace_folders(root)[1])
+    ours, *others = _trace_folders(root)
+    return Target("traces", ours, read, tuple(others))
 
 
 def _shards(root: Path) -> Target:
     """A teacher's own chains, when they are trained on."""
     skip = ("responses.jsonl", "requests.json")
-    return Target("shards", _trace_folders(root)[0], _read_shards, _trace_folders(root)[1], skip)
+    ours, *others = _trace_folders(root)
+    return Target("shards", ours, _read_shards, tuple(others), skip)
 
 
 def _copied(root: Path, name: str, files: Sequence[str]) -> tuple[Path, Path]:
@@ -496,7 +579,7 @@ def _results(root: Path) -> Target:
         found = read_outcome("task", "method", 0, folder)
         return digest(dataclasses.astuple(found)), digest(dataclasses.astuple(found))  # a result is its own identity
 
-    return Target("results", ours, read, theirs)
+    return Target("results", ours, read, (theirs,))
 
 
 def _generations(root: Path) -> Target:
@@ -510,7 +593,7 @@ def _generations(root: Path) -> Target:
         report = json.loads((scores / "report.json").read_text())
         return digest(report), digest(report)
 
-    return Target("generations", ours, read, theirs)
+    return Target("generations", ours, read, (theirs,))
 
 
 def _metrics(root: Path) -> Target:
@@ -522,7 +605,7 @@ def _metrics(root: Path) -> Target:
         updates = [json.loads(line)["update"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return digest(max(updates, default=0) <= 4), ""
 
-    return Target("metrics", ours, read, theirs)
+    return Target("metrics", ours, read, (theirs,))
 
 
 def _job(root: Path) -> Target:
@@ -542,7 +625,7 @@ def _job(root: Path) -> Target:
             runner.prepare_once([runner.Preparation("reward", command, folder / "prepared")])
         return "claimed", ""
 
-    return Target("job", folders[0], read, folders[1])
+    return Target("job", folders[0], read, (folders[1],))
 
 
 def _job_of(folder: Path, seed: int) -> runner.Job:
@@ -565,7 +648,7 @@ def _data(root: Path) -> Target:
         found = digest([(t.prompt, t.body, t.spans, t.final) for part in parts for t in part])
         return found, found
 
-    return Target("data", folders[0], read, folders[1])
+    return Target("data", folders[0], read, (folders[1],))
 
 
 # Outcomes

@@ -74,12 +74,24 @@ def test_a_fit_leaves_a_classifier_scores_and_pictures_and_reads_states_once(rec
     assert same["tests"]["plain"]["scores"] == plain["scores"]  # the same seed, the same head
 
 
-def test_bad_recipes_are_refused(recipe, tmp_path):
+def test_bad_recipes_are_refused_before_the_fit(recipe, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="form is 'prose'; use one of plain, marked, bare"):
         HeldOut(problems("test", 30), 24, "prose")
-    with pytest.raises(ValueError, match="at least one of tests"):
+    with pytest.raises(ValueError, match="tests is empty"):
         dataclasses.replace(recipe, tests={})
     with pytest.raises(ValueError, match=r"train_chains \+ validation_chains asks for 230 chains, but there are 120"):
         boundaries(dataclasses.replace(recipe, train_chains=200), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "fit_classifier", lambda *_, **__: pytest.fail("the fit began"))
+        gone = {"gone": HeldOut(SourceSettings("stepwise", str(tmp_path / "nowhere"), "test"), 2)}
+        with pytest.raises(ValueError, match="nowhere"):
+            boundaries(dataclasses.replace(recipe, tests=gone), tmp_path)
+        many = {"many": HeldOut(problems("test", 30), 31)}
+        with pytest.raises(ValueError, match=r"tests.many.chains asks for 31 chains, but there are 30"):
+            boundaries(dataclasses.replace(recipe, tests=many), tmp_path)
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "classifier").write_text("mine")
+        with pytest.raises(ValueError, match=r"cannot write in .*classifier: File exists"):
+            boundaries(recipe, tmp_path / "run")
     with pytest.raises(ValueError, match="hidden layer 9 does not exist"):
         boundaries(dataclasses.replace(recipe, layers=(9,)), tmp_path)

@@ -493,6 +493,9 @@ def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, 
         ({"only": ("kdd",)}, "only names the method 'kdd'"),
         ({"task_methods": {"v": ()}}, "names the task 'v'"),
         ({"methods": {"kd": Method((), "whole"), "rtd": Method((), "whole")}}, "kd and rtd have the role 'whole'"),
+        ({"tasks": {"../../elsewhere": ()}}, "tasks has the name '../../elsewhere', which names a folder too"),
+        ({"methods": {"kd": (), "a/b": ()}}, "methods has the name 'a/b'"),
+        ({"prepare": {"..": ("traces",)}}, "prepare has the name '..'"),
     ):
         with pytest.raises(ValueError, match=says):
             replace(recipe, **changes)

@@ -36,6 +36,17 @@ def test_a_file_in_the_way_is_refused_by_name(tmp_path):
         check_writable(tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["report.json", "study.md", "loss.png"])
+def test_a_folder_in_the_place_of_a_file_is_found_before_the_work(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name} is no file, .* choose another folder with --out"):
+        check_writable(tmp_path, "--out")
+    (tmp_path / name).rmdir()
+    (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=f"{name} is no file"):
+        check_writable(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -218,7 +218,10 @@ def test_text_of_another_language_is_refused_by_the_tiny_tokenizer(tiny):
 
 
 def test_formats_that_cannot_work(bpe, tiny):
-    with pytest.raises(ValueError, match="text format 'instruct' is unknown"):
+    for name in ("prompt_template", "completion_prefix", "context"):
+        with pytest.raises(ValueError, match=f"{name} is 'caf.udce9', which is not UTF-8"):
+            TextFormat(**{name: "caf\udce9"})
+    with pytest.raises(ValueError, match="kind is 'instruct'; expected 'plain' or 'chat'"):
         TextFormat("instruct")
     with pytest.raises(ValueError, match=r"expected \{prompt\} in it exactly once"):
         TextFormat(prompt_template="Question:")

@@ -511,3 +511,10 @@ def test_the_commands_of_the_package(tmp_path):
     warned = run("train", f"--config={ROOT}/configs/rtd_tiny.py", "--config.cache.top_k=2", "--config.teacher.path=no")
     assert "warning: --config.cache.top_k=2 is not read: teacher.cache is empty" in warned.stderr
     assert warned.returncode == 2
+
+
+def test_a_refusal_may_have_bytes_that_are_no_text(tmp_path):
+    """A path on the command line may have any bytes; Python holds them as halves of surrogate pairs."""
+    code = "import sys; from rtd_jax.apps.command import _refuse; _refuse(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, b"caf\xe9"], capture_output=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (2, b"error: caf\\udce9")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -215,6 +216,34 @@ def test_a_damaged_older_checkpoint_blocks_nothing(workdir):
     (workdir / "checkpoints" / "rolling" / "4" / "meta" / "metadata").write_bytes(b"")
     with pytest.raises(ValueError, match=r"rolling/4/meta/metadata.*No intact checkpoint is before it; without"):
         Checkpoints(workdir, 3).latest()
+
+
+def test_a_list_of_arrays_that_lacks_one_is_refused(workdir):
+    """Orbax then gives back what was asked for, a shape without values."""
+    path = workdir / "checkpoints" / "stages" / "2"
+    listed = json.loads((path / "state" / "_METADATA").read_text())
+    del listed["tree_metadata"]["('params', 'f')"]["key_metadata"][1]
+    (path / "state" / "_METADATA").write_text(json.dumps(listed))
+    like = state_at(0)
+    abstract = {"f": jax.ShapeDtypeStruct((4, 4), jnp.float32)}
+    with pytest.raises(ValueError, match=r"stages/2 is not a readable checkpoint.*Give another stage"):
+        restore_params(path, abstract, jax.tree.map(lambda x: x.sharding, {"f": like.params["f"]}))
+
+
+def test_a_full_disk_is_reported_once(tmp_path, capfd, caplog):
+    """Many arrays are written at one time, and each of them would print a traceback of its own."""
+    params = {"student": {str(i): jnp.arange(3000.0) + i for i in range(30)}}
+    state = create_state(params, optax.adam(1e-3), jax.random.PRNGKey(0))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes of a file
+        with pytest.raises(ValueError, match=r"could not write checkpoint .*rolling/0: .* Free space"):
+            Checkpoints(tmp_path, 2).save_rolling(state, meta_at())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+    assert Checkpoints(tmp_path, 2).latest() is None
 
 
 def test_what_is_offered_was_tried(workdir):

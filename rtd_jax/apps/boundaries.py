@@ -84,10 +84,15 @@ def boundaries(recipe: BoundaryRecipe, workdir: Path) -> Path:
       ValueError: data, teacher or settings that cannot be used, with the way out.
     """
     check_writable(Path(recipe.states).expanduser(), "--config.states")
+    check_writable(workdir / "classifier")
     note = functools.partial(print, flush=True)
     reader = _Reader(recipe, open_model(recipe.teacher, make_mesh(recipe.mesh), note))
     wanted = recipe.train_chains + recipe.validation_chains
     traces = _first(load_traces(recipe.train), wanted, "train_chains + validation_chains")
+    tests = {  # before the fit, which takes longer
+        name: _first(load_traces(held_out.source), held_out.chains, f"tests.{name}.chains")
+        for name, held_out in recipe.tests.items()
+    }
     train = reader.read(traces[: recipe.train_chains], "plain", "training chains")
     validation = reader.read(traces[recipe.train_chains :], "plain", "validation chains")
     fit = functools.partial(fit_classifier, reader.make_classifier, settings=recipe.fit, note=note)
@@ -101,8 +106,8 @@ def boundaries(recipe: BoundaryRecipe, workdir: Path) -> Path:
 
     report: dict[str, Any] = {"settings": dataclasses.asdict(recipe), "tests": {}}
     shown: list[dict[str, Any]] = []
-    for name, settings in recipe.tests.items():
-        test = reader.read(_first(load_traces(settings.source), settings.chains, name), settings.form, name)
+    for name, chains in tests.items():
+        test = reader.read(chains, recipe.tests[name].form, name)
         result, found = _score(classifier, test, recipe.resamples)
         rules = {"sentence ends": sentence_ends, "line ends": line_ends}
         result["baselines"] = {

@@ -6,6 +6,7 @@ error in one line. Settings and main functions are imported when they are needed
 
 import dataclasses
 import importlib
+import io
 import logging as python_logging
 import os
 import re
@@ -156,6 +157,9 @@ def run(name: str, argv: Sequence[str] | None = None) -> None:
     A ValueError or OSError is a mistake that the user can correct: its message is printed without a traceback, and the
     exit status is 2. A signal that stops it gives a line too, and 128 + its number (see `rtd_jax.base.signals`).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # paths may have bytes that are no text, and terminals other alphabets
+            stream.reconfigure(errors="backslashreplace")
     with signals.stoppable():
         try:
             _run_with_flags(name, list(sys.argv if argv is None else argv))
@@ -338,7 +342,7 @@ def _one_line(error: Exception) -> str:
 
 def _refuse(reason: str) -> NoReturn:
     """Exits with the reason as the last line. Later output is dropped: threads of a failed save still print."""
-    with os.fdopen(os.dup(2), "w") as stderr, open(os.devnull, "wb") as nowhere:
+    with os.fdopen(os.dup(2), "w", errors="backslashreplace") as stderr, open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
         stderr.write(f"\nerror: {reason}\n")
     sys.exit(2)

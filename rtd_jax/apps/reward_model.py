@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rtd_jax.base.files import write_json
+from rtd_jax.base.files import check_writable, write_json
 from rtd_jax.base.lock import one_writer
 from rtd_jax.base.settings import LAYER, SEED, check_distinct, check_ranges
 from rtd_jax.base.sharding import MeshSettings, check_rows, make_mesh, put_batch, to_host
@@ -78,6 +78,7 @@ def train_reward_model(recipe: RewardModelRecipe, workdir: Path) -> Path:
     """
     if jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes were started, but one trains a reward model")
+    check_writable(workdir / "model")
     mesh = make_mesh(recipe.mesh)
     check_rows(recipe.batch_size, mesh)
     teacher = open_model(recipe.teacher, mesh, partial(print, flush=True))

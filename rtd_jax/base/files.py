@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+_WRITTEN = (".json", ".jsonl", ".html", ".md", ".png")  # suffixes of the files that commands write into their folders
 DIGEST = "digest"  # key of a record that holds the SHA-256 of everything else in it
 
 # What a user can do about a read that failed although the file may be sound, by errno.
@@ -317,7 +318,11 @@ def file_digest(path: Path) -> str:
 
 
 def check_writable(directory: Path, flag: str = "--workdir") -> None:
-    """Raises ValueError when nothing can be written in `directory`; creates it if need be. `flag` chooses another."""
+    """Checks that files can be written in `directory`, and makes it if need be; `flag` chooses another.
+
+    Raises:
+      ValueError: nothing can be written there, or a folder has a name as the files have that are written.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe.") as probe:  # a name that no other process has
@@ -328,3 +333,9 @@ def check_writable(directory: Path, flag: str = "--workdir") -> None:
         raise ValueError(
             f"cannot write in {directory}: {error.strerror}; {space}choose another folder with {flag}"
         ) from error
+    for path in sorted(directory.iterdir()):
+        if path.suffix in _WRITTEN and not path.is_file():
+            raise ValueError(
+                f"{path} is no file, but one may have to be written there; remove it, or choose another folder with "
+                f"{flag}"
+            )

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from rtd_jax.base.settings import SettingError
 from rtd_jax.data.chat import apply_template
 
 _SENTINEL = "@@completion@@"
@@ -40,9 +41,14 @@ class TextFormat:
 
     def __post_init__(self) -> None:
         if self.kind not in ("plain", "chat"):
-            raise ValueError(f"text format {self.kind!r} is unknown; use 'plain' or 'chat'")
+            raise SettingError(f"kind is {self.kind!r}; expected 'plain' or 'chat'")
+        for name in ("prompt_template", "completion_prefix", "context"):
+            try:
+                getattr(self, name).encode()
+            except UnicodeEncodeError:  # a command line may have any bytes
+                raise SettingError(f"{name} is {getattr(self, name)!r}, which is not UTF-8; expected text") from None
         if self.prompt_template and self.prompt_template.count("{prompt}") != 1:
-            raise ValueError(f"prompt_template is {self.prompt_template!r}; expected {{prompt}} in it exactly once")
+            raise SettingError(f"prompt_template is {self.prompt_template!r}; expected {{prompt}} in it exactly once")
 
     def unread_settings(self) -> dict[str, str]:
         return {"completion_prefix": "the text's kind is 'chat'"} if self.kind == "chat" else {}

@@ -15,7 +15,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -158,11 +159,13 @@ class Checkpoints:
                 for killed in folder.glob("*.orbax-checkpoint-tmp*"):
                     shutil.rmtree(killed, ignore_errors=True)
             if not path.exists():  # else it is the same update of the same deterministic run
-                with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                with _reported_once(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                     checkpointer.save(path, args=parts)
         except Exception as error:  # orbax and tensorstore raise many kinds; every one of them means "not saved"
+            many_files = re.search("RESOURCE_EXHAUSTED|Too many open", str(error))
+            way_out = "Allow more open files (`ulimit -n 65536`)" if many_files else "Free space"
             raise ValueError(
-                f"could not write checkpoint {path}: {_first_line(error)}. Free space or "
+                f"could not write checkpoint {path}: {_first_line(error)}. {way_out} or "
                 "choose another --workdir. The same command, run again, resumes from the checkpoint before this one"
             ) from error
 
@@ -335,17 +338,43 @@ def _restore(path: Path, arguments: ocp.args.CheckpointArgs) -> Any:
     """The state of a checkpoint. Raises ValueError where it cannot be read, and says whether it is damaged."""
     check_path(path)
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(path, args=ocp.args.Composite(state=arguments))["state"]
+        with _reported_once(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            state = checkpointer.restore(path, args=ocp.args.Composite(state=arguments))["state"]
     except Exception as error:
-        # Other reads of the same failure would print tracebacks whenever they are collected.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         if _NOT_NOW.search(str(error)):
             raise ValueError(
                 f"{path} could not be read: {_first_line(error)}. It need not be damaged: see that this user may read "
                 "it and that enough files may be open (`ulimit -n 65536`), and run again"
             ) from error
         raise DamagedCheckpoint(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
+    for place, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if not isinstance(leaf, jax.Array):  # what was asked for comes back where the list of arrays lacks it
+            name = jax.tree_util.keystr(place, simple=True, separator="/")
+            raise DamagedCheckpoint(f"{path} is not a readable checkpoint: its list of arrays lacks {name}")
+    return state
+
+
+@contextlib.contextmanager
+def _reported_once() -> Iterator[None]:
+    """A failure of this block is reported by its exception alone, not by a traceback for each array as well."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+
+    def drop_late_answers(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # by orbax, when the first of many writes failed
+            hook(unraisable)
+
+    sys.unraisablehook = drop_late_answers
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception:  # the others fail later, or say so when they are collected: the hook stays
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise
+    else:
+        sys.unraisablehook = hook
+    finally:
+        logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

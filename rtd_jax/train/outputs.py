@@ -8,15 +8,12 @@ from transformers import PreTrainedTokenizerBase
 from rtd_jax.models.to_hf import check_replaceable
 from rtd_jax.train import metrics
 
-FILES = (".json", ".jsonl", ".html", ".png")  # suffixes of what a run writes as files into its folder
 FOLDERS = ("checkpoints", metrics.BOARD)
 
 
 def check_outputs(workdir: Path, model: str) -> None:
-    """Raises ValueError where something in `workdir` is in the way of a run's files, or of its folder `model`."""
+    """Raises ValueError where something in `workdir` is in the way of a run's folders, or of its folder `model`."""
     for path in sorted(workdir.iterdir()):
-        if path.suffix in FILES and not path.is_file():
-            raise ValueError(f"{path} is no file, but the run writes one there; remove it or choose another --workdir")
         if path.name in FOLDERS and not path.is_dir():
             raise ValueError(f"{path} is no folder, but the run needs one; remove it or choose another --workdir")
     check_replaceable(workdir / model)
@@ -30,5 +27,6 @@ def check_saves(tokenizer: PreTrainedTokenizerBase) -> None:
         except Exception as error:  # of whatever kind a tokenizer's own code raises
             raise ValueError(
                 f"the tokenizer {tokenizer.name_or_path} cannot be saved ({type(error).__name__}: {error}), so neither "
-                "can the model that is trained with it; load it with transformers and see why save_pretrained fails"
+                f"can the model that is trained with it; see that there is space in {folder}, and that save_pretrained "
+                "works in transformers"
             ) from error

@@ -1,5 +1,6 @@
 """What a study is: its methods, tasks, seeds and preparations, as settings; the runs that follow from them."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
@@ -88,6 +89,13 @@ class StudyRecipe:
         for name in ("tasks", "methods", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give at least one")
+        for key in ("tasks", "methods", "prepare"):
+            for name in getattr(self, key):
+                if not re.fullmatch(r"[^/\\\0.][^/\\\0]*", name):
+                    raise ValueError(
+                        f"{key} has the name {name!r}, which names a folder too; expected one without / and \\, and "
+                        "without a dot at its beginning"
+                    )
         whole = [name for name in self.methods if self.method(name).role == "whole"]
         if len(whole) > 1:
             raise ValueError(f"methods {' and '.join(whole)} have the role 'whole'; a study is about one of them")

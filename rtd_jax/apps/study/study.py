@@ -32,6 +32,10 @@ def study(recipe: StudyRecipe, workdir: Path) -> Path:
         raise ValueError(
             f"base config {recipe.base} does not exist; run from the folder that has it, or give a full path"
         )
+    if recipe.report:
+        check_writable(Path(recipe.report).absolute().parent, "--config.report")
+        if Path(recipe.report).is_dir():
+            raise ValueError(f"report is {recipe.report!r}, which is a folder; give the name of a file")
     jobs = recipe.jobs(workdir)
     if recipe.parallel:
         with locked(workdir), stoppable():
