@@ -196,6 +196,21 @@ def test_a_reply_without_text_is_counted(chat):
             read(finish, chat=chat, text="half a")
 
 
+@pytest.mark.parametrize("finish", ["eos", "eos_token", "stop_sequence"])
+def test_other_names_of_a_text_s_own_end_are_read(finish):
+    assert read(finish, chat=True, text="a\n#### 1") == ("a\n#### 1", "stop")
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("choice", [{}, {"message": None}, {"message": "text"}, {"message": [1]}])
+def test_a_reply_without_the_field_of_its_text_is_not_an_empty_one(chat, choice):
+    """A server of chats that is asked for completions, or the reverse, would otherwise fill the log with nothing."""
+    backend = OpenAIBackend(OpenAISettings(model="m"), TextFormat("chat" if chat else "plain"), SamplingSettings())
+    completion = SimpleNamespace(choices=[SimpleNamespace(finish_reason="stop", **choice)])
+    with pytest.raises(Exception, match=f"reply without the field '{'content' if chat else 'text'}'"):
+        backend._reply(completion)
+
+
 @pytest.mark.parametrize("kind", ["chat", "plain"])
 def test_hidden_thinking_that_is_cut_does_not_end_a_run(tmp_path, kind, monkeypatch):
     monkeypatch.setattr("completions_server.answer", lambda traces, body: (None, "length"))

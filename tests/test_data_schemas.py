@@ -247,11 +247,11 @@ def test_math_rows_have_a_subject_and_a_level():
     assert (trace.subject, trace.level) == ("Geometry", 4)
     assert from_math(row | {"level": "Level ?"}).level == 0  # two published rows have it
     assert from_math({"problem": "p", "solution": r"\boxed{1}"}) == Trace.of_steps("p", (r"\boxed{1}",), "1", "", "row")
-    for level in (5, 5.0, "5", "5.0", "Level 5", "Level 5.0"):
+    for level in (5, 5.0, "5", "5.0", "Level 5", "Level 5.0", "level 5", "Level  5"):
         assert from_math(row | {"level": level}).level == 5
     for level in (None, float("nan"), "hard", ""):
         assert from_math(row | {"level": level}).level == 0
-    for level in (True, 2.5, 7, 0, [5]):
+    for level in (True, 2.5, 7, 0, [5], "7", "Level 0"):
         with pytest.raises(ValueError, match=r"m.jsonl:2: field 'level' is .*; expected 1 to 5, 'Level 5', or null"):
             from_math(row | {"level": level}, "m.jsonl:2")
     assert from_math(row | {"type": None, "subject": "Algebra"}).subject == "Algebra"

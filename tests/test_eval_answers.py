@@ -231,6 +231,9 @@ def test_a_box_is_read_alike_in_references_and_replies(solution, answer):
         ("12", "#### 12 apples", True, True),
         ("12", "12 apples ...", False, False),  # the harness takes the dots for a number
         ("72", "##### 72", False, True),  # a heading
+        ("5", r"The final answer is $\boxed{5}$.", False, True),  # Llama-3.1's own words
+        ("1/2", "So it is $1/2$, or one half.", False, True),
+        ("5", r"It is $$\boxed{6}$$.", False, False),
     ],
 )
 def test_numbers_are_read_whole(answer, text, strict, flexible):

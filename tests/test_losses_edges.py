@@ -270,3 +270,26 @@ def test_logits_far_apart_give_finite_losses_and_gradients():
         logits[None], jnp.eye(3), certain, labels[None], jnp.ones((1, 4)), temperature=4.0, alpha=1.0, vocab_size=3
     )
     assert all(np.isfinite(x) for x in sums)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("argument", "value"), [("vocab_size", None), ("vocab_size", 6.0), ("chunk_length", 1.5)])
+def test_a_number_of_things_is_whole(name, argument, value):
+    with pytest.raises(ValueError, match=f"{argument} is {value!r}; expected a whole number at least 1"):
+        _calls(**{argument: value})[name](_states(0, 2, 3, WIDTH), _states(1, WIDTH, VOCAB))
+
+
+def test_another_form_of_transitions_is_refused():
+    states = _states(0, 2, 3, WIDTH)
+    with pytest.raises(ValueError, match="form is 'distance'; use one of direction, difference"):
+        coherence(states, states, jnp.ones((2, 3), bool), form="distance")
+
+
+@pytest.mark.parametrize("loss", [alignment, coherence])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_states_of_zero_have_a_finite_gradient_in_every_dtype(loss, dtype):
+    """In float16 too, whose range has no room for the factor that very short states of float32 are scaled by."""
+    zeros, others = jnp.zeros((2, 3, WIDTH), dtype), _states(0, 2, 3, WIDTH).astype(dtype)
+    for states in (zeros, others):
+        gradient = jax.grad(lambda student, teacher=states: loss(student, teacher, jnp.ones((2, 3), bool)))(zeros)
+        assert np.isfinite(np.asarray(gradient, np.float32)).all()

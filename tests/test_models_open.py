@@ -120,6 +120,16 @@ def test_a_damaged_file_of_a_tokenizer_is_named(directory, name, content):
         _ = opened(directory).tokenizer
 
 
+@pytest.mark.parametrize("change", [{"use_cache": None}, {"attention_dropout": "0"}])
+def test_a_config_that_only_transformers_refuses_is_not_blamed_on_the_tokenizer(directory, change):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(
+        ValueError, match=rf"^{path}: transformers, .* cannot read it \(.*{next(iter(change))}.*\); mend"
+    ):
+        _ = opened(directory).tokenizer
+
+
 def test_a_folder_that_is_no_model_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"config.json: no such file"):
         opened(tmp_path)

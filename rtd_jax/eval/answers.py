@@ -19,6 +19,7 @@ from rtd_jax.data.trace import Problem, Trace, stated_answer
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+_END_OF_FORMULA = re.compile(r"\.?\$+[.,]*")
 _MARK = re.compile(r"<<(.*?)>>")
 # A sign counts only where it cannot be a subtraction: "10-3" ends in 3, "(-3" and "= -3" end in -3.
 _NUMBER = re.compile(r"(?:(?<![\w)\]%.])[-−])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)")
@@ -122,7 +123,8 @@ def _stated_number(stated: str) -> Fraction | None:
 
 def _last_numbers(text: str) -> list[Fraction | None]:
     """The last number of a text: what the harness reads, and what is written there if it cannot read that ("3/4")."""
-    harness = list(_FLEXIBLE.finditer(text))
+    # The end of a formula, "$." after "$\boxed{5}", is a number to the harness, and would hide the one before it.
+    harness = [match for match in _FLEXIBLE.finditer(text) if not _END_OF_FORMULA.fullmatch(match[0])]
     written = list(_WRITTEN.finditer(text.translate(_ALIKE)))
     last = written[-1] if written else None
     if last and harness and not (last.start() <= harness[-1].start() < last.end() or last.start() >= harness[-1].end()):

@@ -16,6 +16,13 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf) -> N
         raise ValueError(f"{name} is {value}; expected a number {limits}")
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError where a number of things is no whole number, or below 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name} is {value!r}; expected a whole number at least 1")
+    check_number(name, value, 1)
+
+
 def check_temperature(temperature: Any) -> None:
     """Raises ValueError where a softmax at this temperature cannot be formed in float32."""
     check_number("temperature", temperature, 1e-3, 1e6)
@@ -23,7 +30,7 @@ def check_temperature(temperature: Any) -> None:
 
 def check_vocabulary(vocab_size: int, **logits_or_heads: Array) -> None:
     """Raises ValueError where an array, [..., V], has fewer columns than the vocabulary has real entries."""
-    check_number("vocab_size", vocab_size, 1)
+    check_count("vocab_size", vocab_size)
     for name, array in logits_or_heads.items():
         if vocab_size > array.shape[-1]:
             raise ValueError(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from rtd_jax.base.sharding import ROW_AXES, constrain, row_ways
 from rtd_jax.base.types import Array
-from rtd_jax.losses.checks import check_number, check_vocabulary
+from rtd_jax.losses.checks import check_count, check_vocabulary
 from rtd_jax.losses.divergences import mask_padding
 
 # (logits, constants, chunk of arrays) -> (sum of losses, other sums, gradient of the first with respect to the logits)
@@ -38,7 +38,7 @@ def over_chunks(
     Raises:
       ValueError: a chunk has no positions.
     """
-    check_number("chunk_length", chunk_length, 1)
+    check_count("chunk_length", chunk_length)
     rows, length = arrays_BL[0].shape[:2]
     chunk_length = max(1, min(chunk_length, length))
     chunks_of_row = -(-length // chunk_length)  # 0 where rows are empty; so no size below is left to be inferred

@@ -21,7 +21,7 @@ micro-batches or a sharded batch the denominators have to be counted over the gl
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import chex
 import jax
@@ -132,9 +132,11 @@ def transition_losses(
     where masked or where the teacher's transition has zero length.
 
     Raises:
-      ValueError: the widths differ and there is no projection, or the projection does not fit.
+      ValueError: the form is unknown, the widths differ and there is no projection, or the projection does not fit.
     """
     _check(student_states, teacher_states, mask)
+    if form not in get_args(TransitionForm):
+        raise ValueError(f"form is {form!r}; use one of {', '.join(get_args(TransitionForm))}")
     student_states, teacher_states = (_cleared(x, mask) for x in (student_states, teacher_states))
     of_student, of_teacher = (power_scale(x, (-2, -1)) for x in (student_states, teacher_states))
     if form == "difference":
@@ -167,6 +169,8 @@ def power_scale(states: Array, axes: int | tuple[int, ...]) -> Array:
 
     A power of two, so that no digit changes, and 1 where the largest entry is from 1e-12 to 1e12. Of the states' dtype.
     """
+    if float(jnp.finfo(states.dtype).max) < 2.0**96:  # float16 holds no such states, and no such factor
+        return jnp.ones((), states.dtype)
     largest = jnp.max(jnp.abs(states), axis=axes, keepdims=True, initial=0.0).astype(jnp.float32)
     scale = jnp.where(largest > 2.0**40, 2.0**-96, jnp.where(largest < 2.0**-40, 2.0**96, 1.0))
     return jax.lax.stop_gradient(scale.astype(states.dtype))

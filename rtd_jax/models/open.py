@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from jax.sharding import Mesh
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from rtd_jax.base.files import read_object
 from rtd_jax.base.settings import check_filled
@@ -141,9 +141,15 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         for path in (directory / name for name in TOKENIZER_FILES if name.endswith(".json")):
             if path.exists():
                 read_object(path, "download it again")  # the library's own error does not name the file
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        if _config_fails(directory):
+            raise ValueError(
+                f"{directory / 'config.json'}: transformers, which loads the tokenizer, cannot read it ({cause}); mend "
+                "that value, or take config.json from the original checkpoint"
+            ) from error
         raise ValueError(
-            f"{directory} has no tokenizer that can be loaded ({type(error).__name__}: {error}); put "
-            "tokenizer.json and tokenizer_config.json beside the weights"
+            f"{directory} has no tokenizer that can be loaded ({cause}); put tokenizer.json and tokenizer_config.json "
+            "beside the weights"
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"{directory} has a slow tokenizer without character offsets; add its tokenizer.json")
@@ -153,6 +159,17 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             "the chat template; put the file of the original tokenizer beside tokenizer.json"
         )
     return tokenizer
+
+
+def _config_fails(directory: Path) -> bool:
+    """Whether transformers cannot read the folder's config.json, which it does before it loads a tokenizer."""
+    if not (directory / "config.json").exists():
+        return False
+    try:
+        AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    except Exception:
+        return True
+    return False
 
 
 def make_model(settings: ModelSettings, config: LlamaConfig, mesh: Mesh) -> LlamaModel:

@@ -133,7 +133,12 @@ class OpenAIBackend:
         finish, message = choices[0].finish_reason, getattr(choices[0], "message", None)
         if finish == "content_filter" or getattr(message, "refusal", None):
             return Reply("", "refused")
-        text = getattr(message, "content", None) if self._text.kind == "chat" else getattr(choices[0], "text", None)
+        holder, field = (message, "content") if self._text.kind == "chat" else (choices[0], "text")
+        if not hasattr(holder, field):
+            raise _NoReply(
+                f"a {self._text.kind} reply without the field {field!r}: {_said(choices[0])}", is_foreign=True
+            )
+        text = getattr(holder, field)
         if not isinstance(text, str | None):
             raise _NoReply(f"text that is {type(text).__name__}: {_said(text)}")
         if finish not in _ENDS:
@@ -144,8 +149,12 @@ class OpenAIBackend:
         return Reply(text, "stop" if stopped else _ENDS[finish])
 
 
-# How a text ended, by finish_reason; a model that called a tool came to its end without an answer.
-_ENDS: dict[str, Finish] = {"stop": "stop", "length": "length", "tool_calls": "stop", "function_call": "stop"}
+# How a text ended, by finish_reason; a model that called a tool came to its end without an answer. The last line's are
+# what Together and Text Generation Inference say for "stop".
+_ENDS: dict[str, Finish] = {
+    **{"stop": "stop", "length": "length", "tool_calls": "stop", "function_call": "stop"},
+    **dict.fromkeys(("eos", "eos_token", "stop_sequence"), "stop"),
+}
 
 
 class _NoReply(Exception):

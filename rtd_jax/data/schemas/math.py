@@ -7,7 +7,7 @@ from rtd_jax.data.schemas.schema import Row, Schema, shown, text_field, whole_nu
 from rtd_jax.data.sentences import sentences
 from rtd_jax.data.trace import Trace
 
-_LEVEL = re.compile(r"(?:Level )?([1-5])(?:\.0)?")
+_LEVEL = re.compile(r"(?:level\s*)?(\d+)(?:\.0)?", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a brace, or a backslash with the character that it belongs to
 
@@ -31,8 +31,11 @@ def _level(row: Row, source: str) -> int:
         return 0
     if isinstance(level, str):
         stated = _LEVEL.fullmatch(level.strip())
-        return int(stated[1]) if stated else 0
-    number = whole_number(level)
+        if stated is None:
+            return 0
+        number: int | None = int(stated[1])
+    else:
+        number = whole_number(level)
     if number is None or not 1 <= number <= 5:
         raise ValueError(f"{source}: field 'level' is {shown(level)}; expected 1 to 5, 'Level 5', or null")
     return number
