@@ -576,7 +576,7 @@ def _results(root: Path) -> Target:
     ours, theirs = _copied(root, "results", ("report.json", "generations.jsonl"))
 
     def read(folder: Path) -> Reading:
-        found = read_outcome("task", "method", 0, folder)
+        found = read_outcome("task", "method", 0, folder, ("seed=0",))
         return digest(dataclasses.astuple(found)), digest(dataclasses.astuple(found))  # a result is its own identity
 
     return Target("results", ours, read, (theirs,))
