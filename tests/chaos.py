@@ -5,9 +5,10 @@
     python tests/chaos.py --only=cache,model --seed=3
     python tests/chaos.py --show                  # prints every refusal, to read how they sound
 
-A mutation changes one file or folder of something that the project wrote: bytes are cut, flipped, zeroed or added; JSON
-gets other values, types and keys, with the digest left as it was or made to fit; files vanish, become folders, or are
-exchanged for those of another run. The thing is then read as the product reads it, and the outcome is one of
+A mutation changes one file or folder of something that the project wrote, or several at once: bytes are cut, flipped,
+zeroed or added; JSON gets other values, types and keys, with the digest left as it was or made to fit; files vanish,
+become folders, or are exchanged for those of other runs, one by one, with their partners, or all but one. The thing is
+then read as the product reads it, and the outcome is one of
 
     harmless    the same content was read, or what was lost was made again
     told apart  other content was read, and its fingerprint is another: whoever recorded the fingerprint refuses it
