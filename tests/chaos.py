@@ -5,9 +5,10 @@
     python tests/chaos.py --only=cache,model --seed=3
     python tests/chaos.py --show                  # prints every refusal, to read how they sound
 
-A mutation changes one file or folder of something that the project wrote: bytes are cut, flipped, zeroed or added; JSON
-gets other values, types and keys, with the digest left as it was or made to fit; files vanish, become folders, or are
-exchanged for those of another run. The thing is then read as the product reads it, and the outcome is one of
+A mutation changes one file or folder of something that the project wrote, or several at once: bytes are cut, flipped,
+zeroed or added; JSON gets other values, types and keys, with the digest left as it was or made to fit; files vanish,
+become folders, or are exchanged for those of other runs, one by one, with their partners, or all but one. The thing is
+then read as the product reads it, and the outcome is one of
 
     harmless    the same content was read, or what was lost was made again
     told apart  other content was read, and its fingerprint is another: whoever recorded the fingerprint refuses it
@@ -576,7 +577,7 @@ def _results(root: Path) -> Target:
     ours, theirs = _copied(root, "results", ("report.json", "generations.jsonl"))
 
     def read(folder: Path) -> Reading:
-        found = read_outcome("task", "method", 0, folder)
+        found = read_outcome("task", "method", 0, folder, ("seed=0",))
         return digest(dataclasses.astuple(found)), digest(dataclasses.astuple(found))  # a result is its own identity
 
     return Target("results", ours, read, (theirs,))

@@ -454,6 +454,7 @@ def test_which_form_is_asked_is_decided_by_flags_then_by_the_first_model_that_sa
 
     monkeypatch.setattr(evaluation, "load_model", lambda *_: types.SimpleNamespace(name="m"))
     monkeypatch.setattr(evaluation, "_solve", lambda *_: ({}, []))
+    monkeypatch.setattr(evaluation, "check_model", lambda _: None)
     other = TextFormat("plain", "Q: {prompt}", " ")
     first, second = folder(tmp_path / "first", other), folder(tmp_path / "second", ASKED)
     was = f"synthetic: {second} was trained on another form, 'Question: {{prompt}}\\nAnswer:\\n'"
@@ -504,9 +505,18 @@ def test_nonsense_is_refused_before_anything_is_loaded(values):
 
 def test_what_is_missing_is_found_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    weightless, wordless = (shutil.copytree(BUNDLED, tmp_path / name) for name in ("weightless", "wordless"))
+    (weightless / "model.safetensors").unlink()
+    for path in wordless.glob("tokenizer*"):
+        path.unlink()
     for options, words in (
         ({"tasks": ("gsm8k",), "data_root": str(tmp_path)}, "gsm8k: no such folder"),
         ({"tasks": ("synthetic",), "model": (str(BUNDLED), "./misspelt")}, "misspelt: no such directory"),
+        (
+            {"tasks": ("synthetic",), "model": (str(BUNDLED), str(weightless))},
+            "weightless: neither model.safetensors",
+        ),
+        ({"tasks": ("synthetic",), "model": (str(BUNDLED), str(wordless))}, "wordless has no tokenizer"),
     ):
         settings = EvaluateSettings(**{"model": (str(BUNDLED),), "out": str(tmp_path / "out"), **options})
         with pytest.raises(ValueError, match=words):

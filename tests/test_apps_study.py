@@ -671,6 +671,18 @@ def test_the_report_of_another_run_is_told_by_its_numbers(tmp_path):
         read_outcome("task", "kd", 0, tmp_path)
 
 
+def test_a_report_of_a_run_with_other_settings_is_refused_by_the_key(tmp_path):
+    settings = {"seed": 1, "loss": {"alpha": 0.5}, "curriculum": {"enabled": False, "depths": [1, 2]}}
+    write_run(tmp_path, settings=settings)
+    fits = ("seed=0", "seed=1", "loss.alpha=5e-1", "curriculum.enabled=false", "curriculum.depths=(1,2)", "new.key=3")
+    assert read_outcome("task", "kd", 1, tmp_path, fits).seed == 1
+    for override in ("seed=0", "loss.alpha=0.7", "loss.alpha=1", "curriculum.enabled=True", "curriculum.depths=(1,)"):
+        with pytest.raises(ValueError, match=f"report.json is of another run: its {override.partition('=')[0]} is"):
+            read_outcome("task", "kd", 1, tmp_path, (override,))
+    write_run(tmp_path)  # an earlier version did not say it
+    read_outcome("task", "kd", 1, tmp_path, ("seed=0",))
+
+
 def test_a_foreign_report_is_found_before_the_missing_runs_are_made(fake_train, tmp_path):
     recipe = StudyRecipe(str(fake_train), {"task": ()}, {"kd": ()}, (0, 1))
     workdir = tmp_path / "study"

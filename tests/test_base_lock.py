@@ -122,3 +122,13 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
     words = r"cannot write in .*file: .*choose another folder with --out"
     with pytest.raises(ValueError, match=words), locked(tmp_path / "file", "--out"):
         pass
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("years of work")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(mine)
+    with pytest.raises(ValueError, match=r"run/.lock cannot be opened .*; delete it"), locked(tmp_path / "run"):
+        pass
+    assert mine.read_text() == "years of work"

@@ -182,7 +182,7 @@ def whole_of(workdir: Path) -> dict[str, Any]:
     report = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
     return {
         "metrics": metrics_of(workdir),
-        "report": without_times(report),
+        "report": without_times({key: item for key, item in report.items() if key != "settings"}),
         "generations": lines_of(workdir / "generations.jsonl"),
     }
 

@@ -167,6 +167,21 @@ def test_a_recipe_names_the_whole_key_its_range_and_its_unit(override, message):
         built("rtd_tiny", override)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train.schema=nonsense", "config.data.train.schema 'nonsense' is unknown"),
+        ("data.train.limit=0", "config.data.train.limit is 0; the synthetic source is endless"),
+        ("curriculum.depths=(3, 1)", "config.curriculum.depths is (3, 1); give increasing step counts"),
+        ("data.text.kind=instruct", "config.data.text.kind is 'instruct'; expected 'plain' or 'chat'"),
+        ("loss.reward_weight=0.5", "config.loss.reward_weight is not 0, but reward.model is empty"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named_by_their_whole_keys(override, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        built("rtd_tiny", override)
+
+
 def test_an_update_of_more_tokens_than_any_memory_has_is_refused():
     message = r"config\.batch_size is 1000000 with data\.row_length 10000000; expected at most 1,000,000,000 tokens"
     with pytest.raises(ValueError, match=message):

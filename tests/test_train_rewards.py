@@ -374,7 +374,7 @@ def test_settings_that_cannot_work_are_refused_by_name(folder):
         replace(good, teacher=replace(good.teacher, cache="somewhere"))
     with pytest.raises(ValueError, match=r"checkpoint_every 4 is not a multiple of reward.updates_per_refresh 3"):
         replace(good, reward=replace(good.reward, updates_per_refresh=3))
-    with pytest.raises(ValueError, match=r"reward.prompts 4 is not a multiple of reward.prompts_per_update 3"):
+    with pytest.raises(ValueError, match=r"prompts is 4, which is not a multiple of prompts_per_update 3"):
         replace(good.reward, prompts_per_update=3)
     with pytest.raises(ValueError, match="samples is 1; advantages compare the chains"):
         replace(good.reward, samples=1)

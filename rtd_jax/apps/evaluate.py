@@ -24,7 +24,7 @@ from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.eval.tasks import EXAMPLES_SEED, TASKS, Problems, load_problems
 from rtd_jax.eval.written import Scores, rescore
 from rtd_jax.models.open import FloatDtype, WeightDtype
-from rtd_jax.train.saved_models import LoadedModel, load_model, trained_text
+from rtd_jax.train.saved_models import LoadedModel, check_model, load_model, trained_text
 
 OPEN_FROM = 5  # depths 1, 2, 3, 4, 5+
 SCORING_ROWS = 8  # of 512 tokens, read together on each device
@@ -162,6 +162,8 @@ def _measure(
                 for path, seen in standing.items()
                 if seen == NOT_KNOWN
             ]
+    for path in settings.model[1:]:  # hours may pass until they are loaded
+        check_model(path)
     names: set[tuple[str, str]] = set()
     for path in settings.model:
         note(f"loading {path}")

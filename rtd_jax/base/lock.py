@@ -91,7 +91,7 @@ def _take(path: Path, way_out: str) -> int | None:
     """The descriptor that holds the lock; None where the file system has no locks and the file itself is the lock."""
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # not into a file elsewhere
         except OSError as error:
             raise ValueError(
                 f"{path} cannot be opened ({error.strerror}), so {path.parent} cannot be kept from other processes; "

@@ -247,7 +247,9 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
     except SettingError as error:
         raise SettingError(_below(path, str(error))) from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        first_word = re.match(r"\w*", str(error))
+        begins_with_key = first_word is not None and first_word[0] in hints
+        raise ValueError(_below(path, str(error)) if begins_with_key else f"{path}: {error}") from error
 
 
 def _below(path: str, key: str) -> str:

@@ -32,8 +32,7 @@ class RewardSettings:
         check_ranges(self, samples="[2, 1e4]")
         if self.prompts % self.prompts_per_update:
             raise ValueError(
-                f"reward.prompts {self.prompts} is not a multiple of reward.prompts_per_update "
-                f"{self.prompts_per_update}"
+                f"prompts is {self.prompts}, which is not a multiple of prompts_per_update {self.prompts_per_update}"
             )
 
     @property

@@ -35,7 +35,7 @@ class CurriculumSettings:
         check_ranges(self, threshold_factor="[0, 1e6]", calibration_shots="[0, 100]", min_updates="[0, 1e9]")
         check_ranges(self, replay="[0, 1)", plateau_patience="[0, 1e9]", plateau_tolerance="[0, 1)")
         if not self.depths or list(self.depths) != sorted(set(self.depths)) or self.depths[0] < 1:
-            raise ValueError(f"curriculum.depths is {self.depths}; give increasing step counts, e.g. (1, 2, 3, 4, 5)")
+            raise ValueError(f"depths is {self.depths}; give increasing step counts, e.g. (1, 2, 3, 4, 5)")
 
     def unread_settings(self) -> dict[str, str]:
         unread = {}

@@ -21,6 +21,7 @@ from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import FloatDtype, ModelSettings, WeightDtype, open_model
 from rtd_jax.models.quantized import INT8, quantize_params
 from rtd_jax.models.text_record import read_text_format
+from rtd_jax.models.weight_files import weight_files
 from rtd_jax.models.weights import logical_axes
 from rtd_jax.train.checkpoints import numbered, read_meta, restore_params
 from rtd_jax.train.recipe import Recipe
@@ -90,6 +91,18 @@ def load_model(
         text, params = read_text_format(directory), opened.params if weights else {}
         loaded = LoadedModel(directory.name, opened.model, params, tokenizer, mesh, directory, text)
     return loaded if dtype == "float32" else replace(loaded, name=f"{loaded.name} ({dtype})")
+
+
+def check_model(path: str) -> None:
+    """Tries what can be tried of a model without its weights: whether its files are there, its config, its tokenizer.
+
+    Raises:
+      ValueError: as `load_model`, which reads the weights too.
+    """
+    if stage_checkpoint(path) is None:
+        opened = open_model(ModelSettings(path), make_mesh(MeshSettings()), lambda _: None)
+        weight_files(opened.directory)
+        _ = opened.tokenizer
 
 
 def trained_text(path: str) -> TextFormat | None:

@@ -94,6 +94,7 @@ def write_page(report: dict[str, Any], workdir: Path) -> None:
     examples = [record for record in records if record.get("model") == "student"]
     models = {name: report[name] for name in ("student", "teacher") if name in report}
     shown = {"title": f"Run {workdir.name}", "models": models, "stages": report["stages"]}
+    shown["settings"] = report.get("settings", {})
     if "drift" in report:
         shown["texts"] = {"reference": report["drift"]}
     write_report(workdir, shown, examples, workdir / "metrics.jsonl")

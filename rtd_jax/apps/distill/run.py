@@ -68,6 +68,7 @@ def train(recipe: Recipe, workdir: Path) -> Path:
             tokenizer, text = experiment.tokenizer, recipe.data.text
             save_pretrained(workdir / "student", student.config, params, tokenizer=tokenizer, text=text)
             report = _evaluate(experiment, run, display, workdir)
+    report["settings"] = settings  # a study looks whether a report is of the run that it asked for
     report["wall_seconds"] = round(time.monotonic() - started, 1)
     report["train_seconds"] = round(run.seconds, 1)  # of all processes that the run had
     report["seconds"] = clock.seconds()  # of this process: a run that was resumed has had others before

@@ -1,9 +1,10 @@
 """Reads what a finished run left: its report and its texts, which have to be of one run, and of a run's shape."""
 
+import ast
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class _Report:
     teacher: _Evaluation | None = None
     curve: tuple[_Look, ...] = ()
     drift: dict[str, Any] | None = None
+    settings: dict[str, Any] | None = None  # of the run; None where an earlier version wrote the report
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,15 @@ class _Text:
     reference_tokens: int | None = None
 
 
-def read_outcome(task: str, method: str, seed: int, workdir: Path) -> Outcome:
+def read_outcome(task: str, method: str, seed: int, workdir: Path, overrides: Sequence[str] = ()) -> Outcome:
     """Reads report.json and generations.jsonl of a finished run.
 
+    Args:
+      overrides: that the run was started with, "loss.alpha=0.7".
+
     Raises:
-      ValueError: a file is missing, damaged, or not what a run writes; or the two are not of one run.
+      ValueError: a file is missing, damaged, or not what a run writes; the two are not of one run; or the report is of
+        a run with other settings.
     """
     path, way_out = workdir / "report.json", f"delete {workdir} and run again"
     content = read_object(path, way_out)
@@ -83,6 +89,7 @@ def read_outcome(task: str, method: str, seed: int, workdir: Path) -> Outcome:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is not what a run writes ({said}); {way_out}") from error
+    _check_settings(path, report.settings or {}, overrides, way_out)
     texts = [_text(row, place, way_out) for place, row in read_jsonl(workdir / "generations.jsonl", way_out)]
     student = [text for text in texts if text.model == "student"]
     teacher = [text for text in texts if text.model == "teacher"]
@@ -111,6 +118,23 @@ def read_outcome(task: str, method: str, seed: int, workdir: Path) -> Outcome:
         tuple(content.get("curve", ())),
         tuple(content["stages"]),
     )
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any], overrides: Sequence[str], way_out: str) -> None:
+    """Raises ValueError where a run's settings are not those that the overrides make."""
+    for key, text in dict(override.split("=", 1) for override in overrides).items():  # the last one of a key holds
+        found: Any = settings
+        for name in key.split("."):
+            found = found.get(name) if isinstance(found, Mapping) else None
+        try:
+            wanted = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            wanted = text
+        wanted = list(wanted) if isinstance(wanted, tuple) else wanted
+        # What is of another type was written in another way ("true"), or is a setting that the run did not have.
+        are_numbers = all(isinstance(x, int | float) for x in (found, wanted))
+        if (are_numbers or type(found) is type(wanted)) and found not in (wanted, text):
+            raise ValueError(f"{path} is of another run: its {key} is {found!r}, this run has {text}; {way_out}")
 
 
 def _text(row: dict[str, Any], place: str, way_out: str) -> _Text:

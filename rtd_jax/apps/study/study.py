@@ -65,7 +65,8 @@ def _make_runs(recipe: StudyRecipe, jobs: Sequence[Job], base: Path, workdir: Pa
 
 def _outcomes(jobs: Sequence[Job]) -> list[Outcome]:
     """What the finished ones of the jobs found."""
-    return [read_outcome(job.task, job.method, job.seed, job.workdir) for job in jobs if job.report.exists()]
+    finished = [job for job in jobs if job.report.exists()]
+    return [read_outcome(job.task, job.method, job.seed, job.workdir, job.overrides) for job in finished]
 
 
 def _write_report(recipe: StudyRecipe, jobs: Sequence[Job], workdir: Path) -> None:
