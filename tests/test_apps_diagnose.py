@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -190,8 +191,11 @@ def test_a_cache_of_something_else_is_refused_by_name(teacher, caches, tmp_path)
     with pytest.raises(ValueError, match="decode_teacher needs the teacher's weights"):
         DiagnoseSettings("a", "b", cache="c", decode_teacher=True)
     # The same weights beside another tokenizer.
-    beside = tmp_path / "beside"
-    save_pretrained(beside, load_config(teacher), load_params(teacher, load_config(teacher)), tokenizer=llama3_like())
+    beside = Path(shutil.copytree(teacher, tmp_path / "beside"))
+    tokenizer = json.loads((beside / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["1"], words["2"] = words["2"], words["1"]
+    (beside / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match=r"written with another tokenizer than that in .*beside"):
         run(beside, teacher, tmp_path, cache=cache, **CACHED)
 
