@@ -274,3 +274,10 @@ def test_published_rows_judge_themselves_right(shared_data):
         for place, row in read_jsonl(shared_data / name / file):
             trace = read(row, place)
             assert score_chain(trace.completion, trace)["correct"], place
+
+
+def test_a_text_stuck_in_a_mark_is_read_once_and_not_once_for_every_mark():
+    """A model that repeats "<<" to its last token: at a quadratic cost this would take minutes."""
+    assert step_result("<<" * 200_000 + "1+1=2>>2") == 2
+    assert step_result("<<" * 200_000) is None
+    assert step_result("so <<5 <<1+1=2>>3") == step_result("<<<1+1=2>>3") == 2

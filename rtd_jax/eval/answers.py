@@ -20,7 +20,7 @@ from rtd_jax.data.trace import Problem, Trace, stated_answer
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _END_OF_FORMULA = re.compile(r"\.?\$+[.,]*")
-_MARK = re.compile(r"<<(.*?)>>")
+_MARK = re.compile(r"<<((?:(?!<<).)*?)>>")  # without another "<<" in it: of many, each would be read to the end
 # A sign counts only where it cannot be a subtraction: "10-3" ends in 3, "(-3" and "= -3" end in -3.
 _NUMBER = re.compile(r"(?:(?<![\w)\]%.])[-−])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)")
 _FRACTION = re.compile(rf"{_NUMBER.pattern}(?:/\d+)?")
