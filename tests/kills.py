@@ -112,6 +112,9 @@ def start(case: Case, out: Path) -> subprocess.Popen:
     """Starts a case's command in a process group of its own, as a shell does."""
     command = [sys.executable, "-m", "rtd_jax", *case.flags(out)]
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    for name in SIGNALS[1:]:  # what is ignored here, as under `nohup`, would be ignored there too
+        if signal.getsignal(signal.Signals[name]) == signal.SIG_IGN:
+            signal.signal(signal.Signals[name], signal.SIG_DFL)
     return subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True, **streams)
 
 

@@ -53,12 +53,12 @@ def test_a_pretraining_that_is_resumed_and_stopped_ends_with_the_same_bits(tmp_p
 
     def settle_and_send(self):
         if self.update == 7 and not signals.asked():
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
         seven(self)
 
     with monkeypatch.context() as patch, signals.stoppable():
         patch.setattr(Loop, "settle", settle_and_send)
-        with pytest.raises(signals.Stopped, match="129") as caught:
+        with pytest.raises(signals.Stopped, match="143") as caught:
             pretrain(recipe, tmp_path)
     assert caught.value.note == " after update 7; saved; the same command continues"
     assert not (tmp_path / "model").exists()

@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def ends(program: str, *sent: int, begins: str = "ready", **options) -> tuple[int, str]:
     """(status, what it printed) of a Python program that gets signals, one after each line that it prints."""
-    text = f"import os, sys, time\nfrom rtd_jax.base import signals\n{program}"
+    # What runs the tests may ignore signals (`nohup`, a job in the background), and children inherit that.
+    heard = "for number in signals.SIGNALS: signal.signal(number, signal.SIG_DFL)"
+    text = f"import os, signal, sys, time\nfrom rtd_jax.base import signals\n{heard}\n{program}"
     process = subprocess.Popen(
         [sys.executable, "-c", text], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
