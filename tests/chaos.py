@@ -365,7 +365,7 @@ def _checkpoint(root: Path, kind: str) -> Target:
     def read(folder: Path) -> Reading:
         latest = Checkpoints(folder, 2).latest()
         if latest is not None:
-            check_same_settings(latest, dataclasses.asdict(experiment.recipe))
+            check_same_settings(latest, experiment.recipe)
         run = _starting_point(experiment, state, Clock(), latest)
         return digest(run.state, run.records, run.iterator, run.curve), ""
 
