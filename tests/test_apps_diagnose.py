@@ -382,7 +382,7 @@ def test_the_page_draws_the_auroc_curve_and_names_the_articles(tmp_path):
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match="--resamples is 3; expected 20 to"):
+    with pytest.raises(ValueError, match="resamples is 3; expected 20 to"):
         DiagnoseSettings("a", "b", resamples=3)
     with pytest.raises(ValueError, match="no such directory"):
         load_model("/no/such/model")

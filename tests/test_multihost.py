@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -17,28 +18,34 @@ from rtd_jax.base.sharding import MeshSettings
 pytestmark = pytest.mark.slow
 
 
-def together(commands: list[list[str]], devices: int) -> list[str]:
-    """Runs the processes side by side; the output of each."""
+MIXED_UP = "Received data size doesn't match expected size"  # Gloo's words before it ends the process
+
+
+def together(worker: Callable[[str, int], list[str]], devices: int, flags: str = "", tries: int = 2) -> list[str]:
+    """Runs `worker(coordinator, process)` for two processes side by side; the output of each.
+
+    XLA for CPUs does not order a loop's collectives against those of the program around the loop that do not need its
+    result, and Gloo's messages do not say to which collective they belong: a process can take one for another and end
+    (seen with jaxlib 0.10.2: a product inside the loss's loop against a maximum beside it). Only a try that
+    ends so is made again.
+    """
+    env = environment(devices)
+    env["XLA_FLAGS"] += f" {flags}"
+    coordinator = f"localhost:{free_port()}"
     started = [
         subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(devices),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            worker(coordinator, process), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        for command in commands
+        for process in range(2)
     ]
     try:
         outputs = [process.communicate(timeout=400)[0] for process in started]
     finally:
         for process in started:
             process.kill()
-    if any("Received data size doesn't match expected size" in output for output in outputs):
-        # XLA's schedule of independent collectives can differ between CPU processes, and Gloo does not name messages.
-        pytest.xfail("Gloo mixed up the messages of two collectives of one program")
-    assert [process.returncode for process in started] == [0] * len(started), "\n----\n".join(outputs)
+    if tries > 1 and any(MIXED_UP in output for output in outputs):
+        return together(worker, devices, flags, tries - 1)
+    assert [process.returncode for process in started] == [0, 0], "\n----\n".join(outputs)
     return outputs
 
 
@@ -51,8 +58,13 @@ def free_port() -> int:
 def test_the_update_is_that_of_one_device_on_every_mesh(tmp_path):
     state, _ = after_updates(MeshSettings(1, 1, 1))
     np.savez(tmp_path / "single.npz", *jax.tree.leaves(state.params))
-    worker = [sys.executable, "tests/multihost_worker.py", f"localhost:{free_port()}", "2"]
-    outputs = together([[*worker, str(i), str(tmp_path / "single.npz")] for i in range(2)], devices=2)
+
+    def worker(coordinator: str, process: int) -> list[str]:
+        script = [sys.executable, "tests/multihost_worker.py"]
+        return [*script, coordinator, "2", str(process), str(tmp_path / "single.npz")]
+
+    # With this schedule the loop and the sum beside it (`together`) were never seen to run at one time.
+    outputs = together(worker, devices=2, flags="--xla_cpu_enable_concurrency_optimized_scheduler=false")
     for output in outputs:
         result = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT"))[len("RESULT ") :])
         assert result["devices"] == 4
@@ -63,12 +75,12 @@ def test_the_update_is_that_of_one_device_on_every_mesh(tmp_path):
 def test_a_run_of_two_processes_writes_once_and_goes_on_in_one(config, tmp_path):  # noqa: F811
     mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
     workdir = tmp_path / "two"
-    joined = [
-        command(config, workdir, *mesh, f"--coordinator=localhost:{port}", "--processes=2", f"--process={process}")
-        for port in [free_port()]
-        for process in range(2)
-    ]
-    first, second = together(joined, devices=2)
+
+    def worker(coordinator: str, process: int) -> list[str]:
+        joined = (f"--coordinator={coordinator}", "--processes=2", f"--process={process}")
+        return command(config, workdir, *mesh, *joined)
+
+    first, second = together(worker, devices=2)
     assert "mesh data 1 x fsdp 2 x tensor 2" in first
     assert "Accuracy by reasoning depth" in first
     assert "stage" not in second  # only the lead process prints

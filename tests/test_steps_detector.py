@@ -283,7 +283,7 @@ def test_segment_keeps_other_fields_as_they_are_or_refuses_them_before_it_cuts(t
     row = {"prompt": problems[0].prompt, "text": f"{joined_steps(problems[0])[0]}\n#### 7"}
     others = {"created": "2024-01-31", "big": 2**100, "price": 7.5, "more": [None, {"a": "x\u2028y"}], "answer": None}
     table = pa.Table.from_pylist([row | {"created": datetime.date(2024, 1, 31), "labels": None}])
-    settings = SegmentSettings(str(TEACHER), str(CLASSIFIER), "", str(tmp_path / "out.jsonl"), keep="")
+    settings = SegmentSettings(str(TEACHER), str(CLASSIFIER), "rows.jsonl", str(tmp_path / "out.jsonl"), keep="")
     for name, kept in (("texts.jsonl", others), ("texts.parquet", {"created": "2024-01-31"})):
         if name.endswith("jsonl"):
             write_jsonl(tmp_path / name, [row | others])

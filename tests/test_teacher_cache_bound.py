@@ -261,21 +261,20 @@ def test_a_cache_of_many_shards_needs_few_open_files(tmp_path, monkeypatch):
 def test_a_process_that_may_open_no_more_files_is_told_so_and_no_damage_is_claimed(tmp_path):
     records = records_of(12)
     folder = written(tmp_path, *([record] for record in records))
-    cache = TeacherCache(folder, OWN)
+    cache, unread = TeacherCache(folder, OWN), TeacherCache(folder, OWN)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = [os.open("/dev/null", os.O_RDONLY) for _ in range(3)]
     try:  # room for fewer files than there are shards: files are closed again, so it is enough
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, limits[1]))
         for key, _ in records:
             cache.read(key)
-        cache = TeacherCache(folder, OWN)
         while True:
             try:
                 held.append(os.open("/dev/null", os.O_RDONLY))
             except OSError:
                 break
         with pytest.raises(ValueError, match=r"array_record: could not be read \(Too many open files\); allow"):
-            cache.read(records[0][0])
+            unread.read(records[0][0])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         for descriptor in held:

@@ -36,11 +36,8 @@ def command(config: Path, workdir: Path, *flags: str) -> list[str]:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    # Processes on CPUs exchange messages without saying to which collective they belong. XLA's scheduler for
-    # concurrency runs two of them at once, and then one process receives what belongs to the other.
-    in_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     wait = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-    flags = f"--xla_force_host_platform_device_count={devices} {wait} {in_order}"
+    flags = f"--xla_force_host_platform_device_count={devices} {wait}"
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "HF_HUB_OFFLINE": "1"}
 
 

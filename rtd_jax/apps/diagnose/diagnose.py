@@ -17,7 +17,7 @@ from rtd_jax.apps.report.tables import interval
 from rtd_jax.base.console import print_table, printable
 from rtd_jax.base.files import finite_report, null_notes, write_json, write_jsonl
 from rtd_jax.base.lock import one_writer
-from rtd_jax.base.settings import LAYER, SEED, SettingError, check_filled, check_ranges
+from rtd_jax.base.settings import LAYER, SEED, check_filled, check_ranges
 from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings, load_traces
@@ -88,8 +88,6 @@ class DiagnoseSettings:
             )
         if self.schema == "prose" and self.segmentation == "annotated":
             raise ValueError("texts of schema 'prose' have no marked steps; give --segmentation=classifier:<folder>")
-        if self.resamples < 20:
-            raise SettingError(f"resamples is {self.resamples}; an interval needs at least 20, 200 are usual")
         check_ranges(self, resamples="[20, 1e6]")
 
 
