@@ -388,7 +388,7 @@ def test_bad_settings_are_refused():
         load_model("/no/such/model")
     bad = {"limit": -1, "seed": -1, "max_new_tokens": 0, "batch_size": 0, "row_length": 0}
     for name, value in (*bad.items(), ("seed", 2**40), ("limit", 10**12)):
-        with pytest.raises(ValueError, match=f"--{name} is {value}; expected "):
+        with pytest.raises(ValueError, match=f"{name} is {value}; expected "):
             DiagnoseSettings("a", "b", **{name: value})
     with pytest.raises(ValueError, match="prompt_template is 'x'; expected"):
         DiagnoseSettings("a", "b", prompt_template="x")
