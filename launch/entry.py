@@ -11,6 +11,6 @@ from rtd_jax.base.signals import stoppable
 def run(name: str) -> None:
     """Runs a command with this process's flags."""
     with stoppable(ends_process=True):
-        from rtd_jax.apps.command import run  # slow: a signal may come meanwhile
+        from rtd_jax.apps.command.run import run  # slow: a signal may come meanwhile
 
         run(name)

@@ -6,6 +6,6 @@ from rtd_jax.base.signals import stoppable
 
 if __name__ == "__main__":
     with stoppable(ends_process=True):
-        from rtd_jax.apps.command import main  # slow: a signal may come meanwhile
+        from rtd_jax.apps.command.run import main  # slow: a signal may come meanwhile
 
         main(sys.argv)

@@ -13,7 +13,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from rtd_jax.apps.boundaries import BoundaryRecipe
-from rtd_jax.apps.command import COMMANDS, config_text, define_flags, help_text, unread_overrides
+from rtd_jax.apps.command.help import config_text, help_text, unread_overrides
+from rtd_jax.apps.command.parse import define_flags
+from rtd_jax.apps.command.table import COMMANDS
 from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings
 from rtd_jax.apps.evaluate import EvaluateSettings
 from rtd_jax.apps.plan.plan import PlanSettings
@@ -494,7 +496,7 @@ def test_the_commands_of_the_package(tmp_path):
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
 
-    light = "import sys, rtd_jax.apps.command; assert not {'jax', 'transformers'} & set(sys.modules)"
+    light = "import sys, rtd_jax.apps.command.run; assert not {'jax', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", light], cwd=ROOT, check=True)
     listed = run()
     assert listed.returncode == 0
@@ -515,6 +517,6 @@ def test_the_commands_of_the_package(tmp_path):
 
 def test_a_refusal_may_have_bytes_that_are_no_text(tmp_path):
     """A path on the command line may have any bytes; Python holds them as halves of surrogate pairs."""
-    code = "import sys; from rtd_jax.apps.command import _refuse; _refuse(sys.argv[1])"
+    code = "import sys; from rtd_jax.apps.command.parse import refuse; refuse(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, b"caf\xe9"], capture_output=True, check=False)
     assert (done.returncode, done.stderr.strip()) == (2, b"error: caf\\udce9")

@@ -12,7 +12,8 @@ import pytest
 from absl import flags
 from test_settings import CONFIGS, built, groups_of, recipe_type, tiny
 
-from rtd_jax.apps.command import COMMANDS, RunFlags, define_flags, read_flags
+from rtd_jax.apps.command.parse import define_flags, read_flags
+from rtd_jax.apps.command.table import COMMANDS, RunFlags
 from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings
 from rtd_jax.apps.evaluate import EvaluateSettings
 from rtd_jax.apps.plan.plan import PlanSettings

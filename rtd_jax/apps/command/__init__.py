@@ -1,0 +1,1 @@
+"""How every command is started: its flags, its help, and one line for what goes wrong."""
