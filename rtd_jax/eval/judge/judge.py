@@ -1,0 +1,259 @@
+"""Judges the steps of a solution by their arithmetic and by the values that lead to the answer.
+
+Deterministic and without a model, for problems whose answer is a number. What is decided how:
+
+- A step is **false** if an equation in it is: both sides are evaluated exactly (`equations`), and have to be equal up
+  to the rounding that the result's digits show or the text says ("approximately", "rounded"); shares and percentages,
+  and dollars and cents, are the same amount. So is an equation in one unknown that has another solution than the
+  equations before it. A side that has no value (words, two unknowns, a place such as "6th") is never false.
+- A chain is **right** if its answer is, and no step is false: its steps are on a way to the answer, also where the
+  reference goes another.
+- A chain with another answer is wrong. Its **first wrong step** is the first that is false, or that leaves the way:
+  it mentions a number that comes from nowhere (not the problem, the reference, an earlier step, or a constant such as
+  12 months), or it concludes a value that is neither the reference's nor one of its sums and products in another order
+  (`ways`). A value of the latter kind also leaves the way where it is only used for values that do. If a step only
+  evaluates what the step before it set up, the step before is the wrong one. If every value is on the way, the wrong
+  step is the one that computes the answer that was given, because a value on the way was taken for it.
+- A step **concludes nothing** (None) if none of its equations has a value.
+
+Without a reference only false equations are wrong.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from rtd_jax.data.trace import Problem, Trace
+from rtd_jax.eval.answers import parse_number
+from rtd_jax.eval.judge.equations import Equation, equations, mentioned, solution
+from rtd_jax.eval.judge.final import final_number
+from rtd_jax.eval.judge.verdicts import Judgement, StepVerdict
+from rtd_jax.eval.judge.ways import CONSTANTS, Values, Ways, operands, ways
+
+_RENAMES = re.compile(r"\b(?:let|denote|denoted|represent|represents|assume|suppose|call)\b", re.IGNORECASE)
+_WHOLE = re.compile(r"\b(?:remainder|left ?over|whole|full|complete|completely|integer)\b", re.IGNORECASE)
+_MIXED = re.compile(r"\d+ and \(?\d+/\d")  # "1 and 1/3"
+_SCALES = (Fraction(1), Fraction(100), Fraction(1, 100))
+_MAX_TEXT = 12_000  # characters of a solution that are read; more is a model stuck in a loop
+_MAX_USES = 50  # of a value that are looked at
+
+
+@dataclass
+class _Step:
+    """What is read from one step."""
+
+    text: str
+    equations: list[Equation]
+    mentions: list[Fraction]
+    false: str = ""  # why an equation of it is false
+
+    def concluded(self) -> list[tuple[Equation, Fraction]]:
+        """(equation, the value that it gives to its right side or to its unknown), for those that do."""
+        found = []
+        for equation in self.equations:
+            right, solved = equation.right.value, solution(equation)
+            if solved is not None:
+                found.append((equation, solved[1]))
+            elif right is not None and not right.unknown:
+                found.append((equation, right.constant))
+        return found
+
+
+@dataclass
+class _Known:
+    """What the steps so far have established."""
+
+    rounded: set[Fraction] = field(default_factory=set)  # results that are not exact
+    unknowns: dict[str, Fraction] = field(default_factory=dict)  # solutions
+
+
+def judge_steps(problem: str, steps: Sequence[str], reference: Trace | Problem | None = None) -> Judgement:
+    """Judges a solution that is already cut into steps.
+
+    Args:
+      problem: the text of the question.
+      steps: the solution's steps. An answer line may be among them.
+      reference: a solution whose answer is a number; None where there is none.
+
+    Returns:
+      The index of the first wrong step, whether the answer is right, and a verdict with its reason for each step. The
+      answer counts with the last step.
+    """
+    read, room = [], _MAX_TEXT
+    for step in steps:
+        text, room = step[:room], max(0, room - len(step))
+        read.append(_Step(text, equations(text), mentioned(text)))
+    _find_false(read)
+    answer = None if reference is None else parse_number(reference.answer)
+    if reference is None or answer is None:
+        first = next((i for i, step in enumerate(read) if step.false), -1)
+        return Judgement(first, None, tuple(_verdict(step, step.false) for step in read))
+    stated = final_number("\n".join(steps))
+    is_right = stated is not None and stated == answer
+    if is_right:
+        first = next((i for i, step in enumerate(read) if step.false), -1)
+        return Judgement(first, True, tuple(_verdict(step, step.false) for step in read))
+    return _wrong(read, ways(problem, _solution_text(reference)), stated, answer)
+
+
+def _solution_text(reference: Trace | Problem) -> str:
+    return reference.completion if isinstance(reference, Trace) else reference.final
+
+
+def _verdict(step: _Step, reason: str) -> StepVerdict:
+    if reason:
+        return StepVerdict(False, reason)
+    return StepVerdict(True if step.concluded() else None)
+
+
+def _find_false(steps: Sequence[_Step]) -> None:
+    """Notes in each step why it is false, where it is."""
+    known = _Known()
+    for step in steps:
+        if _RENAMES.search(step.text):
+            known.unknowns.clear()
+        for equation in step.equations:
+            reason = _falsity(equation, known, step.text) or _contradiction(equation, known, step.text)
+            step.false = step.false or reason
+
+
+def _falsity(equation: Equation, known: _Known, text: str) -> str:
+    """Why an equation of numbers is false; "" where it holds or says something else than arithmetic."""
+    left, right = equation.left, equation.right
+    if left.value is None or right.value is None or left.value.unknown or right.value.unknown:
+        return ""
+    computed, stated = left.value.constant, right.value.constant
+    if left.is_bare and (right.is_bare or left.is_named):
+        # "12 months = 165 * 12" and "1 hour = 60 minutes" are no computations; 1/3 = 0.33 is not exact.
+        known.rounded |= {stated} if computed != stated and abs(computed - stated) <= abs(stated) / 50 else set()
+        return ""
+    scales = _SCALES if equation.units else _SCALES[:1]
+    gap = min(abs(computed * scale - stated) for scale in scales)
+    if not gap:
+        return ""
+    tolerance = Fraction(1, 10**right.decimals) if right.decimals else Fraction(0)
+    if equation.is_rounded:
+        tolerance = max(tolerance, Fraction(1))
+    if any(operand in known.rounded for operand in left.operands):
+        tolerance = max(tolerance, abs(stated) / 50, Fraction(1, 2))
+    tree = right.value.tree
+    if tree is not None and tree.parts and tree.parts[0][0].value == computed:
+        return ""  # a running total: "3 * 5 = 15 + 4 = 19"
+    if _MIXED.match(text[right.start : right.start + 40]):
+        return ""
+    is_cut = computed.denominator != 1 and stated.denominator == 1 and gap < 1 and bool(_WHOLE.search(text))
+    if gap < tolerance or is_cut:
+        known.rounded.add(stated)
+        return ""
+    return f"{_shown(text[left.start : left.end])} = {_number(stated)} is {_number(computed)}"
+
+
+def _contradiction(equation: Equation, known: _Known, text: str) -> str:
+    """Why an equation in one unknown contradicts those before it; "" where it does not."""
+    solved = solution(equation)
+    if solved is None or not solved[0]:
+        return ""
+    unknown, value = solved
+    before = known.unknowns.setdefault(unknown, value)
+    if equation.is_rounded or abs(before - value) <= abs(value) / 100:
+        return ""
+    return f"{_shown(text[equation.start : equation.end])} gives {unknown} = {_number(value)}, before {_number(before)}"
+
+
+def _wrong(steps: Sequence[_Step], way: Ways, stated: Fraction | None, answer: Fraction) -> Judgement:
+    """The judgement of a solution whose answer is wrong."""
+    verdicts = [_verdict(step, step.false) for step in steps]
+    first, reason = _leaves(steps, way)
+    if first < 0:
+        first = _answering(steps, way, stated)
+        reason = f"the answer is {_number(answer)}, not {'stated' if stated is None else _number(stated)}"
+    if steps:
+        verdicts[first] = StepVerdict(False, reason)
+    return Judgement(first, False, tuple(verdicts))
+
+
+def _leaves(steps: Sequence[_Step], way: Ways) -> tuple[int, str]:
+    """(index, reason) of the first step that is false or leaves the way; (-1, "") where none does."""
+    known = Values(way.results.exact | way.given.exact | CONSTANTS)
+    uses: dict[Fraction, list[tuple[int, Fraction]]] = {}  # of each value: (step, what is computed with it)
+    for i, step in enumerate(steps):
+        for equation, value in [] if step.false else step.concluded():
+            for used in set(operands(equation)) - {value}:
+                uses.setdefault(used, []).append((i, value))
+
+    def leads_off(value: Fraction, i: int, *allowed: Values) -> bool:
+        """Whether a value is used from step `i` on, and only for values that are not on the way."""
+        made = [other for step, other in uses.get(value, ())[:_MAX_USES] if step >= i]
+        return bool(made) and not any(other in values for other in made for values in allowed)
+
+    for i, step in enumerate(steps):
+        if step.false:
+            return i, step.false
+        for equation, value in step.concluded():
+            is_computed = not (equation.left.is_bare and equation.right.is_bare)
+            allowed = (way.results,) if is_computed else (way.results, way.given)
+            is_known = any(value in values for values in allowed) or (not is_computed and value in known)
+            if is_known and (value >= 0 or value in way.results):
+                known.add(value)
+                continue
+            told = _shown(step.text[equation.start : equation.end])
+            if value < 0 or not (value in way.others or value in way.given):
+                return _set_up(steps, i), f"{_number(value)} is not on a way to the answer ({told})"
+            if leads_off(value, i, *allowed):
+                return _set_up(steps, i), f"{_number(value)} leads away from the answer ({told})"
+            known.add(value)
+        for value in step.mentions:
+            if value in known:
+                continue
+            if value not in way.others:
+                return i, f"where {_number(value)} comes from is not said"
+            if leads_off(value, i, way.results, way.given):
+                return i, f"{_number(value)} leads away from the answer"
+    return -1, ""
+
+
+def _set_up(steps: Sequence[_Step], i: int) -> int:
+    """The step before `i`, if it ends in a formula without a value, which `i` evaluates; else `i`."""
+    if i == 0 or not steps[i - 1].equations:
+        return i
+    last = steps[i - 1].equations[-1]
+    right, left = last.right.value, last.left.value
+    is_open = (
+        right is None or bool(right.unknown) or (left is not None and bool(left.unknown) and not last.left.is_bare)
+    )
+    return i - 1 if is_open else i
+
+
+def _answering(steps: Sequence[_Step], way: Ways, stated: Fraction | None) -> int:
+    """The step that computes the answer that was stated.
+
+    That is the last one that computes it in its own way: not as the reference computes this value, and not as an
+    earlier step did. If there is none, it is the first one that computes it; then the last that computes anything, or
+    the last.
+    """
+    seen: set[tuple[Fraction, ...]] = set()
+    places, fresh, computing = [], [], []
+    for i, step in enumerate(steps):
+        for equation, value in step.concluded():
+            if equation.left.is_bare and equation.right.is_bare:
+                continue
+            computing.append(i)
+            if value == stated:
+                places.append(i)
+                used = operands(equation)
+                fresh += [] if used in seen or used in way.computed else [i]
+                seen.add(used)
+    if fresh or places:
+        return _set_up(steps, fresh[-1] if fresh else places[0])
+    said = [i for i, step in enumerate(steps) if stated in step.mentions]
+    return said[0] if said else computing[-1] if computing else len(steps) - 1
+
+
+def _shown(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _number(value: Fraction) -> str:
+    return str(value.numerator) if value.denominator == 1 else f"{float(value):.6g}"
