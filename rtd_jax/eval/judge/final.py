@@ -13,18 +13,20 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)|\n+")
 _MAX_END = 4_000  # characters at the end in which the last number and the last equation are looked for
 
 
-def final_number(text: str) -> Fraction | None:
+def final_number(text: str, *, is_whole: bool = True) -> Fraction | None:
     r"""The number that a solution states as its answer; None where it has none.
 
     It is looked for after `####`, then in the last `\boxed{...}`, then after the last "the answer is"; there the result
     of an equation comes before a single number ("8 * 9 = 72 dollars"). Without any of them it is the last number of the
     text; but where the last sentence repeats the result of the last equation, it is that ("34 hours in 4 weeks" after
-    14 + 20 = 34).
+    14 + 20 = 34). Of a text that was cut off (`is_whole` False) its last number is none.
     """
     for place in (stated_answer(text), last_box(text) or "", _last_said(text)):
         value = _number(place)
         if value is not None:
             return value
+    if not is_whole:
+        return None
     end = text[-_MAX_END:]
     sentences = _SENTENCE_END.split(end.strip())
     results = equations(end)

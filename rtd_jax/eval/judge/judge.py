@@ -23,6 +23,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import NamedTuple
 
 from rtd_jax.data.trace import Problem, Trace
 from rtd_jax.eval.answers import parse_number
@@ -68,13 +69,16 @@ class _Known:
     unknowns: dict[str, Fraction] = field(default_factory=dict)  # solutions
 
 
-def judge_steps(problem: str, steps: Sequence[str], reference: Trace | Problem | None = None) -> Judgement:
+def judge_steps(
+    problem: str, steps: Sequence[str], reference: Trace | Problem | None = None, *, is_whole: bool = True
+) -> Judgement:
     """Judges a solution that is already cut into steps.
 
     Args:
       problem: the text of the question.
       steps: the solution's steps. An answer line may be among them.
       reference: a solution whose answer is a number; None where there is none.
+      is_whole: whether the solution came to its own end. Of one that was cut off the last number is no answer.
 
     Returns:
       The index of the first wrong step, whether the answer is right, and a verdict with its reason for each step. The
@@ -89,7 +93,7 @@ def judge_steps(problem: str, steps: Sequence[str], reference: Trace | Problem |
     if reference is None or answer is None:
         first = next((i for i, step in enumerate(read) if step.false), -1)
         return Judgement(first, None, tuple(_verdict(step, step.false) for step in read))
-    stated = final_number("\n".join(steps))
+    stated = final_number("\n".join(steps), is_whole=is_whole)
     is_right = stated is not None and stated == answer
     if is_right:
         first = next((i for i, step in enumerate(read) if step.false), -1)
@@ -163,19 +167,29 @@ def _contradiction(equation: Equation, known: _Known, text: str) -> str:
 
 def _wrong(steps: Sequence[_Step], way: Ways, stated: Fraction | None, answer: Fraction) -> Judgement:
     """The judgement of a solution whose answer is wrong."""
-    verdicts = [_verdict(step, step.false) for step in steps]
-    first, reason = _leaves(steps, way)
+    exits = _exits(steps, way)
+    reasons = [step.false or out.reason for step, out in zip(steps, exits, strict=True)]
+    first = next((i for i, reason in enumerate(reasons) if reason), -1)
     if first < 0:
         first = _answering(steps, way, stated)
-        reason = f"the answer is {_number(answer)}, not {'stated' if stated is None else _number(stated)}"
-    if steps:
-        verdicts[first] = StepVerdict(False, reason)
-    return Judgement(first, False, tuple(verdicts))
+        reasons[first] = f"the answer is {_number(answer)}, not {'stated' if stated is None else _number(stated)}"
+    elif exits[first].is_computed and not steps[first].false:
+        reasons[_set_up(steps, first)] = reasons[first]
+        first = _set_up(steps, first)
+    return Judgement(first, False, tuple(_verdict(step, why) for step, why in zip(steps, reasons, strict=True)))
 
 
-def _leaves(steps: Sequence[_Step], way: Ways) -> tuple[int, str]:
-    """(index, reason) of the first step that is false or leaves the way; (-1, "") where none does."""
+class _Exit(NamedTuple):
+    """Why a step is not on the way to the answer, "" where it is, and whether for a value that it computes."""
+
+    reason: str = ""
+    is_computed: bool = False
+
+
+def _exits(steps: Sequence[_Step], way: Ways) -> list[_Exit]:
+    """For each step whether it leaves the way to the answer, or goes on from a value that did."""
     known = Values(way.results.exact | way.given.exact | CONSTANTS)
+    strayed = Values()
     uses: dict[Fraction, list[tuple[int, Fraction]]] = {}  # of each value: (step, what is computed with it)
     for i, step in enumerate(steps):
         for equation, value in [] if step.false else step.concluded():
@@ -187,30 +201,33 @@ def _leaves(steps: Sequence[_Step], way: Ways) -> tuple[int, str]:
         made = [other for step, other in uses.get(value, ())[:_MAX_USES] if step >= i]
         return bool(made) and not any(other in values for other in made for values in allowed)
 
-    for i, step in enumerate(steps):
-        if step.false:
-            return i, step.false
+    def left(i: int, step: _Step) -> _Exit:
         for equation, value in step.concluded():
             is_computed = not (equation.left.is_bare and equation.right.is_bare)
             allowed = (way.results,) if is_computed else (way.results, way.given)
             is_known = any(value in values for values in allowed) or (not is_computed and value in known)
-            if is_known and (value >= 0 or value in way.results):
-                known.add(value)
-                continue
-            told = _shown(step.text[equation.start : equation.end])
-            if value < 0 or not (value in way.others or value in way.given):
-                return _set_up(steps, i), f"{_number(value)} is not on a way to the answer ({told})"
-            if leads_off(value, i, *allowed):
-                return _set_up(steps, i), f"{_number(value)} leads away from the answer ({told})"
+            if not is_known or (value < 0 and value not in way.results):
+                told = _shown(step.text[equation.start : equation.end])
+                if value < 0 or not (value in way.others or value in way.given):
+                    strayed.add(value)
+                    return _Exit(f"{_number(value)} is not on a way to the answer ({told})", True)
+                if leads_off(value, i, *allowed):
+                    strayed.add(value)
+                    return _Exit(f"{_number(value)} leads away from the answer ({told})", True)
             known.add(value)
         for value in step.mentions:
             if value in known:
                 continue
-            if value not in way.others:
-                return i, f"where {_number(value)} comes from is not said"
+            if value in strayed or value not in way.others:
+                lost = "is not on a way to the answer" if value in strayed else "comes from nowhere"
+                strayed.add(value)
+                return _Exit(f"{_number(value)} {lost}")
             if leads_off(value, i, way.results, way.given):
-                return i, f"{_number(value)} leads away from the answer"
-    return -1, ""
+                strayed.add(value)
+                return _Exit(f"{_number(value)} leads away from the answer")
+        return _Exit()
+
+    return [left(i, step) for i, step in enumerate(steps)]
 
 
 def _set_up(steps: Sequence[_Step], i: int) -> int:

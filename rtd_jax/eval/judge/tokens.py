@@ -1,11 +1,12 @@
 r"""Splits a solution's text, plain or LaTeX, into what matters for its arithmetic: numbers, operators, words, breaks.
 
 Time is linear in the text. LaTeX is read, not rewritten: `\frac`, `\times`, `\text{...}`, `\$`, `\%`, `\boxed` and the
-marks of formulas are tokens, or nothing. Calculator marks (`<<8*1=8>>`) repeat what is written and are left out.
+marks of formulas are tokens, or nothing. A calculator mark repeats the equation before it ("8*1=<<8*1=8>>8") and is
+left out; where there is none ("in all: <<8*1=8>>8"), it is the equation.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -75,6 +76,8 @@ def tokens(text: str) -> list[Token]:
         name = "number" if name in ("nth", "hyphen") else name
         start, end = match.span()
         raw = match[0]
+        if name == "mark" and not (found and found[-1].kind == "equals"):
+            found.extend(_mark(raw, start))
         if name in ("blank", "mark", "nothing"):
             spaced = spaced or name == "blank" or raw[-1].isspace()
             continue
@@ -83,6 +86,12 @@ def tokens(text: str) -> list[Token]:
         spaced = name == "space"
         at_line_start = name == "space"
     return found
+
+
+def _mark(raw: str, start: int) -> list[Token]:
+    """The tokens of a calculator mark that stands for itself, apart from what is around it."""
+    inner = [replace(token, start=token.start + start + 2, end=token.end + start + 2) for token in tokens(raw[2:-2])]
+    return [Token("break", "", start, start), *inner, Token("break", "", start, start)]
 
 
 def _made(
