@@ -253,8 +253,8 @@ def test_a_chain_without_an_answer_of_its_own_judges_itself_right(steps):
 def test_steps_that_share_a_line_are_judged_by_their_lines():
     body = "a = 1. b = 2.\nc = 3"
     trace = Trace("question", body, spans_of(body, (6, 13)), "3", "#### 3")
-    assert score_chain(trace.completion, trace)["correct"]
-    assert score_chain("a = 1. b = 4.\nc = 3\n#### 3", trace)["first_error"] == 0
+    assert score_chain(trace.completion, trace)["chain_exact"]
+    assert not score_chain("a = 1. b = 4.\nc = 3\n#### 3", trace)["chain_exact"]
 
 
 def test_a_reference_that_states_two_answers_is_refused_by_name():

@@ -18,29 +18,48 @@ TRACE = Trace.of_steps("q", ("48/2 = <<48/2=24>>24 clips.", "48+24 = <<48+24=72>
 
 
 @pytest.mark.parametrize(
-    ("text", "correct", "first_error", "steps"),
+    ("text", "exact", "first_error", "steps"),
     [
         ("24 clips\n72 in all\n#### 72", True, -1, 2),
         ("<<48/2=24>>24.0\n\n  Then, nothing to see.\n72\n#### 72", True, -1, 3),  # a line without a number is skipped
         ("24\n72\n#### 72\nQuestion: 5 + 5?\n#### 10", True, -1, 2),  # runs on after the answer
-        ("23\n72\n#### 72", False, 0, 2),
-        ("24\n71\n#### 72", False, 1, 2),
-        ("72\n24\n#### 72", False, 0, 2),  # order counts
-        ("72\n#### 72", False, 0, 1),
-        ("24\n#### 72", False, 1, 1),  # the second step is missing: the answer stands in its place
-        ("24\n72\n72+1=73\n#### 72", False, 2, 3),  # one step too many
+        # Right by the judge, but not the reference's results in their places.
+        ("72\n#### 72", False, -1, 1),
+        ("48 * 1.5 = 72\n#### 72", False, -1, 1),
+        ("72\n24\n#### 72", False, -1, 2),
+        ("24\n72\n72+1=73\n#### 72", False, -1, 3),
+        ("24\n72", False, -1, 2),  # the last number is its answer
+        ("48/2 = 23\n72\n#### 72", False, 0, 2),
+        ("24\n48+24 = 71\n#### 72", False, 1, 2),
         ("24\n72\n#### 71", False, 2, 2),  # steps right, answer wrong
-        ("24\n72", False, 2, 2),  # never answers
+        ("24\n48+24+1 = 73\n#### 73", False, 1, 2),
         ("", False, 0, 0),
     ],
 )
-def test_first_error_is_the_first_wrong_line(text, correct, first_error, steps):
+def test_the_judge_and_the_letter_of_the_reference(text, exact, first_error, steps):
     score = score_chain(text, TRACE)
-    assert (score["correct"], score["first_error"], len(split_solution(text)[0])) == (correct, first_error, steps)
+    assert (score["chain_exact"], score["first_error"], len(split_solution(text)[0])) == (exact, first_error, steps)
+    assert score["correct"] == (first_error < 0)
+    assert len(score["verdicts"]) == len(score["reasons"]) == steps + ("####" in text)
+    assert score["steps_right"] == [verdict for verdict in score["verdicts"] if verdict is not None]
+
+
+def test_a_text_that_was_cut_off_has_to_state_its_answer():
+    assert score_chain("24\n72", TRACE)["correct"]
+    cut = score_chain("24\n72", TRACE, finished=False)
+    assert not cut["correct"]
+    assert cut["reasons"][cut["first_error"]] == "the answer is 72, not stated"
+    assert score_chain("24\n72\n#### 72", TRACE, finished=False)["correct"]
+
+
+def test_a_reference_without_an_answer_is_followed_to_the_letter():
+    trace = Trace.of_steps("q", ("48/2 = 24", "48+24 = 72"), "")
+    assert score_chain("24\n72", trace)["correct"]
+    assert score_chain("23\n72", trace)["first_error"] == 0
 
 
 def test_answer_may_be_right_while_the_chain_is_wrong():
-    score = score_chain("1\n2\n#### 72", TRACE)
+    score = score_chain("1+1=3\n2\n#### 72", TRACE)
     assert (score["answer_strict"], score["answer_flexible"], score["correct"]) == (True, True, False)
     unstated = score_chain("24\n72", TRACE)
     assert (unstated["answer_strict"], unstated["answer_flexible"]) == (False, True)

@@ -1,7 +1,9 @@
-"""Chain accuracy: is every intermediate result right, in order, and the final answer too?
+"""Chain accuracy: is every step right, and the final answer too?
 
 Perplexity and step accuracy hide compounding errors; this does not. It is measured on text that the model wrote freely,
-so one wrong step spoils what follows, as in use. No model is needed, so a file of texts can be scored again.
+so one wrong step spoils what follows, as in use. No model is needed, so a file of texts can be scored again. Where the
+answer is a number, the step judge decides (`rtd_jax.eval.judge`); `chain_exact` stays beside it: every result of the
+reference, place by place, for problems whose references are followed to the letter.
 """
 
 from collections.abc import Sequence
@@ -9,6 +11,7 @@ from fractions import Fraction
 
 from rtd_jax.data.trace import Problem, Trace, is_answer_line
 from rtd_jax.eval.answers import answer_matches, parse_number, states_right_answer, step_result
+from rtd_jax.eval.judge.judge import judge_steps
 from rtd_jax.eval.scored import Record
 
 
@@ -58,19 +61,22 @@ def split_solution(text: str) -> tuple[list[str], str]:
 def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
     """Scores one generated solution.
 
-    Lines that conclude no number are not compared, on either side. Where the reference answer is not a number (yes/no,
-    a choice, an expression) its steps are prose that cannot be compared, and the chain is as right as its answer. The
-    answer has to be right in the strict reading: a solution that never states it is unfinished.
+    Where the reference answer is a number on a `####` line, the judge says which steps are right and which is the first
+    wrong one, and reads the answer; a text that was cut off has to state it. Where the reference answer is not a number
+    (yes/no, a choice, an expression) or stands in a box (MATH), steps are prose that arithmetic does not decide, and
+    the chain is as right as its answer in the strict reading. A reference without an answer of its own is followed to
+    the letter.
 
     Returns:
       prompt, completions (steps of the text), final (its answer line), text, reference (steps), answer, depth, correct,
-      answer_strict, answer_flexible, first_error, steps_right (one bool a reference result), finished (as given). Of
-      MATH also subject, level, and math_verify (whether that library finds the answers equal). Where the reference is
-      not one step a line, also reference_text.
+      chain_exact (None where steps cannot be compared), answer_strict, answer_flexible, first_error, verdicts and
+      reasons (of each step and of the answer line, where there is one; right, wrong, or None where it concludes
+      nothing), steps_right (the verdicts that are not None), finished (as given). Of MATH also subject, level, and
+      math_verify (whether that library finds the answers equal). Where the reference is not one step a line, also
+      reference_text.
 
-      `first_error` is the index, among the generated lines, of the first step whose result is not the reference's; the
-      answer line counts as the line after the last step, and a missing step counts at the line that stands in its
-      place. -1 where the chain is correct. (ProcessBench's `label`.)
+      `first_error` is the index of the first wrong step; the answer line counts as the line after the last step. -1
+      where the chain is correct. (ProcessBench's `label`.)
 
     Raises:
       ValueError: the reference's own text would be judged wrong; see `check_reference`.
@@ -79,11 +85,16 @@ def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
     steps, final = split_solution(text)
     # A base model may go on with a problem of its own; the harness stops it by stop words, we by the answer line.
     strict, flexible, verified = answer_matches(trace, "\n".join([*steps, final]) if final else text)
-    # Lines against lines: a step that a classifier cut may be a part of a line, or several of them.
-    expected = split_solution(trace.completion)[0]
-    generated, reached = results_right(steps, expected) if comparable(trace) else ([], [])
-    correct = strict and all(reached) and False not in generated
-    wrong_step = generated.index(False) if False in generated else len(steps)
+    exact, generated = _followed(steps, trace, strict)
+    if comparable(trace) and trace.answer:
+        judgement = judge_steps(trace.prompt, [*steps, final] if final else steps, trace, is_whole=finished)
+        correct, first_error = judgement.first_error < 0, judgement.first_error
+        verdicts = [verdict.right for verdict in judgement.steps]
+        reasons = [verdict.reason for verdict in judgement.steps]
+    else:
+        correct = strict if exact is None else exact
+        first_error = -1 if correct else generated.index(False) if False in generated else len(steps)
+        verdicts, reasons = list(generated), [""] * len(generated)
     return {
         "prompt": trace.prompt,
         "completions": steps,
@@ -95,14 +106,27 @@ def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
         "answer": trace.answer,
         "depth": trace.depth,
         "correct": correct,
+        "chain_exact": exact,
         "answer_strict": strict,
         "answer_flexible": flexible,
-        "first_error": -1 if correct else wrong_step,
-        "steps_right": reached,
+        "first_error": first_error,
+        "verdicts": verdicts,
+        "reasons": reasons,
+        "steps_right": [verdict for verdict in verdicts if verdict is not None],
         "finished": finished,
         **({"subject": trace.subject, "level": trace.level} if trace.subject or trace.level else {}),
         **({} if verified is None else {"math_verify": verified}),
     }
+
+
+def _followed(steps: Sequence[str], trace: Trace, strict: bool) -> tuple[bool | None, list[bool | None]]:
+    """Whether a text follows the reference to the letter, and each of its steps; (None, []) where that has no sense."""
+    if not comparable(trace):
+        return None, []
+    # Lines against lines: a step that a classifier cut may be a part of a line, or several of them.
+    expected = split_solution(trace.completion)[0]
+    generated, reached = results_right(steps, expected)
+    return strict and all(reached) and False not in generated, generated
 
 
 def check_reference(trace: Trace | Problem) -> None:

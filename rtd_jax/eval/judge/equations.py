@@ -54,6 +54,7 @@ class Side:
     parts: list[Fraction] = field(default_factory=list)  # values of the bracketed and partial results
     decimals: int = 0  # most digits after the point of a number in it
     is_bare: bool = True  # one number or one unknown, without an operator
+    is_share: bool = False  # one fraction, such as 1/2
     is_named: bool = False  # words stand beside its numbers
     start: int = -1  # of its first and last token in the text; -1 where it was not read
     end: int = -1
@@ -331,8 +332,8 @@ class _Parser:
             if token is None:
                 return value
             if self._is_operator("*", "/"):
-                # "1/2 cup" is one number.
-                self.side.is_bare = self.side.is_bare and self._is_tight_slash()
+                self.side.is_share = self.side.is_bare and self._is_tight_slash()
+                self.side.is_bare = False
                 self.at += 1
                 is_loose = token.is_spaced or ((following := self._peek()) is not None and following.is_spaced)
                 other, is_share = self._factor(depth)

@@ -5,7 +5,8 @@ Deterministic and without a model, for problems whose answer is a number. What i
 - A step is **false** if an equation in it is: both sides are evaluated exactly (`equations`), and have to be equal up
   to the rounding that the result's digits show or the text says ("approximately", "rounded"); shares and percentages,
   and dollars and cents, are the same amount. So is an equation in one unknown that has another solution than the
-  equations before it. A side that has no value (words, two unknowns, a place such as "6th") is never false.
+  equations before it. A side that has no value (words, two unknowns, a place such as "6th") is never false, nor is an
+  equation that the reference has as well.
 - A chain is **right** if its answer is, and no step is false: its steps are on a way to the answer, also where the
   reference goes another.
 - A chain with another answer is wrong. Its **first wrong step** is the first that is false, or that leaves the way:
@@ -20,7 +21,7 @@ Without a reference only false equations are wrong.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from rtd_jax.eval.answers import parse_number
 from rtd_jax.eval.judge.equations import Equation, equations, mentioned, solution
 from rtd_jax.eval.judge.final import final_number
 from rtd_jax.eval.judge.verdicts import Judgement, StepVerdict
-from rtd_jax.eval.judge.ways import CONSTANTS, Values, Ways, operands, ways
+from rtd_jax.eval.judge.ways import CONSTANTS, Values, Ways, claims, operands, ways
 
 _RENAMES = re.compile(r"\b(?:let|denote|denoted|represent|represents|assume|suppose|call)\b", re.IGNORECASE)
 _WHOLE = re.compile(r"\b(?:remainder|left ?over|whole|full|complete|completely|integer)\b", re.IGNORECASE)
@@ -88,7 +89,7 @@ def judge_steps(
     for step in steps:
         text, room = step[:room], max(0, room - len(step))
         read.append(_Step(text, equations(text), mentioned(text)))
-    _find_false(read)
+    _find_false(read, frozenset() if reference is None else claims(_solution_text(reference)))
     answer = None if reference is None else parse_number(reference.answer)
     if reference is None or answer is None:
         first = next((i for i, step in enumerate(read) if step.false), -1)
@@ -111,15 +112,17 @@ def _verdict(step: _Step, reason: str) -> StepVerdict:
     return StepVerdict(True if step.concluded() else None)
 
 
-def _find_false(steps: Sequence[_Step]) -> None:
-    """Notes in each step why it is false, where it is."""
+def _find_false(steps: Sequence[_Step], claimed: Set[tuple[tuple[Fraction, ...], Fraction]]) -> None:
+    """Notes in each step why it is false, where it is; equations that are `claimed` by the reference are not."""
     known = _Known()
     for step in steps:
         if _RENAMES.search(step.text):
             known.unknowns.clear()
         for equation in step.equations:
             reason = _falsity(equation, known, step.text) or _contradiction(equation, known, step.text)
-            step.false = step.false or reason
+            right = equation.right.value
+            is_claimed = bool(reason) and right is not None and (operands(equation), right.constant) in claimed
+            step.false = step.false or ("" if is_claimed else reason)
 
 
 def _falsity(equation: Equation, known: _Known, text: str) -> str:
@@ -128,10 +131,8 @@ def _falsity(equation: Equation, known: _Known, text: str) -> str:
     if left.value is None or right.value is None or left.value.unknown or right.value.unknown:
         return ""
     computed, stated = left.value.constant, right.value.constant
-    if left.is_bare and (right.is_bare or left.is_named):
-        # "12 months = 165 * 12" and "1 hour = 60 minutes" are no computations; 1/3 = 0.33 is not exact.
-        known.rounded |= {stated} if computed != stated and abs(computed - stated) <= abs(stated) / 50 else set()
-        return ""
+    if (left.is_bare and right.is_bare) or ((left.is_bare or left.is_share) and left.is_named):
+        return ""  # "1 hour = 60 minutes", "12 months = 165 * 12" and "1/2 cup = 4 ounces" are no computations
     scales = _SCALES if equation.units else _SCALES[:1]
     gap = min(abs(computed * scale - stated) for scale in scales)
     if not gap:
@@ -170,6 +171,8 @@ def _wrong(steps: Sequence[_Step], way: Ways, stated: Fraction | None, answer: F
     exits = _exits(steps, way)
     reasons = [step.false or out.reason for step, out in zip(steps, exits, strict=True)]
     first = next((i for i, reason in enumerate(reasons) if reason), -1)
+    if not steps:
+        return Judgement(0, False, ())
     if first < 0:
         first = _answering(steps, way, stated)
         reasons[first] = f"the answer is {_number(answer)}, not {'stated' if stated is None else _number(stated)}"

@@ -5,6 +5,7 @@ marks of formulas are tokens, or nothing. A calculator mark repeats the equation
 left out; where there is none ("in all: <<8*1=8>>8"), it is the equation.
 """
 
+import functools
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -66,7 +67,8 @@ class Token:
     is_spaced: bool = False  # white space stands before it
 
 
-def tokens(text: str) -> list[Token]:
+@functools.lru_cache(maxsize=256)  # a step's equations and its numbers are read from the same tokens
+def tokens(text: str) -> tuple[Token, ...]:
     """The tokens of a text, in order. White space, dollar signs, marks of bold type and of inline formulas are none."""
     found: list[Token] = []
     spaced = True
@@ -85,7 +87,7 @@ def tokens(text: str) -> list[Token]:
         found.extend(made)
         spaced = name == "space"
         at_line_start = name == "space"
-    return found
+    return tuple(found)
 
 
 def _mark(raw: str, start: int) -> list[Token]:

@@ -95,6 +95,16 @@ def ways(problem: str, reference: str) -> Ways:
     return Ways(Values(_scaled(results)), Values(_scaled(given)), Values(_scaled(others)), frozenset(computed))
 
 
+@functools.lru_cache(maxsize=4096)
+def claims(reference: str) -> frozenset[tuple[tuple[Fraction, ...], Fraction]]:
+    """(operands, result) of each equation of a reference. They are taken as true, as people wrote them."""
+    return frozenset(
+        (operands(equation), equation.right.value.constant)
+        for equation in equations(reference)
+        if equation.right.value is not None and not equation.right.value.unknown
+    )
+
+
 def operands(equation: Equation) -> tuple[Fraction, ...]:
     """The numbers of which an equation computes its result, in order of size."""
     side = equation.right if equation.left.is_bare else equation.left
