@@ -103,11 +103,6 @@ class PretrainRecipe:
         check_filled(self, "phases")
         check_ranges(self, shot_fraction="[0, 1]", problems_per_depth="[1, 1e6]", max_new_tokens="[1, 1e6]", seed=SEED)
         check_ranges(self, log_every="[1, 1e9]", checkpoint_every="[1, 1e9]")
-        if "prose" in (self.train.schema, self.test.schema):
-            raise ValueError(
-                "a pretraining takes problems by their depth, and texts of schema 'prose' have no marked steps to "
-                "count; cut them with launch/segment.py first and use schema 'stepwise'"
-            )
 
     @property
     def total_updates(self) -> int:

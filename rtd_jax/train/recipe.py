@@ -83,12 +83,6 @@ class DataSettings:
         check_ranges(self, row_length="[2, 1e7]", chains_per_row="[1, 1e5]")
         check_ranges(self, validation_fraction="(0, 1)", max_dropped_fraction="[0, 1]")
         check_filled(self, "segmentation")
-        prose = [x for x in (self.train, self.validation, self.test) if x is not None and x.schema == "prose"]
-        if prose and not self.segmentation.startswith("classifier:"):
-            raise ValueError(
-                f"segmentation is {self.segmentation!r}, but the texts of {prose[0].location} have no marked steps; "
-                "use 'classifier:<folder>' with a classifier that launch/boundaries.py fitted to the teacher"
-            )
 
     def unread_settings(self) -> dict[str, str]:
         unread = {} if self.validation is None else {"validation_fraction": "data.validation is given"}

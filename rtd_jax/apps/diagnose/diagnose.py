@@ -86,8 +86,6 @@ class DiagnoseSettings:
                 f"segmentation is {self.segmentation!r}; a diagnosis compares states where steps end: use 'annotated' "
                 "or 'classifier:<folder>'"
             )
-        if self.schema == "prose" and self.segmentation == "annotated":
-            raise ValueError("texts of schema 'prose' have no marked steps; give --segmentation=classifier:<folder>")
         check_ranges(self, resamples="[20, 1e6]")
 
 

@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from rtd_jax.apps.traces.requests import Reply, Request
 from rtd_jax.base.settings import check_ranges
+from rtd_jax.data.prose import prose_steps
 from rtd_jax.data.schemas.math import last_box
+from rtd_jax.data.schemas.schema import one_line
 from rtd_jax.data.sentences import sentences
-from rtd_jax.data.trace import Problem, stated_answer
+from rtd_jax.data.trace import Problem, is_answer_line, stated_answer
 from rtd_jax.eval.answers import answer_matches, parse_number, states_number
 from rtd_jax.eval.chains import split_solution
 from rtd_jax.eval.estimates import depth_key
@@ -25,7 +27,7 @@ class SelectionSettings:
     """Which replies are kept. Another selection can be made from the same log without asking the teacher again."""
 
     reading: Literal["strict", "flexible"] = "strict"  # strict: the answer follows ####; MATH needs flexible
-    steps: Literal["lines", "sentences"] = "lines"  # what a step is; sentences are cut as those of MATH
+    steps: Literal["lines", "sentences", "prose"] = "lines"  # sentences: cut as MATH's; prose: by data/prose.py's rules
     per_problem: int = 0  # chains kept for one problem at most; 0 keeps all
     max_depth_share: float = 1.0  # share of all kept chains that one depth (1, 2, 3, 4, 5+) may have
     tokenizer: str = ""  # Hugging Face folder: a chain with tokens that it does not know is unparsable; "": no check
@@ -128,8 +130,8 @@ def judge(problem: Problem, reply: Reply, settings: SelectionSettings) -> tuple[
     if reply.finish == "refused":
         return "refused", []
     lines, answer_line = split_solution(reply.text)
-    steps = lines if settings.steps == "lines" else sentences("\n".join(lines))
-    steps = [" ".join(step.split()) for step in steps]
+    # Each on one line, as the stepwise schema reads it back.
+    steps = [one_line(step) for step in _steps(reply.text, lines, settings)]
     if reply.finish == "length":
         return "unfinished", steps
     # What a model writes after its answer line is not part of the chain.
@@ -139,6 +141,18 @@ def judge(problem: Problem, reply: Reply, settings: SelectionSettings) -> tuple[
     match = answer_matches(problem, text)
     right = match.strict if settings.reading == "strict" else match.strict or match.flexible
     return "kept" if right else "wrong", steps
+
+
+def _steps(text: str, lines: list[str], settings: SelectionSettings) -> list[str]:
+    """The steps of a text with the given lines before its answer line."""
+    if settings.steps == "lines":
+        return lines
+    if settings.steps == "sentences":
+        return sentences("\n".join(lines))
+    laid_out = text.splitlines(keepends=True)  # blank lines and indents say which lines belong together
+    answer = next((i for i, line in enumerate(laid_out) if is_answer_line(line.strip())), len(laid_out))
+    body = "".join(laid_out[:answer])
+    return [body[start:end] for start, end in prose_steps(body)]
 
 
 def _states_answer(problem: Problem, text: str, reading: str) -> bool:
