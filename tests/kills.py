@@ -81,7 +81,12 @@ def cases(root: Path) -> list[Case]:
 def _is_result(path: Path) -> bool:
     """Checkpoints, event files and logs hold times, and pages, pictures and study.md show them."""
     parts = set(path.parts)
-    return not parts & {"checkpoints", "tensorboard", "compiled"} and path.suffix not in (".html", ".png", ".txt", ".md")
+    return not parts & {"checkpoints", "tensorboard", "compiled"} and path.suffix not in (
+        ".html",
+        ".png",
+        ".txt",
+        ".md",
+    )
 
 
 def _config_file(path: Path, settings: dict[str, Any]) -> Path:

@@ -28,7 +28,6 @@ TRACE = Trace.of_steps("q", ("48/2 = <<48/2=24>>24 clips.", "48+24 = <<48+24=72>
         ("48 * 1.5 = 72\n#### 72", False, -1, 1),
         ("72\n24\n#### 72", False, -1, 2),
         ("24\n72\n72+1=73\n#### 72", False, -1, 3),
-        ("24\n72", False, -1, 2),  # the last number is its answer
         ("48/2 = 23\n72\n#### 72", False, 0, 2),
         ("24\n48+24 = 71\n#### 72", False, 1, 2),
         ("24\n72\n#### 71", False, 2, 2),  # steps right, answer wrong
@@ -42,6 +41,19 @@ def test_the_judge_and_the_letter_of_the_reference(text, exact, first_error, ste
     assert score["correct"] == (first_error < 0)
     assert len(score["verdicts"]) == len(score["reasons"]) == steps + ("####" in text)
     assert score["steps_right"] == [verdict for verdict in score["verdicts"] if verdict is not None]
+
+
+def test_prose_without_an_answer_line_is_cut_into_its_steps():
+    text = (
+        "Let's solve it step by step.\n\nHalf of them:\n\\[ \\frac{48}{2} = 24 \\]\n\n"
+        "In all 48 + 24 = 72 clips.\n\nThe answer is \\(\\boxed{72}\\)."
+    )
+    score = score_chain(text, TRACE)
+    assert score["correct"]
+    assert len(score["completions"]) == 2
+    assert score["completions"][1].startswith("In all")
+    assert score["verdicts"] == [True, True]
+    assert not score["chain_exact"]
 
 
 def test_a_text_that_was_cut_off_has_to_state_its_answer():

@@ -9,6 +9,7 @@ reference, place by place, for problems whose references are followed to the let
 from collections.abc import Sequence
 from fractions import Fraction
 
+from rtd_jax.data.prose import prose_steps
 from rtd_jax.data.trace import Problem, Trace, is_answer_line
 from rtd_jax.eval.answers import answer_matches, parse_number, states_right_answer, step_result
 from rtd_jax.eval.judge.judge import judge_steps
@@ -68,12 +69,12 @@ def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
     the letter.
 
     Returns:
-      prompt, completions (steps of the text), final (its answer line), text, reference (steps), answer, depth, correct,
-      chain_exact (None where steps cannot be compared), answer_strict, answer_flexible, first_error, verdicts and
-      reasons (of each step and of the answer line, where there is one; right, wrong, or None where it concludes
-      nothing), steps_right (the verdicts that are not None), finished (as given). Of MATH also subject, level, and
-      math_verify (whether that library finds the answers equal). Where the reference is not one step a line, also
-      reference_text.
+      prompt, completions (steps of the text: its lines where it has an answer line, else those of `prose_steps`),
+      final (its answer line), text, reference (steps), answer, depth, correct, chain_exact (None where steps cannot be
+      compared), answer_strict, answer_flexible, first_error, verdicts and reasons (of each step and of the answer line,
+      where there is one; right, wrong, or None where it concludes nothing), steps_right (the verdicts that are not
+      None), finished (as given). Of MATH also subject, level, and math_verify (whether that library finds the answers
+      equal). Where the reference is not one step a line, also reference_text.
 
       `first_error` is the index of the first wrong step; the answer line counts as the line after the last step. -1
       where the chain is correct. (ProcessBench's `label`.)
@@ -82,11 +83,14 @@ def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
       ValueError: the reference's own text would be judged wrong; see `check_reference`.
     """
     check_reference(trace)
-    steps, final = split_solution(text)
+    lines, final = split_solution(text)
     # A base model may go on with a problem of its own; the harness stops it by stop words, we by the answer line.
-    strict, flexible, verified = answer_matches(trace, "\n".join([*steps, final]) if final else text)
-    exact, generated = _followed(steps, trace, strict)
-    if comparable(trace) and trace.answer:
+    strict, flexible, verified = answer_matches(trace, "\n".join([*lines, final]) if final else text)
+    exact, generated = _followed(lines, trace, strict)
+    # An answer line says that the text is laid out as the references are, one step a line.
+    is_judged = comparable(trace) and bool(trace.answer)
+    steps = lines if final or not is_judged else [text[slice(*span)] for span in prose_steps(text)]
+    if is_judged:
         judgement = judge_steps(trace.prompt, [*steps, final] if final else steps, trace, is_whole=finished)
         correct, first_error = judgement.first_error < 0, judgement.first_error
         verdicts = [verdict.right for verdict in judgement.steps]
