@@ -14,10 +14,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from rtd_jax.apps.traces.requests import Finish, Reply, Request
 from rtd_jax.base.files import parse_json, read_object, read_record, reading, write_record
 from rtd_jax.base.settings import build
 from rtd_jax.data.manifest import LOG
+from rtd_jax.teacher.served.requests import Finish, Reply, Request
 
 FORMAT = 2  # of requests.json; 1 has no digest
 

@@ -5,8 +5,16 @@ import os
 from collections.abc import Sequence, Set
 from typing import Any
 
-from rtd_jax.apps.traces.requests import Finish, OpenAISettings, Record, Reply, Request, SamplingSettings, before_stop
 from rtd_jax.data.formats import TextFormat
+from rtd_jax.teacher.served.requests import (
+    Finish,
+    OpenAISettings,
+    Record,
+    Reply,
+    Request,
+    SamplingSettings,
+    before_stop,
+)
 
 BACKOFF, LONGEST_BACKOFF = 0.5, 8.0  # seconds before a request is sent again whose reply could not be read
 
