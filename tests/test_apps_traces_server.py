@@ -161,7 +161,7 @@ def test_a_refused_request_stops_the_run_or_is_counted(tmp_path):
     assert read_json(tmp_path / NAME)["counts"]["all"]["refused"] == 2
     with (
         CompletionsServer(TRACES, ["401"]) as server,
-        pytest.raises(ValueError, match=r"answered 401 .* mend openai.model, openai.base_url, the key"),
+        pytest.raises(ValueError, match=r"answered 401 .* mend --config.openai.model, --config.openai.base_url, the key"),
     ):
         write_traces(asking(server.url), tmp_path / "other")
 
@@ -183,7 +183,7 @@ def test_hidden_thinking_that_is_cut_does_not_end_a_run(tmp_path, kind, monkeypa
         ("empty", "0 choices in place of one: .*; see its log for request"),
         ("aborted", "finish_reason 'abort', so whether the text is whole is not known: .*; see its log for request"),
         ("html", "what is no completion: '<html>.*base_url"),
-        ("7", "what is no completion: 7; see that openai.base_url"),
+        ("7", "what is no completion: 7; see that --config.openai.base_url"),
     ],
 )
 def test_what_a_server_said_is_named(tmp_path, failure, words):
