@@ -161,7 +161,9 @@ def test_a_refused_request_stops_the_run_or_is_counted(tmp_path):
     assert read_json(tmp_path / NAME)["counts"]["all"]["refused"] == 2
     with (
         CompletionsServer(TRACES, ["401"]) as server,
-        pytest.raises(ValueError, match=r"answered 401 .* mend --config.openai.model, --config.openai.base_url, the key"),
+        pytest.raises(
+            ValueError, match=r"answered 401 .* mend --config.openai.model, --config.openai.base_url, the key"
+        ),
     ):
         write_traces(asking(server.url), tmp_path / "other")
 
