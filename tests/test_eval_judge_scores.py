@@ -121,7 +121,7 @@ def test_a_server_that_judges_needs_a_model_and_a_model_a_server():
         ServedJudgeFlags().check_asked(True)
     with pytest.raises(ValueError, match="judge_model is 'm', but no server is to judge; add --judge=openai"):
         ServedJudgeFlags(judge_model="m").check_asked(False)
-    with pytest.raises(ValueError, match="^judge_base_url is empty"):
+    with pytest.raises(ValueError, match=r"^judge_base_url is empty"):
         ServedJudgeFlags(judge_base_url="")
-    with pytest.raises(ValueError, match="^judge_extra_body is '7'; expected a JSON object"):
+    with pytest.raises(ValueError, match=r"^judge_extra_body is '7'; expected a JSON object"):
         ServedJudgeFlags(judge_extra_body="7")
