@@ -324,6 +324,13 @@ def test_evaluate_has_the_chains_judged_beside_its_own_reading(tmp_path, judging
     assert "judged_chain_accuracy" not in changed
 
 
+def test_evaluate_refuses_another_judge_s_log_before_a_model_is_run(tmp_path, judging):
+    settings = {"judge": "openai", "judge_base_url": judging.url, "out": str(tmp_path / "out")}
+    evaluate(EvaluateSettings(generations=generations(tmp_path), judge_model="m", **settings))
+    with pytest.raises(ValueError, match=r"judge holds replies of another model: 'm', this run has 'other'"):
+        evaluate(EvaluateSettings(("no such model",), judge_model="other", **settings))
+
+
 def test_evaluate_refuses_a_judge_that_has_nothing_to_read(tmp_path):
     options = {"judge": "openai", "judge_model": "m"}
     with pytest.raises(ValueError, match="choices have no texts to judge"):

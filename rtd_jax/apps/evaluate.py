@@ -19,7 +19,7 @@ from rtd_jax.data.trace import Trace
 from rtd_jax.eval.choices import choice_log_likelihoods, score_choices
 from rtd_jax.eval.decoding import Sampling
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, Progress
-from rtd_jax.eval.judge.served import ServedJudgeFlags
+from rtd_jax.eval.judge.served import ServedJudgeFlags, check_log
 from rtd_jax.eval.judged_texts import add_verdicts
 from rtd_jax.eval.metrics import make_report
 from rtd_jax.eval.scored import Record
@@ -95,6 +95,8 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
     protocol: dict[str, Any] = {}
     notes: list[str] = []
     records: list[Record] = []
+    if settings.judge == "openai":
+        check_log(settings, out / "judge")
     if settings.generations:
         evaluations = rescore(Path(settings.generations).expanduser(), OPEN_FROM)
     else:

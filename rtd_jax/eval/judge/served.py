@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rtd_jax.base.console import printable
 from rtd_jax.base.settings import SettingError, check_ranges
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.schemas.math import last_box
@@ -125,6 +126,13 @@ def read_index(text: str, steps: int) -> int | None:
     return int(index[1]) if index and -1 <= int(index[1]) < steps else None
 
 
+def check_log(flags: ServedJudgeFlags, folder: Path) -> None:
+    """Refuses a folder whose log is another judge's, or damaged; for commands that work for long before they ask."""
+    if (folder / "requests.json").exists():
+        with ResponseLog(folder, _asked(flags)[1], "--out"):
+            pass
+
+
 def ask_for_verdicts(solutions: Sequence[Solution], flags: ServedJudgeFlags, folder: Path) -> list[ServedVerdict]:
     """The served model's verdicts, in order. Those that the log in `folder` has are not asked for again.
 
@@ -133,21 +141,15 @@ def ask_for_verdicts(solutions: Sequence[Solution], flags: ServedJudgeFlags, fol
     Raises:
       ValueError: the server cannot be used, or the log is another model's; what was answered before is in the log.
     """
-    sampling, text = SamplingSettings(1, 0.0, 1.0, flags.judge_max_tokens), TextFormat("chat")
-    backend = OpenAIBackend(flags.server(), text, sampling, "--judge_")
-    identity: dict[str, Any] = {
-        **backend.identity(),
-        "sampling": {"temperature": 0.0, "top_p": 1.0, "max_tokens": sampling.max_tokens},
-        "text": {"kind": text.kind, "prompt": PROMPT},
-    }
+    backend, identity = _asked(flags)
     prompts = [prompt_for(solution) for solution in solutions]
     problems: dict[str, Problem] = {}
     for prompt, solution in zip(prompts, solutions, strict=True):
         problems.setdefault(prompt, Problem(prompt, "", source=solution.source))
-    requests = make_requests([*problems.values()], 1, sampling.seed, identity)
+    requests = make_requests([*problems.values()], 1, 0, identity)
     folder.mkdir(parents=True, exist_ok=True)
     with ResponseLog(folder, identity, "--out") as log:
-        number = f"{len(solutions)} solutions, {len(requests)} requests to {flags.judge_model}"
+        number = f"{len(solutions)} solutions, {len(requests)} requests to {printable(flags.judge_model)}"
         replies = ask_for_missing(backend, requests, log, number, "verdicts")
     ids = {request.problem.prompt: request.id for request in requests}
 
@@ -159,3 +161,11 @@ def ask_for_verdicts(solutions: Sequence[Solution], flags: ServedJudgeFlags, fol
         verdict(replies[ids[prompt]], solution, ids[prompt])
         for prompt, solution in zip(prompts, solutions, strict=True)
     ]
+
+
+def _asked(flags: ServedJudgeFlags) -> tuple[OpenAIBackend, dict[str, Any]]:
+    """Who is asked, and all that decides the replies."""
+    sampling, text = SamplingSettings(1, 0.0, 1.0, flags.judge_max_tokens), TextFormat("chat")
+    backend = OpenAIBackend(flags.server(), text, sampling, "--judge_")
+    how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_tokens}
+    return backend, {**backend.identity(), "sampling": how, "text": {"kind": text.kind, "prompt": PROMPT}}
