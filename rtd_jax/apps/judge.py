@@ -31,9 +31,7 @@ class JudgeSettings(ServedJudgeFlags):
     data: str  # .jsonl, .json or .parquet file of ProcessBench's schema: problem, steps, label
     references: str = ""  # folder with gsm8k/test.jsonl and gsm8k/train.jsonl, joined by question; "" judges without
     out: str = "runs/judge"  # folder for the report, the verdicts and the log of a server's replies
-    judge: tuple[str, ...] = (
-        "rules",
-    )  # rules (no model) or openai (any OpenAI-compatible server); rules,openai is both
+    judge: tuple[str, ...] = ("rules",)  # rules (no model), openai (a served model), or both with a comma between
     limit: int = 0  # rows, from the beginning; 0 takes all
 
     def __post_init__(self) -> None:

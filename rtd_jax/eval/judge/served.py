@@ -45,9 +45,7 @@ class ServedJudgeFlags:
 
     judge_base_url: str = "http://localhost:8000/v1"  # of the server of --judge=openai, such as the one of the teacher
     judge_model: str = ""  # as that server names it
-    judge_api_key_variable: str = (
-        "OPENAI_API_KEY"  # environment variable with the server's key; unset where none is needed
-    )
+    judge_api_key_variable: str = "OPENAI_API_KEY"  # environment variable with the key; unset where none is needed
     judge_max_tokens: int = 2048  # of a verdict with the reasoning before it
     judge_concurrency: int = 16  # requests sent side by side; an interrupted run loses at most so many
     judge_requests_per_minute: int = 0  # at most so many are started; 0 is no limit
