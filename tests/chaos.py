@@ -57,7 +57,6 @@ from rtd_jax.apps.evaluate import EvaluateSettings, evaluate
 from rtd_jax.apps.study import runner
 from rtd_jax.apps.study.finished import read_outcome
 from rtd_jax.apps.traces import traces as traces_app
-from rtd_jax.apps.traces.requests import Reply
 from rtd_jax.base.files import DIGEST, json_digest, write_json, write_jsonl
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.sources import SourceSettings, load_traces
@@ -70,6 +69,7 @@ from rtd_jax.steps.prose import read as read_text
 from rtd_jax.steps.token_states import kept_states
 from rtd_jax.teacher.cache import CacheSettings, CacheWriter, TeacherCache
 from rtd_jax.teacher.reward_head import RewardIdentity, init_head, load_head, save_head
+from rtd_jax.teacher.served.requests import Reply
 from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_meta
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.metrics import MetricsLog

@@ -3,18 +3,16 @@
 import dataclasses
 import json
 import re
-import zlib
 
 import pytest
 
-from rtd_jax.apps.traces.log import ResponseLog
-from rtd_jax.apps.traces.requests import OpenAISettings, Reply, SamplingSettings, before_stop, make_requests
 from rtd_jax.apps.traces.select import OUTCOMES, SelectionSettings, depth_cap, judge, select
 from rtd_jax.apps.traces.traces import OutputSettings
 from rtd_jax.base.files import json_digest, write_jsonl
 from rtd_jax.data.manifest import NAME, begin_manifest, check_shards, finish_manifest
 from rtd_jax.data.sources import SourceSettings, load_problems
 from rtd_jax.data.trace import Problem
+from rtd_jax.teacher.served.requests import OpenAISettings, Reply, SamplingSettings, make_requests
 
 STRICT, FLEXIBLE = SelectionSettings("strict"), SelectionSettings("flexible")
 APPLES = Problem("How many apples?", "18", depth=2)
@@ -97,25 +95,6 @@ def test_the_cap_on_a_depth_is_the_largest_that_holds():
         depth_cap([3, 3], 0.3)
 
 
-def test_a_text_is_cut_before_the_first_stop_text():
-    assert before_stop("a Q: b\n\nc", ("\n\n", "Q:")) == ("a ", True)
-    assert before_stop("abc", ("Q:",)) == ("abc", False)
-
-
-def test_requests_are_named_by_what_decides_their_reply():
-    def ids(problems, samples=2, seed=0, model="m"):
-        return [request.id for request in make_requests(problems, samples, seed, {"model": model, "seed": seed})]
-
-    two = [APPLES, Problem("How many pears?", "3")]
-    assert len(set(ids(two))) == 4
-    assert ids(two[::-1]) == ids(two)[2:] + ids(two)[:2]
-    assert set(ids(two, samples=3)) > set(ids(two))
-    assert not set(ids(two)) & (set(ids(two, seed=1)) | set(ids(two, model="other")))
-    seeds = [request.seed for request in make_requests(two, 50, 0, {})]
-    assert len(set(seeds)) == 100
-    assert all(0 <= seed < 2**31 for seed in seeds)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -129,51 +108,6 @@ def test_requests_are_named_by_what_decides_their_reply():
 def test_settings_that_cannot_work_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-# The log of replies.
-
-IDENTITY = {"model": "m", "sampling": {"temperature": 1.0}}
-REQUESTS = make_requests([APPLES], 3, 0, IDENTITY)
-
-
-def fill(folder) -> bytes:
-    with ResponseLog(folder, IDENTITY) as log:
-        for request in REQUESTS:
-            log.add([(request, Reply(f"é line {request.sample}\n#### 18", "stop"))])
-        return log.path.read_bytes()
-
-
-def test_every_kill_leaves_a_log_that_goes_on(tmp_path):
-    whole = fill(tmp_path)
-    for length in [*range(0, len(whole), 7), len(whole) - 1]:
-        (tmp_path / "responses.jsonl").write_bytes(whole[:length])
-        with ResponseLog(tmp_path, IDENTITY) as log:
-            assert len(log.replies) == whole[:length].count(b"\n")
-            for request in REQUESTS[len(log.replies) :]:
-                log.add([(request, Reply(f"é line {request.sample}\n#### 18", "stop"))])
-        assert (tmp_path / "responses.jsonl").read_bytes() == whole
-
-
-def test_a_damaged_or_foreign_log_is_refused(tmp_path):
-    whole = fill(tmp_path)
-    path = tmp_path / "responses.jsonl"
-    for place in (10, len(whole.splitlines()[0]) + 70):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        number = 1 + whole[:place].count(b"\n")
-        with pytest.raises(ValueError, match=rf"responses.jsonl:{number} is damaged: .* delete this line"):
-            ResponseLog(tmp_path, IDENTITY)
-    path.write_bytes(whole)
-    with pytest.raises(ValueError, match=r"replies of another sampling: .*1.0.*, this run has .*0.5"):
-        ResponseLog(tmp_path, IDENTITY | {"sampling": {"temperature": 0.5}})
-    with ResponseLog(tmp_path, IDENTITY), pytest.raises(ValueError, match="is being written by another process"):
-        ResponseLog(tmp_path, IDENTITY)
-    (tmp_path / "requests.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match=r"requests.json has format 99, this version reads 1 or 2"):
-        ResponseLog(tmp_path, IDENTITY)
-    (tmp_path / "requests.json").unlink()
-    with pytest.raises(ValueError, match=r"has no requests\.json beside it"):
-        ResponseLog(tmp_path, IDENTITY)
 
 
 # The manifest of the shards.
@@ -294,60 +228,6 @@ def test_shards_beside_a_log_are_not_read_without_their_manifest(shards, tmp_pat
 def test_a_split_names_files_of_its_folder(split):
     with pytest.raises(ValueError, match="it begins the names of files"):
         OutputSettings(split=split)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "[]",
-        "5",
-        "null",
-        '"text"',
-        "{}",
-        "",
-        "{",
-        "[" * 100_000,
-        {"crc32": "1"},
-        {"crc32": True},
-        {"crc32": None},
-        {"id": 5},
-        {"sample": "0"},
-        {"sample": None},
-        {"text": None},
-        {"text": ["x"]},
-        {"finish": "eos"},
-        {"finish": []},
-        {"more": 1},
-    ],
-)
-def test_a_line_of_the_log_of_another_type_is_named(tmp_path, line):
-    fill(tmp_path)
-    path = tmp_path / "responses.jsonl"
-    lines = path.read_text().splitlines()
-    if isinstance(line, dict):
-        row = json.loads(lines[1]) | line
-        if "crc32" not in line:
-            fields = {key: value for key, value in row.items() if key != "crc32"}
-            row["crc32"] = zlib.crc32(json.dumps(fields, sort_keys=True).encode())
-        line = json.dumps(row)
-    path.write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
-    with pytest.raises(ValueError, match=r"responses.jsonl:2 is damaged: .*; delete this line and run"):
-        ResponseLog(tmp_path, IDENTITY)
-
-
-def test_what_was_asked_is_a_record_and_an_earlier_one_is_read(tmp_path):
-    fill(tmp_path)
-    path = tmp_path / "requests.json"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps({"format": 1, **IDENTITY}))  # as an earlier version wrote it
-    with ResponseLog(tmp_path, IDENTITY) as log:
-        assert len(log.replies) == len(REQUESTS)
-    path.write_text(json.dumps(record | {"model": "another"}))
-    with pytest.raises(ValueError, match=r"requests.json was changed or damaged after it was written"):
-        ResponseLog(tmp_path, IDENTITY)
-    path.write_text("[]")
-    with pytest.raises(ValueError, match=r"requests.json: expected a JSON object"):
-        ResponseLog(tmp_path, IDENTITY)
 
 
 def test_arc_needs_no_reasoning_to_be_asked(shared_data):

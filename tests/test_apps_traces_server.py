@@ -13,7 +13,6 @@ import urllib.request
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -21,9 +20,8 @@ from completions_server import CompletionsServer, answer
 from real_weights import real_weights_dir
 from test_train_run import ROOT, environment
 
-from rtd_jax.apps.traces.requests import JaxSettings, OpenAISettings, SamplingSettings
+from rtd_jax.apps.traces.local_settings import JaxSettings
 from rtd_jax.apps.traces.select import SelectionSettings
-from rtd_jax.apps.traces.server import OpenAIBackend
 from rtd_jax.apps.traces.traces import OutputSettings, TracesRecipe, write_traces
 from rtd_jax.base.files import read_json
 from rtd_jax.base.sharding import MeshSettings
@@ -31,6 +29,7 @@ from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.manifest import NAME
 from rtd_jax.data.sources import SourceSettings, load_traces
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT
+from rtd_jax.teacher.served.requests import OpenAISettings, SamplingSettings
 
 PROBLEMS = SourceSettings("synthetic", split="train", limit=12)
 TRACES = load_traces(PROBLEMS)
@@ -162,53 +161,11 @@ def test_a_refused_request_stops_the_run_or_is_counted(tmp_path):
     assert read_json(tmp_path / NAME)["counts"]["all"]["refused"] == 2
     with (
         CompletionsServer(TRACES, ["401"]) as server,
-        pytest.raises(ValueError, match=r"answered 401 .* mend openai.model, openai.base_url, the key"),
+        pytest.raises(
+            ValueError, match=r"answered 401 .* mend --config.openai.model, --config.openai.base_url, the key"
+        ),
     ):
         write_traces(asking(server.url), tmp_path / "other")
-
-
-def test_half_a_character_is_no_reason_to_stop():
-    """A server that cuts a reply inside a character sends what is JSON and what no file takes."""
-    backend = OpenAIBackend(OpenAISettings(model="m"), TextFormat("chat"), SamplingSettings())
-    message = SimpleNamespace(content="18 \ud83d\n#### 18")
-    completion = SimpleNamespace(choices=[SimpleNamespace(message=message, finish_reason="stop")])
-    assert backend._reply(completion) == ("18 ?\n#### 18", "stop")
-
-
-def read(finish: str | None, *, chat: bool, text: str | None = None, **message):
-    backend = OpenAIBackend(OpenAISettings(model="m"), TextFormat("chat" if chat else "plain"), SamplingSettings())
-    choice = {"message": SimpleNamespace(content=text, **message)} if chat else {"text": text}
-    return backend._reply(SimpleNamespace(choices=[SimpleNamespace(finish_reason=finish, **choice)]))
-
-
-@pytest.mark.parametrize("chat", [True, False])
-def test_a_reply_without_text_is_counted(chat):
-    """A model that thinks out of sight has no text when it is cut, or calls a tool in place of an answer."""
-    assert read("length", chat=chat) == ("", "length")
-    assert read("length", chat=chat, reasoning_content="so ..") == ("", "length")
-    assert read("stop", chat=chat) == ("", "stop")
-    assert read("tool_calls", chat=chat) == ("", "stop")
-    assert read("content_filter", chat=chat) == ("", "refused")
-    assert read("stop", chat=chat, text="a\n#### 1") == ("a\n#### 1", "stop")
-    assert read("stop", chat=True, refusal="I cannot") == ("", "refused")
-    for finish in (None, "abort", "error"):
-        with pytest.raises(Exception, match=f"finish_reason {finish!r}"):
-            read(finish, chat=chat, text="half a")
-
-
-@pytest.mark.parametrize("finish", ["eos", "eos_token", "stop_sequence"])
-def test_other_names_of_a_text_s_own_end_are_read(finish):
-    assert read(finish, chat=True, text="a\n#### 1") == ("a\n#### 1", "stop")
-
-
-@pytest.mark.parametrize("chat", [True, False])
-@pytest.mark.parametrize("choice", [{}, {"message": None}, {"message": "text"}, {"message": [1]}])
-def test_a_reply_without_the_field_of_its_text_is_not_an_empty_one(chat, choice):
-    """A server of chats that is asked for completions, or the reverse, would otherwise fill the log with nothing."""
-    backend = OpenAIBackend(OpenAISettings(model="m"), TextFormat("chat" if chat else "plain"), SamplingSettings())
-    completion = SimpleNamespace(choices=[SimpleNamespace(finish_reason="stop", **choice)])
-    with pytest.raises(Exception, match=f"reply without the field '{'content' if chat else 'text'}'"):
-        backend._reply(completion)
 
 
 @pytest.mark.parametrize("kind", ["chat", "plain"])
@@ -228,7 +185,7 @@ def test_hidden_thinking_that_is_cut_does_not_end_a_run(tmp_path, kind, monkeypa
         ("empty", "0 choices in place of one: .*; see its log for request"),
         ("aborted", "finish_reason 'abort', so whether the text is whole is not known: .*; see its log for request"),
         ("html", "what is no completion: '<html>.*base_url"),
-        ("7", "what is no completion: 7; see that openai.base_url"),
+        ("7", "what is no completion: 7; see that --config.openai.base_url"),
     ],
 )
 def test_what_a_server_said_is_named(tmp_path, failure, words):

@@ -5,7 +5,6 @@ from fractions import Fraction
 
 import pytest
 
-from rtd_jax.apps.traces.requests import Reply
 from rtd_jax.apps.traces.select import SelectionSettings, judge
 from rtd_jax.base.files import read_jsonl
 from rtd_jax.data.schemas.gsm8k import from_gsm8k
@@ -22,6 +21,7 @@ from rtd_jax.eval.answers import (
     strict_answer,
 )
 from rtd_jax.eval.chains import check_reference, score_chain
+from rtd_jax.teacher.served.requests import Reply
 
 
 def problem(answer: str, steps: tuple[str, ...] = ("a step",)) -> Trace:

@@ -234,7 +234,5 @@ def test_solutions_that_people_wrote_are_right():
 
 
 def gsm8k() -> list[Trace]:
-    lines = [
-        line for part in ("train", "test") for line in (SHARED / "gsm8k" / f"{part}.jsonl").read_text().splitlines()
-    ]
-    return [GSM8K.trace(json.loads(line), "row") for line in lines]
+    texts = [(SHARED / "gsm8k" / f"{part}.jsonl").read_text() for part in ("train", "test")]
+    return [GSM8K.trace(json.loads(line), "row") for text in texts for line in text.splitlines()]

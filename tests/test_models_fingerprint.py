@@ -11,13 +11,13 @@ from pathlib import Path
 import jax
 import pytest
 
-from rtd_jax.apps.traces.log import recorded_identity
 from rtd_jax.models import fingerprint
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.fingerprint import Fingerprint, weights_fingerprint
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.teacher.cache import TeacherCache, read_identity
+from rtd_jax.teacher.served.log import recorded_identity
 
 CONFIG = LlamaConfig(64, 8, 8, layers=2, heads=1, kv_heads=1, head_dim=8)
 BUNDLED = Path(__file__).parents[1] / "rtd_jax" / "bundled"

@@ -18,6 +18,7 @@ from rtd_jax.apps.command.parse import define_flags
 from rtd_jax.apps.command.table import COMMANDS
 from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings
 from rtd_jax.apps.evaluate import EvaluateSettings
+from rtd_jax.apps.judge import JudgeSettings
 from rtd_jax.apps.plan.plan import PlanSettings
 from rtd_jax.apps.pretrain import PretrainRecipe
 from rtd_jax.apps.reward_model import RewardModelRecipe
@@ -111,7 +112,9 @@ def groups_of(cls: type) -> set[type]:
     return found
 
 
-@pytest.mark.parametrize("cls", [*RECIPES.values(), EvaluateSettings, DiagnoseSettings, PlanSettings, SegmentSettings])
+@pytest.mark.parametrize(
+    "cls", [*RECIPES.values(), EvaluateSettings, DiagnoseSettings, JudgeSettings, PlanSettings, SegmentSettings]
+)
 def test_every_setting_says_what_it_means(cls):
     for group in groups_of(cls):
         assert group.__doc__, group

@@ -16,6 +16,7 @@ from rtd_jax.apps.command.parse import define_flags, read_flags
 from rtd_jax.apps.command.table import COMMANDS, RunFlags
 from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings
 from rtd_jax.apps.evaluate import EvaluateSettings
+from rtd_jax.apps.judge import JudgeSettings
 from rtd_jax.apps.plan.plan import PlanSettings
 from rtd_jax.apps.segment import SegmentSettings
 from rtd_jax.base.settings import SettingError, build, check_ranges, value_types
@@ -38,10 +39,12 @@ LEGAL = {
         "plateau_tolerance",
         "DataSettings": "max_dropped_fraction",
         "DiagnoseSettings": "limit teacher_layer student_layer seed",
-        "EvaluateSettings": "limit few_shot few_shot_seed temperature seed",  # all problems; none; greedy
+        # All problems; none; greedy; no limit; none.
+        "EvaluateSettings": "limit few_shot few_shot_seed temperature seed judge_requests_per_minute judge_retries",
         "EvaluationSettings": "every curve_problems drift_problems",  # the second is read where the first is not 0
         "FitSettings": "weight_decay thresholds seed",
         "HeadSettings": "dropout",
+        "JudgeSettings": "limit judge_requests_per_minute judge_retries",  # all rows; no limit; none
         "LabelledSettings": "seed",  # and limit, of rows in files
         "LossSettings": "reward_weight intermediate_weight token_alignment_weight coherence_weight alignment_weight "
         "alpha hidden_layer student_hidden_layer",
@@ -87,7 +90,7 @@ def examples() -> dict[type, typing.Any]:
         collect(build(recipe_type(name), importlib.import_module(f"configs.{name}").get_config().to_dict()))
     for settings in (EvaluateSettings(("x",)), DiagnoseSettings("x", "y"), SegmentSettings("x", "y", "z")):
         collect(settings)
-    collect((PlanSettings(), RunFlags()))
+    collect((JudgeSettings("x"), PlanSettings(), RunFlags()))
     return found
 
 
@@ -131,7 +134,7 @@ def test_nonsense_is_refused_by_name_in_every_number_of_every_dataclass():
 
 def test_every_settings_dataclass_is_tried():
     recipes = {recipe_type(name) for name in CONFIGS}
-    flag_groups = {EvaluateSettings, DiagnoseSettings, PlanSettings, SegmentSettings}
+    flag_groups = {EvaluateSettings, DiagnoseSettings, JudgeSettings, PlanSettings, SegmentSettings}
     tried = set(examples())
     for cls in recipes | flag_groups:
         missing = {group for group in groups_of(cls) if numbers_of(group)} - tried

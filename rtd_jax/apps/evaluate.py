@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rtd_jax.apps.report.page import gap_lines, write_report
 from rtd_jax.apps.report.tables import depth_table, group_table, percent, total_lines
@@ -19,6 +19,9 @@ from rtd_jax.data.trace import Trace
 from rtd_jax.eval.choices import choice_log_likelihoods, score_choices
 from rtd_jax.eval.decoding import Sampling
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, Progress
+from rtd_jax.eval.judge.served import ServedJudgeFlags, check_log
+from rtd_jax.eval.judged_texts import add_verdicts
+from rtd_jax.eval.metrics import make_report
 from rtd_jax.eval.scored import Record
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.eval.tasks import EXAMPLES_SEED, TASKS, Problems, load_problems
@@ -28,11 +31,12 @@ from rtd_jax.train.saved_models import LoadedModel, check_model, load_model, tra
 
 OPEN_FROM = 5  # depths 1, 2, 3, 4, 5+
 SCORING_ROWS = 8  # of 512 tokens, read together on each device
+NO_TEXTS = "judge is 'openai', but choices have no texts to judge; name another task, or leave --judge out"
 NOTE_SECONDS = 10.0  # between two progress lines of one kind
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateSettings:
+class EvaluateSettings(ServedJudgeFlags):
     """What is evaluated on what."""
 
     model: tuple[str, ...] = ()  # Hugging Face folders, hub names, stage checkpoints, runs' folders; commas between
@@ -55,8 +59,10 @@ class EvaluateSettings:
     batch_size: int = 32  # problems decoded at one time
     dtype: WeightDtype = "float32"  # of weights in memory; int8 is weight-only
     compute_dtype: FloatDtype = "float32"  # of products and hidden states
+    judge: Literal["rules", "openai"] = "rules"  # of steps; openai asks a served model beside the rules
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown or not self.tasks:
             raise ValueError(f"tasks are {self.tasks}; use some of {', '.join(TASKS)}")
@@ -72,6 +78,9 @@ class EvaluateSettings:
         check_ranges(self, max_new_tokens="[1, 1e6]", batch_size="[1, 1e6]")
         check_distinct(self, "tasks", "levels")
         check_filled(self, "out", "levels")
+        self.check_asked(self.judge == "openai")
+        if self.judge == "openai" and self.model and all(TASKS[task].is_choice for task in self.tasks):
+            raise ValueError(NO_TEXTS)
 
 
 @one_writer(lambda settings, *_, **__: settings.out, "--out")
@@ -86,6 +95,8 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
     protocol: dict[str, Any] = {}
     notes: list[str] = []
     records: list[Record] = []
+    if settings.judge == "openai":
+        check_log(settings, out / "judge")
     if settings.generations:
         evaluations = rescore(Path(settings.generations).expanduser(), OPEN_FROM)
     else:
@@ -93,6 +104,8 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
     for task, name, (evaluation, scored) in evaluations:
         sections.setdefault(task, {})[name] = evaluation
         records += [{"model": name, "task": task, **record} for record in scored]
+    if settings.judge == "openai":
+        _judge(settings, out / "judge", sections, records)
     names = {name for models in sections.values() for name in models}
     for task, models in sections.items():
         notes += unequal_conditions(task, models, [record for record in records if record["task"] == task])
@@ -175,6 +188,24 @@ def _measure(
             yield task, name, measure(settings, task, problems, loaded, note)
 
 
+def _judge(
+    settings: EvaluateSettings, folder: Path, sections: dict[str, dict[str, Any]], records: list[Record]
+) -> None:
+    """Adds a served model's verdicts to the records, and to the report what is measured on them."""
+    texts = [record for record in records if "text" in record]  # and no choices
+    if not texts:
+        raise ValueError(NO_TEXTS)
+    path = folder / "generations.jsonl"
+    write_jsonl(path, finite_report(records)[0])
+    print(f"texts to be judged: {path}; --generations={path} in place of --model goes on without the models")
+    add_verdicts(texts, settings, folder)
+    for task, models in sections.items():
+        for name in models:
+            own = [record for record in texts if (record["task"], record["model"]) == (task, name)]
+            if own:
+                models[name] = make_report(own, OPEN_FROM)
+
+
 NOT_KNOWN = "a form that its folder does not say"
 
 
@@ -194,6 +225,7 @@ CONDITIONS = {  # key of an evaluation: in words
     "samples": "samples of a problem",
     "problems": "number of problems",
     "questions": "number of questions",
+    "judged_by": "served judge",
 }
 
 

@@ -11,6 +11,10 @@ _SHARD_SUFFIXES = (".parquet", ".jsonl")
 _NUMBERED = re.compile(r"-(\d+)-of-(\d+)(?:-\w+)?")  # "-00000-of-00002", and the hash that the hub once added
 
 
+class NoSplitError(ValueError):
+    """A folder has no file of a split."""
+
+
 def split_files(folder: Path, split: str, subset: str = "") -> list[Path]:
     """The files that hold a split, in order of their names.
 
@@ -19,7 +23,8 @@ def split_files(folder: Path, split: str, subset: str = "") -> list[Path]:
     manifest.
 
     Raises:
-      ValueError: there is none (lists the files that are there), several files could be meant, or a shard is missing.
+      NoSplitError: there is none; lists the files that are there.
+      ValueError: several files could be meant, or a shard is missing.
     """
     found = {}
     for place in dict.fromkeys((folder / subset, folder / "data", folder)):
@@ -32,7 +37,7 @@ def split_files(folder: Path, split: str, subset: str = "") -> list[Path]:
             there = sorted(
                 str(path.relative_to(folder)) for path in folder.rglob("*") if set(path.suffixes) & {*SUFFIXES}
             )
-        raise ValueError(
+        raise NoSplitError(
             f"{folder}: no file of the split {split!r} (looked for {_looked_for(split)}); the folder has "
             f"{', '.join(there[:20]) or 'no data files'}"
         )

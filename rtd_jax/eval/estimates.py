@@ -2,7 +2,8 @@
 
 There is one type, `Estimate`. How its interval is computed depends on what was sampled:
 
-  estimate, ratio, difference, power_mean   independent items or clusters of items: standard error, normal interval
+  estimate, ratio, difference, power_mean,  independent items or clusters of items: standard error, normal interval
+  harmonic_mean, cohen_kappa
   bootstrap, bootstraps                     any statistic of clusters: percentiles of resampled values
   from_resamples                            a statistic that was recomputed on parts of the data: normal interval
   over_seeds                                one number for each of a few seeds: Student's t
@@ -115,6 +116,39 @@ def difference(values: Values, clusters: Values, others: Values, clusters_of_oth
     groups = np.concatenate([np.asarray(clusters), np.asarray(clusters_of_others)])
     influences = np.concatenate([(x - x.mean()) / len(x), -(y - y.mean()) / len(y)])
     return Estimate.with_error(float(x.mean() - y.mean()), _stderr(influences, groups), len(np.unique(groups)))
+
+
+def harmonic_mean(values: Values, clusters: Values, others: Values, clusters_of_others: Values) -> Estimate:
+    """Harmonic mean of the means of two samples, which may share clusters; 0 where either is. n counts both samples.
+
+    With a and b the means, 2ab / (a + b). stderr by the delta method: it changes by 2b^2 / (a + b)^2 with a, and by
+    2a^2 / (a + b)^2 with b. None where either sample has one cluster, which says nothing about its spread.
+    """
+    x, y = np.asarray(values, np.float64), np.asarray(others, np.float64)
+    a, b = float(x.mean()), float(y.mean())
+    total = a + b or 1.0  # of two zeros the harmonic mean is zero
+    influences = np.concatenate([2 * (b / total) ** 2 * (x - a) / len(x), 2 * (a / total) ** 2 * (y - b) / len(y)])
+    groups = np.concatenate([np.asarray(clusters), np.asarray(clusters_of_others)])
+    is_known = min(len(np.unique(np.asarray(part))) for part in (clusters, clusters_of_others)) > 1
+    return Estimate.with_error(2 * a * b / total, _stderr(influences, groups) if is_known else None, len(x) + len(y))
+
+
+def cohen_kappa(values: Values, others: Values, clusters: Values | None = None) -> Estimate:
+    """Cohen's kappa of two raters who each call the same items true or false: (p - e) / (1 - e).
+
+    p is the share of items on which they agree, and e what it would be if each kept its share of trues and they were
+    independent: 1 is full agreement, 0 that of chance. NaN where both say the same of everything. stderr by the delta
+    method.
+    """
+    x, y = np.asarray(values, np.float64), np.asarray(others, np.float64)
+    same = (x == y).astype(np.float64)
+    a, b, p = float(x.mean()), float(y.mean()), float(same.mean())
+    e = a * b + (1 - a) * (1 - b)
+    if e == 1:
+        return Estimate(math.nan, math.nan, math.nan, len(x))
+    slope = -(1 - p) / (1 - e) ** 2  # of kappa, by e
+    influences = (same - p) / (1 - e) + slope * ((2 * b - 1) * (x - a) + (2 * a - 1) * (y - b))
+    return Estimate.with_error((p - e) / (1 - e), _stderr(influences / len(x), clusters), len(x))
 
 
 def power_mean(right: Sequence[Values], powers: Values, clusters: Values | None = None) -> Estimate:

@@ -1,6 +1,6 @@
 """What a report says about scored texts: one entry per metric, most of them a table by reasoning depth.
 
-A new metric is a function of `ScoredTexts`, in a file of its own, and one line in `TEXT_METRICS` or `MODEL_METRICS`.
+A new metric is a function of `ScoredTexts`, in a file of its own, and one line in one of the lists below.
 report.json, the printed tables and report.html show what these lists hold.
 """
 
@@ -25,6 +25,8 @@ from rtd_jax.eval.scored import Record, ScoredTexts, Table
 DEEP = 4  # steps; the article compares step accuracy with chain accuracy on problems of four steps and more
 # What a record has besides the scores of its text, where a model was run on the problem.
 MODEL_KEYS = ("teacher_forced", "reference_nats", "reference_tokens", "max_new_tokens", "text_format", "decoding")
+# And where a served model judged it; see `judged_texts.verdict_fields`.
+JUDGE_KEYS = ("judged_by", "judged_text", "judged_first_error")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +51,14 @@ class Metric:
 def make_report(records: Sequence[Record], open_from: int | None = None) -> dict[str, Any]:
     """Everything that can be measured on these records, ready for JSON: estimates are {"mean", "stderr", "n"}.
 
-    `MODEL_METRICS` are part of it where every record has the `MODEL_KEYS`.
+    `MODEL_METRICS` are part of it where every record has the `MODEL_KEYS`, and `JUDGE_METRICS` where it has the
+    `JUDGE_KEYS`.
     """
-    has_model = all(key in record for record in records for key in MODEL_KEYS)
+    groups = ((TEXT_METRICS, ()), (JUDGE_METRICS, JUDGE_KEYS), (MODEL_METRICS, MODEL_KEYS))
     scored = ScoredTexts(records, open_from)
-    metrics = (*TEXT_METRICS, *MODEL_METRICS) if has_model else TEXT_METRICS
+    metrics = [
+        metric for group, keys in groups if all(key in record for record in records for key in keys) for metric in group
+    ]
     return {metric.name: error_rows(metric.measure(scored)) for metric in metrics}
 
 
@@ -164,6 +169,7 @@ def perplexity(scored: ScoredTexts) -> Table:
 
 ACCURACIES = {  # metric: key of a record
     "chain_accuracy": "correct",
+    "judged_chain_accuracy": "judged",
     "answer_strict": "answer_strict",
     "answer_flexible": "answer_flexible",
     "math_verify": "math_verify",
@@ -186,6 +192,12 @@ TEXT_METRICS = (  # of any text; the order is that of report.json
     Metric("problems", lambda scored: len(scored.first_samples().records)),
     Metric("samples", lambda scored: len(scored.records) // len(scored.first_samples().records)),
     Metric("unfinished", lambda scored: sum(not record["finished"] for record in scored.records)),
+)
+JUDGE_METRICS = (  # of records with the `JUDGE_KEYS`
+    Metric("judged_chain_accuracy", lambda scored: accuracy(scored, "judged"), "chain, judged"),
+    Metric("judged_steps", lambda scored: accuracy(scored, "judged_steps"), "no wrong step, judged", is_column=False),
+    Metric("judged_by", lambda scored: " and ".join(sorted({record["judged_by"] for record in scored.records}))),
+    Metric("judged_without_verdict", lambda scored: sum(x["judged_first_error"] is None for x in scored.records)),
 )
 MODEL_METRICS = (  # of records with the `MODEL_KEYS`
     Metric("step_accuracy", lambda scored: step_accuracy(scored.first_samples(), "teacher_forced"), "step, forced"),

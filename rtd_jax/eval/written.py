@@ -12,6 +12,7 @@ from rtd_jax.data.schemas.arc import ChoiceQuestion
 from rtd_jax.data.trace import Trace, answer_line
 from rtd_jax.eval.chains import check_reference, score_texts
 from rtd_jax.eval.choices import score_choices
+from rtd_jax.eval.judged_texts import verdict_fields
 from rtd_jax.eval.metrics import MODEL_KEYS, make_report
 from rtd_jax.eval.scored import Record
 
@@ -85,7 +86,7 @@ def _score_texts(problems: Sequence[tuple[Trace, list[Row]]], open_from: int | N
     records = score_texts(traces, texts, [[row.get("finished", True) for row in rows] for rows in rows_of])
     for record in records:
         row = rows_of[record["problem"]][record["sample"]]
-        record |= {key: row[key] for key in MODEL_KEYS if key in row}
+        record |= {key: row[key] for key in MODEL_KEYS if key in row} | verdict_fields(record, row)
     return make_report(records, open_from), records
 
 
@@ -199,6 +200,12 @@ _TEXTS: dict[str, Check] = {
         "a number of nats from 0, or null where it was not finite",
     ),
     "reference_tokens": (lambda value, row: _is_count(value, row) and value > 0, "a number of tokens, at least 1"),
+    "judged_by": (_is_said, "the name of the model that judged the text"),
+    "judged_text": (_is_text, "the digest of the text that was judged"),
+    "judged_first_error": (
+        lambda value, row: value is None or (type(value) is int and value >= -1),
+        "the index of the first wrong step, -1 for none, or null where the judge gave no verdict",
+    ),
     "max_new_tokens": (_is_count, "a number of tokens"),
     "text_format": (_is_text, "text"),
     "decoding": (_is_text, "text"),

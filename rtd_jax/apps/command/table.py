@@ -87,6 +87,14 @@ COMMANDS = {
         flags="rtd_jax.apps.evaluate:EvaluateSettings",
         example="--model=runs/rtd_tiny,rtd_jax/bundled/tiny_teacher --tasks=synthetic --limit=120",
     ),
+    "judge": Command(
+        "Says how well a judge of steps finds the first wrong one, on solutions that people labelled. Run it again to "
+        "continue.",
+        "rtd_jax.apps.judge:judge",
+        flags="rtd_jax.apps.judge:JudgeSettings",
+        example="--data=gsm8k.jsonl --references=/data --out=runs/judge",
+        resumes=True,
+    ),
     "diagnose": Command(
         "Does a student lose its teacher's trajectory, and is that why it fails?",
         "rtd_jax.apps.diagnose.diagnose:diagnose",

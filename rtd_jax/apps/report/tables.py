@@ -64,7 +64,9 @@ def group_table(kind: str, groups: Mapping[str, Mapping[str, Any]]) -> TextTable
 
 
 def _labelled() -> list[Metric]:
-    return [metric for metric in (*metrics.TEXT_METRICS, *metrics.MODEL_METRICS) if metric.label]
+    return [
+        metric for metric in (*metrics.TEXT_METRICS, *metrics.JUDGE_METRICS, *metrics.MODEL_METRICS) if metric.label
+    ]
 
 
 def _head(metric: Metric) -> str:

@@ -5,12 +5,13 @@ from typing import Any
 
 import jax
 
-from rtd_jax.apps.traces.requests import JaxSettings, Record, Reply, Request, SamplingSettings, before_stop
+from rtd_jax.apps.traces.local_settings import JaxSettings
 from rtd_jax.base.sharding import make_mesh, row_sharding, row_ways
 from rtd_jax.data.by_length import batches_by_length, round_up
 from rtd_jax.data.formats import TextFormat, render, stop_token_ids
 from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate
 from rtd_jax.models.open import ModelSettings, open_model
+from rtd_jax.teacher.served.requests import Record, Reply, Request, SamplingSettings, before_stop
 
 
 class JaxBackend:

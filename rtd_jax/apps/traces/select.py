@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rtd_jax.apps.traces.requests import Reply, Request
 from rtd_jax.base.settings import check_ranges
 from rtd_jax.data.prose import prose_steps
 from rtd_jax.data.schemas.math import last_box
@@ -17,6 +16,7 @@ from rtd_jax.data.trace import Problem, is_answer_line, stated_answer
 from rtd_jax.eval.answers import answer_matches, parse_number, states_number
 from rtd_jax.eval.chains import split_solution
 from rtd_jax.eval.estimates import depth_key
+from rtd_jax.teacher.served.requests import Reply, Request
 
 OPEN_FROM = 5  # depths are counted as 1, 2, 3, 4, 5+, the stages of the curriculum
 OUTCOMES = ("kept", "wrong", "duplicate", "unfinished", "unparsable", "surplus", "refused")

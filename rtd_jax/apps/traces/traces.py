@@ -3,22 +3,12 @@
 import dataclasses
 import hashlib
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rtd_jax.apps.traces.log import ResponseLog, recorded_identity
-from rtd_jax.apps.traces.requests import (
-    Backend,
-    JaxSettings,
-    OpenAISettings,
-    Reply,
-    Request,
-    SamplingSettings,
-    make_requests,
-)
+from rtd_jax.apps.traces.local_settings import JaxSettings
 from rtd_jax.apps.traces.select import OUTCOMES, Selected, SelectionSettings, select
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import check_writable, replacing, write_jsonl
@@ -28,8 +18,9 @@ from rtd_jax.data.manifest import LOG, begin_manifest, check_folder, finish_mani
 from rtd_jax.data.sources import SourceSettings, load_problems, load_traces
 from rtd_jax.data.trace import problem_key
 from rtd_jax.eval.chains import check_reference
-
-PROGRESS_INTERVAL = 5.0  # seconds between two lines of progress
+from rtd_jax.teacher.served.asking import ask_for_missing
+from rtd_jax.teacher.served.log import ResponseLog, recorded_identity
+from rtd_jax.teacher.served.requests import Backend, OpenAISettings, SamplingSettings, make_requests
 
 
 @dataclass(frozen=True)
@@ -94,17 +85,8 @@ def write_traces(recipe: TracesRecipe, workdir: Path) -> Path:
     identity = recorded_identity(workdir, {**backend.identity(), "sampling": sampling, "text": asks})
     requests = make_requests(problems, samples, recipe.sampling.seed, identity)
     with ResponseLog(workdir, identity) as log:
-        missing = {request.id for request in requests if request.id not in log.replies}
-        print(f"{len(problems)} problems, {len(requests)} chains: {len(missing)} to be asked for", flush=True)
-        if missing:
-            progress = _Progress(len(missing))
-
-            def record(replies: Sequence[tuple[Request, Reply]]) -> None:
-                log.add(replies)
-                progress.add(len(replies))
-
-            backend.complete(requests, missing, record)
-        replies = {request.id: log.replies[request.id] for request in requests}
+        number = f"{len(problems)} problems, {len(requests)} chains"
+        replies = ask_for_missing(backend, requests, log, number, "chains")
         selected = select(requests, replies, recipe.selection, known)
         digest = hashlib.sha256()
         for request_id, reply in sorted(replies.items()):
@@ -154,7 +136,7 @@ def _backend(recipe: TracesRecipe, text: TextFormat) -> Backend:
         from rtd_jax.apps.traces.local import JaxBackend
 
         return JaxBackend(recipe.jax, text, recipe.sampling)
-    from rtd_jax.apps.traces.server import OpenAIBackend
+    from rtd_jax.teacher.served.server import OpenAIBackend
 
     return OpenAIBackend(recipe.openai, text, recipe.sampling)
 
@@ -177,23 +159,6 @@ def _write_shards(output: OutputSettings, workdir: Path, selected: Selected, abo
     return finish_manifest(
         workdir, [(workdir / name, len(part)) for name, part in zip(names, parts, strict=True)], about
     )
-
-
-class _Progress:
-    """Prints, now and then, how many chains there are, how fast they come, and the time that is left."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
-        self._started = self._last = time.monotonic()
-
-    def add(self, count: int) -> None:
-        self._done += count
-        now = time.monotonic()
-        if now - self._last >= PROGRESS_INTERVAL or self._done == self._total:
-            self._last = now
-            rate = self._done / max(now - self._started, 1e-9)
-            left = (self._total - self._done) / rate
-            print(f"{self._done} of {self._total} chains, {rate:.1f}/s, {left:.0f} s left", flush=True)
 
 
 def _print(selected: Selected, manifest: Path) -> None:

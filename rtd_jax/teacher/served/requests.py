@@ -1,4 +1,4 @@
-"""What is asked of a teacher: a request for each problem and sample, with an id made of all that decides its reply."""
+"""What is asked of a model: a request for each problem and sample, with an id made of all that decides its reply."""
 
 import hashlib
 import json
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 from rtd_jax.base.settings import SEED, check_filled, check_ranges
-from rtd_jax.base.sharding import MeshSettings
 from rtd_jax.data.trace import Problem
 
 Finish = Literal["stop", "length", "refused"]  # ended by itself or at a stop text; cut at max_tokens; not answered
@@ -30,21 +29,6 @@ class SamplingSettings:
             raise ValueError(f"samples is {self.samples} but temperature 0 writes the same chain each time; raise it")
         if "" in self.stop:
             raise ValueError("stop has an empty text, which would end every chain at once; leave it out")
-
-
-@dataclass(frozen=True)
-class JaxSettings:
-    """A teacher in this process, spread over its devices; for backend "jax"."""
-
-    path: str = ""  # Hugging Face folder or hub name
-    param_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"  # of weights in memory; int8: a scale per channel
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products and hidden states
-    sharding: Literal["fsdp", "tensor"] = "tensor"  # what travels: "fsdp" weights, "tensor" activations
-    batch_size: int = 64  # chains decoded together; an interrupted run loses at most so many
-    mesh: MeshSettings = MeshSettings()
-
-    def __post_init__(self) -> None:
-        check_ranges(self, batch_size="[1, 1e6]")
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from rtd_jax.apps.traces.requests import Finish, Reply, Request
 from rtd_jax.base.files import parse_json, read_object, read_record, reading, write_record
 from rtd_jax.base.settings import build
 from rtd_jax.data.manifest import LOG
+from rtd_jax.teacher.served.requests import Finish, Reply, Request
 
 FORMAT = 2  # of requests.json; 1 has no digest
 
@@ -55,14 +55,19 @@ class ResponseLog(AbstractContextManager):
     A last line that is incomplete, because the process was killed while writing it, is dropped. One process writes at a
     time; it holds a lock on the file, which the system releases when the process ends.
 
+    Args:
+      folder: of the log.
+      identity: what decides the replies; a folder holds those of one identity.
+      way_out: the flag with which a user chooses another folder.
+
     Raises:
       ValueError: the folder holds replies to other requests (the message names what differs) or other files, a line is
         damaged (the message names it), or another process is writing.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: dict[str, Any], way_out: str = "--workdir") -> None:
         self.path = folder / LOG
-        self._check_identity(folder, identity)
+        self._check_identity(folder, identity, way_out)
         with reading(self.path):
             self._file = self.path.open("ab+")
         try:
@@ -74,14 +79,14 @@ class ResponseLog(AbstractContextManager):
                 raise
             raise ValueError(f"{self.path} is being written by another process; wait for it, or stop it") from error
 
-    def _check_identity(self, folder: Path, identity: dict[str, Any]) -> None:
+    def _check_identity(self, folder: Path, identity: dict[str, Any], way_out: str) -> None:
         path, now = folder / "requests.json", json.loads(json.dumps(identity))
         if not path.exists():
             if self.path.exists():
                 raise ValueError(f"{self.path} has no {path.name} beside it, which says what was asked; restore it")
             write_record(path, FORMAT, now)
             return
-        before = read_record(path, FORMAT, "restore it, or use another --workdir", undigested=(1,))
+        before = read_record(path, FORMAT, f"restore it, or use another {way_out}", undigested=(1,))
         del before["format"]
         changed = [key for key in sorted(now.keys() | before.keys()) if before.get(key) != now.get(key)]
         if changed:
@@ -89,7 +94,7 @@ class ResponseLog(AbstractContextManager):
             more = f" (and {', '.join(others)})" if others else ""
             raise ValueError(
                 f"{folder} holds replies of another {name}: {before.get(name)!r}, this run has {now.get(name)!r}{more}"
-                "; use the settings it was begun with, or another --workdir"
+                f"; use the settings it was begun with, or another {way_out}"
             )
 
     def _read(self) -> dict[str, Reply]:

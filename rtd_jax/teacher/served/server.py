@@ -5,8 +5,16 @@ import os
 from collections.abc import Sequence, Set
 from typing import Any
 
-from rtd_jax.apps.traces.requests import Finish, OpenAISettings, Record, Reply, Request, SamplingSettings, before_stop
 from rtd_jax.data.formats import TextFormat
+from rtd_jax.teacher.served.requests import (
+    Finish,
+    OpenAISettings,
+    Record,
+    Reply,
+    Request,
+    SamplingSettings,
+    before_stop,
+)
 
 BACKOFF, LONGEST_BACKOFF = 0.5, 8.0  # seconds before a request is sent again whose reply could not be read
 
@@ -16,12 +24,20 @@ class OpenAIBackend:
 
     The official client waits and retries after status 408, 409, 429 (as Retry-After says) and 5xx, timeouts and broken
     connections, also in the middle of a reply. A complete reply that is not a completion is retried here.
+
+    Args:
+      settings: the server.
+      text: in which form it is asked.
+      sampling: how it replies.
+      group: what stands before a setting's name where a user gives it; errors name the setting so.
     """
 
-    def __init__(self, settings: OpenAISettings, text: TextFormat, sampling: SamplingSettings) -> None:
+    def __init__(
+        self, settings: OpenAISettings, text: TextFormat, sampling: SamplingSettings, group: str = "--config.openai."
+    ) -> None:
         if not settings.model:
-            raise ValueError("openai.model is empty; give the name under which the server has the model")
-        self._settings, self._text, self._sampling = settings, text, sampling
+            raise ValueError(f"{group}model is empty; give the name under which the server has the model")
+        self._settings, self._text, self._sampling, self._group = settings, text, sampling, group
 
     def identity(self) -> dict[str, Any]:
         return {"backend": "openai", "model": self._settings.model, "extra_body": self._settings.extra()}
@@ -61,10 +77,10 @@ class OpenAIBackend:
     async def _ask(self, client: Any, request: Request) -> Reply:
         import openai
 
-        settings, where, problem = self._settings, f"the server {self._settings.base_url}", ""
+        settings, group, where, problem = self._settings, self._group, f"the server {self._settings.base_url}", ""
         again = "then run the command again to go on; what was answered is kept"
         log = f"see its log for request {request.id}, {again}"
-        other = f"see that openai.base_url is that of an OpenAI-compatible API (it ends in /v1), {again}"
+        other = f"see that {group}base_url is that of an OpenAI-compatible API (it ends in /v1), {again}"
         way_out = log
         for attempt in range(settings.retries + 1):
             try:
@@ -79,8 +95,8 @@ class OpenAIBackend:
                 remedy = "run the command again to go on; what was answered is kept"
                 if error.status_code in (400, 401, 403, 404, 413, 422):
                     remedy = (
-                        "mend openai.model, openai.base_url, the key or the sampling; or leave such requests out "
-                        "with --config.openai.skip_refused=True"
+                        f"mend {group}model, {group}base_url, the key or the sampling; or leave such requests out "
+                        f"with {group}skip_refused=True"
                     )
                 raise ValueError(
                     f"{where} answered {error.status_code} to the request of {request.problem.source or request.id}: "
