@@ -13,8 +13,10 @@ from rtd_jax.apps.traces.select import OUTCOMES, SelectionSettings, depth_cap, j
 from rtd_jax.apps.traces.traces import OutputSettings
 from rtd_jax.base.files import json_digest, write_jsonl
 from rtd_jax.data.manifest import NAME, begin_manifest, check_shards, finish_manifest
+from rtd_jax.data.schemas.stepwise import from_stepwise
 from rtd_jax.data.sources import SourceSettings, load_problems
 from rtd_jax.data.trace import Problem
+from rtd_jax.eval.chains import score_chain
 
 STRICT, FLEXIBLE = SelectionSettings("strict"), SelectionSettings("flexible")
 APPLES = Problem("How many apples?", "18", depth=2)
@@ -56,6 +58,25 @@ def test_steps_are_lines_or_sentences():
     assert judge(APPLES, reply, STRICT) == ("kept", lines)
     cut = ["First, 9 + 0 = 9.", "Then 9 + 9 = 18.", "It is $x. Y$ now."]
     assert judge(APPLES, reply, SelectionSettings(steps="sentences")) == ("kept", cut)
+
+
+def test_steps_of_prose_are_written_as_the_stepwise_schema_reads_them():
+    """Layout is read from the reply as it was written: blank lines, indents, and a formula over several lines."""
+    text = (
+        "Let's solve it step by step.\n\n1. **Red apples:**\n\n   There are\n   \\[\n   4 + 5 = 9\n   \\]\n\n"
+        "2. **All apples:**\n   9 + 9 = 18.\n\nSo there are 18 apples.\n#### 18\n\nStep 3: 18 + 1 = 19."
+    )
+    steps = [
+        r"Let's solve it step by step. 1. **Red apples:** There are \[ 4 + 5 = 9 \]",
+        "2. **All apples:** 9 + 9 = 18. So there are 18 apples.",
+    ]
+    (request,) = make_requests([APPLES], 1, 0, {"model": "m"})
+    selected = select([request], {request.id: Reply(text, "stop")}, SelectionSettings(steps="prose"))
+    (row,) = selected.rows
+    assert (row["completions"], row["depth"]) == (steps, 2)
+    trace = from_stepwise(row)
+    assert trace.steps == tuple(steps)
+    assert score_chain(trace.completion, trace)["correct"]
 
 
 def test_every_request_has_one_outcome():
