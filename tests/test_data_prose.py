@@ -56,7 +56,7 @@ RULES = {
     "a plan of instructions belongs to the first step": (
         "We need to follow these steps: First, calculate the price. Second, find the tax.\n\n3 * 4 = 12|\n\n12 / 4 = 3"
     ),
-    "a closing belongs to the last step": "3 * 4 = 12|\n12 + 10 = 22\n\nSo, the answer is \\boxed{22}.\nI hope it helps!",
+    "a closing belongs to the last step": "3 * 4 = 12|\n12 + 10 = 22\nSo, the answer is \\boxed{22}.\nI hope it helps!",
     "a closing below a title": "3 * 4 = 12|\n12 + 10 = 22\n\n### Conclusion\n\nTherefore, they cost $22.00 in all.",
     "a closing of a step": "They sell 3 * 40 = 120 pens.\nThus 120 pens are sold.|\nThis is 120 / 2 = 60 a day.",
     "an answer line": "3 * 4 = 12|\n12 + 10 = 22\n#### 22",
