@@ -4,9 +4,9 @@
     python benchmarks/prose_steps.py --data=gsm8k.jsonl --classifier=FOLDER --teacher=MODEL    # minutes on two cores
 
 ProcessBench has lists of steps, not the texts that they were cut from. Its steps are joined here by a blank line, by a
-line end and by a space. A blank line gives every boundary away to whoever cuts at paragraphs. A space leaves nothing but
-the sentences. Two thirds of the solutions have line ends within steps, so a line end is no sure boundary. The classifier
-reads any white space as one space and without list marks, so it is measured on the texts joined by a space only.
+line end and by a space. A blank line gives every boundary away to whoever cuts at paragraphs. A space gives none away.
+Two thirds of the solutions have line ends within steps, so a line end is no sure boundary. The classifier reads white
+space of any kind as one space, and no list marks, so it is measured on the texts joined by a space only.
 """
 
 import argparse
@@ -94,20 +94,10 @@ def main() -> None:
         for name, cut in cuts.items():
             found = [places(x) for x in cut(problems, texts)]
             table.append([join, *row_of(name, found, right, arguments.resamples)])
-    columns = (
-        "steps joined by",
-        "cut by",
-        "steps a solution",
-        "F1",
-        "F1, inner only",
-        "precision, inner",
-        "recall, inner",
-    )
+    columns = ("steps joined by", "cut by", "steps", "F1", "F1, inner only", "precision, inner", "recall, inner")
     text = markdown_table(columns, table)
     count = sum(map(len, steps))
-    text += (
-        f"\n\n{len(steps)} solutions of {count} steps, {count / len(steps):.2f} each; intervals are 95% by bootstrap."
-    )
+    text += f"\n\n{len(steps)} solutions of {count} steps, {count / len(steps):.2f} each; 95% intervals by bootstrap."
     print(text)
     if not arguments.no_write:
         write_section(ROOT / "docs" / "segmentation.md", "prose", text)

@@ -10,37 +10,50 @@ from rtd_jax.apps.traces.select import OUTCOMES, SelectionSettings, depth_cap, j
 from rtd_jax.apps.traces.traces import OutputSettings
 from rtd_jax.base.files import json_digest, write_jsonl
 from rtd_jax.data.manifest import NAME, begin_manifest, check_shards, finish_manifest
+from rtd_jax.data.schemas.stepwise import from_stepwise
 from rtd_jax.data.sources import SourceSettings, load_problems
 from rtd_jax.data.trace import Problem
+from rtd_jax.eval.chains import score_chain
 from rtd_jax.teacher.served.requests import OpenAISettings, Reply, SamplingSettings, make_requests
 
-STRICT, FLEXIBLE = SelectionSettings("strict"), SelectionSettings("flexible")
+STATED, STRICT, FLEXIBLE = map(SelectionSettings, ("stated", "strict", "flexible"))
 APPLES = Problem("How many apples?", "18", depth=2)
 
 
 @pytest.mark.parametrize(
-    ("answer", "text", "strict", "flexible"),
+    ("answer", "text", "stated", "strict", "flexible"),
     [
-        ("18", "9 + 9 = 18.\n#### 18", "kept", "kept"),
-        ("1,800", "It is 1800.\n#### 1800.00", "kept", "kept"),
-        ("18", "9 + 9 = 18.\n#### 81", "wrong", "wrong"),
-        ("18", "9 + 9 = 18.\nSo the answer is 18.", "unparsable", "kept"),
-        ("18", "9 + 9 = 18.\n#### 18\n\nQuestion: 2 + 2?\n#### 4", "kept", "kept"),
-        ("18", "#### 18", "unparsable", "unparsable"),  # an answer without a step is no chain
-        ("18", "I cannot say.", "unparsable", "unparsable"),
-        ("18", "", "unparsable", "unparsable"),
-        ("yes", "Cats purr. So it does.\n#### yes", "kept", "kept"),
-        ("yes", "Cats purr, so no.\n#### no", "wrong", "wrong"),
-        ("B", "Ice melts.\n#### B", "kept", "kept"),
-        ("B", "Ice melts.\nThe answer is (B).", "unparsable", "kept"),
-        (r"\frac{1}{2}", r"Half of one is $\boxed{\dfrac12}$.", "wrong", "kept"),  # math-verify reads it
-        (r"\frac{1}{2}", r"Half of one is $\boxed{\frac{1}{2}}$.", "kept", "kept"),
+        ("18", "9 + 9 = 18.\n#### 18", "kept", "kept", "kept"),
+        ("1,800", "It is 1800.\n#### 1800.00", "kept", "kept", "kept"),
+        ("18", "9 + 9 = 18.\n#### 81", "wrong", "wrong", "wrong"),
+        ("18", "9 + 9 = 18.\nSo the answer is 18.", "kept", "unparsable", "kept"),
+        ("18", "9 + 9 = 18.\n#### 18\n\nQuestion: 2 + 2?\n#### 4", "kept", "kept", "kept"),
+        ("18", r"9 + 9 = 18. $\boxed{18}$ points before scoring 14", "kept", "unparsable", "wrong"),
+        ("70", r"35 * 2 = 70. $\boxed{\$70.00}$", "kept", "unparsable", "kept"),
+        ("18", "#### 18", "unparsable", "unparsable", "unparsable"),  # an answer without a step is no chain
+        ("18", "I cannot say.", "unparsable", "unparsable", "unparsable"),
+        ("18", "", "unparsable", "unparsable", "unparsable"),
+        ("yes", "Cats purr. So it does.\n#### yes", "kept", "kept", "kept"),
+        ("yes", "Cats purr, so no.\n#### no", "wrong", "wrong", "wrong"),
+        ("B", "Ice melts.\n#### B", "kept", "kept", "kept"),
+        ("B", "Ice melts.\nThe answer is (B).", "unparsable", "unparsable", "kept"),
+        (r"\frac{1}{2}", r"Half of one is $\boxed{\dfrac12}$.", "wrong", "wrong", "kept"),  # math-verify reads it
+        (r"\frac{1}{2}", r"Half of one is $\boxed{\frac{1}{2}}$.", "kept", "kept", "kept"),
     ],
 )
-def test_a_chain_is_judged_by_its_answer(answer, text, strict, flexible):
+def test_a_chain_is_judged_by_its_answer(answer, text, stated, strict, flexible):
     problem = dataclasses.replace(APPLES, answer=answer)
+    assert judge(problem, Reply(text, "stop"), STATED)[0] == stated
     assert judge(problem, Reply(text, "stop"), STRICT)[0] == strict
     assert judge(problem, Reply(text, "stop"), FLEXIBLE)[0] == flexible
+
+
+def test_a_chain_with_a_false_step_is_kept_unless_only_sound_ones_are():
+    false, true = Reply("9 + 8 = 18.\n#### 18", "stop"), Reply("9 + 9 = 18.\n#### 18", "stop")
+    sound = SelectionSettings(sound=True)
+    assert [judge(APPLES, reply, STATED)[0] for reply in (false, true)] == ["kept", "kept"]
+    assert [judge(APPLES, reply, sound)[0] for reply in (false, true)] == ["unsound", "kept"]
+    assert judge(APPLES, Reply("9 + 8 = 17.\n#### 17", "stop"), sound)[0] == "wrong"
 
 
 def test_a_chain_that_was_cut_or_refused_is_not_judged():
@@ -54,6 +67,25 @@ def test_steps_are_lines_or_sentences():
     assert judge(APPLES, reply, STRICT) == ("kept", lines)
     cut = ["First, 9 + 0 = 9.", "Then 9 + 9 = 18.", "It is $x. Y$ now."]
     assert judge(APPLES, reply, SelectionSettings(steps="sentences")) == ("kept", cut)
+
+
+def test_steps_of_prose_are_written_as_the_stepwise_schema_reads_them():
+    """Layout is read from the reply as it was written: blank lines, indents, and a formula over several lines."""
+    text = (
+        "Let's solve it step by step.\n\n1. **Red apples:**\n\n   There are\n   \\[\n   4 + 5 = 9\n   \\]\n\n"
+        "2. **All apples:**\n   9 + 9 = 18.\n\nSo there are 18 apples.\n#### 18\n\nStep 3: 18 + 1 = 19."
+    )
+    steps = [
+        r"Let's solve it step by step. 1. **Red apples:** There are \[ 4 + 5 = 9 \]",
+        "2. **All apples:** 9 + 9 = 18. So there are 18 apples.",
+    ]
+    (request,) = make_requests([APPLES], 1, 0, {"model": "m"})
+    selected = select([request], {request.id: Reply(text, "stop")}, SelectionSettings(steps="prose"))
+    (row,) = selected.rows
+    assert (row["completions"], row["depth"]) == (steps, 2)
+    trace = from_stepwise(row)
+    assert trace.steps == tuple(steps)
+    assert score_chain(trace.completion, trace)["correct"]
 
 
 def test_every_request_has_one_outcome():
@@ -72,10 +104,10 @@ def test_every_request_has_one_outcome():
     assert found.kept_by_depth == {"1": 3, "2": 1, "3": 1}
     assert [row["completions"] for row in found.rows[:2]] == [["9.", "18."], ["18."]]
     # Half of the kept at most: two chains of one step, and of the two problems one each.
-    halved = select(requests, replies, SelectionSettings(max_depth_share=0.5))
+    halved = select(requests, replies, SelectionSettings("strict", max_depth_share=0.5))
     assert halved.kept_by_depth == {"1": 2, "2": 1, "3": 1}
     assert halved.counts["all"]["surplus"] == 1
-    one = select(requests, replies, SelectionSettings(per_problem=1))
+    one = select(requests, replies, SelectionSettings("strict", per_problem=1))
     assert [row["completions"] for row in one.rows] == [["9.", "18."], ["1.", "2.", "3."]]
     assert one.counts["all"]["surplus"] == 3
     unknown = select(requests, replies, STRICT, lambda text: "2+1" not in text)

@@ -100,7 +100,7 @@ def test_steps_that_repeat_have_boundaries_in_their_own_places(bpe, steps):
 def test_repeated_sentences_of_prose_have_boundaries_in_their_own_places(bpe):
     text = "4 is even. So 4 is even. 4 is even.  4 is even. So"
     trace = from_prose({"prompt": "Is it?", "text": f"{text}\n#### yes"})
-    assert trace.steps == (text,)
+    assert trace.body == text
     # Cut behind the second, third and last sentence: "4 is even." as a step stands twice in the step before it.
     cut = dataclasses.replace(trace, spans=((0, 24), (25, 35), (37, 50)))
     assert cut.steps == ("4 is even. So 4 is even.", "4 is even.", "4 is even. So")

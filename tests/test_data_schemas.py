@@ -277,9 +277,12 @@ def test_choices_keep_the_row_s_order_and_text():
 
 
 def test_rows_of_prose():
-    assert from_prose({"prompt": "p", "text": "One. Two.\n#### 7"}) == Trace.of_steps(
-        "p", ("One. Two.",), "7", "#### 7", "row"
+    assert from_prose({"prompt": "p", "text": "One.\nTwo.\n#### 7"}) == Trace.of_steps(
+        "p", ("One.", "Two."), "7", "#### 7", "row"
     )
+    paragraphs = from_prose({"prompt": "p", "text": "One is:\n\\[1 = 1\\]\n\nTwo.\n\n#### 7"})
+    assert paragraphs.steps == ("One is:\n\\[1 = 1\\]", "Two.")  # the text itself stays as it was laid out
+    assert paragraphs.completion == "One is:\n\\[1 = 1\\]\n\nTwo.\n#### 7"
     assert from_prose({"prompt": "p", "text": " One.\nTwo. ", "answer": 3}).completion == "One.\nTwo.\n#### 3"
     assert from_prose({"prompt": "p", "text": "One."}).final == ""
     for answer in (None, "", " "):  # a table gives every row an answer, if it has one anywhere

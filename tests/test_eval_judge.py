@@ -213,7 +213,7 @@ def test_hostile_text_is_judged():
 
 @pytest.mark.skipif(not (SHARED / "processbench").is_dir(), reason="needs ProcessBench's GSM8K rows")
 def test_it_agrees_with_the_labels_of_people():
-    """ProcessBench: of right chains at least 95% are called right, and F1 with the exact first errors is at least 75."""
+    """ProcessBench: at least 95% of right chains are called right, and F1 with exact first errors is at least 75."""
     references = {trace.prompt: trace for trace in gsm8k()}
     rows = [json.loads(line) for line in (SHARED / "processbench" / "gsm8k.dev.jsonl").read_text().splitlines()]
     hits = {True: [], False: []}

@@ -18,7 +18,6 @@ from rtd_jax.apps.cache import cache_teacher
 from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings
 from rtd_jax.apps.diagnose.diagnose import _cut as cut_chains
 from rtd_jax.apps.distill.prepare import prepare
-from rtd_jax.apps.pretrain import PretrainRecipe
 from rtd_jax.apps.segment import SegmentSettings, segment
 from rtd_jax.base.files import json_digest, write_jsonl
 from rtd_jax.base.settings import build
@@ -248,11 +247,15 @@ def test_a_place_where_no_steps_can_be_kept_is_refused_before_any_weights_are_lo
     assert not any(note.startswith("loading") for note in notes)
 
 
-def test_prose_needs_a_classifier():
-    source = {"schema": "prose", "location": "x.jsonl"}
-    with pytest.raises(ValueError, match=r"'annotated', but the texts of x\.jsonl have no marked steps"):
-        tiny_recipe(train=source)
-    assert tiny_recipe(train=source, segmentation="classifier:x").data.train.schema == "prose"
+def test_a_classifier_may_cut_texts_elsewhere_than_the_rules_of_their_schema(detector, problems, tmp_path):
+    rows = [{"prompt": t.prompt, "text": joined_steps(t)[0].replace("So ", "First, ")} for t in problems[:4]]
+    write_jsonl(tmp_path / "prose.jsonl", rows)
+    source = {"schema": "prose", "location": str(tmp_path / "prose.jsonl")}
+    assert all(tiny_recipe(train=source, segmentation=x) for x in ("annotated", "random", "classifier:x"))
+    by_rules = load_traces(SourceSettings(**source))
+    cut = detector.cut([dataclasses.replace(trace, spans=((0, len(trace.body)),)) for trace in by_rules])
+    assert detector.cut(by_rules) == cut  # whatever the steps were before
+    assert [trace.body for trace in cut] == [row["text"] for row in rows]
 
 
 def test_segment_writes_stepwise_rows(tmp_path, problems):
@@ -277,6 +280,37 @@ def test_segment_writes_stepwise_rows(tmp_path, problems):
         assert len(row["completions"]) == trace.depth
     with pytest.raises(ValueError, match=r"field 'text' is None; .*The row has \['id', 'q', 'why'\]; name the field"):
         segment(dataclasses.replace(settings, text_field="text"))
+
+
+def test_a_least_length_of_steps_leaves_the_boundaries_where_they_are(detector, problems):
+    """Steps of these problems are longer than two tokens, so a classifier that asks for two finds the same."""
+    least = dataclasses.replace(detector, classifier=dataclasses.replace(detector.classifier, min_tokens=2))
+    texts = [prose(trace) for trace in problems[:6]]
+    assert [trace.spans for trace in least.cut(texts)] == [trace.spans for trace in detector.cut(texts)]
+
+
+def test_segment_cuts_by_rules_without_a_model(tmp_path, monkeypatch):
+    """What is written is what the stepwise schema reads back, and steps of several lines are written on one."""
+    monkeypatch.setattr("rtd_jax.apps.segment.open_model", None)
+    text = "First, add:\n\\[\n2 + 3 = 5\n\\]\n\nNext, double it: 2 * 5 = 10.\n#### 10"
+    write_jsonl(tmp_path / "texts.jsonl", [{"prompt": "p", "text": text}])
+    settings = SegmentSettings(data=str(tmp_path / "texts.jsonl"), out=str(tmp_path / "out.jsonl"), rules="prose")
+    steps = ["First, add: \\[ 2 + 3 = 5 \\]", "Next, double it: 2 * 5 = 10."]
+    rows = [json.loads(line) for line in segment(settings).read_text().splitlines()]
+    assert rows == [{"prompt": "p", "completions": steps, "answer": "10"}]
+    (trace,) = load_traces(SourceSettings("stepwise", settings.out))
+    assert (trace.steps, trace.answer) == (tuple(steps), "10")
+
+
+def test_segment_needs_a_classifier_with_its_teacher_or_rules():
+    with pytest.raises(ValueError, match=r"teacher is empty; give --teacher and the --classifier .* cut by rules with"):
+        SegmentSettings(data="x.jsonl")
+    with pytest.raises(ValueError, match="classifier is empty; give --teacher and the --classifier"):
+        SegmentSettings("teacher", data="x.jsonl")
+    with pytest.raises(ValueError, match="rules is 'prose', which reads no classifier; leave out --rules or --class"):
+        SegmentSettings(classifier="folder", data="x.jsonl", rules="prose")
+    with pytest.raises(ValueError, match="data is empty"):
+        SegmentSettings(rules="prose")
 
 
 def test_segment_keeps_other_fields_as_they_are_or_refuses_them_before_it_cuts(tmp_path, problems, monkeypatch):
@@ -318,12 +352,4 @@ def test_a_diagnosis_cuts_its_reference_chains_with_the_classifier_of_its_teache
     assert [trace.depth for trace in cut] == [trace.depth for trace in problems[:4]]
     with pytest.raises(ValueError, match="'random'; a diagnosis compares states where steps end"):
         dataclasses.replace(settings, segmentation="random")
-    with pytest.raises(ValueError, match="have no marked steps; give --segmentation"):
-        dataclasses.replace(settings, schema="prose", segmentation="annotated")
-
-
-def test_a_pretraining_refuses_texts_without_marked_steps():
-    values = importlib.import_module("configs.pretrain_tiny").get_config().to_dict()
-    values["train"] = {"schema": "prose", "location": "x.jsonl"}
-    with pytest.raises(ValueError, match=r"cut them with launch/segment\.py first"):
-        build(PretrainRecipe, values)
+    assert dataclasses.replace(settings, schema="prose", segmentation="annotated")  # the schema's own steps

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rtd_jax.base.files import check_writable, write_jsonl
-from rtd_jax.base.settings import check_filled, check_ranges
+from rtd_jax.base.settings import SettingError, check_filled, check_ranges
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.prose import prose_steps
 from rtd_jax.data.schemas.schema import answer_field, fields_of, one_line, shown
@@ -40,9 +40,9 @@ class SegmentSettings:
         check_filled(self, "data", "out", "text_field")
         models = {"teacher": self.teacher, "classifier": self.classifier}
         if given := [name for name, value in models.items() if value and self.rules]:
-            raise ValueError(f"rules is {self.rules!r}, which reads no {given[0]}; leave out --rules or --{given[0]}")
+            raise SettingError(f"rules is {self.rules!r}, which reads no {given[0]}; leave out --rules or --{given[0]}")
         if missing := [name for name, value in models.items() if not value and not self.rules]:
-            raise ValueError(
+            raise SettingError(
                 f"{missing[0]} is empty; give --teacher and the --classifier that was fitted to it, or cut by rules "
                 "with --rules=prose"
             )
@@ -96,18 +96,18 @@ def _by_classifier(settings: SegmentSettings) -> Callable[[Sequence[_Text]], lis
     runtime = ModelSettings(settings.teacher, settings.param_dtype, settings.compute_dtype)
     teacher = open_model(runtime, make_mesh(MeshSettings()), note)
     classifier.check_teacher(teacher.fingerprint, teacher.tokenizer_fingerprint, settings.teacher)
-    detector = Detector(
-        classifier,
-        teacher.tokenizer,
-        teacher.mesh,
-        lambda: (teacher.model, teacher.params),
-        described=runtime.precision,
-        folder=Path(settings.keep).expanduser() if settings.keep else None,
-        batch_size=settings.batch_size,
-        note=note,
-    )
 
     def cut(texts: Sequence[_Text]) -> list[list[str]]:
+        detector = Detector(
+            classifier,
+            teacher.tokenizer,
+            teacher.mesh,
+            lambda: (teacher.model, teacher.params),
+            described=runtime.precision,
+            folder=Path(settings.keep).expanduser() if settings.keep else None,
+            batch_size=settings.batch_size,
+            note=note,
+        )
         found = detector.find(texts)
         return [[text[start:end] for start, end in spans] for (_, text, _), spans in zip(texts, found, strict=True)]
 

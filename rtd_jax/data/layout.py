@@ -1,4 +1,4 @@
-r"""How a solution is laid out: its lines, what each of them is (a title, a list item, a formula, ...), and its formulas.
+r"""How a solution is laid out: its lines and what each of them is (a title, a list item, a formula, ...).
 
 `rtd_jax.data.prose` puts the pieces together to reasoning steps. Every pattern looks at a character a bounded number of
 times, so that hostile text takes no longer than other text of its length.
@@ -32,15 +32,15 @@ class Piece:
     end: int
     kind: Kind
     indent: int  # characters before the line's first
-    paragraph: int  # blank lines before it
     level: int = 0  # of titles: number of #; NUMBERED: of a list item or title with a number
     leads: bool = False  # a heading, a line that ends with ":", or an announcement
     plans: bool = False  # it leads to the whole solution, not to one step
     has_equation: bool = False
     in_sequence: bool = False  # begins with "First," or the like
+    is_lower: bool = False  # begins with a small letter
 
 
-# Marks of formulas. Two backslashes are LaTeX's line break. No formula has a blank line in it, so that a mark that is never
+# Marks of formulas. Two backslashes are LaTeX's line break. No formula has a blank line in it, so a mark that is never
 # closed does no harm beyond its paragraph.
 _MARK = re.compile(r"\\\\|\\[\[\]()]|\$\$|\\(?:begin|end)\{\w{1,20}\*?\}|\n[ \t\r]*\n")
 
@@ -71,9 +71,10 @@ _STATED_NUMBER = re.compile(
 _ACTION = "find|determine|calculate|compute|solve|figure|work|get|answer|know|use|start|begin|break|follow|add|subtract"
 _ACTION += "|multiply|divide|set|do|look|go|consider|identify|convert|verify|simplify|count"
 _ANNOUNCEMENT = re.compile(
-    rf"(?:(?:{_SEQUENCE}|So),?\s?)?(?:{_ACTION}|let[’']?s|let us|let me|(?:we|I)(?:[’']ll|\s(?:will|can|must|need to|have to|should|"
-    rf"want to))\s(?:first\s)?(?:{_ACTION})|(?:in order )?to (?:{_ACTION})|here(?:[’']s| is| are)|we are given|"
-    r"sure|ok|okay|of course|certainly|solution|I(?:[’']d| would| can))\b",
+    rf"(?:(?:{_SEQUENCE}|So),?\s?)?(?:(?:(?:in order )?to )?(?:{_ACTION})|let[’']?s|let us|let me"
+    r"|(?:we|I)(?:[’']ll|\s(?:will|can|must|need to|have to|should|want to))\s(?:first\s)?"
+    rf"(?:{_ACTION})|here(?:[’']s| is| are)|we are given|sure|ok|okay|of course|certainly|solution"
+    r"|I(?:[’']d| would| can))\b",
     re.IGNORECASE,
 )
 _PLAN = re.compile(r"\b(?:steps?|solution|as follows|break)\b", re.IGNORECASE)
@@ -90,19 +91,18 @@ def pieces(text: str) -> list[Piece]:
     alone = zip(_outside(text, lines, displays), _outside(text, lines, formulas), strict=True)
     found: list[Piece] = []
     is_inside = _Inside(formulas)
-    for (start, end, indent, paragraph), (beside_displays, beside_formulas) in zip(lines, alone, strict=True):
+    for (start, end, indent), (beside_displays, beside_formulas) in zip(lines, alone, strict=True):
         line = text[start:end]
-        has_word = re.search(r"\w", line) is not None
-        kind: Kind | None = None
-        if has_word and not re.search(r"\w", beside_displays):
-            kind = "display"
-        elif has_word and not re.search(r"\w", beside_formulas):
-            kind = "formula"
-        cuts = []
-        if not kind and not _ITEM.match(line):
-            cuts = [x.span() for x in _NEXT_IN_SEQUENCE.finditer(text, start, end) if not is_inside(x.start())]
-        for first, last in _between(start, end, cuts):
-            found.append(_piece(text[first:last], first, indent, paragraph, kind))
+        is_cut = re.search(r"\w", beside_formulas) is not None and not _ITEM.match(line)
+        matches = _NEXT_IN_SEQUENCE.finditer(text, start, end) if is_cut else ()
+        cuts = [match.span() for match in matches if not is_inside(match.start())]
+        found += [_piece(text[first:last], first, indent) for first, last in _between(start, end, cuts)]
+        if _ITEM.match(line) or not re.search(r"\w", line):
+            continue
+        if not re.search(r"\w", beside_displays):
+            found[-1] = Piece(start, end, "display", indent, has_equation=True)
+        elif not re.search(r"\w", beside_formulas):
+            found[-1] = Piece(start, end, "formula", indent, has_equation=True)
     return found
 
 
@@ -112,10 +112,7 @@ def sentence_pieces(text: str, piece: Piece) -> list[Piece]:
     cuts = [
         match.span() for match in _SENTENCE_END.finditer(text, piece.start, piece.end) if not is_inside(match.end() - 1)
     ]
-    return [
-        _piece(text[start:end], start, piece.indent, piece.paragraph)
-        for start, end in _between(piece.start, piece.end, cuts)
-    ]
+    return [_piece(text[start:end], start, piece.indent) for start, end in _between(piece.start, piece.end, cuts)]
 
 
 def _between(start: int, end: int, cuts: Sequence[Span]) -> Iterator[Span]:
@@ -123,17 +120,16 @@ def _between(start: int, end: int, cuts: Sequence[Span]) -> Iterator[Span]:
     return zip([start, *(after for _, after in cuts)], [*(before for before, _ in cuts), end], strict=True)
 
 
-def _piece(words: str, start: int, indent: int, paragraph: int, kind: Kind | None = None) -> Piece:
-    """A line or a part of it, with its kind."""
+def _piece(words: str, start: int, indent: int) -> Piece:
+    """A line or a part of it, with its kind as far as LaTeX's marks of formulas do not decide it."""
     end, has_equation = start + len(words), EQUATION.search(words) is not None
-    if kind is None and _CONTINUES.match(words):
-        kind = "continued"
-    elif kind is None and (_WRITTEN_FORMULA.fullmatch(words) or (has_equation and _is_plain_formula(words))):
-        kind = "formula"
-    if kind:
-        return Piece(start, end, kind, indent, paragraph, has_equation=True)
+    is_item = _ITEM.match(words) is not None
     if not re.search(r"\w", words):
-        return Piece(start, end, "continued", indent, paragraph, leads=True)  # leads where nothing is before it
+        return Piece(start, end, "continued", indent, leads=True)  # leads where nothing is before it
+    if _CONTINUES.match(words):
+        return Piece(start, end, "continued", indent, has_equation=True)
+    if not is_item and (_WRITTEN_FORMULA.fullmatch(words) or (has_equation and _is_plain_formula(words))):
+        return Piece(start, end, "formula", indent, has_equation=True)
     hashes = "" if _states_answer(words) else (match[0] if (match := _HASHES.match(words)) else "")
     title, level = words[len(hashes) :], len(hashes.strip())
     is_bold = title.startswith("**") and title.rstrip(":. ").endswith("**") and title.count("**") == 2
@@ -141,23 +137,22 @@ def _piece(words: str, start: int, indent: int, paragraph: int, kind: Kind | Non
     in_sequence = _BEGINS_SEQUENCE.match(words) is not None
     plans = not in_sequence and _PLAN.search(title) is not None
     if _STEP.match(title):
-        return Piece(start, end, "section", indent, paragraph, level)
+        return Piece(start, end, "section", indent, level)
     if is_title and _NUMBER.match(title):
-        return Piece(start, end, "section", indent, paragraph, level or NUMBERED)
+        return Piece(start, end, "section", indent, level or NUMBERED)
     if hashes or is_bold:
-        return Piece(start, end, "heading", indent, paragraph, level, leads=True, plans=plans)
-    is_item = _ITEM.match(words) is not None
+        return Piece(start, end, "heading", indent, level, leads=True, plans=plans)
     return Piece(
         start,
         end,
         "item" if is_item else "text",
         indent,
-        paragraph,
         level=NUMBERED if is_item and _NUMBER.match(words) else 0,
         leads=is_title or _announces(words),
         plans=plans,
         has_equation=has_equation,
         in_sequence=in_sequence,
+        is_lower=words[0].islower(),
     )
 
 
@@ -235,23 +230,20 @@ class _Inside:
         return self.index < len(self.spans) and self.spans[self.index][0] <= place
 
 
-def _lines(text: str, is_inside: _Inside) -> Iterator[tuple[int, int, int, int]]:
-    """(start, end, indent, paragraph) of each line with something on it. A formula over several lines is in one."""
+def _lines(text: str, is_inside: _Inside) -> Iterator[tuple[int, int, int]]:
+    """(start, end, indent) of each line with something on it. A formula over several lines is in one."""
     ends = [match.start() for match in re.finditer("\n", text) if not is_inside(match.start())]
-    paragraph = 0
     for start, end in zip([0, *(end + 1 for end in ends)], [*ends, len(text)], strict=True):
         line = text[start:end]
         indent = len(line) - len(line.lstrip())
         if line.strip():
-            yield start + indent, start + len(line.rstrip()), indent, paragraph
-        else:
-            paragraph += 1
+            yield start + indent, start + len(line.rstrip()), indent
 
 
-def _outside(text: str, lines: Iterable[tuple[int, int, int, int]], spans: Sequence[Span]) -> Iterator[str]:
+def _outside(text: str, lines: Iterable[tuple[int, int, int]], spans: Sequence[Span]) -> Iterator[str]:
     """What is left of each line without the formulas at `spans`, each of which lies within one line."""
     index = 0
-    for start, end, _, _ in lines:
+    for start, end, _ in lines:
         left, place = [], start
         while index < len(spans) and spans[index][0] < end:
             left.append(text[place : spans[index][0]])

@@ -3,14 +3,15 @@ r"""Cuts a solution written in prose into its reasoning steps, by rules and with
 What models write is laid out for a reader: paragraphs, lists, titles, formulas on lines of their own, a sentence that
 says what will be done, and one that says the answer again. Steps end where lines end, except that
 
-  1. a display formula (`\[..\]`, `$$..$$`, an environment) belongs to the text before it, and another formula alone on a
-     line to the line before it, if that says no equation itself; "= 5" goes on with the formula before it;
+  1. a display formula (`\[..\]`, `$$..$$`, an environment) belongs to the text before it, and another formula alone on
+     a line to the line before it, if that says no equation itself; "= 5" goes on with the formula before it, and so
+     does text after a display formula that begins with a small letter ("where x is the price");
   2. "Step 2" and a numbered title ("2. **Profit:**") begin a step that holds all that stands under them;
   3. other titles, and lines that end with ":", belong to what follows, and the list that follows belongs to them; the
      items of other lists, and of a list of the whole solution ("Follow these steps:"), are a step each;
   4. an announcement ("To find the profit, we need the costs.") belongs to the step after it;
-  5. a closing that says a result again ("So, the answer is 18.") belongs to the step before it, as does the answer line:
-     neither is a piece of reasoning that can be right or wrong by itself;
+  5. a closing that says a result again ("So, the answer is 18.") belongs to the step before it, as does the answer
+     line: neither is a piece of reasoning that can be right or wrong by itself;
   6. "First,", "Next,", "Finally," at the beginning of a sentence begin a step within a line too;
   7. a solution of one line is cut at the ends of its sentences.
 
@@ -46,18 +47,16 @@ def prose_steps(text: str) -> list[Span]:
     found = pieces(text)
     if (line := _only_line(text, found)) is not None:
         found[line : line + 1] = _grouped(sentence_pieces(text, found[line]))
-    has_paragraphs = bool(found) and found[0].paragraph != found[-1].paragraph
     steps: list[_Step] = []
     known: set[str] = set()  # numbers
     for piece in found:
         words = text[piece.start : piece.end]
         numbers = _numbers(words)
-        # The text under a title says whether it is a closing, so a title waits for it.
-        is_closing = (
-            piece.kind not in ("section", "heading") and bool(steps) and _says_again(words, steps[-1].numbers, known)
-        )
-        if steps and (is_closing or _belongs(piece, steps[-1], has_paragraphs)):
-            steps[-1].add(replace(piece, leads=False) if is_closing else piece, numbers)
+        is_title = piece.kind in ("section", "heading")  # which waits for what stands under it
+        is_closing = bool(steps) and not is_title and _says_again(words, steps[-1].numbers, known)
+        if steps and (is_closing or _belongs(piece, steps[-1])):
+            is_end = is_closing or piece.kind == "continued"  # what follows is not waited for
+            steps[-1].add(replace(piece, leads=False) if is_end else piece, numbers)
         else:
             steps.append(_Step(piece, numbers))
         known |= numbers
@@ -91,7 +90,7 @@ class _Step:
             self.item = piece.indent
 
 
-def _belongs(piece: Piece, step: _Step, has_paragraphs: bool) -> bool:
+def _belongs(piece: Piece, step: _Step) -> bool:
     """Whether a piece goes on with the step before it."""
     if piece.kind in ("display", "continued"):
         return True
@@ -107,9 +106,7 @@ def _belongs(piece: Piece, step: _Step, has_paragraphs: bool) -> bool:
         return step.owns_list and piece.indent == step.item
     if piece.kind == "formula":
         return not step.last.has_equation
-    # As in LaTeX, a display formula does not end its paragraph, if the writer sets paragraphs at all.
-    goes_on = has_paragraphs and step.last.kind == "display" and piece.paragraph == step.last.paragraph
-    return goes_on and not piece.in_sequence
+    return step.last.kind == "display" and piece.is_lower  # the sentence goes on: "where x is the price"
 
 
 def _is_under(piece: Piece, section: Piece, content: int) -> bool:
@@ -162,9 +159,9 @@ def _may_close(words: str) -> bool:
 def _says_again(words: str, before: set[str], known: set[str]) -> bool:
     """Whether a piece is a closing that says again what is known: it computes nothing and has no number of its own.
 
-    An answer may be any number that stood in the text before. "So she has 9 left" has to be of the step before, because a
-    number that is fetched from further away is a conclusion. A conclusion in words alone ("So it is not a fish.") is
-    always one.
+    An answer may be any number that stood in the text before. The numbers of "So she has 9 left" have to be of the step
+    before, because one that is fetched from further away is a conclusion. A conclusion in words alone ("So it is no
+    fish.") is always one.
     """
     if is_answer_line(words):
         return True

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 Span = tuple[int, int]  # characters [start, end) of a text
 
 _ANSWER_LINE = re.compile(r"####(?!#)[ \t]*(\S.*?)[ \t]*")
+_HEADING = re.compile(r"#####|####\s*\**(?:step|part|case|phase)\s+\w", re.IGNORECASE)
 _INNER_ANSWER = re.compile(r"(?<!#)####(?!#)[ \t]*(\S.*)")
 
 
@@ -162,8 +163,11 @@ def answer_line(answer: str) -> str:
 
 
 def is_answer_line(line: str) -> bool:
-    """Whether a line, without white space around it, is one that states the answer; five # are a heading."""
-    return line.startswith("####") and not line.startswith("#####")
+    """Whether a line, without white space around it, is one that states the answer; five # are a heading.
+
+    So are four before "Step 2", as Markdown's writers have it.
+    """
+    return line.startswith("####") and not _HEADING.match(line)
 
 
 def stated_answer(text: str) -> str:

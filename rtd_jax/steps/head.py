@@ -42,13 +42,15 @@ class Scale(NamedTuple):
 
 
 def neighbours(x_BLP: Array, chain_ids_BL: Array, offset: int) -> jax.Array:
-    """x at token l + offset, zero where that is another chain, padding, or outside of the row. [B, L, ...]"""
+    """x at token l + offset, zero where that is another chain, padding, or outside of the row. [B, L, ...], as x."""
     chex.assert_equal_shape_prefix([x_BLP, chain_ids_BL], 2)
     length = chain_ids_BL.shape[1]
     moved_BLP, ids_BL = jnp.roll(x_BLP, -offset, axis=1), jnp.roll(chain_ids_BL, -offset, axis=1)
     places_L = jnp.arange(length) + offset
     same_BL = (ids_BL == chain_ids_BL) & (chain_ids_BL > 0) & ((places_L >= 0) & (places_L < length))[None]
-    return jnp.where(same_BL.reshape(same_BL.shape + (1,) * (x_BLP.ndim - 2)), moved_BLP, 0)
+    return jnp.where(
+        same_BL.reshape(same_BL.shape + (1,) * (x_BLP.ndim - 2)), moved_BLP, jnp.zeros((), moved_BLP.dtype)
+    )
 
 
 def turns(states_BLND: Array, chain_ids_BL: Array) -> tuple[jax.Array, jax.Array]:

@@ -15,8 +15,9 @@ _CLASSIFIER = "classifier:"
 def recut(traces: Sequence[Trace], segmentation: str) -> list[Trace]:
     """The same chains with the steps that `segmentation` names.
 
-    'annotated' leaves the steps of the data set, which its schema found. 'random' is a control (see `random_spans`). 'classifier:<folder>'
-    leaves the steps too: a classifier needs its teacher, so it has cut the chains before (see `steps/detector.py`).
+    'annotated' leaves the steps that the data's schema gave: marked ones, or in `prose` those of its rules. 'random' is
+    a control (see `random_spans`). 'classifier:<folder>' leaves the steps too: a classifier needs its teacher, so it
+    has cut the chains before (see `steps/detector.py`).
 
     Raises:
       ValueError: there is no such segmentation.

@@ -73,7 +73,7 @@ class DataSettings:
     validation: SourceSettings | None = None  # None: `validation_fraction` of the training traces, chosen by hash
     validation_fraction: float = 0.05  # of the training traces, where `validation` is not given
     text: TextFormat = field(default_factory=TextFormat)
-    segmentation: str = "annotated"  # where steps end: "annotated", "random" (a control), "classifier:<folder>"
+    segmentation: str = "annotated"  # steps: "annotated" (by the schema), "random" (a control), "classifier:<folder>"
     steps_cache: str = "runs/steps"  # folder that keeps the steps a classifier found; "" finds them again each time
     row_length: int = 1024  # tokens
     chains_per_row: int = 8  # at most; 1 switches packing off

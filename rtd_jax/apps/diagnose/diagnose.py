@@ -23,7 +23,6 @@ from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings, load_traces
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.data.trace import Trace
-from rtd_jax.eval.chains import results_right
 from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure, transitions
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, decoding_notes
 from rtd_jax.eval.scored import Record
@@ -367,9 +366,7 @@ def _own_chains(records: Sequence[Record]) -> list[OwnChain]:
     for i, record in enumerate(records):
         steps = [" ".join(step.split()) for step in record["completions"]]
         if steps:
-            labels: list[bool | None] = [None] * len(steps)
-            if record["steps_right"]:
-                labels = results_right(steps, record["reference"])[0]
+            labels = (list(record["verdicts"]) or [None] * len(steps))[: len(steps)]
             trace = Trace.of_steps(record["prompt"], steps, "", record["final"], f"generation {i + 1}")
             own.append((i, trace, labels))
     return own

@@ -16,18 +16,23 @@ from rtd_jax.data.trace import Problem, is_answer_line, stated_answer
 from rtd_jax.eval.answers import answer_matches, parse_number, states_number
 from rtd_jax.eval.chains import split_solution
 from rtd_jax.eval.estimates import depth_key
+from rtd_jax.eval.judge.final import final_number
+from rtd_jax.eval.judge.judge import judge_steps
 from rtd_jax.teacher.served.requests import Reply, Request
 
 OPEN_FROM = 5  # depths are counted as 1, 2, 3, 4, 5+, the stages of the curriculum
-OUTCOMES = ("kept", "wrong", "duplicate", "unfinished", "unparsable", "surplus", "refused")
+OUTCOMES = ("kept", "wrong", "unsound", "duplicate", "unfinished", "unparsable", "surplus", "refused")
 
 
 @dataclass(frozen=True)
 class SelectionSettings:
     """Which replies are kept. Another selection can be made from the same log without asking the teacher again."""
 
-    reading: Literal["strict", "flexible"] = "strict"  # strict: the answer follows ####; MATH needs flexible
+    # Of an answer. stated: a number after ####, in the last box, after "the answer is", or the last one, and any other
+    # answer after ####; strict: only after ####; flexible: wherever the text ends, which MATH needs.
+    reading: Literal["stated", "strict", "flexible"] = "stated"
     steps: Literal["lines", "sentences", "prose"] = "lines"  # sentences: cut as MATH's; prose: by data/prose.py's rules
+    sound: bool = False  # keep only chains without a false step, as the step judge reads their arithmetic
     per_problem: int = 0  # chains kept for one problem at most; 0 keeps all
     max_depth_share: float = 1.0  # share of all kept chains that one depth (1, 2, 3, 4, 5+) may have
     tokenizer: str = ""  # Hugging Face folder: a chain with tokens that it does not know is unparsable; "": no check
@@ -58,6 +63,7 @@ def select(
     """Sorts every reply into one of `OUTCOMES`; `known` says whether the tokenizer knows all tokens of a text.
 
       wrong: it states another answer
+      unsound: its answer is right, but a step is false (asked for by `sound`)
       unfinished: it was cut at max_tokens
       unparsable: it has no step, states no answer, or is not `known`
       duplicate: right, but the same text as an earlier chain of its problem, up to white space and case
@@ -126,7 +132,7 @@ class _Chain:
 
 
 def judge(problem: Problem, reply: Reply, settings: SelectionSettings) -> tuple[str, list[str]]:
-    """(outcome, steps) of one reply by itself: kept, wrong, unfinished, unparsable or refused."""
+    """(outcome, steps) of one reply by itself: kept, wrong, unsound, unfinished, unparsable or refused."""
     if reply.finish == "refused":
         return "refused", []
     lines, answer_line = split_solution(reply.text)
@@ -138,9 +144,19 @@ def judge(problem: Problem, reply: Reply, settings: SelectionSettings) -> tuple[
     text = "\n".join([*lines, answer_line]) if answer_line else reply.text
     if not steps or not _states_answer(problem, text, settings.reading):
         return "unparsable", steps
+    if not _is_right(problem, text, settings.reading):
+        return "wrong", steps
+    judged = [*_steps(reply.text, lines, settings), answer_line]
+    is_sound = not settings.sound or judge_steps(problem.prompt, judged).first_error < 0
+    return "kept" if is_sound else "unsound", steps
+
+
+def _is_right(problem: Problem, text: str, reading: str) -> bool:
+    number = parse_number(problem.answer) if reading == "stated" else None
+    if number is not None and final_number(text) == number:
+        return True
     match = answer_matches(problem, text)
-    right = match.strict if settings.reading == "strict" else match.strict or match.flexible
-    return "kept" if right else "wrong", steps
+    return match.strict or (reading == "flexible" and match.flexible)
 
 
 def _steps(text: str, lines: list[str], settings: SelectionSettings) -> list[str]:
@@ -158,7 +174,9 @@ def _steps(text: str, lines: list[str], settings: SelectionSettings) -> list[str
 def _states_answer(problem: Problem, text: str, reading: str) -> bool:
     """Whether the text states an answer of the kind that the problem asks for, right or wrong."""
     if parse_number(problem.answer) is not None:
-        return states_number(text, is_strict=reading == "strict")
+        return states_number(text, is_strict=reading == "strict") or (
+            reading == "stated" and final_number(text) is not None
+        )
     stated = bool(stated_answer(text)) or last_box(text) is not None
     return stated or (reading == "flexible" and bool(text.strip()))
 

@@ -8,8 +8,8 @@ from rtd_jax.data.trace import Trace, answer_line, split_answer
 def from_prose(row: Row, source: str = "row") -> Trace:
     """`prompt`, `text`[, `answer`]: the text stays as it is; its steps are those of `prose_steps`.
 
-    A boundary classifier may cut it elsewhere (`data.segmentation`).
-    A last line `#### 72` is not part of the text; it gives the answer where the row has no other (absent, null, blank).
+    A boundary classifier may cut it elsewhere (`data.segmentation`). A last line `#### 72` is not part of the text; it
+    gives the answer where the row has no other (absent, null, blank).
     """
     text, stated = split_answer(text_field(row, "text", source))
     if not text:
