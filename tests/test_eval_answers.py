@@ -10,7 +10,7 @@ from rtd_jax.base.files import read_jsonl
 from rtd_jax.data.schemas.gsm8k import from_gsm8k
 from rtd_jax.data.schemas.math import from_math, last_box
 from rtd_jax.data.schemas.strategyqa import from_strategyqa
-from rtd_jax.data.trace import Problem, Trace, spans_of
+from rtd_jax.data.trace import Problem, Trace, spans_of, stated_answer
 from rtd_jax.eval import answers
 from rtd_jax.eval.answers import (
     answer_matches,
@@ -255,6 +255,14 @@ def test_steps_that_share_a_line_are_judged_by_their_lines():
     trace = Trace("question", body, spans_of(body, (6, 13)), "3", "#### 3")
     assert score_chain(trace.completion, trace)["chain_exact"]
     assert not score_chain("a = 1. b = 4.\nc = 3\n#### 3", trace)["chain_exact"]
+
+
+def test_a_heading_of_four_is_no_answer():
+    text = "#### Step 1: pack\n9 + 9 = 18\n#### **Step 2**\nDone.\n#### 18"
+    assert stated_answer(text) == "18"
+    assert stated_answer("#### Step 1\nIt is 18.") == ""
+    assert stated_answer("so #### Part two\nand #### 18") == "18"
+    assert stated_answer("#### stepladder") == "stepladder"
 
 
 def test_a_reference_that_states_two_answers_is_refused_by_name():

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 Span = tuple[int, int]  # characters [start, end) of a text
 
 _ANSWER_LINE = re.compile(r"####(?!#)[ \t]*(\S.*?)[ \t]*")
-_HEADING = re.compile(r"#####|####\s*\**(?:step|part|case|phase)\s+\w", re.IGNORECASE)
-_INNER_ANSWER = re.compile(r"(?<!#)####(?!#)[ \t]*(\S.*)")
+_TITLE = r"\**(?:step|part|case|phase)\s+\w"  # what follows #### in a heading
+_HEADING = re.compile(rf"#####|####\s*{_TITLE}", re.IGNORECASE)
+_INNER_ANSWER = re.compile(rf"(?<!#)####(?!#)[ \t]*(?!(?i:{_TITLE}))(\S.*)")
 
 
 @dataclass(frozen=True)
