@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import recipe, source, write_teacher
 
-from rtd_jax.apps.distill.own_chains import drawn_chain, make_sampler
+from rtd_jax.apps.distill.own_chains import drawn_chain, make_sampler, step_ends
 from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.distill.stages import Run, Trainer
 from rtd_jax.apps.pretrain import SizeSettings, model_config
@@ -55,10 +55,14 @@ from rtd_jax.train.update import UpdateSettings, make_train_step
 TOKENIZER = tiny_tokenizer()
 
 
-def chain_of(text: str, ended: bool = True, row_length: int = 64, max_steps: int = 9):
+def pieces_of(text: str) -> tuple[list[int], list[str]]:
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
-    pieces = [TOKENIZER.decode([i]) for i in ids]
-    return drawn_chain([5, 6, 7], ids, pieces, ended, row_length, max_steps), pieces
+    return ids, [TOKENIZER.decode([i]) for i in ids]
+
+
+def chain_of(text: str, ended: bool = True, row_length: int = 64, max_steps: int = 9):
+    ids, pieces = pieces_of(text)
+    return drawn_chain([5, 6, 7], ids, step_ends(pieces, ended)[0], row_length, max_steps), pieces
 
 
 def test_a_drawn_chain_has_its_own_ids_and_a_boundary_at_the_end_of_each_line():
