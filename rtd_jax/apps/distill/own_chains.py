@@ -55,7 +55,7 @@ def make_sampler(experiment: Experiment) -> Sampler:
     score = make_scorer(experiment)
 
     def decode(ids: Sequence[int]) -> str:
-        return str(experiment.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(experiment.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     text_of = cache(lambda token: decode([token]))
 
