@@ -14,11 +14,14 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import recipe, source, write_teacher
 
-from rtd_jax.apps.distill.own_chains import drawn_chain, make_sampler
+from rtd_jax.apps.cache import cache_teacher
+from rtd_jax.apps.distill.judged_rewards import check_judged, judged_rewards
+from rtd_jax.apps.distill.own_chains import at_boundaries, drawn_chain, make_sampler, step_ends, step_texts
 from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.distill.stages import Run, Trainer
 from rtd_jax.apps.pretrain import SizeSettings, model_config
 from rtd_jax.apps.reward_model import LabelledSteps, RewardModelRecipe, fit_head, judge, train_reward_model
+from rtd_jax.base.boundaries import step_boundaries
 from rtd_jax.base.console import Display
 from rtd_jax.base.files import json_digest
 from rtd_jax.base.records import save_arrays
@@ -30,11 +33,13 @@ from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.labelled import LabelledSettings
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
+from rtd_jax.data.trace import Trace
 from rtd_jax.losses.policy import Rollouts
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.own_chains import RewardSettings
 from rtd_jax.methods.term import Setup
 from rtd_jax.models.model import LlamaModel
+from rtd_jax.teacher.cache import CacheSettings
 from rtd_jax.teacher.reward_head import (
     RewardIdentity,
     init_head,
@@ -45,7 +50,7 @@ from rtd_jax.teacher.reward_head import (
 )
 from rtd_jax.train.checkpoints import Checkpoints, read_meta, restore_state
 from rtd_jax.train.clock import Clock
-from rtd_jax.train.curriculum import CurriculumSettings
+from rtd_jax.train.curriculum import CurriculumSettings, stages
 from rtd_jax.train.metrics import MetricsLog
 from rtd_jax.train.recipe import DataSettings, EvaluationSettings, TeacherSettings
 from rtd_jax.train.splits import load_splits
@@ -55,10 +60,14 @@ from rtd_jax.train.update import UpdateSettings, make_train_step
 TOKENIZER = tiny_tokenizer()
 
 
-def chain_of(text: str, ended: bool = True, row_length: int = 64, max_steps: int = 9):
+def pieces_of(text: str) -> tuple[list[int], list[str]]:
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
-    pieces = [TOKENIZER.decode([i]) for i in ids]
-    return drawn_chain([5, 6, 7], ids, pieces, ended, row_length, max_steps), pieces
+    return ids, [TOKENIZER.decode([i]) for i in ids]
+
+
+def chain_of(text: str, ended: bool = True, row_length: int = 64, max_steps: int = 9):
+    ids, pieces = pieces_of(text)
+    return drawn_chain([5, 6, 7], ids, step_ends(pieces, ended)[0], row_length, max_steps), pieces
 
 
 def test_a_drawn_chain_has_its_own_ids_and_a_boundary_at_the_end_of_each_line():
@@ -80,6 +89,80 @@ def test_only_finished_steps_before_the_answer_count():
     short, _ = chain_of("1\n2\n3\n4\n", row_length=6)  # 3 of prompt, then "1", line end, "2"
     assert len(short) == 6
     assert short.depth == 2
+
+
+PENS = Trace.of_steps(
+    "How many pens does Lily have? Lily starts with 2. November 9 won. December 6 dropped. January 4 earned.",
+    ["November 9 won: <<2+9=11>>11.", "December 6 dropped: <<11-6=5>>5.", "January 4 earned: <<5+4=9>>9."],
+    "9",
+    "#### 9",
+)
+WON, DROPPED, EARNED = PENS.steps
+
+
+@pytest.mark.parametrize(
+    ("lines", "ended", "rewards"),
+    [
+        ((WON, DROPPED, EARNED, "#### 9"), True, [1, 1, 1, 1]),
+        ((WON, DROPPED, EARNED), True, [1, 1, 1]),  # it ends in its answer
+        ((WON, DROPPED, EARNED, "#### 9", "March 3"), False, [1, 1, 1, 1]),  # cut off behind its answer
+        # Wrong in the middle. 4 + 4 goes on from there, what does not is right, and what says nothing earns nothing.
+        ((WON, "<<11-6=4>>4.", "<<4+4=8>>8.", "#### 8"), True, [1, 0, 0, 0]),
+        ((WON, "<<11-6=4>>4.", EARNED, "#### 9"), True, [1, 0, 1, 1]),
+        (("Lily won.", "<<2+9=12>>12.", "Lily won.", EARNED, "#### 12"), True, [1, 0, 0, 1, 0]),
+        ((WON, DROPPED, EARNED, "#### 8"), True, [1, 1, 1, 0]),  # the wrong answer is the first wrong step
+        ((WON, DROPPED, "#### 5"), True, [1, 0, 0]),  # a result on the way, taken for the answer
+        ((WON, DROPPED, "January 4"), False, [1, 0]),  # unfinished: no answer
+        (("#### 9",), True, [1]),
+        (("#### 9",), False, []),  # the number may go on
+        ((), True, []),
+    ],
+)
+def test_the_judge_rewards_the_steps_of_a_drawn_chain(lines, ended, rewards):
+    """By hand, from the drawn ids to a reward at each boundary; the boundaries are those of the judged texts."""
+    ids, pieces = pieces_of("\n".join(lines))
+    ends, states_answer = step_ends(pieces, ended, with_answer=True)
+    steps = step_texts(ids, ends, TOKENIZER.decode)
+    assert steps == list(lines[: len(rewards)])
+    found, is_right = judged_rewards(PENS, steps, states_answer, ended)
+    assert found == rewards
+    assert is_right == (bool(rewards) and all(rewards))
+    chain = drawn_chain([5, 6, 7], ids, ends, 96, 9)
+    assert chain.depth == len(rewards)
+    assert chain.loss_weights.sum() == (ends[-1] + 1 if ends else 0)  # the answer line is learned from as well
+    ((values,),) = at_boundaries([found], [chain], 10, 1, (0, 1))
+    assert values[0].tolist() == [0, *rewards, *[0] * (9 - len(rewards))]
+
+
+def test_a_step_that_ends_in_the_token_of_the_answer_line_is_as_right_as_the_answer():
+    """Some tokenizers may have a line end and `####` in one token; a boundary has a token of its own."""
+    pieces = [WON, "\n", DROPPED, "\n", EARNED.removesuffix("."), ".\n#### "]
+    for answer, reward in (("9", 1.0), ("8", 0.0)):
+        texts = [*pieces[:-1], pieces[-1] + answer]
+        ends, states_answer = step_ends(texts, True, with_answer=True)
+        assert (ends, states_answer) == ([0, 2, 5], True)
+        steps = [WON, DROPPED, f"{EARNED}\n#### {answer}"]
+        assert judged_rewards(PENS, steps, states_answer, True)[0] == [1.0, 1.0, reward]
+
+
+def test_a_step_is_decoded_whole():
+    """A token may hold a part of a character, which is no text."""
+    written = list("½ = 0.5\nso".encode())
+    ends, _ = step_ends([bytes([i]).decode(errors="replace") for i in written], True)
+    assert step_texts(written, ends, lambda ids: bytes(ids).decode()) == ["½ = 0.5", "so"]
+
+
+def test_rewards_lie_in_the_slots_of_their_steps_in_every_batch_and_process():
+    texts = ["1\n2\n3\n", "1\n", "", "1\n2\n"]
+    chains = [chain_of(text, max_steps=2)[0] for text in texts]
+    rewards = [[1.0, 2.0, 3.0], [4.0], [], [5.0, 6.0]]  # the third step has no room
+    whole = at_boundaries(rewards, chains, 3, 2, (0, 1))
+    for values, batch in zip(whole, fixed_batches(chains, 2, 64, 1, 3), strict=True):
+        np.testing.assert_array_equal(values > 0, step_boundaries(batch.boundary_mask_BCK))
+    assert [values[:, 0].tolist() for values in whole] == [[[0, 1, 2], [0, 4, 0]], [[0, 0, 0], [0, 5, 6]]]
+    parts = [at_boundaries(rewards, chains, 3, 2, (i, 2)) for i in range(2)]
+    for joined, values in zip(map(np.concatenate, zip(*parts, strict=True)), whole, strict=True):
+        np.testing.assert_array_equal(joined, values)
 
 
 def test_features_of_a_step_are_its_boundary_state_and_the_surprise_at_its_tokens():
@@ -366,12 +449,106 @@ def test_a_resumed_run_draws_again_and_ends_with_the_same_bits(single, tmp_path)
     assert whole.curve == resumed.curve
 
 
+@pytest.fixture(scope="module")
+def judged(folder):
+    """(experiment, initial state on the host) of a run whose rewards are the judge's and whose teacher is cached."""
+    good = reward_recipe(folder)
+    settings = replace(
+        good,
+        reward=replace(good.reward, model="judge"),
+        teacher=replace(good.teacher, cache=str(folder / "cache")),
+        cache=CacheSettings(4),
+        data=replace(good.data, train=source("train", 8), validation=source("validation", 2)),
+        curriculum=replace(good.curriculum, validation_chains=2),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rtd_jax.apps.cache.make_mesh", one_device_mesh)
+        cache_teacher(settings, folder / "cache")
+        patch.setattr("rtd_jax.apps.distill.prepare.make_mesh", one_device_mesh)
+        experiment, state = prepare(settings, lambda _: None)
+    return experiment, jax.device_get(state)
+
+
+@pytest.fixture
+def half_right(judged, monkeypatch):
+    """Every second drawn chain is the reference: a student with random weights would have none right."""
+    known = judged[0].train
+
+    def write(_model, _params, prompts, _settings, **_):
+        starts = [chain.tokens[: chain.prompt_length].tolist() for chain in known.encoded]
+        traces = [known.traces[starts.index(prompt)] for prompt in prompts]
+        texts = [trace.completion if i % 2 else f"{trace.steps[0]}\n#### 99" for i, trace in enumerate(traces)]
+        return [pieces_of(text)[0] for text in texts]
+
+    monkeypatch.setattr("rtd_jax.apps.distill.own_chains.generate", write)
+
+
+@pytest.mark.usefixtures("half_right")
+def test_a_run_with_the_judges_rewards_needs_no_teacher_and_resumes_with_the_same_bits(judged, tmp_path):
+    experiment, state = judged
+    assert (experiment.teacher, experiment.teacher_params, experiment.reward) == (None, {}, None)
+    assert experiment.fingerprints["reward"] == "judge"  # so that no other rewards go on with its checkpoint
+    whole = Run(jax.device_put(state, jax.sharding.SingleDeviceSharding(jax.devices()[0])), Clock())
+    lines = trained(experiment, whole, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "stages")
+    path = tmp_path / "checkpoints" / "rolling" / "4"
+    resumed = Run.from_meta(restore_state(path, whole.state), Clock(), read_meta(path))
+    assert trained(experiment, resumed, tmp_path) == lines
+    jax.tree.map(np.testing.assert_array_equal, to_host(resumed.state), to_host(whole.state))
+    assert sum("reward/chain_right" in line for line in lines) == 4
+    assert any(line["update"] > 4 and line.get("reward/policy_loss", 0) != 0 for line in lines)
+
+
+@pytest.mark.usefixtures("half_right")
+def test_the_judges_rewards_are_the_same_in_micro_batches_and_on_any_mesh(judged):
+    def draw(experiment, state):
+        return to_host(make_sampler(experiment)(state, experiment.stages[0]))
+
+    (first,), means = draw(*judged)
+    assert means["reward/chain_right"] == 0.5  # every second one
+    assert means["reward/step_reward"] == 1 - 4 / (8 * means["reward/steps_per_chain"])  # but for four answer lines
+    assert len(np.unique(first.advantages_BL.round(3))) > 2
+    elsewhere = replace(judged[0].recipe, mesh=MeshSettings(2, 2, 2), micro_batches=2)
+    (same,), found = draw(*prepare(elsewhere, lambda _: None))
+    np.testing.assert_array_equal(same.batch.tokens_BL, first.batch.tokens_BL)
+    np.testing.assert_allclose(same.old_log_probs_BL, first.old_log_probs_BL, atol=1e-4)
+    np.testing.assert_allclose(same.advantages_BL, first.advantages_BL, atol=1e-6)
+    assert found == means
+
+
+@pytest.mark.parametrize(
+    ("answer", "final"), [("yes", "#### yes"), ("B", "#### B"), ("x^2", "#### x^2"), ("72", ""), ("", "")]
+)
+def test_the_judge_is_refused_chains_that_it_cannot_decide(answer, final):
+    """Answers of StrategyQA, ARC and MATH, and none: the first such row is named."""
+    odd = Trace.of_steps("Why?", ["So it is.", "So it was."], answer, final, "x:7")
+    rows = [PENS, odd, replace(odd, source="x:8")]
+    plan = stages(CurriculumSettings(depths=(1, 2, 3)))
+    with pytest.raises(ValueError, match=r"^x:7: its answer is .*reward.model='judge' .*a number on a last line"):
+        check_judged(rows, plan)
+    check_judged(rows, plan[2:])  # of the stage of three steps and more
+    check_judged([PENS], plan)
+
+
+def test_a_run_whose_chains_the_judge_cannot_decide_never_begins(folder, tmp_path):
+    good = reward_recipe(folder)
+    traces = generate(9, (1, 2))
+    rows = [{"prompt": trace.prompt, "completions": list(trace.steps), "answer": "A"} for trace in traces]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = replace(source("train", 9), schema="stepwise", location=str(tmp_path))
+    bad = replace(good, reward=replace(good.reward, model="judge"), data=replace(good.data, train=train))
+    with pytest.raises(ValueError, match=r"train.jsonl:1: its answer is 'A', but reward.model='judge'"):
+        prepare(bad, lambda _: None)
+
+
 def test_settings_that_cannot_work_are_refused_by_name(folder):
     good = reward_recipe(folder)
     with pytest.raises(ValueError, match=r"reward.model is empty; train one with launch/reward_model.py"):
         replace(good, reward=replace(good.reward, model=""))
     with pytest.raises(ValueError, match=r"the chains that the student draws are in no cache; set teacher.cache=''"):
         replace(good, teacher=replace(good.teacher, cache="somewhere"))
+    by_judge = replace(good, reward=replace(good.reward, model="judge"), teacher=replace(good.teacher, cache="x"))
+    assert by_judge.reward.by_judge  # whose rewards need no teacher
     with pytest.raises(ValueError, match=r"checkpoint_every 4 is not a multiple of reward.updates_per_refresh 3"):
         replace(good, reward=replace(good.reward, updates_per_refresh=3))
     with pytest.raises(ValueError, match=r"prompts is 4, which is not a multiple of prompts_per_update 3"):

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from rtd_jax.base.settings import SettingError, check_ranges
 
+JUDGE = "judge"  # as `RewardSettings.model`
+
 
 @dataclass(frozen=True)
 class RewardSettings:
@@ -14,7 +16,7 @@ class RewardSettings:
     chains, in turn.
     """
 
-    model: str = ""  # folder that launch/reward_model.py wrote (its <workdir>/model)
+    model: str = ""  # "judge": the step judge by rules; else a folder of launch/reward_model.py (its <workdir>/model)
     prompts: int = 32  # training problems of a refresh
     samples: int = 4  # chains of each problem
     prompts_per_update: int = 8  # of these problems, with all their chains
@@ -34,6 +36,11 @@ class RewardSettings:
             raise ValueError(
                 f"prompts is {self.prompts}, which is not a multiple of prompts_per_update {self.prompts_per_update}"
             )
+
+    @property
+    def by_judge(self) -> bool:
+        """Whether the judge by rules gives the rewards, which needs no teacher."""
+        return self.model == JUDGE
 
     @property
     def rows(self) -> int:

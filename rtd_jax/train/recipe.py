@@ -159,12 +159,12 @@ class Recipe:
         if not self.reward.model:
             raise ValueError(
                 "loss.reward_weight is not 0, but reward.model is empty; train one with launch/reward_model.py and "
-                "give <its workdir>/model"
+                "give <its workdir>/model, or give 'judge' for problems whose answers are numbers"
             )
-        if self.teacher.cache:
+        if self.teacher.cache and not self.reward.by_judge:
             raise ValueError(
-                "loss.reward_weight needs the teacher online: the chains that the student draws are in no cache; set "
-                "teacher.cache=''"
+                "loss.reward_weight needs the teacher online, on which the reward model is a head: the chains that the "
+                "student draws are in no cache; set teacher.cache='', or reward.model='judge'"
             )
         if self.checkpoint_every % self.reward.updates_per_refresh:
             raise ValueError(

@@ -6,11 +6,13 @@ draws it again, where new chains are due.
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rtd_jax.apps.distill.judged_rewards import judged_rewards
 from rtd_jax.apps.distill.prepare import Experiment
 from rtd_jax.base.boundaries import shifted_labels, step_boundaries
 from rtd_jax.base.sharding import host_share, put_batch, row_sharding, row_ways, to_host
@@ -31,10 +33,16 @@ Sampler = Callable[[TrainState, Stage], tuple[list[Rollouts], dict[str, float]]]
 
 
 def make_sampler(experiment: Experiment) -> Sampler:
-    """Builds the function that draws chains from the current student and has the reward model score their steps."""
+    """Builds the function that draws chains from the current student and has their steps rewarded.
+
+    A reward model scores them on the devices, or the judge by rules on the host: every process judges all chains, which
+    it has whole, and so needs no word from the others.
+    """
     settings, data, mesh = experiment.recipe.reward, experiment.recipe.data, experiment.mesh
-    assert experiment.reward is not None, "the recipe has no reward model"
-    head = jax.tree.map(np.asarray, experiment.reward.head)  # on the host: the same for every process
+    teacher_params, head = {}, {}
+    if experiment.reward is not None:
+        teacher_params = experiment.teacher_params
+        head = jax.tree.map(np.asarray, experiment.reward.head)  # on the host: the same for every process
     slots = 2 * experiment.max_boundaries  # a chain that runs on is to be scored as such, not cut to its good part
     decoding = GenerateSettings(
         max_new_tokens=settings.max_new_tokens,
@@ -45,15 +53,19 @@ def make_sampler(experiment: Experiment) -> Sampler:
         sampling=Sampling(settings.temperature),
     )
     score = make_scorer(experiment)
-    text_of = cache(lambda token: str(experiment.tokenizer.decode([token], skip_special_tokens=True)))
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(experiment.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    text_of = cache(lambda token: decode([token]))
 
     def draw(state: TrainState, stage: Stage) -> tuple[list[Rollouts], dict[str, float]]:
         words = np.asarray(to_host(state.rng)).ravel().tolist()
         rng = np.random.default_rng([*words, int(state.step)])
-        pool, student_params = experiment.train.of_stage(stage).encoded, state.params["student"]
-        chosen = rng.choice(len(pool), settings.prompts, replace=len(pool) < settings.prompts)
-        problems = [pool[i] for i in chosen for _ in range(settings.samples)]
-        prompts = [chain.tokens[: chain.prompt_length].tolist() for chain in problems]
+        pool, student_params = experiment.train.of_stage(stage), state.params["student"]
+        chosen = rng.choice(len(pool.encoded), settings.prompts, replace=len(pool.encoded) < settings.prompts)
+        problems = [i for i in chosen for _ in range(settings.samples)]
+        prompts = [pool.encoded[i].tokens[: pool.encoded[i].prompt_length].tolist() for i in problems]
         first = int(rng.integers(2**30))  # of the draws' streams; the seed stays, because it is compiled in
         written = generate(
             experiment.student,
@@ -64,16 +76,30 @@ def make_sampler(experiment: Experiment) -> Sampler:
             batch_sharding=row_sharding(mesh),
         )
         ended = [len(ids) < settings.max_new_tokens for ids in written]
-        chains = [
-            drawn_chain(prompt, ids, list(map(text_of, ids)), has_ended, data.row_length, slots - 1)
-            for prompt, ids, has_ended in zip(prompts, written, ended, strict=True)
+        cuts = [
+            step_ends(list(map(text_of, ids)), has_ended, with_answer=settings.by_judge)
+            for ids, has_ended in zip(written, ended, strict=True)
         ]
+        chains = [
+            drawn_chain(prompt, ids, ends, data.row_length, slots - 1)
+            for prompt, ids, (ends, _) in zip(prompts, written, cuts, strict=True)
+        ]
+        judged, means, share = None, {}, host_share(mesh)
+        if settings.by_judge:
+            steps = [step_texts(ids, ends, decode) for ids, (ends, _) in zip(written, cuts, strict=True)]
+            found = [
+                judged_rewards(pool.traces[problem], texts, states_answer, has_ended)
+                for problem, texts, (_, states_answer), has_ended in zip(problems, steps, cuts, ended, strict=True)
+            ]
+            judged = at_boundaries([rewards for rewards, _ in found], chains, slots, settings.rows, share)
+            means["reward/chain_right"] = float(np.mean([is_right for _, is_right in found]))
         drawn, sums = [], np.zeros(2)
-        for batch in fixed_batches(chains, settings.rows, data.row_length, 1, slots, share=host_share(mesh)):
-            rollouts, added = score(student_params, experiment.teacher_params, head, put_batch(batch, mesh))
+        for i, batch in enumerate(fixed_batches(chains, settings.rows, data.row_length, 1, slots, share=share)):
+            judged_BCK = None if judged is None else put_batch(judged[i], mesh)
+            rollouts, added = score(student_params, teacher_params, head, put_batch(batch, mesh), judged_BCK)
             drawn.append(rollouts)
             sums += jax.device_get(added)
-        return drawn, {
+        return drawn, means | {
             "reward/step_reward": float(sums[0] / max(sums[1], 1.0)),
             "reward/steps_per_chain": float(np.mean([chain.depth for chain in chains])),
             "reward/ended": float(np.mean(ended)),
@@ -82,18 +108,25 @@ def make_sampler(experiment: Experiment) -> Sampler:
     return draw
 
 
-def make_scorer(experiment: Experiment) -> Callable[[Params, Params, Params, Batch], tuple[Rollouts, Array]]:
-    """Builds (student, teacher, head, drawn chains) -> (Rollouts, (sum of step rewards, steps)).
+def make_scorer(
+    experiment: Experiment,
+) -> Callable[[Params, Params, Params, Batch, Array | None], tuple[Rollouts, Array]]:
+    """Builds (student, teacher, head, drawn chains, judge's rewards) -> (Rollouts, (sum of step rewards, steps)).
 
-    Chains of one problem are neighbours. Rows go through the models in micro-batches, as in an update.
+    The rewards of the judge, [B, C, K] at the boundaries, are None where a reward model makes them: a head on what the
+    teacher makes of the chains. Chains of one problem are neighbours. Rows go through the models in micro-batches, as
+    in an update.
     """
     recipe, mesh, student = experiment.recipe, experiment.mesh, experiment.student
-    assert experiment.reward is not None
-    assert experiment.teacher is not None
-    identity, sizes = experiment.reward.identity, (experiment.vocab_size, recipe.loss.chunk_length)
-    read = make_step_reader(experiment.teacher, identity.layers, identity.surprise, *sizes)
+    sizes, read = (experiment.vocab_size, recipe.loss.chunk_length), None
+    if experiment.reward is not None:
+        assert experiment.teacher is not None
+        identity = experiment.reward.identity
+        read = make_step_reader(experiment.teacher, identity.layers, identity.surprise, *sizes)
 
-    def score_rows(student_params: Params, teacher_params: Params, head: Params, batch: Batch) -> tuple[Array, Array]:
+    def score_rows(
+        student_params: Params, teacher_params: Params, head: Params, batch: Batch
+    ) -> tuple[Array | None, Array]:
         hidden_BLS = student.hidden(student_params, batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL)
         made_BL = token_log_probs(
             hidden_BLS,
@@ -104,14 +137,19 @@ def make_scorer(experiment: Experiment) -> Callable[[Params, Params, Params, Bat
             chunk_length=sizes[1],
         )
         old_BL = jnp.pad(made_BL[:, :-1], ((0, 0), (1, 0)))  # from where a prediction is made to the token itself
-        return jax.nn.sigmoid(step_logits(head, read(teacher_params, batch))), old_BL
+        rewards_BCK = None if read is None else jax.nn.sigmoid(step_logits(head, read(teacher_params, batch)))
+        return rewards_BCK, old_BL
 
     @jax.jit
-    def score(student_params: Params, teacher_params: Params, head: Params, batch: Batch) -> tuple[Rollouts, Array]:
+    def score(
+        student_params: Params, teacher_params: Params, head: Params, batch: Batch, judged_BCK: Array | None
+    ) -> tuple[Rollouts, Array]:
         parts = split_rows(batch, recipe.micro_batches, mesh)
         scored = jax.lax.map(partial(score_rows, student_params, teacher_params, head), parts)
         # Part p has rows p, p + parts, ..: put back in order.
-        rewards_BCK, old_BL = (jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]) for x in scored)
+        rewards_BCK, old_BL = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), scored)
+        if judged_BCK is not None:
+            rewards_BCK = judged_BCK
         mask_BCK = step_boundaries(batch.boundary_mask_BCK)
         group = (recipe.reward.prompts_per_update, recipe.reward.samples, mask_BCK.shape[-1])
         advantages_GNK = step_advantages(rewards_BCK.reshape(group), mask_BCK.reshape(group))
@@ -123,37 +161,64 @@ def make_scorer(experiment: Experiment) -> Callable[[Params, Params, Params, Bat
     return score
 
 
-def drawn_chain(
-    prompt: Sequence[int],
-    written: Sequence[int],
-    texts: Sequence[str],
-    has_ended: bool,
-    row_length: int,
-    max_steps: int,
-) -> EncodedChain:
-    """What the student wrote, as a chain: its own ids, and a boundary at the end of each finished step.
+def at_boundaries(
+    rewards: Sequence[Sequence[float]], chains: Sequence[EncodedChain], slots: int, rows: int, share: tuple[int, int]
+) -> list[np.ndarray]:
+    """The rewards of each chain's steps at its boundaries, [B, 1, K] for each batch: chain x is row x of them all.
 
-    A step is a line that is not blank. The line of the answer ("####") ends the chain and is no step. The last line is
-    finished where the student ended the text there. Loss weights are 1 on the tokens of steps, 0 elsewhere.
+    Steps that a chain had no room for have rewards, because they were judged with the others, but no boundaries. As of
+    a batch each process gets its `share` of the rows.
+    """
+    values_X1K = np.zeros((len(chains), 1, slots), np.float32)
+    for row, (chain, values) in enumerate(zip(chains, rewards, strict=True)):
+        values_X1K[row, 0, 1 : 1 + chain.depth] = values[: chain.depth]
+    index, count = share
+    return [np.split(batch, count)[index] for batch in np.split(values_X1K, len(chains) // rows)]
+
+
+def step_ends(texts: Sequence[str], has_ended: bool, *, with_answer: bool = False) -> tuple[list[int], bool]:
+    """(the token at which each finished step ends, whether the last step is the answer line or ends in it).
+
+    A step is a line that is not blank. The line of the answer ("####") ends the chain, and is a step only
+    `with_answer`. The last line is finished where the student ended the text there. Two lines that end in one token are
+    one step: a boundary has a token of its own.
 
     Args:
-      prompt, written: token ids; the text is not tokenised again, which might give others than the student chose.
       texts: the text of each written id.
       has_ended: whether the student ended the text, or the limit on its length did.
-      row_length: tokens of a row; what is beyond is left out, and a step that ends there too.
-      max_steps: later steps are left out.
     """
     place_of = [place for place, text in enumerate(texts) for _ in text]  # the token of each character
     lines = "".join(texts).split("\n")
-    ends, start = [], 0
+    ends, start, is_answer = [], 0, False
     for line in lines if has_ended else lines[:-1]:
-        if line.strip().startswith("####"):
+        is_answer = line.strip().startswith("####")
+        if line.strip() and (with_answer or not is_answer):
+            ends.append(place_of[start + len(line.rstrip()) - 1])
+        if is_answer:
             break
-        if line.strip():
-            ends.append(len(prompt) + place_of[start + len(line.rstrip()) - 1])
         start += len(line) + 1
-    # Two lines that end in one token are one step: a boundary has a token of its own.
-    steps = [end for end in dict.fromkeys(ends) if end < row_length][:max_steps]
+    return list(dict.fromkeys(ends)), is_answer and with_answer
+
+
+def step_texts(written: Sequence[int], ends: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """The text of each step: of its own tokens together, as a character may take several of them."""
+    return [decode(written[start:end]).strip() for start, end in pairwise([0, *(end + 1 for end in ends)])]
+
+
+def drawn_chain(
+    prompt: Sequence[int], written: Sequence[int], ends: Sequence[int], row_length: int, max_steps: int
+) -> EncodedChain:
+    """What the student wrote, as a chain: its own ids, and a boundary at the end of each finished step.
+
+    Loss weights are 1 on the tokens of steps, 0 elsewhere.
+
+    Args:
+      prompt, written: token ids; the text is not tokenised again, which might give others than the student chose.
+      ends: the written tokens at which steps end, `step_ends`.
+      row_length: tokens of a row; what is beyond is left out, and a step that ends there too.
+      max_steps: later steps are left out.
+    """
+    steps = [len(prompt) + end for end in ends if len(prompt) + end < row_length][:max_steps]
     tokens = np.asarray([*prompt, *written], np.int32)[:row_length]
     weights = np.zeros(len(tokens), np.float32)
     if steps:

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from rtd_jax.apps.distill.judged_rewards import check_judged
 from rtd_jax.base.sharding import check_rows, host_share, make_mesh, put_batch
 from rtd_jax.base.types import Batch, Params
 from rtd_jax.data.encoding import EncodedChain, chains_fingerprint
@@ -20,6 +21,7 @@ from rtd_jax.data.trace import Trace
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, first_of_each_depth
 from rtd_jax.eval.ready import check_evaluation
 from rtd_jax.eval.scoring import ScoringSettings
+from rtd_jax.methods.own_chains import JUDGE
 from rtd_jax.methods.term import Objective, Term
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.from_hf import resolve
@@ -47,7 +49,7 @@ class Experiment:
     teacher: LlamaModel | None  # None where its outputs are read from a cache, or not at all
     teacher_params: Params  # empty without a teacher
     cache: TeacherCache | None
-    reward: RewardModel | None  # None where no reward is learned from
+    reward: RewardModel | None  # None where no reward is learned from, or the judge gives it
     student: LlamaModel
     objective: Objective
     step: TrainStep
@@ -132,13 +134,13 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         note(f"the teacher is read from the cache {recipe.teacher.cache}: its weights are not loaded")
     if recipe.loss.reward_weight:
         check_rows(recipe.reward.rows, mesh, recipe.micro_batches, "reward.prompts_per_update x reward.samples =")
-        folder = Path(recipe.reward.model).expanduser()
-        reward = load_head(folder, teacher.fingerprint, teacher.tokenizer_fingerprint, recipe.data.text.identity)
+        if recipe.reward.by_judge:
+            check_judged(train.traces, plan)
+        else:
+            folder = Path(recipe.reward.model).expanduser()
+            reward = load_head(folder, teacher.fingerprint, teacher.tokenizer_fingerprint, recipe.data.text.identity)
     is_run = not recipe.teacher.cache and bool(
-        recipe.loss.teaches()
-        or recipe.loss.reward_weight
-        or recipe.evaluation.teacher
-        or recipe.evaluation.drift_problems
+        recipe.loss.teaches() or reward is not None or recipe.evaluation.teacher or recipe.evaluation.drift_problems
     )
     models = {"student": config} | ({"teacher": teacher.config} if recipe.evaluation.teacher and is_run else {})
     evaluator, settings = make_evaluator(recipe, teacher.tokenizer, mesh), recipe.evaluation
@@ -171,7 +173,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         fingerprints={
             "teacher": teacher.fingerprint,
             "cache": "" if cache is None else cache.fingerprint,
-            "reward": "" if reward is None else reward.digest,
+            "reward": _reward_fingerprint(recipe, reward),
             "tokenizer": teacher.tokenizer_fingerprint,
             "data": chains_fingerprint((*train.encoded, *validation.encoded)),
             "student_config": hashlib.sha256(repr(config).encode()).hexdigest(),
@@ -189,6 +191,12 @@ def _checked_config(recipe: Recipe, teacher: OpenModel) -> LlamaConfig:
             teacher.note(line)
     check_rows_of_ids(config, teacher.vocab_size, "the student", teacher.directory)
     return config
+
+
+def _reward_fingerprint(recipe: Recipe, reward: RewardModel | None) -> str:
+    if reward is not None:
+        return reward.digest
+    return JUDGE if recipe.loss.reward_weight else ""
 
 
 def _test_problems(recipe: Recipe, teacher: OpenModel, detector: Detector | None) -> list[Trace]:

@@ -80,7 +80,7 @@ class Trainer:
         self._experiment, self._recipe, self._run = experiment, experiment.recipe, run
         self._checkpoints, self._log, self._display = checkpoints, log, display
         self._evaluate = make_term_eval(experiment.student, experiment.teacher, experiment.yardstick)
-        self._draw = make_sampler(experiment) if experiment.reward is not None else None
+        self._draw = make_sampler(experiment) if self._recipe.loss.reward_weight else None
         # Of the stage that is trained:
         self._stage = experiment.stages[0]
         self._validation: list[Batch] = []
