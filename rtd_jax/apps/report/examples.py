@@ -32,14 +32,19 @@ def examples(records: Sequence[Mapping[str, Any]], show: Sequence[int] = ()) -> 
     spaced = [wrong[i * (len(wrong) - 1) // max(EXAMPLES - 3, 1)] for i in range(EXAMPLES - 2)] if wrong else []
     chosen = [*{id(r): r for r in spaced}.values(), *right][:EXAMPLES]
     shown = {id(r): r for r in [*asked, *chosen]}.values()
-    return [{**r, "standing": standing(r), "lines": lines(r), "served": served_verdict(r)} for r in shown]
+    return [{**r, "label": label(r), "lines": lines(r), "served": served_verdict(r)} for r in shown]
 
 
-def standing(record: Mapping[str, Any]) -> str:
-    """Whether the chain is right, and if only its answer is."""
-    if record["first_error"] < 0:
-        return "right"
-    return "wrong, but the answer is right" if record.get("answer_right") else "wrong"
+def label(record: Mapping[str, Any]) -> str:
+    """Which text it is, and whether its chain is right: "gsm8k · problem 7 · student · 3 steps · wrong"."""
+    problem = f"problem {record['problem']}" if "problem" in record else ""
+    if record.get("sample"):
+        problem += f", sample {record['sample']}"
+    steps = f"{record['depth']} step{'' if record['depth'] == 1 else 's'}"
+    standing = "right" if record["first_error"] < 0 else "wrong"
+    if standing == "wrong" and record.get("answer_right"):
+        standing += ", but the answer is right"
+    return " · ".join(filter(None, [record.get("task"), problem, record.get("model"), steps, standing]))
 
 
 def lines(record: Mapping[str, Any]) -> list[Line]:
@@ -48,9 +53,10 @@ def lines(record: Mapping[str, Any]) -> list[Line]:
     Records of earlier versions say of no step but the first wrong one what it is; what follows it is "after".
     """
     texts = [*record["completions"]]
-    # Prose may state its answer in a step; a text that states none should have had a line for it.
-    if record["final"] or not record.get("answer_right"):
-        texts.append(record["final"] or "(no answer line)")
+    if record["final"]:
+        texts.append(record["final"])
+    elif record["first_error"] == len(texts) or "verdicts" not in record:
+        texts.append("(no answer line)")  # else the answer is judged with the last step
     return [_line(record, i, text) for i, text in enumerate(texts)]
 
 
