@@ -123,6 +123,46 @@ def test_what_was_written_is_scored_again_without_the_model(synthetic, tmp_path)
     assert (tmp_path / "generations.jsonl").read_text() == (synthetic / "generations.jsonl").read_text()
 
 
+def test_files_of_earlier_versions_and_what_is_scored_anew_are_read(synthetic, tmp_path):
+    """What the judge says of a text is found out again, whatever a file says of it, and a file need not say it."""
+    rows = [json.loads(line) for line in (synthetic / "generations.jsonl").read_text().splitlines()]
+    anew = ("verdicts", "reasons", "chain_exact", "answer_right", "steps_right", "correct", "first_error")
+    earlier = [{key: value for key, value in row.items() if key not in anew[:4]} for row in rows]
+    strange = [row | dict.fromkeys(anew, "nonsense") for row in rows]
+    for name, changed in (("earlier", earlier), ("strange", strange)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        evaluate(EvaluateSettings(generations=str(path), out=str(tmp_path / name)))
+        assert sections(tmp_path / name) == sections(synthetic)
+
+
+def test_chains_to_the_letter_and_answers_as_the_judge_reads_them(tmp_path, capsys):
+    """Another way to the answer is right, but not to the letter; a boxed answer is right, but not in the strict reading."""
+    row = {"prompt": "2 and 2, and 1?", "reference": ["2+2=4", "4+1=5"], "answer": "5"}
+    texts = ["2+2=4\n4+1=5\n#### 5", "2+1=3\n3+2=5\n#### 5", "So 2+2+1 = \\boxed{5} of the 7.", "2+2=5\n#### 5"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"text": text}) + "\n" for text in texts))
+    evaluate(EvaluateSettings(generations=str(tmp_path / "rows.jsonl"), out=str(tmp_path)))
+    found = sections(tmp_path)[""]["rows"]
+    names = ("chain_accuracy", "chain_exact", "answer", "answer_strict")
+    assert [found[name]["all"]["mean"] for name in names] == [0.75, 0.25, 1.0, 0.75]
+    printed, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
+    assert "chain, to the letter %: 25.0" in printed
+    assert "<th>chain %</th><th>answer %</th><th>answer, strict %</th>" in page
+    words = {"prompt": "Do cats purr?", "reference": ["They do."], "answer": "yes", "text": "They do.\n#### yes"}
+    (tmp_path / "words.jsonl").write_text(json.dumps(words) + "\n")
+    evaluate(EvaluateSettings(generations=str(tmp_path / "words.jsonl"), out=str(tmp_path)))
+    found = sections(tmp_path)[""]["words"]
+    assert (found["chain_exact"], found["answer"]["all"]["mean"]) == ({}, 1.0)
+    assert "chain, to the letter" not in capsys.readouterr().out
+
+
+def test_a_problem_to_show_that_is_not_there_is_refused_before_a_model_is_loaded(tmp_path, teacher, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    settings = EvaluateSettings((str(teacher),), ("synthetic",), out=str(tmp_path / "out"), limit=12, show=(12,))
+    with pytest.raises(ValueError, match="show is 12; expected numbers from 0 and below 12, the number of problems"):
+        evaluate(settings, note=lambda _: None)
+
+
 def test_a_metric_in_the_list_is_in_the_report_the_printed_tables_and_the_page(tmp_path, monkeypatch, capsys):
     words = metrics.Metric(
         "words", lambda scored: scored.by_depth(lambda record: [len(record["text"].split())]), "words", is_share=False
@@ -337,7 +377,11 @@ def test_rows_that_do_not_belong_together_are_refused(tmp_path):
 def test_steps_and_a_final_line_are_read_in_place_of_a_text(tmp_path):
     row = {"prompt": "q", "reference": ["2+3=5."], "answer": 5, "completions": ["2+3=5."]}
     found = score(tmp_path, [row | {"final": "#### 5"}, row])["sections"][""]["rows"]
-    assert found["chain_accuracy"]["all"]["mean"] == 0.5
+    assert [found[name]["all"]["mean"] for name in ("chain_accuracy", "chain_exact", "answer_strict")] == [
+        1.0,
+        0.5,
+        0.5,
+    ]
 
 
 def test_a_separator_of_lines_inside_a_text_is_read_and_written(tmp_path):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,7 @@ class EvaluateSettings(ServedJudgeFlags):
     batch_size: int = 32  # problems decoded at one time
     dtype: WeightDtype = "float32"  # of weights in memory; int8 is weight-only
     compute_dtype: FloatDtype = "float32"  # of products and hidden states
+    show: tuple[int, ...] = ()  # problems that report.html shows first, by number from 0; commas between
     judge: Literal["rules", "openai"] = "rules"  # of steps; openai asks a served model beside the rules
 
     def __post_init__(self) -> None:
@@ -74,9 +75,9 @@ class EvaluateSettings(ServedJudgeFlags):
         if self.samples > 1 and self.temperature <= 0:
             raise ValueError(f"samples is {self.samples} but decoding is greedy, so all are alike; set a temperature")
         check_ranges(self, limit="[0, 1e7]", few_shot="[-1, 1000]", few_shot_seed=SEED, levels="[1, 5]", seed=SEED)
-        check_ranges(self, samples="[1, 1e4]", temperature="[0, 100]", top_p="(0, 1]")
+        check_ranges(self, show="[0, 1e7]", samples="[1, 1e4]", temperature="[0, 100]", top_p="(0, 1]")
         check_ranges(self, max_new_tokens="[1, 1e6]", batch_size="[1, 1e6]")
-        check_distinct(self, "tasks", "levels")
+        check_distinct(self, "tasks", "levels", "show")
         check_filled(self, "out", "levels")
         self.check_asked(self.judge == "openai")
         if self.judge == "openai" and self.model and all(TASKS[task].is_choice for task in self.tasks):
@@ -104,6 +105,8 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
     for task, name, (evaluation, scored) in evaluations:
         sections.setdefault(task, {})[name] = evaluation
         records += [{"model": name, "task": task, **record} for record in scored]
+    if settings.generations:
+        _check_show(settings.show, max((record["problem"] + 1 for record in records if "text" in record), default=0))
     if settings.judge == "openai":
         _judge(settings, out / "judge", sections, records)
     names = {name for models in sections.values() for name in models}
@@ -122,7 +125,7 @@ def evaluate(settings: EvaluateSettings, note: Callable[[str], None] = print) ->
     records = finite_report(records)[0]
     write_jsonl(out / "generations.jsonl", records)
     write_json(out / "report.json", report)
-    write_report(out, report, records)
+    write_report(out, report, records, show=settings.show)
     for task, models in report["sections"].items():
         _print(task, models, protocol.get(task))
     for line in report["notes"]:
@@ -154,6 +157,8 @@ def _measure(
             trained_on=next((text for text in trained.values() if text is not None), None),
         )
         protocol[task] = dict(asked[task].protocol)
+    solved = [len(problems.items) for task, problems in asked.items() if not TASKS[task].is_choice]
+    _check_show(settings.show, max(solved, default=0))
     if "synthetic" in asked:
         protocol["synthetic"]["trained_on"] = standing = {
             printable(path): _standing(text, asked["synthetic"].form) for path, text in trained.items()
@@ -186,6 +191,19 @@ def _measure(
             names.add((task, name))
             measure = _choose if TASKS[task].is_choice else _solve
             yield task, name, measure(settings, task, problems, loaded, note)
+
+
+def _check_show(show: Sequence[int], count: int) -> None:
+    """Refuses problems to be shown that no task has; `count` is that of the task with most, choices left out.
+
+    Raises:
+      ValueError: names the number, and how many problems there are.
+    """
+    if show and not count:
+        raise ValueError(f"show is {show}, but choices have no steps to show; name another task, or leave --show out")
+    for number in show:
+        if number >= count:
+            raise ValueError(f"show is {number}; expected numbers from 0 and below {count}, the number of problems")
 
 
 def _judge(

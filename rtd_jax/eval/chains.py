@@ -71,10 +71,11 @@ def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
     Returns:
       prompt, completions (steps of the text: its lines where it has an answer line, else those of `prose_steps`),
       final (its answer line), text, reference (steps), answer, depth, correct, chain_exact (None where steps cannot be
-      compared), answer_strict, answer_flexible, first_error, verdicts and reasons (of each step and of the answer line,
-      where there is one; right, wrong, or None where it concludes nothing), steps_right (the verdicts that are not
-      None), finished (as given). Of MATH also subject, level, and math_verify (whether that library finds the answers
-      equal). Where the reference is not one step a line, also reference_text.
+      compared), answer_right (as the judge reads it; where it does not judge, as answer_strict), answer_strict,
+      answer_flexible, first_error, verdicts and reasons (of each step and of the answer line, where there is one;
+      right, wrong, or None where it concludes nothing), steps_right (the verdicts that are not None), finished (as
+      given). Of MATH also subject, level, and math_verify (whether that library finds the answers equal). Where the
+      reference is not one step a line, also reference_text.
 
       `first_error` is the index of the first wrong step; the answer line counts as the line after the last step. -1
       where the chain is correct. (ProcessBench's `label`.)
@@ -93,10 +94,11 @@ def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
     if is_judged:
         judgement = judge_steps(trace.prompt, [*steps, final] if final else steps, trace, is_whole=finished)
         correct, first_error = judgement.first_error < 0, judgement.first_error
+        answer_right = bool(judgement.answer_right)
         verdicts = [verdict.right for verdict in judgement.steps]
         reasons = [verdict.reason for verdict in judgement.steps]
     else:
-        correct = strict if exact is None else exact
+        correct, answer_right = strict if exact is None else exact, strict
         first_error = -1 if correct else generated.index(False) if False in generated else len(steps)
         verdicts, reasons = list(generated), [""] * len(generated)
     return {
@@ -111,6 +113,7 @@ def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
         "depth": trace.depth,
         "correct": correct,
         "chain_exact": exact,
+        "answer_right": answer_right,
         "answer_strict": strict,
         "answer_flexible": flexible,
         "first_error": first_error,

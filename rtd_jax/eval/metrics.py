@@ -68,6 +68,11 @@ def accuracy(scored: ScoredTexts, key: str) -> Table:
     return scored.by_depth(lambda record: [record[key]]) if has_key else {}
 
 
+def chain_exact(scored: ScoredTexts) -> Table:
+    """Share of chains that follow the reference to the letter; {} where there are no steps that can be compared."""
+    return scored.by_depth(lambda record: [] if record["chain_exact"] is None else [record["chain_exact"]])
+
+
 def exact_match(scored: ScoredTexts, read: Callable[[str], str | None]) -> Table:
     """As lm-evaluation-harness counts on GSM8K; {} where an answer is no number on a `####` line that it can read."""
     answers = {record["answer"] for record in scored.records}
@@ -170,12 +175,15 @@ def perplexity(scored: ScoredTexts) -> Table:
 ACCURACIES = {  # metric: key of a record
     "chain_accuracy": "correct",
     "judged_chain_accuracy": "judged",
+    "answer": "answer_right",
     "answer_strict": "answer_strict",
     "answer_flexible": "answer_flexible",
     "math_verify": "math_verify",
 }
 TEXT_METRICS = (  # of any text; the order is that of report.json
     Metric("chain_accuracy", lambda scored: accuracy(scored, "correct"), "chain"),
+    Metric("chain_exact", chain_exact, "chain, to the letter", is_column=False),
+    Metric("answer", lambda scored: accuracy(scored, "answer_right"), "answer"),
     Metric("answer_strict", lambda scored: accuracy(scored, "answer_strict"), "answer, strict"),
     Metric("answer_flexible", lambda scored: accuracy(scored, "answer_flexible"), "answer, flexible"),
     Metric("exact_match_strict", lambda scored: exact_match(scored, strict_answer), "strict-match", is_column=False),

@@ -10,17 +10,16 @@ from typing import Any
 
 from rtd_jax.apps.report import article, pictures
 from rtd_jax.apps.report.drawing import Draw, write_figure, write_page
+from rtd_jax.apps.report.examples import examples
 from rtd_jax.apps.report.pictures import Evaluation
 from rtd_jax.apps.report.tables import depth_table, group_table, interval, percent, total_lines
 from rtd_jax.base.files import read_jsonl
 
-EXAMPLES = 6  # chains shown in full
 CAPTIONS = {
     "choices": "The right choice has the highest log-likelihood (acc), or the highest per character (acc_norm). "
     "Bars: one standard error. Dotted: guessing.",
     "groups": "The answer right, read flexibly. Bars: one standard error.",
-    "chain": "Every intermediate result and the answer right, in text that the model wrote freely. "
-    "Bars: one standard error.",
+    "chain": "No step wrong and the answer right, in text that the model wrote freely. Bars: one standard error.",
     "compounding": "Solid: measured chain accuracy. Dashed: what its teacher-forced step accuracy would give if "
     "steps failed independently. Measured below dashed: one error leads to the next.",
     "cka": "How alike the two models arrange the problems at the end of each step. 95% intervals over chains. Biased "
@@ -36,7 +35,11 @@ CAPTIONS = {
 
 
 def write_report(
-    out: Path, report: Mapping[str, Any], examples: Sequence[Mapping[str, Any]] = (), metrics: Path | None = None
+    out: Path,
+    report: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]] = (),
+    metrics: Path | None = None,
+    show: Sequence[int] = (),
 ) -> Path:
     """Writes report.html and one PNG for each picture into `out`. Returns the page's path.
 
@@ -44,8 +47,9 @@ def write_report(
       report: the content of report.json: "title"; "sections", {name: {model: evaluation}}, or "models" for a single
         section; "notes", sentences that are shown above all numbers; for a diagnosis also "texts", "verdict" and
         "article". Parts may be absent.
-      examples: generation records; a few are shown, with the first wrong step marked.
+      records: of texts; a few are shown, each step with its verdict.
       metrics: metrics.jsonl of a run, for its curves by stage.
+      show: numbers of problems whose texts are shown before those few; see `examples.examples`.
     """
     sections: dict[str, dict[str, Evaluation]] = dict(report.get("sections") or {"": report.get("models") or {}})
     figures = [
@@ -69,7 +73,7 @@ def write_report(
         sections={name: models for name, models in sections.items() if models},
         texts=report.get("texts", {}),
         stages=report.get("stages", []),
-        examples=_examples(examples),
+        examples=examples(records, show),
         protocol=json.dumps(protocol, indent=2, ensure_ascii=False) if protocol else "",
         settings=json.dumps(report.get("settings", {}), indent=2, ensure_ascii=False),
     )
@@ -117,19 +121,3 @@ def gap_lines(models: Mapping[str, Evaluation], section: str = "") -> list[str]:
                 f"{article.DEEP_STEP_ACCURACY}, {article.DEEP_CHAIN_ACCURACY}, {article.GAP})"
             )
     return lines
-
-
-def _examples(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Wrong chains of various depths, then right ones; each line is before, at or after the first wrong step."""
-    written = [record for record in records if "first_error" in record]  # choices have no text
-    wrong = sorted((r for r in written if r["first_error"] >= 0), key=lambda r: r["depth"])
-    right = sorted((r for r in written if r["first_error"] < 0), key=lambda r: -r["depth"])
-    spaced = [wrong[i * (len(wrong) - 1) // max(EXAMPLES - 3, 1)] for i in range(EXAMPLES - 2)] if wrong else []
-    chosen = [*{id(r): r for r in spaced}.values(), *right][:EXAMPLES]
-    examples = []
-    for record in chosen:
-        lines = [*record["completions"], record["final"] or "(no answer line)"]
-        first = record["first_error"] if record["first_error"] >= 0 else len(lines)
-        standings = ["before"] * first + ["wrong"] + ["after"] * len(lines)
-        examples.append({**record, "lines": list(zip(lines, standings, strict=False))})
-    return examples
