@@ -56,7 +56,7 @@ def judge(settings: JudgeSettings) -> Path:
     """
     out = Path(settings.out).expanduser()
     rows = _load(Path(settings.data).expanduser(), settings.limit)
-    references = _references(settings.references)
+    references = find_references(settings.references)
     joined = [references.get(problem_key(row.problem)) for row in rows]
     verdicts: dict[str, Sequence[Judgement | ServedVerdict]] = {}
     for name in settings.judge:
@@ -87,7 +87,7 @@ def _load(path: Path, limit: int) -> list[LabelledSolution]:
     return rows
 
 
-def _references(location: str) -> dict[str, Trace]:
+def find_references(location: str) -> dict[str, Trace]:
     """The reference chains of GSM8K by `problem_key` of their questions; of its splits one may be missing."""
     if not location:
         return {}
