@@ -137,7 +137,7 @@ def test_files_of_earlier_versions_and_what_is_scored_anew_are_read(synthetic, t
 
 
 def test_chains_to_the_letter_and_answers_as_the_judge_reads_them(tmp_path, capsys):
-    """Another way to the answer is right, but not to the letter; a boxed answer is right, but not in the strict reading."""
+    """Another way to the answer is right, but not to the letter; a boxed answer is right, but not read strictly."""
     row = {"prompt": "2 and 2, and 1?", "reference": ["2+2=4", "4+1=5"], "answer": "5"}
     texts = ["2+2=4\n4+1=5\n#### 5", "2+1=3\n3+2=5\n#### 5", "So 2+2+1 = \\boxed{5} of the 7.", "2+2=5\n#### 5"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"text": text}) + "\n" for text in texts))

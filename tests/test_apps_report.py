@@ -60,7 +60,7 @@ def test_prose_has_its_answer_in_a_step_and_keeps_its_lines(tmp_path):
 def test_a_chain_that_no_arithmetic_decides_has_a_verdict_on_its_answer_only():
     trace = Trace.of_steps("Do cats purr?", ("Cats purr.",), "yes", "#### yes")
     assert shown("They do.\n#### yes", trace) == [("", ""), ("✓ right answer", "")]
-    assert shown("They bark.\n#### no", trace) == [("", ""), ("✗ first wrong step", "")]
+    assert shown("They bark.\n#### no", trace) == [("", ""), ("✗ wrong answer", "")]
     (_, missing) = lines(record("They do.", trace))
     assert (missing.text, missing.kind) == ("(no answer line)", "wrong")
 

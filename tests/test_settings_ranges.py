@@ -39,8 +39,9 @@ LEGAL = {
         "plateau_tolerance",
         "DataSettings": "max_dropped_fraction",
         "DiagnoseSettings": "limit teacher_layer student_layer seed",
-        # All problems; none; greedy; no limit; none.
-        "EvaluateSettings": "limit few_shot few_shot_seed temperature seed judge_requests_per_minute judge_retries",
+        # All problems; none; greedy; the first problem; no limit; none.
+        "EvaluateSettings": "limit few_shot few_shot_seed temperature seed show judge_requests_per_minute "
+        "judge_retries",
         "EvaluationSettings": "every curve_problems drift_problems",  # the second is read where the first is not 0
         "FitSettings": "weight_decay thresholds seed",
         "HeadSettings": "dropout",

@@ -68,12 +68,10 @@ def _line(record: Mapping[str, Any], i: int, text: str) -> Line:
     if is_answer and right is None:
         right = record.get("answer_right")  # "#### 72" computes nothing, and is the answer
     reason = reasons[i] if i < len(reasons) else ""
-    word = "answer" if is_answer else "step"
-    if i == first:
-        return Line(text, "wrong", f"{SIGNS['wrong']} first wrong step", reason)
-    if right is not None:
-        kind = "right" if right else "wrong"
-        return Line(text, kind, f"{SIGNS[kind]} {kind} {word}", reason)
+    if right is not None or i == first:
+        kind = "wrong" if i == first or not right else "right"
+        what = f"{kind} answer" if is_answer else f"first {kind} step" if i == first else f"{kind} step"
+        return Line(text, kind, f"{SIGNS[kind]} {what}", reason)
     if i < len(verdicts):
         return Line(text, "open", f"{SIGNS['open']} concludes nothing", reason)
     return Line(text, "after" if "verdicts" not in record and 0 <= first < i else "")
