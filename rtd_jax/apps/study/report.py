@@ -17,7 +17,7 @@ from rtd_jax.eval.estimates import Estimate
 
 TITLE = "Study: what keeps multi-step reasoning alive in a small student"
 INTRO = (
-    "Written by `launch/study.py`; not edited by hand. Chain accuracy in %: every intermediate result and the answer "
+    "Written by `launch/study.py`; not edited by hand. Chain accuracy in %: every step and the answer "
     "right, by free-running greedy decoding on test problems. Intervals are 95%: of accuracies and their differences "
     "by Student's t, with the variance over seeds and that over problems added; of other measures over seeds. "
     "Differences are paired by seed and problem; p-values are of a two-sided t-test over seeds, the problems being "

@@ -34,7 +34,7 @@ class Outcome:
     method: str
     seed: int
     depths: np.ndarray  # int [problems]
-    correct: np.ndarray  # bool [problems]: every intermediate result and the answer are right, free-running
+    correct: np.ndarray  # bool [problems]: every step and the answer are right, free-running
     teacher_correct: np.ndarray | None  # bool [problems]
     step_accuracy: float  # teacher-forced, over all depths
     perplexity: float  # infinite where the student diverged
