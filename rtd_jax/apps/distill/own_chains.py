@@ -166,8 +166,8 @@ def at_boundaries(
 ) -> list[np.ndarray]:
     """The rewards of each chain's steps at its boundaries, [B, 1, K] for each batch: chain x is row x of them all.
 
-    Steps that a chain had no room for have rewards, because they were judged with the others, but no boundaries. As of
-    a batch each process gets its `share` of the rows.
+    Steps that a chain had no room for were judged with the others, but have no boundaries. Each process gets its
+    `share` of a batch's rows, as of the batch itself.
     """
     values_X1K = np.zeros((len(chains), 1, slots), np.float32)
     for row, (chain, values) in enumerate(zip(chains, rewards, strict=True)):

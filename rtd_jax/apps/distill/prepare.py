@@ -194,6 +194,7 @@ def _checked_config(recipe: Recipe, teacher: OpenModel) -> LlamaConfig:
 
 
 def _reward_fingerprint(recipe: Recipe, reward: RewardModel | None) -> str:
+    """What a resumed run has to have its rewards from; "" where it has none."""
     if reward is not None:
         return reward.digest
     return JUDGE if recipe.loss.reward_weight else ""
