@@ -19,6 +19,7 @@ from rtd_jax.data.sources import load_traces
 from rtd_jax.data.tokenizer_match import compare_tokenizers, vocab_size
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, first_of_each_depth
+from rtd_jax.eval.judge.judge import RULES
 from rtd_jax.eval.ready import check_evaluation
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.methods.own_chains import JUDGE
@@ -197,7 +198,7 @@ def _reward_fingerprint(recipe: Recipe, reward: RewardModel | None) -> str:
     """What a resumed run has to have its rewards from; "" where it has none."""
     if reward is not None:
         return reward.digest
-    return JUDGE if recipe.loss.reward_weight else ""
+    return f"{JUDGE}-{RULES}" if recipe.loss.reward_weight else ""
 
 
 def _test_problems(recipe: Recipe, teacher: OpenModel, detector: Detector | None) -> list[Trace]:

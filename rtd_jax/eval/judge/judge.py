@@ -33,6 +33,7 @@ from rtd_jax.eval.judge.final import final_number
 from rtd_jax.eval.judge.verdicts import Judgement, StepVerdict
 from rtd_jax.eval.judge.ways import CONSTANTS, Values, Ways, claims, operands, ways
 
+RULES = 1  # their version; raise it where a change can change a verdict, which a resumed run must not meet
 _RENAMES = re.compile(r"\b(?:let|denote|denoted|represent|represents|assume|suppose|call)\b", re.IGNORECASE)
 _WHOLE = re.compile(r"\b(?:remainder|left ?over|whole|full|complete|completely|integer)\b", re.IGNORECASE)
 _MIXED = re.compile(r"\d+ and \(?\d+/\d")  # "1 and 1/3"
