@@ -487,7 +487,7 @@ def half_right(judged, monkeypatch):
 def test_a_run_with_the_judges_rewards_needs_no_teacher_and_resumes_with_the_same_bits(judged, tmp_path):
     experiment, state = judged
     assert (experiment.teacher, experiment.teacher_params, experiment.reward) == (None, {}, None)
-    assert experiment.fingerprints["reward"] == "judge"  # so that no other rewards go on with its checkpoint
+    assert experiment.fingerprints["reward"] == "judge-1"  # so that no other rewards go on with its checkpoint
     whole = Run(jax.device_put(state, jax.sharding.SingleDeviceSharding(jax.devices()[0])), Clock())
     lines = trained(experiment, whole, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "stages")
