@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_multihost import free_port, together
+from test_multihost import together
 from test_train_run import ROOT, command, config, environment, metrics, run  # noqa: F401  (config is a fixture)
 
 from rtd_jax.base.files import read_json
@@ -85,9 +85,13 @@ def test_a_run_from_a_cache_that_was_killed_goes_on_with_the_same_bits(config, w
 
 
 def test_two_processes_write_shards_of_their_own_and_a_reader_sees_the_union(config, whole, tmp_path):  # noqa: F811
-    folder, port = tmp_path / "cache", free_port()
-    flags = (f"--coordinator=localhost:{port}", "--processes=2", "--config.mesh.fsdp=4")
-    first, second = together([caching(config, folder, *flags, f"--process={i}") for i in range(2)], devices=2)
+    folder = tmp_path / "cache"
+
+    def worker(coordinator: str, process: int) -> list[str]:
+        joined = (f"--coordinator={coordinator}", "--processes=2", f"--process={process}")
+        return caching(config, folder, *joined, "--config.mesh.fsdp=4")
+
+    first, second = together(worker, devices=2)
     assert "chains are in" in first
     assert "chains are in" not in second  # one speaks
     written, wanted = (list(path.glob("shard-*.json")) for path in (folder, whole))
