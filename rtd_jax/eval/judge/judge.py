@@ -31,7 +31,7 @@ from rtd_jax.eval.answers import parse_number
 from rtd_jax.eval.judge.equations import Equation, equations, mentioned, solution
 from rtd_jax.eval.judge.final import final_number
 from rtd_jax.eval.judge.verdicts import Judgement, StepVerdict
-from rtd_jax.eval.judge.ways import CONSTANTS, Values, Ways, claims, operands, ways
+from rtd_jax.eval.judge.ways import CONSTANTS, Claim, Values, Ways, claim, claims, operands, ways
 
 RULES = 1  # their version; raise it where a change can change a verdict, which a resumed run must not meet
 _RENAMES = re.compile(r"\b(?:let|denote|denoted|represent|represents|assume|suppose|call)\b", re.IGNORECASE)
@@ -113,7 +113,7 @@ def _verdict(step: _Step, reason: str) -> StepVerdict:
     return StepVerdict(True if step.concluded() else None)
 
 
-def _find_false(steps: Sequence[_Step], claimed: Set[tuple[tuple[Fraction, ...], Fraction]]) -> None:
+def _find_false(steps: Sequence[_Step], claimed: Set[Claim]) -> None:
     """Notes in each step why it is false, where it is; equations that are `claimed` by the reference are not."""
     known = _Known()
     for step in steps:
@@ -121,9 +121,7 @@ def _find_false(steps: Sequence[_Step], claimed: Set[tuple[tuple[Fraction, ...],
             known.unknowns.clear()
         for equation in step.equations:
             reason = _falsity(equation, known, step.text) or _contradiction(equation, known, step.text)
-            right = equation.right.value
-            is_claimed = bool(reason) and right is not None and (operands(equation), right.constant) in claimed
-            step.false = step.false or ("" if is_claimed else reason)
+            step.false = step.false or ("" if claim(equation) in claimed else reason)
 
 
 def _falsity(equation: Equation, known: _Known, text: str) -> str:

@@ -95,14 +95,20 @@ def ways(problem: str, reference: str) -> Ways:
     return Ways(Values(_scaled(results)), Values(_scaled(given)), Values(_scaled(others)), frozenset(computed))
 
 
+Claim = tuple[tuple[Fraction, ...], Fraction | None]
+
+
 @functools.lru_cache(maxsize=4096)
-def claims(reference: str) -> frozenset[tuple[tuple[Fraction, ...], Fraction]]:
-    """(operands, result) of each equation of a reference. They are taken as true, as people wrote them."""
-    return frozenset(
-        (operands(equation), equation.right.value.constant)
-        for equation in equations(reference)
-        if equation.right.value is not None and not equation.right.value.unknown
-    )
+def claims(reference: str) -> frozenset[Claim]:
+    """What the equations of a reference say (`claim`). They are taken as true, as people wrote them."""
+    return frozenset(map(claim, equations(reference)))
+
+
+def claim(equation: Equation) -> Claim:
+    """(numbers of both sides, result) of an equation; None for the result where there is an unknown or no value."""
+    right = equation.right.value
+    result = None if right is None or right.unknown else right.constant
+    return tuple(sorted(equation.left.operands + equation.right.operands)), result
 
 
 def operands(equation: Equation) -> tuple[Fraction, ...]:
