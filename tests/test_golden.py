@@ -9,8 +9,9 @@ to go on from them.
 Only what a user sees is relied on: the scripts in launch/, their configs and overrides, and the files that they write.
 Nothing of the package is imported, so that modules can move without a change here.
 
-    python tests/test_golden.py --record            # writes everything in tests/golden anew
-    python tests/test_golden.py --record kd rtd     # writes the records of some cases
+    python tests/test_golden.py --record            # writes the records of all cases anew
+    python tests/test_golden.py --record kd rtd     # of some
+    python tests/test_golden.py --record artefacts  # the folders too, which then are no longer those of earlier code
 
 Recording is for a change that is meant to change numbers; the commit says which and why.
 """
@@ -444,11 +445,14 @@ def _record_artefacts(folder: Path) -> None:
 
 
 def record(names: list[str]) -> None:
-    """Writes the records of the named cases; without names everything."""
+    """Writes the records of the named cases, without names of all; of "artefacts" the folders."""
     GOLDEN.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        if not names:
+        if "artefacts" in names:
             _record_artefacts(Path(folder))
+            names = [name for name in names if name != "artefacts"]
+            if not names:
+                return
         made = Runs(Path(folder) / "runs")
         made.folder.mkdir()
         chosen = names or [*METHODS, "rtd_tiny", "segmented"]
