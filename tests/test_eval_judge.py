@@ -97,8 +97,40 @@ RIGHT = [
     "1/2 cup = 4 ounces",
     "New position: 1st - 5 = 6th",
     "1/3 = 0.33. Then 0.33 * 300 = 100",
+    # A title with numbers in it, a label, a range.
+    "Cost of 5 shirts at $20 = 5 × $20 = $100",
+    "The sum of 5 and 3 = 5 + 3 = 8",
+    "Section 2 = x + 200, so x = 30",
+    "Weeks 1-2 = 10 + 10 = 20",
+    # An unknown that is set anew.
+    "x = 4 or x = -4",
+    "T = 10 + 5 = 15, then T = 15 + 3 = 18",
+    "If n = 1, 5n = 5. If n = 2, 5n = 10.",
+    # Rounded percentages and whole results, amounts more or less by a share.
+    "2/3 = 67%",
+    "29 / 2 = 14 pairs, and 1 is left",
+    "$20 - 10% = $18",
+    "100% - 20% = 80%",
+    # Mixed numbers, powers, angles.
+    r"2\frac{1}{2} \times 4 = 10",
+    "5² = 25 and 6² = 36",
+    "180° - 90° = 90°",
+    # Units of one kind.
+    "1 hour + 15 minutes = 75 minutes",
+    "30 minutes × 4 = 2 hours",
+    "45 + 30 = 1 hour 15 minutes",
+    "6 inches × 4 = 2 feet",
+    "$20 - 75 cents = $19.25",
+    "5 m × 4 m = 20 m^2",
 ]
 FALSE = [
+    "10% of $50 = 0.1 × 50 = $500",
+    "1/4 of 20 = 22",
+    "30 minutes × 4 = 3 hours",
+    r"8 + 2 = \text{37 apples}",
+    "1) 8 + 2 = 37",
+    "a) 8 + 2 = 37",
+    "100% - 20% = 70%",
     "40 / 5 = 7",
     "10 / 3 = 3",
     "10 / 3 = 3.5",
@@ -127,6 +159,7 @@ def test_false_arithmetic_is_wrong_and_said(text):
 def test_an_unknown_has_one_value_until_it_is_named_again():
     solved = ["2x = 10", "so x = 5", "Let x be the number of pears. x + 1 = 3"]
     assert judge_steps("", solved).first_error == -1
+    assert judge_steps("", ["2x = 10 and 3x = 12"]).first_error == 0
     wrong = judge_steps("", ["(2/3)x * 1.5 = 150", "(4/6)x * 1.5 = 300"])
     assert wrong.first_error == 1
     assert wrong.steps[1].reason == "(4/6)x * 1.5 = 300 gives x = 300, before 150"
@@ -190,6 +223,22 @@ def test_the_ways_of_a_reference_are_its_parts_in_any_order():
         ("The answer is 12 apples, out of 40.", 12),
         ("In 4 weeks: 14 + 20 = 34 hours. So she spends 34 hours in 4 weeks.", 34),
         ("She has 5 apples, then 7.", 7),
+        (r"\boxed{-5 \text{ degrees}}", -5),
+        (r"\boxed{90^\circ}", 90),
+        (r"\boxed{\frac{3}{4}} There are 3 left.", F(3, 4)),
+        (r"\boxed{2\frac{1}{2}}", F(5, 2)),
+        (r"\boxed{\text{18 eggs}}, of 20", 18),
+        (r"\boxed{25 \text{ m}^2}", 25),
+        (r"\boxed{20\%}", 20),
+        (r"\boxed{T - 18}", None),
+        (r"So it is \boxed{2x}, with 3.", None),
+        ("#### -$5 profit", -5),
+        ("**Answer:** 7 apples (from 3 + 4)", 7),
+        ("The answer is 12 (5 + 7).", 12),
+        ("The answer is found by 5 + 3, which is 8", 8),
+        ("So he is owed -$5.", -5),
+        ("It is 10-3", 3),
+        ("The area is 25 m^2.", 25),
         ("nothing", None),
         ("", None),
     ],

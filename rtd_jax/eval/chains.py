@@ -15,6 +15,8 @@ from rtd_jax.eval.answers import answer_matches, parse_number, states_right_answ
 from rtd_jax.eval.judge.judge import judge_steps
 from rtd_jax.eval.scored import Record
 
+_MAX_PROSE = 40_000  # characters of a text that are cut into steps; more is a model stuck in a loop
+
 
 def score_texts(
     traces: Sequence[Trace], texts: Sequence[Sequence[str]], finished: Sequence[Sequence[bool]] | None = None
@@ -90,7 +92,7 @@ def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
     exact, generated = _followed(lines, trace, strict)
     # An answer line says that the text is laid out as the references are, one step a line.
     is_judged = comparable(trace) and bool(trace.answer)
-    steps = lines if final or not is_judged else [text[slice(*span)] for span in prose_steps(text)]
+    steps = lines if final or not is_judged else [text[slice(*span)] for span in prose_steps(text[:_MAX_PROSE])]
     if is_judged:
         judgement = judge_steps(trace.prompt, [*steps, final] if final else steps, trace, is_whole=finished)
         correct, first_error = judgement.first_error < 0, judgement.first_error

@@ -23,6 +23,20 @@ _SCALES = {
     "twice", "double", "triple", "dozen", "dozens", "hundred", "thousand", "million", "billion", "squared", "cubed",
     "than", "am", "pm", "a.m", "p.m", "remainder",
 }  # fmt: skip
+# What each unit measures: of two that measure the same, a sum has no value until one is converted. Without their "s".
+UNITS = {
+    unit: dimension
+    for dimension, units in {
+        "time": "second sec minute min hour hr day week month year",
+        "money": "dollar cent penny pennie nickel dime quarter",
+        "length": "inch inche foot feet yard mile mm cm m km meter metre centimeter kilometer",
+        "weight": "gram g kg kilogram ounce oz pound lb ton",
+        "volume": "cup pint quart gallon liter litre milliliter ml l",
+    }.items()
+    for unit in units.split()
+}
+_CENTS = {"cent", "cents", "penny", "pennies"}
+_LABELLED = {"step", "phase", "part", "method", "equation", "case", "day", "week", "year", "player", "option", "round"}
 _SHARES = {"half", "third", "thirds", "quarter", "quarters", "fourth", "fourths", "fifth", "fifths", "tenth", "tenths"}
 
 
@@ -67,7 +81,7 @@ class Equation:
     left: Side
     right: Side
     is_rounded: bool  # said to be approximate
-    units: frozenset[str]  # of "percent" and "cents", what the sentence speaks of
+    units: frozenset[str]  # of "percent", "cents" and "converted" (two units of one kind), what it speaks of
     start: int
     end: int
 
@@ -77,8 +91,24 @@ def equations(text: str) -> list[Equation]:
     return [equation for sentence in _sentences(tokens(text)) for equation in _equations(sentence)]
 
 
-def mentioned(text: str) -> list[Fraction]:
-    """The numbers that a text mentions, percentages as written; those of list items and of headings are left out."""
+def amount(text: str) -> Fraction | None:
+    """The number that a text begins with, computed where it is an expression: "-5 degrees", "3/4", "2 * 10"."""
+    sentence = next(_sentences(tokens(text)), [])
+    remark = next((i for i, token in enumerate(sentence) if i and token.kind == "(" and token.is_spaced), len(sentence))
+    value = (_first_side(sentence).value or _first_side(sentence[:remark]).value) if sentence else None
+    return None if value is None or value.unknown else value.constant
+
+
+def is_computed(text: str) -> bool:
+    """Whether a text has an operator, a fraction or an unknown in it."""
+    return any(token.kind in ("operator", "fraction", "unknown", "other") for token in tokens(text))
+
+
+def mentioned(text: str, *, is_signed: bool = False) -> list[Fraction]:
+    """The numbers that a text mentions, percentages as written; those of list items and of headings are left out.
+
+    With `is_signed` a minus sign that is no subtraction belongs to its number.
+    """
     found = tokens(text)
     values = []
     for i, token in enumerate(found):
@@ -89,12 +119,17 @@ def mentioned(text: str) -> list[Fraction]:
         # Of a fraction the parts are not mentioned; its value is.
         if _is_in_fraction(found, i):
             continue
-        is_label = before is not None and before.kind == "word" and before.text in ("step", "phase", "part", "method")
+        is_label = before is not None and before.kind == "word" and before.text in _LABELLED
         is_item = (before is None or (before.kind == "break" and before.text == "line")) and (
             after is not None and after.kind in ("break", ")")
         )
-        if not (is_label or is_item):
-            values.append(token.value)
+        # "m^2" and "m2" name a unit.
+        is_exponent = before is not None and (
+            (before.kind == "operator" and before.text == "^")
+            or (before.kind in ("word", "unknown") and before.text != "-" and not token.is_spaced)
+        )
+        if not (is_label or is_item or is_exponent):
+            values.append(-token.value if is_signed and _has_sign(found, i) else token.value)
     return values
 
 
@@ -105,6 +140,13 @@ def solution(equation: Equation) -> tuple[str, Fraction] | None:
         return None
     slope = left.slope - right.slope
     return (left.unknown or right.unknown, (right.constant - left.constant) / slope) if slope else None
+
+
+def _has_sign(found: Sequence[Token], i: int) -> bool:
+    """Whether the number at `i` has a minus sign of its own: "of -5", not "10 - 5" or "10-5"."""
+    if not i or found[i - 1].kind != "operator" or found[i - 1].text != "-" or found[i].is_spaced:
+        return False
+    return i < 2 or found[i - 2].kind not in ("number", "unknown", ")")
 
 
 def _is_in_fraction(found: Sequence[Token], i: int) -> bool:
@@ -141,16 +183,16 @@ def _equations(sentence: Sequence[Token]) -> Iterator[Equation]:
     if not places:
         return
     words = {token.text for token in sentence if token.kind == "word"}
-    units = set()
-    if "percent" in words or "percentage" in words or any(t.kind == "operator" and t.text == "%" for t in sentence):
-        units.add("percent")
-    if words & {"cent", "cents", "penny", "pennies"}:
-        units.add("cents")
+    spoken = {"percent"} if words & {"percent", "percentage"} else set()
     rounded = any(word.startswith(("approx", "round", "about", "nearest", "roughly", "almost")) for word in words)
     cuts = [-1, *places, len(sentence)]
     sides = [sentence[a + 1 : b] for a, b in itertools.pairwise(cuts)]
     for i, place in enumerate(places):
         left, right = _last_side(sides[i]), _first_side(sides[i + 1])
+        own = {token.text for token in (*sides[i], *sides[i + 1]) if token.kind in ("word", "operator")}
+        converted = {word.rstrip("s") for word in own} & UNITS.keys()
+        units = spoken | ({"converted"} if len({UNITS[unit] for unit in converted}) < len(converted) else set())
+        units = units | ({"percent"} if "%" in own else set()) | ({"cents"} if own & _CENTS else set())
         is_rounded = rounded or sentence[place].text == "approximately"
         start = left.start if left.start >= 0 else sentence[place].start
         end = right.end if right.end >= 0 else sentence[place].end
@@ -190,8 +232,11 @@ class _Parser:
             self._words()
             if self.at < len(self.found):
                 following = self.found[self.at]
-                # A number after words begins another phrase; right behind another, what it means is not known.
-                if following.kind not in ("number", "(", "fraction", "unknown") or not self._after_words():
+                # A number after words begins another phrase; right behind another, what it means is not known, and
+                # "1 hour 15 minutes" is one amount.
+                is_phrase = following.kind in ("number", "(", "fraction", "unknown") and self._after_words()
+                before = self.found[self.at - 1]
+                if not is_phrase or (following.kind == "number" and before.text.rstrip("s") in UNITS):
                     return Side(None)
             self._place(0)
             self.side.value = value
@@ -218,6 +263,7 @@ class _Parser:
             return Side(None)
 
     def _place(self, start: int) -> None:
+        self.side.is_named = self.side.is_named or start > 0  # "5 shirts at $20 = ...": a title with numbers
         self.side.start = self.found[start].start
         self.side.end = self.found[self.at - 1].end
 
@@ -273,9 +319,17 @@ class _Parser:
                 self.at = end
             elif self._is_unit_slash():
                 self.at += 2
+            elif token.kind == "operator" and token.text == "^" and self._after_words():
+                self.at += self._exponent_tokens()  # of a unit: "25 m^2"
             else:
                 return
             self.units_end = self.at
+
+    def _exponent_tokens(self) -> int:
+        """How many tokens `^2` or `^{2}` has here."""
+        after = self.found[self.at + 1 : self.at + 4]
+        kinds = [token.kind for token in after]
+        return 4 if kinds == ["(", "number", ")"] else 2 if kinds[:1] == ["number"] else 1
 
     def _is_unit_slash(self) -> bool:
         """Whether `/` and a word follow that belong to a unit: "miles / hour", "$10/day", but not "300 / people"."""
@@ -311,16 +365,46 @@ class _Parser:
             if not self._is_operator("+", "-"):
                 self._back(here)
                 return value
+            self._refuse_range()
+            is_share, unit = self._ends_in_percent(), self._unit()
             sign = 1 if self.found[self.at].text == "+" else -1
             self.at += 1
-            self.side.is_bare = False
+            self.side.is_bare = self.side.is_share = False
             other = self._term(depth)
+            here = self.at
+            self._words()
+            if unit and self._unit() and UNITS[unit] == UNITS[self._unit()] and unit != self._unit():
+                raise _NoValue  # "1 hour + 15 minutes"
+            self.at = here
+            if self._ends_in_percent() and not is_share:
+                raise _NoValue  # "$20 - 10%" takes a tenth of the amount, or of another
             value = _sum(value, other, sign)
             self._note(value)
 
     def _back(self, here: int) -> None:
         """Words stay passed over; they are units."""
         del here
+
+    def _refuse_range(self) -> None:
+        """Raises where the `-` here stands between two numbers of a title: "weeks 1-2 = ...", "pages 10–20"."""
+        if not 0 < self.at < len(self.found) - 1 or not self.side.is_named:
+            return
+        before, here, after = self.found[self.at - 1 : self.at + 2]
+        is_tight = here.text == "-" and not here.is_spaced and not after.is_spaced
+        if is_tight and before.value is not None and after.value is not None and before.value < after.value:
+            raise _NoValue
+
+    def _unit(self) -> str:
+        """The unit that was passed over last; "" without one."""
+        text = self.found[self.at - 1].text.rstrip("s") if self.at else ""
+        return text if text in UNITS else ""
+
+    def _ends_in_percent(self) -> bool:
+        """Whether what was read last is a percentage."""
+        at = self.at - 1
+        while at >= 0 and self.found[at].kind == "word":
+            at -= 1
+        return at >= 0 and self.found[at].kind == "operator" and self.found[at].text == "%"
 
     def _term(self, depth: int) -> Linear:
         is_fraction = self._is_fraction()
@@ -349,10 +433,13 @@ class _Parser:
             if begins and (
                 (words in (["of"], ["of", "the"]) and (is_share or _is_share(value)))
                 or (not words and token.kind != "number" and (not token.is_spaced or is_fraction))
+                or (not words and token.kind == "fraction" and self.found[gap - 1].kind == "number")
             ):
-                self.side.is_bare = False
+                is_mixed = token.kind == "fraction" and not words and self.found[gap - 1].kind == "number"
+                self.side.is_bare = self.side.is_share = False
                 other, is_share = self._factor(depth)
-                value = _product(value, other)
+                # 2\\frac{1}{2} is two and a half.
+                value = _sum(value, other, 1) if is_mixed and _is_share(other) else _product(value, other)
                 self._note(value)
                 continue
             return value
@@ -391,7 +478,8 @@ class _Parser:
             raise _NoValue
         if self._is_operator("%"):
             self.at += 1
-            value, is_share = _product(value, Linear(Fraction(1, 100))), True
+            value, is_share = _share(value), True
+            self.side.decimals += 2
             self._note(value)
         if self._is_operator("^"):
             self.at += 1

@@ -34,10 +34,18 @@ from rtd_jax.eval.judge.verdicts import Judgement, StepVerdict
 from rtd_jax.eval.judge.ways import CONSTANTS, Claim, Values, Ways, claim, claims, operands, ways
 
 RULES = 1  # their version; raise it where a change can change a verdict, which a resumed run must not meet
-_RENAMES = re.compile(r"\b(?:let|denote|denoted|represent|represents|assume|suppose|call)\b", re.IGNORECASE)
-_WHOLE = re.compile(r"\b(?:remainder|left ?over|whole|full|complete|completely|integer)\b", re.IGNORECASE)
+_RENAMES = re.compile(r"\b(?:let|denote|denoted|represent|represents|assume|suppose|call|if|case|try)\b", re.IGNORECASE)
+_WHOLE = re.compile(
+    r"\b(?:remainder|left|extra|part of|can't|cannot|only|whole|full|complete|completely|integer)\b", re.IGNORECASE
+)
 _MIXED = re.compile(r"\d+ and \(?\d+/\d")  # "1 and 1/3"
 _SCALES = (Fraction(1), Fraction(100), Fraction(1, 100))
+# Between units of one kind: minutes, hours, days, months, inches, feet, ounces, cups, cents, grams.
+_CONVERSIONS = tuple(
+    scale
+    for n in (60, 3600, 24, 1440, 7, 12, 52, 365, 30, 3, 36, 5280, 16, 2000, 2, 4, 8, 10, 100, 1000, 5, 25)
+    for scale in (Fraction(n), Fraction(1, n))
+)
 _MAX_TEXT = 12_000  # characters of a solution that are read; more is a model stuck in a loop
 _MAX_USES = 50  # of a value that are looked at
 
@@ -69,6 +77,7 @@ class _Known:
 
     rounded: set[Fraction] = field(default_factory=set)  # results that are not exact
     unknowns: dict[str, Fraction] = field(default_factory=dict)  # solutions
+    assigned: set[str] = field(default_factory=set)  # unknowns that were set, not solved for
 
 
 def judge_steps(
@@ -119,6 +128,7 @@ def _find_false(steps: Sequence[_Step], claimed: Set[Claim]) -> None:
     for step in steps:
         if _RENAMES.search(step.text):
             known.unknowns.clear()
+            known.assigned.clear()
         for equation in step.equations:
             reason = _falsity(equation, known, step.text) or _contradiction(equation, known, step.text)
             step.false = step.false or ("" if claim(equation) in claimed else reason)
@@ -132,10 +142,12 @@ def _falsity(equation: Equation, known: _Known, text: str) -> str:
     computed, stated = left.value.constant, right.value.constant
     if (left.is_bare and right.is_bare) or ((left.is_bare or left.is_share) and left.is_named):
         return ""  # "1 hour = 60 minutes", "12 months = 165 * 12" and "1/2 cup = 4 ounces" are no computations
-    scales = _SCALES if equation.units else _SCALES[:1]
+    scales = (
+        (Fraction(1), *_CONVERSIONS) if "converted" in equation.units else _SCALES if equation.units else _SCALES[:1]
+    )
     gap = min(abs(computed * scale - stated) for scale in scales)
-    if not gap:
-        return ""
+    if not gap or "cents" in equation.units:
+        return ""  # dollars and cents in one sum are not told apart
     tolerance = Fraction(1, 10**right.decimals) if right.decimals else Fraction(0)
     if equation.is_rounded:
         tolerance = max(tolerance, Fraction(1))
@@ -159,7 +171,15 @@ def _contradiction(equation: Equation, known: _Known, text: str) -> str:
     if solved is None or not solved[0]:
         return ""
     unknown, value = solved
-    before = known.unknowns.setdefault(unknown, value)
+    left = equation.left
+    if left.is_bare and left.is_named and left.value is not None and not left.value.unknown:
+        return ""  # "Section 2 = x + 200"
+    is_assignment = left.is_bare and left.value is not None and bool(left.value.unknown)
+    if unknown not in known.unknowns or (is_assignment and unknown in known.assigned):
+        known.unknowns[unknown] = value  # "x = 4 or x = -4"; "box B = 5", then "box B = 8"
+        known.assigned |= {unknown} if is_assignment else set()
+        return ""
+    before = known.unknowns[unknown]
     if equation.is_rounded or abs(before - value) <= abs(value) / 100:
         return ""
     return f"{_shown(text[equation.start : equation.end])} gives {unknown} = {_number(value)}, before {_number(before)}"

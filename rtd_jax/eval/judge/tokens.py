@@ -23,12 +23,14 @@ _OPERATORS = {
     "+": "+", "-": "-", "−": "-", "–": "-", "*": "*", "×": "*", "·": "*", "⋅": "*", "∗": "*", "/": "/", "÷": "/",
     "^": "^", r"\times": "*", r"\cdot": "*", r"\ast": "*", r"\div": "/", "**": "*",
 }  # fmt: skip
+_BEGINS_WITH_NUMBER = re.compile(r"\\\w+\s?\{\s*-?(?:\\?\$)?\s?\d")  # \text{18 eggs}
 _TOKEN = re.compile(
     r"""
     (?P<mark><<[^<>\n]{0,200}>>)
-  | (?P<words>\\(?:text|mathrm|textbf|textit|mbox|operatorname)\s?\{[^{}]{0,400}\})
+  | (?P<item>(?m:^)[ \t]*(?:\(?\d{1,2}\)|\(?[a-h]\)|[•▪◦])(?=\s+[^\s+\-*/×÷=]))
+  | (?P<words>\\(?:text|mathrm|mathbf|textbf|textit|textrm|mbox|operatorname)\s?\{[^{}]{0,400}\})
   | (?P<nothing>\\(?:left|right|displaystyle|quad|qquad|big|Big|bigg|Bigg)(?![A-Za-z])
-      |\\[,;:!\s()]|&|~|(?<![\d)])\*\*|\*\*(?!\s?\d)|(?<=\d)\*\*(?=\W|$)|`|\$(?!\$)|\\\$|[€£¥])
+      |\\[,;:!\s()]|&|~|\^\{?\\circ\}?|°|(?<![\d)])\*\*|\*\*(?!\s?\d)|(?<=\d)\*\*(?=\W|$)|`|\$(?!\$)|\\\$|[€£¥])
   | (?P<space>\n[ \t]*\n|\n|\\\\|\\\[|\\\]|\$\$|\\(?:begin|end)\{[a-z*]{0,20}\})
   | (?P<blank>[ \t\r\f\v\u00a0\u2009\u202f]+)
   | (?P<arrow>\\(?:implies|Rightarrow|rightarrow|to|le|leq|ge|geq|ne|neq|lt|gt)(?![A-Za-z])|[<>≤≥≠→⇒;:?!"“”|]|=>|->)
@@ -42,6 +44,7 @@ _TOKEN = re.compile(
       (?:\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!\d)|\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?![\d.,]\d)(?!\d)|\d+)(?:\.\d+)?|\.\d+
     )(?P<nth>(?:st|nd|rd|th)\b)?(?P<hyphen>-[A-Za-z]{2})?
   | (?P<vulgar>[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])
+  | (?P<superscript>[⁰¹²³⁴-⁹])
   | (?P<word>[^\W\d_]+(?:['’\-][^\W\d_]+)*\.?(?:_\{?\w{1,20}\}?)?)
   | (?P<open>[({\[])
   | (?P<close>[)}\]])
@@ -80,7 +83,12 @@ def tokens(text: str) -> tuple[Token, ...]:
         raw = match[0]
         if name == "mark" and not (found and found[-1].kind == "equals"):
             found.extend(_mark(raw, start))
-        if name in ("blank", "mark", "nothing"):
+        if name == "words" and _BEGINS_WITH_NUMBER.match(raw):
+            at = raw.index("{") + 1
+            found.extend(_inner(raw[at:-1], start + at))
+            spaced = at_line_start = False
+            continue
+        if name in ("blank", "mark", "nothing", "item"):
             spaced = spaced or name == "blank" or raw[-1].isspace()
             continue
         made = _made(name, raw, match, start, end, spaced, at_line_start, found)
@@ -92,8 +100,12 @@ def tokens(text: str) -> tuple[Token, ...]:
 
 def _mark(raw: str, start: int) -> list[Token]:
     """The tokens of a calculator mark that stands for itself, apart from what is around it."""
-    inner = [replace(token, start=token.start + start + 2, end=token.end + start + 2) for token in tokens(raw[2:-2])]
-    return [Token("break", "", start, start), *inner, Token("break", "", start, start)]
+    return [Token("break", "", start, start), *_inner(raw[2:-2], start + 2), Token("break", "", start, start)]
+
+
+def _inner(text: str, start: int) -> list[Token]:
+    """The tokens of a part of a text that begins at `start`."""
+    return [replace(token, start=token.start + start, end=token.end + start) for token in tokens(text)]
 
 
 def _made(
