@@ -28,9 +28,8 @@ OUTCOMES = ("kept", "wrong", "unsound", "duplicate", "unfinished", "unparsable",
 class SelectionSettings:
     """Which replies are kept. Another selection can be made from the same log without asking the teacher again."""
 
-    # Of an answer. stated: a number after ####, in the last box, after "the answer is", or the last one, and any other
-    # answer after ####; strict: only after ####; flexible: wherever the text ends, which MATH needs.
-    reading: Literal["stated", "strict", "flexible"] = "stated"
+    # stated: a number after ####, in the last box, after "the answer is", or the last one; any other answer after ####.
+    reading: Literal["stated", "strict", "flexible"] = "stated"  # strict: only after ####; flexible, for MATH: anywhere
     steps: Literal["lines", "sentences", "prose"] = "lines"  # sentences: cut as MATH's; prose: by data/prose.py's rules
     sound: bool = False  # keep only chains without a false step, as the step judge reads their arithmetic
     per_problem: int = 0  # chains kept for one problem at most; 0 keeps all
