@@ -40,7 +40,7 @@ def test_the_judge_and_the_letter_of_the_reference(text, exact, first_error, ste
     assert (score["chain_exact"], score["first_error"], len(split_solution(text)[0])) == (exact, first_error, steps)
     assert score["correct"] == (first_error < 0)
     assert len(score["verdicts"]) == len(score["reasons"]) == steps + ("####" in text)
-    assert score["steps_right"] == [verdict for verdict in score["verdicts"] if verdict is not None]
+    assert score["steps_right"] == [verdict for verdict in score["verdicts"][:steps] if verdict is not None]
 
 
 def test_prose_without_an_answer_line_is_cut_into_its_steps():

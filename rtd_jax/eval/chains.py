@@ -75,8 +75,8 @@ def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
       final (its answer line), text, reference (steps), answer, depth, correct, chain_exact (None where steps cannot be
       compared), answer_right (as the judge reads it; where it does not judge, as answer_strict), answer_strict,
       answer_flexible, first_error, verdicts and reasons (of each step and of the answer line, where there is one;
-      right, wrong, or None where it concludes nothing), steps_right (the verdicts that are not None), finished (as
-      given). Of MATH also subject, level, and math_verify (whether that library finds the answers equal). Where the
+      right, wrong, or None where it concludes nothing), steps_right (the verdicts of steps that are not None), finished
+      (as given). Of MATH also subject, level, and math_verify (whether that library finds the answers equal). Where the
       reference is not one step a line, also reference_text.
 
       `first_error` is the index of the first wrong step; the answer line counts as the line after the last step. -1
@@ -121,7 +121,7 @@ def score_chain(text: str, trace: Trace, finished: bool = True) -> Record:
         "first_error": first_error,
         "verdicts": verdicts,
         "reasons": reasons,
-        "steps_right": [verdict for verdict in verdicts if verdict is not None],
+        "steps_right": [verdict for verdict in verdicts[: len(steps)] if verdict is not None],
         "finished": finished,
         **({"subject": trace.subject, "level": trace.level} if trace.subject or trace.level else {}),
         **({} if verified is None else {"math_verify": verified}),
