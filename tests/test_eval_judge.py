@@ -8,9 +8,10 @@ import pytest
 
 from rtd_jax.data.schemas.gsm8k import SCHEMA as GSM8K
 from rtd_jax.data.trace import Trace
-from rtd_jax.eval.judge.equations import equations, mentioned, solution
+from rtd_jax.eval.judge.equations import equations, solution
 from rtd_jax.eval.judge.final import final_number
 from rtd_jax.eval.judge.judge import judge_steps
+from rtd_jax.eval.judge.mentions import mentioned
 from rtd_jax.eval.judge.ways import Values, ways
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -6,7 +6,8 @@ from fractions import Fraction
 from rtd_jax.data.schemas.math import last_box
 from rtd_jax.data.trace import stated_answer
 from rtd_jax.eval.answers import parse_number
-from rtd_jax.eval.judge.equations import amount, equations, is_computed, mentioned
+from rtd_jax.eval.judge.equations import amount, equations
+from rtd_jax.eval.judge.mentions import is_computed, mentioned
 
 _SAID = re.compile(r"\banswer(?: to [^.\n]{1,80})?\**\s*(?:is|=|would be|:)\**[:\s]*([^\n]{1,120})", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)|\n+")

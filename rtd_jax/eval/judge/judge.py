@@ -28,8 +28,9 @@ from typing import NamedTuple
 
 from rtd_jax.data.trace import Problem, Trace
 from rtd_jax.eval.answers import parse_number
-from rtd_jax.eval.judge.equations import Equation, equations, mentioned, solution
+from rtd_jax.eval.judge.equations import Equation, equations, solution
 from rtd_jax.eval.judge.final import final_number
+from rtd_jax.eval.judge.mentions import mentioned
 from rtd_jax.eval.judge.verdicts import Judgement, StepVerdict
 from rtd_jax.eval.judge.ways import CONSTANTS, Claim, Values, Ways, claim, claims, operands, ways
 

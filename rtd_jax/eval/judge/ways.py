@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 
-from rtd_jax.eval.judge.equations import Equation, Tree, equations, mentioned, solution
+from rtd_jax.eval.judge.arithmetic import Tree
+from rtd_jax.eval.judge.equations import Equation, equations, solution
+from rtd_jax.eval.judge.mentions import mentioned
 
 _MOST = 4_000  # values of one reference; more would make every number one of them
 _TERMS = 8  # of a sum that are taken in any order; longer sums only in theirs
