@@ -49,7 +49,7 @@ def _checked(value: Linear) -> Linear:
 
 
 def add(a: Linear, b: Linear, sign: int) -> Linear:
-    """a + sign * b. Raises NoValue where they have two unknowns, as the others below do where the result is not linear."""
+    """a + sign * b. Raises NoValue for two unknowns; the others below do where the result would not be linear."""
     if a.unknown and b.unknown and a.unknown != b.unknown:
         raise NoValue
     total = _checked(Linear(a.constant + sign * b.constant, a.slope + sign * b.slope, a.unknown or b.unknown))
