@@ -33,3 +33,19 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"original data sets are not in {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture
+def smollm2(tmp_path: Path) -> Path:
+    """SmolLM2-135M-Instruct in a folder of links, which a server may write beside."""
+    from real_weights import real_weights_dir  # jax must find the settings above
+
+    try:
+        folder = real_weights_dir()
+    except ValueError as error:
+        pytest.skip(str(error))
+    model = tmp_path / "smollm2"
+    model.mkdir()
+    for path in folder.iterdir():
+        (model / path.name).symlink_to(path.resolve())
+    return model

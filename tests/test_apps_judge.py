@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from completions_server import CompletionsServer
-from real_weights import real_weights_dir
 from test_apps_traces_server import free_port, logged, serving
 from test_train_run import ROOT, environment
 
@@ -345,27 +344,19 @@ def test_evaluate_refuses_a_judge_that_has_nothing_to_read(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.real_weights
-def test_a_judge_of_real_weights_that_is_killed_midway(tmp_path):
+def test_a_judge_of_real_weights_that_is_killed_midway(smollm2, tmp_path):
     """SmolLM2-135M-Instruct by `transformers serve`: the command is killed, then the server; no verdict is lost."""
-    try:
-        folder = real_weights_dir()
-    except ValueError as error:
-        pytest.skip(str(error))
-    model = tmp_path / "smollm2"
-    model.mkdir()
-    for path in folder.iterdir():
-        (model / path.name).symlink_to(path.resolve())
     data, out, port = write(tmp_path / "rows.jsonl", ROWS[:8]), tmp_path / "out", free_port()
     url = f"http://127.0.0.1:{port}/v1"
     more = ("--judge_max_tokens=8", "--judge_concurrency=1", "--judge_retries=1")
-    arguments = command(data, out, url, str(model), *more)
+    arguments = command(data, out, url, str(smollm2), *more)
 
     def kill_server_after(process: subprocess.Popen, replies: int) -> None:
         while len((out / "responses.jsonl").read_bytes().splitlines()) < replies:
             time.sleep(0.01)
         process.kill()
 
-    with serving(model, port) as process:
+    with serving(smollm2, port) as process:
         kill_after(arguments, out, 2)
         before = logged(out)
         killer = threading.Thread(target=kill_server_after, args=(process, 4), daemon=True)
@@ -376,10 +367,10 @@ def test_a_judge_of_real_weights_that_is_killed_midway(tmp_path):
     assert f"127.0.0.1:{port}" in stopped.stderr
     assert 4 <= len(logged(out)) < 8
     assert before.items() <= logged(out).items()
-    with serving(model, port):
+    with serving(smollm2, port):
         done = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-        undisturbed = command(data, tmp_path / "undisturbed", url, str(model), *more)
+        undisturbed = command(data, tmp_path / "undisturbed", url, str(smollm2), *more)
         subprocess.run(undisturbed, cwd=ROOT, env=environment(), check=True, capture_output=True)
     assert logged(out) == logged(tmp_path / "undisturbed")  # also: no request has two replies
     assert len(logged(out)) == 8

@@ -17,7 +17,6 @@ from pathlib import Path
 import datasets
 import pytest
 from completions_server import CompletionsServer, answer
-from real_weights import real_weights_dir
 from test_train_run import ROOT, environment
 
 from rtd_jax.apps.traces.local_settings import JaxSettings
@@ -374,23 +373,15 @@ def test_both_backends_write_the_same_greedy_chains(served, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.real_weights
-def test_a_server_of_real_weights_that_is_killed_midway(tmp_path):
+def test_a_server_of_real_weights_that_is_killed_midway(smollm2, tmp_path):
     """SmolLM2-135M-Instruct: the logs that two lives of a server filled are those of the model in this process."""
-    try:
-        folder = real_weights_dir()
-    except ValueError as error:
-        pytest.skip(str(error))
-    model = tmp_path / "smollm2"
-    model.mkdir()
-    for path in folder.iterdir():
-        (model / path.name).symlink_to(path.resolve())
     port = free_port()
     # Eight tokens are no whole chain, so there is nothing to write; what counts here is the log.
     settings = {"sampling": SamplingSettings(1, 0.0, 1.0, 8)}
     plain = settings | {"text": TextFormat("plain", "Question: {prompt}\nAnswer:")}
     chat = settings | {"text": TextFormat("chat")}
-    of_jax = JaxSettings(str(folder), "float32", "float32", "fsdp", 8, MeshSettings(1, -1, 1))
-    of_server = OpenAISettings(f"http://127.0.0.1:{port}/v1", str(model), concurrency=1, retries=1, timeout=60.0)
+    of_jax = JaxSettings(str(smollm2), "float32", "float32", "fsdp", 8, MeshSettings(1, -1, 1))
+    of_server = OpenAISettings(f"http://127.0.0.1:{port}/v1", str(smollm2), concurrency=1, retries=1, timeout=60.0)
     log = tmp_path / "server plain" / "responses.jsonl"
 
     def answered() -> int:
@@ -401,14 +392,14 @@ def test_a_server_of_real_weights_that_is_killed_midway(tmp_path):
             time.sleep(0.01)
         process.kill()
 
-    with serving(model, port) as process:
+    with serving(smollm2, port) as process:
         killer = threading.Thread(target=kill_after_two, args=(process,), daemon=True)
         killer.start()
         with pytest.raises(ValueError, match=rf"127.0.0.1:{port}"):
             write_traces(tiny("openai", openai=of_server, **plain), tmp_path / "server plain")
         killer.join()
     assert 2 <= answered() < 6
-    with serving(model, port):
+    with serving(smollm2, port):
         for name, form in (("plain", plain), ("chat", chat)):
             write_traces(tiny("openai", openai=of_server, **form), tmp_path / f"server {name}")
     for name, form in (("plain", plain), ("chat", chat)):
