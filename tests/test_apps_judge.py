@@ -1,5 +1,6 @@
 """The judge command, and evaluate's served judge: scores, damaged rows by name, and no verdict lost or asked twice."""
 
+import hashlib
 import json
 import re
 import signal
@@ -17,6 +18,9 @@ from test_train_run import ROOT, environment
 from rtd_jax.apps.evaluate import EvaluateSettings, evaluate
 from rtd_jax.apps.judge import JudgeSettings, judge
 from rtd_jax.base.files import read_json
+from rtd_jax.data.trace import Trace
+from rtd_jax.eval.chains import score_chain
+from rtd_jax.eval.judged_texts import verdict_fields
 
 QUESTION = "Tom has {} apples and buys 3 more. How many apples does he have?"
 RIGHT, WRONG = "He has {0} + 3 = {1} apples.", "He has {0} + 3 = 99 apples."
@@ -340,6 +344,18 @@ def test_evaluate_refuses_a_judge_that_has_nothing_to_read(tmp_path):
         evaluate(EvaluateSettings(generations=path, out=str(tmp_path / "out"), **options))
     with pytest.raises(ValueError, match="judge_model is 'm', but no server is to judge"):
         EvaluateSettings(("model",), judge_model="m")
+
+
+def test_a_boxed_answer_is_right_beside_a_served_verdict():
+    """Neither strict (no #### line) nor flexible (another number is the last) reads it; the judge's reading does."""
+    trace = Trace.of_steps("How many?", ["9 + 9 = 18"], "18", "#### 18")
+    record = score_chain("9 + 9 = 18, so \\boxed{18} of the 40.", trace)
+    assert not record["answer_strict"]
+    assert not record["answer_flexible"]
+    digest = hashlib.sha256(record["text"].encode()).hexdigest()[:16]
+    for first_error, judged in ((-1, True), (0, False), (None, False)):
+        found = {"judged_by": "m", "judged_text": digest, "judged_first_error": first_error}
+        assert verdict_fields(record, found)["judged"] is judged
 
 
 @pytest.mark.slow

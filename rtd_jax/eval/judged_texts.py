@@ -17,12 +17,12 @@ def verdict_fields(record: Mapping[str, Any], found: Mapping[str, Any]) -> Recor
     judged_text: digest of the text that it was given
     judged_first_error: the index of the first wrong step as in `chains.score_chain`; None: no verdict
     judged_steps: whether it found no wrong step
-    judged: whether the chain is right: no wrong step was found, and the answer is right in either reading
+    judged: whether the chain is right: no wrong step was found, and the answer is right in any reading
     """
     if not all(key in found for key in JUDGE_KEYS) or found["judged_text"] != _digest(record):
         return {}
     no_wrong_step = found["judged_first_error"] == -1
-    is_right = no_wrong_step and (record["answer_strict"] or record["answer_flexible"])
+    is_right = no_wrong_step and any(record[key] for key in ("answer_right", "answer_strict", "answer_flexible"))
     return {key: found[key] for key in JUDGE_KEYS} | {"judged_steps": no_wrong_step, "judged": is_right}
 
 
