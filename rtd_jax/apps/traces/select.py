@@ -136,7 +136,8 @@ def judge(problem: Problem, reply: Reply, settings: SelectionSettings) -> tuple[
         return "refused", []
     lines, answer_line = split_solution(reply.text)
     # Each on one line, as the stepwise schema reads it back.
-    steps = [one_line(step) for step in _steps(reply.text, lines, settings)]
+    cut = _steps(reply.text, lines, settings)
+    steps = [one_line(step) for step in cut]
     if reply.finish == "length":
         return "unfinished", steps
     # What a model writes after its answer line is not part of the chain.
@@ -145,9 +146,8 @@ def judge(problem: Problem, reply: Reply, settings: SelectionSettings) -> tuple[
         return "unparsable", steps
     if not _is_right(problem, text, settings.reading):
         return "wrong", steps
-    judged = [*_steps(reply.text, lines, settings), answer_line]
-    is_sound = not settings.sound or judge_steps(problem.prompt, judged).first_error < 0
-    return "kept" if is_sound else "unsound", steps
+    is_unsound = settings.sound and judge_steps(problem.prompt, [*cut, answer_line]).first_error >= 0
+    return "unsound" if is_unsound else "kept", steps
 
 
 def _is_right(problem: Problem, text: str, reading: str) -> bool:
