@@ -1,4 +1,4 @@
-"""How long the step judge takes: ordinary solutions, and hostile ones of 100,000 characters.
+"""How long the step judge takes, ordinary solutions and hostile ones, and what it says of GSM8K's own solutions.
 
     python benchmarks/judge_speed.py --data=gsm8k.dev.jsonl --references=/data
 
@@ -44,6 +44,11 @@ def main() -> None:
         problem, steps, reference = work[i % len(work)]
         judge_steps(problem, [f"{step} {i}th" for step in steps], reference)
     print(f"{arguments.texts} solutions: {time.process_time() - start:.1f} s")
+    traces = references.values()
+    chains = [(trace, trace.completion.splitlines()) for trace in traces]
+    own = sum(judge_steps(trace.prompt, chain, trace).first_error < 0 for trace, chain in chains)
+    alone = sum(judge_steps(trace.prompt, chain).first_error < 0 for trace, chain in chains)
+    print(f"of {len(chains)} solutions that people wrote {own} are right as their own references, {alone} without")
     problem, _, reference = work[0]
     for name, text in HOSTILE.items():
         start = time.process_time()
