@@ -7,6 +7,7 @@ Sizes are the published models' own; weights and tokens are random, so nothing i
 
 import argparse
 import dataclasses
+import gzip
 import importlib
 import statistics
 import sys
@@ -60,7 +61,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "8B -> 1B: from a cache": ("rtd_1b", PAIR | {"teacher.cache": "cache"}),
     "8B -> 1B: remat none": ("rtd_1b", PAIR | {"student.remat": "none"}),
     "8B -> 1B: chunk_length 128": ("rtd_1b", PAIR | {"loss.chunk_length": 128}),
+    "8B -> 1B: chunk_length 256": ("rtd_1b", PAIR | {"loss.chunk_length": 256}),
+    "8B -> 1B: a mask, chunk_length 128": ("rtd_1b", PAIR | {"loss.chunk_length": 128, "data.chains_per_row": 2}),
     "8B -> 1B: rows of 4,096": ("rtd_1b", PAIR | LONG),
+    "8B -> 1B: rows of 4,096, chunk_length 256": ("rtd_1b", PAIR | LONG | {"loss.chunk_length": 256}),
+    "70B -> 8B, 8 and 6 layers: chunk_length 128": ("rtd_8b", CUT | {"loss.chunk_length": 128}),
     "8B -> 1B: rows of 4,096, attention in XLA": ("rtd_1b", PAIR | LONG | XLA),
     "8B -> 1B: int8 teacher": ("rtd_1b", PAIR | {"teacher.param_dtype": "int8"}),
 }
@@ -113,7 +118,12 @@ def arguments_of(recipe: Recipe, abstract: Abstract) -> tuple[TrainState, Any, B
     key = jax.random.PRNGKey(0)
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
     sizes = recipe.batch_size, recipe.data.row_length, abstract.vocab_size
-    batch = random_batch(*sizes, STEP_TOKENS, boundaries=bool(recipe.loss.coherence_weight))
+    batch = random_batch(
+        *sizes,
+        STEP_TOKENS,
+        boundaries=bool(recipe.loss.coherence_weight),
+        chains_per_row=recipe.data.chains_per_row,
+    )
     state = jax.jit(lambda params: create_state(params, optimizer, jax.random.PRNGKey(0)))(
         filled(abstract.state.params, key)
     )
@@ -132,8 +142,8 @@ def arguments_of(recipe: Recipe, abstract: Abstract) -> tuple[TrainState, Any, B
     return state, source, batch, abstract.objective.coefficients()
 
 
-def run_case(name: str) -> None:
-    """Worker: times updates of a case."""
+def run_case(name: str, trace: Path | None = None) -> None:
+    """Worker: times updates of a case; one more is traced into a folder, with the program's text beside it."""
     config, overrides = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(config, overrides, Path(folder))
@@ -149,6 +159,11 @@ def run_case(name: str) -> None:
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - started)
         first = first or {key: float(metrics[key].value()) for key in ("loss", "grad_norm")}
+    if trace is not None:
+        trace.mkdir(parents=True, exist_ok=True)
+        (trace / "program.txt.gz").write_bytes(gzip.compress(step.as_text().encode()))
+        with jax.profiler.trace(str(trace)):
+            jax.block_until_ready(step(state, *given))
     teacher = None if abstract.teacher is None else abstract.teacher_config
     report(
         seconds=seconds[WARM_UP:],
@@ -284,22 +299,24 @@ def agreement_text(found: dict[str, Any], device: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name holds this text; writes nothing")
+    parser.add_argument("--trace", type=Path, help="folder for a trace of one update of the first case; must be new")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        run_agreement() if arguments.work == "agreement" else run_case(arguments.work)
+        run_agreement() if arguments.work == "agreement" else run_case(arguments.work, arguments.trace)
         return
 
-    def worked(name: str) -> dict[str, Any]:
-        return run_worker(name, [sys.executable, __file__, f"--work={name}"]).values
+    def worked(name: str, *options: str) -> dict[str, Any]:
+        return run_worker(name, [sys.executable, __file__, f"--work={name}", *options]).values
 
     agreement = worked("agreement")
     print(agreement, flush=True)
     first: dict[str, Any] = {}
     rows: list[tuple[str, ...]] = []
     for name in (name for name in CASES if arguments.only in name):
+        options = () if first or arguments.trace is None else (f"--trace={arguments.trace}",)
         try:
-            found = worked(name)
+            found = worked(name, *options)
         except RuntimeError as error:
             if not first:  # the others would fail too
                 raise

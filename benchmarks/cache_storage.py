@@ -58,7 +58,7 @@ def predictions(model: LlamaModel, params: Any, vocab_size: int, chains: Sequenc
 
     @jax.jit
     def forward(params: Any, batch: Any) -> TopK:
-        hidden_BLD = model.hidden(params, batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL)
+        hidden_BLD = model.hidden(params, batch.tokens_BL, batch.positions_BL, batch.attention_ids_BL)
         return top_k_predictions(hidden_BLD, model.head(params), k=K, temperature=4.0, vocab_size=vocab_size)
 
     found: list[TopK] = []

@@ -116,20 +116,26 @@ def machine(gpu: bool = False) -> str:
     return f"{os.cpu_count()} cores of {model}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
 
 
-def random_batch(rows: int, length: int, vocab_size: int, step_tokens: int, boundaries: bool = True) -> Any:
-    """A `Batch` of one chain a row, of steps of `step_tokens`; without boundaries one slot that is not used."""
+def random_batch(
+    rows: int, length: int, vocab_size: int, step_tokens: int, boundaries: bool = True, chains_per_row: int = 1
+) -> Any:
+    """A `Batch` of one chain a row, of steps of `step_tokens`; without boundaries one slot that is not used.
+
+    Room for more chains a row stays empty; attention is then masked all the same.
+    """
     from rtd_jax.base.types import Batch  # workers of other systems do without it
 
     positions_BL = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
     ends = np.arange(step_tokens - 1, length, step_tokens, dtype=np.int32)[: None if boundaries else 1]
     ends_BCK = np.broadcast_to(ends, (rows, 1, len(ends)))
+    room = [(0, 0), (0, chains_per_row - 1), (0, 0)]
     return Batch(
         np.random.default_rng(0).integers(0, vocab_size, (rows, length)).astype(np.int32),
         positions_BL,
         np.ones_like(positions_BL),
         (positions_BL > 0).astype(np.float32),
-        ends_BCK,
-        np.full(ends_BCK.shape, boundaries),
+        np.pad(ends_BCK, room),
+        np.pad(np.full(ends_BCK.shape, boundaries), room),
     )
 
 

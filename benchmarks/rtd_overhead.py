@@ -67,7 +67,7 @@ def step_times(rounds: int) -> dict[str, list[float]]:
     teacher_params, optimizer = teacher.init(key), optax.adamw(1e-4)
 
     def plain_loss(params: Any, teacher_params: Any, batch: Batch) -> Any:
-        rows = batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL
+        rows = batch.tokens_BL, batch.positions_BL, batch.attention_ids_BL
         states_S, states_T = student.hidden(params["student"], *rows), teacher.hidden(teacher_params, *rows)
         heads = student.head(params["student"]), teacher.head(teacher_params)
         loss = kd(states_S, heads[0], states_T, heads[1], *shifted_labels(batch), vocab_size=VOCAB)

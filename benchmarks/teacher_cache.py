@@ -111,7 +111,7 @@ def updates(rounds: int) -> str:
 
 
 def _forward(model: LlamaModel, batch: Batch) -> float:
-    rows = batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL
+    rows = batch.tokens_BL, batch.positions_BL, batch.attention_ids_BL
     return matmul_flops(
         jax.make_jaxpr(lambda p: model.logits(p, model.hidden(p, *rows)))(model.abstract_params()).jaxpr
     )
@@ -188,7 +188,7 @@ def _key(chain: EncodedChain) -> str:
 
 def _kd_gradient(experiment: Experiment, params: Any, source: Any, batch: Batch) -> tuple[Any, Any]:
     """(KDSums, gradient by the student's params) of the mean KD loss, from the teacher's params or its top k."""
-    rows, targets = (batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL), shifted_labels(batch)
+    rows, targets = (batch.tokens_BL, batch.positions_BL, batch.attention_ids_BL), shifted_labels(batch)
     options: Any = {"temperature": 4.0, "alpha": 0.7, "vocab_size": experiment.vocab_size}
 
     def loss(params: Any) -> Any:

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+from rtd_jax.base.types import Batch
 from rtd_jax.models import decoder as llama_module
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.decoder import attention_kernel
 from rtd_jax.models.model import LlamaModel
+from rtd_jax.teacher.online import student_outputs
 
 CONFIG = LlamaConfig(64, 64, 128, layers=2, heads=4, kv_heads=2, head_dim=16)
 CALL = "__cudnn$fmhaScaleBiasSoftmax"
@@ -73,6 +75,21 @@ def test_packed_rows_go_through_cudnn_forward_and_backward(a100, remat):
     scores = "2x2x2x128x128"  # of every head; groups of two share keys
     assert scores in by_xla
     assert scores not in text
+
+
+def test_rows_of_one_chain_are_causal_without_a_mask(a100):
+    """So that cuDNN skips what no token sees; rows with room for two chains keep their mask."""
+    student = LlamaModel(CONFIG, "bfloat16", "full")
+
+    def loss(params, batch):
+        return jnp.sum(student_outputs(student, params, batch).hidden_BLS.astype(jnp.float32) ** 2)
+
+    params = student.abstract_params()
+    for chains, is_masked in ((1, False), (2, True)):
+        slots = jax.ShapeDtypeStruct((2, chains, 3), jnp.int32)
+        text = lowered_for_gpu(jax.grad(loss), params, Batch(*(ids(2, 128),) * 4, slots, slots))
+        assert "__cudnn$fmha" in text
+        assert ("ScaleBias" in text) == is_masked
 
 
 def test_prompts_are_read_by_cudnn_and_tokens_added_by_xla(a100):

@@ -44,6 +44,14 @@ def test_packed_chains_equal_separate_runs(params):
     assert np.isfinite(together).all()  # padding too: its gradient is multiplied by zero, not removed
 
 
+def test_a_row_of_one_chain_needs_no_mask(params):
+    """With padding behind the chain, causal attention gives each of its tokens the state that the mask gives."""
+    tokens, positions, ids = packed_row(one_chain(13, rows=2), length=20)
+    masked, causal = hidden(params, tokens, positions, ids), hidden(params, tokens, positions, None)
+    np.testing.assert_array_equal(causal[:, :13], masked[:, :13])
+    assert np.isfinite(causal).all()
+
+
 def test_no_gradient_crosses_from_one_chain_to_the_next(params):
     tokens, positions, ids = packed_row(one_chain(7, seed=1), one_chain(10, seed=2), length=20)
 

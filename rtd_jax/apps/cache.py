@@ -111,7 +111,7 @@ def _forward(
 ) -> tuple[TopK, Array]:
     """The predictions at every token, and the states of N layers at every boundary, [B, N, C, K, D]."""
     hidden_BLD, layers_BLD = model.hidden(
-        params, batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL, layers=identity.layers
+        params, batch.tokens_BL, batch.positions_BL, batch.attention_ids_BL, layers=identity.layers
     )
     top_k = top_k_predictions(
         hidden_BLD,

@@ -26,7 +26,8 @@ class Batch(NamedTuple):
     """Fixed-shape rows of packed chains.
 
     `loss_weights_BL[b, l]` weights the prediction *of* token l, made from position l - 1, so the first token of a chain
-    always has weight 0. `chain_ids_BL` is 0 on padding and 1..C on chains; attention never crosses chains.
+    always has weight 0. `chain_ids_BL` is 0 on padding and 1..C on chains; attention never crosses chains. Padding lies
+    behind the last chain of its row.
     """
 
     tokens_BL: Array  # int32
@@ -35,6 +36,14 @@ class Batch(NamedTuple):
     loss_weights_BL: Array  # float32; 0 on prompt and padding
     boundary_positions_BCK: Array  # int32, index into L; 0 where masked
     boundary_mask_BCK: Array  # bool
+
+    @property
+    def attention_ids_BL(self) -> Array | None:
+        """The chain ids where attention needs them, or None where it is causal: rows that hold at most one chain.
+
+        What lies behind a row's only chain is padding, which no token of the chain sees.
+        """
+        return None if self.boundary_positions_BCK.shape[1] == 1 else self.chain_ids_BL
 
 
 class TopK(NamedTuple):

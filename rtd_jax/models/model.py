@@ -38,28 +38,30 @@ class LlamaModel(Computation):
         params: Params,
         tokens_BL: Array,
         positions_BL: Array,
-        chain_ids_BL: Array,
+        chain_ids_BL: Array | None,
         *,
         layers: Sequence[int] = (),
     ):
         """States that the head reads (after the last RMSNorm), [B, L, D] in `compute_dtype`.
 
-        A token attends to itself and earlier tokens of the same chain id; positions give the rotary angles.
+        A token attends to itself and earlier tokens of the same chain id; positions give the rotary angles. Without ids
+        (`Batch.attention_ids_BL`) it attends to all earlier tokens of its row. No mask is formed then, and a flash
+        kernel skips what lies above the diagonal.
         With `layers`, returns (states, tuple of the hidden states asked for), counted as `LlamaConfig.layer_index`
         counts them: 0 the embeddings, i the output of layer i, -1 the final normed states.
 
         Raises:
           ValueError: a layer does not exist.
         """
-        chex.assert_rank([tokens_BL, positions_BL, chain_ids_BL], 2)
-        chex.assert_equal_shape([tokens_BL, positions_BL, chain_ids_BL])
-        chex.assert_type([tokens_BL, positions_BL, chain_ids_BL], int)
+        given = [tokens_BL, positions_BL, *([] if chain_ids_BL is None else [chain_ids_BL])]
+        chex.assert_rank(given, 2)
+        chex.assert_equal_shape(given)
+        chex.assert_type(given, int)
+        mask = None if chain_ids_BL is None else chain_mask(chain_ids_BL)
         count = self.config.layers
         wanted = [self.config.layer_index(layer) for layer in layers]
         inner = tuple(sorted({layer for layer in wanted if layer < count}))
-        final_BLD, kept = self._module(params)(
-            jnp.asarray(tokens_BL), jnp.asarray(positions_BL), chain_mask(chain_ids_BL), inner
-        )
+        final_BLD, kept = self._module(params)(jnp.asarray(tokens_BL), jnp.asarray(positions_BL), mask, inner)
         if not layers:
             return final_BLD
         return final_BLD, tuple(final_BLD if layer == count else kept[inner.index(layer)] for layer in wanted)

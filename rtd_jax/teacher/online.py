@@ -42,7 +42,7 @@ def _outputs(
     model: LlamaModel, params: Params, batch: Batch, boundary_layers: Sequence[int], token_layers: Sequence[int]
 ) -> tuple[Array, Array, dict[int, Array], dict[int, Array]]:
     layers = tuple(dict.fromkeys((*boundary_layers, *token_layers)))
-    rows = batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL
+    rows = batch.tokens_BL, batch.positions_BL, batch.attention_ids_BL
     if not layers:
         return model.hidden(params, *rows), model.head(params), {}, {}
     hidden_BLD, states = model.hidden(params, *rows, layers=layers)

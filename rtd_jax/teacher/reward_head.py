@@ -159,7 +159,7 @@ def make_step_reader(
     """Builds (teacher's params, batch) -> `step_features` of its steps, from one forward pass; traceable."""
 
     def read(params: Params, batch: Batch) -> jax.Array:
-        rows = (batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL)
+        rows = (batch.tokens_BL, batch.positions_BL, batch.attention_ids_BL)
         hidden_BLD, states = model.hidden(params, *rows, layers=layers or (-1,))
         log_probs_BL = None
         if surprise:

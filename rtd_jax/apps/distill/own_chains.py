@@ -127,7 +127,7 @@ def make_scorer(
     def score_rows(
         student_params: Params, teacher_params: Params, head: Params, batch: Batch
     ) -> tuple[Array | None, Array]:
-        hidden_BLS = student.hidden(student_params, batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL)
+        hidden_BLS = student.hidden(student_params, batch.tokens_BL, batch.positions_BL, batch.attention_ids_BL)
         made_BL = token_log_probs(
             hidden_BLS,
             student.head(student_params),
