@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import accelerator
 import decoding
+import gpu_profile
 import measure
 
 WORKER = "import sys; sys.path.insert(0, 'benchmarks'); import measure; print('noise'); measure.report(speed={})"
@@ -146,3 +147,21 @@ def test_a_case_that_fails_on_the_gpu_is_a_line_and_the_first_one_an_error(monke
     monkeypatch.setattr(accelerator, "CASES", dict.fromkeys(("b", "a")))
     with pytest.raises(RuntimeError, match="b failed: out of memory"):
         accelerator.main()
+
+
+def test_kernels_are_counted_once_for_their_part_and_kind():
+    found = [
+        ("nvjet_sm90_tst_128x160", "dot.1", 0.0, 2.0),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash", "custom-call.3", 2.0, 3.0),
+        ("MemcpyD2D", "copy.1", 2.5, 4.0),
+        ("loop_multiply_fusion", "unknown", 6.0, 7.0),
+    ]
+    instructions = {"dot.1": ("dot", "teacher, MLP"), "custom-call.3": ("custom-call", "teacher, attention")}
+    instructions["copy.1"] = ("copy", "teacher, attention")
+    assert gpu_profile.seconds_by_kind(found, instructions) == {
+        ("teacher, MLP", "products"): 2.0,
+        ("teacher, attention", "attention"): 1.0,
+        ("teacher, attention", "copies"): 1.5,
+        (gpu_profile.OTHER, "others"): 1.0,
+    }
+    assert gpu_profile.idle_seconds(found) == (7.0, 2.0)  # between 4 and 6 nothing ran; 2.5 to 3 is not counted twice
