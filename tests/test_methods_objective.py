@@ -97,5 +97,5 @@ def test_a_cache_serves_no_term_on_the_students_own_chains():
 
 
 def test_terms_of_one_name_are_a_mistake():
-    with pytest.raises(AssertionError, match="told apart by their names"):
+    with pytest.raises(AssertionError, match="told apart by their keys"):
         Objective((Alignment(1.0, (1, 1)), Alignment(2.0, (2, 2))))

@@ -16,9 +16,10 @@ from tiny_run import recipe, source, write_teacher
 
 from rtd_jax.apps.cache import cache_teacher
 from rtd_jax.apps.distill.judged_rewards import check_judged, judged_rewards
-from rtd_jax.apps.distill.own_chains import at_boundaries, drawn_chain, make_sampler, step_ends, step_texts
+from rtd_jax.apps.distill.own_chains import drawn_chain, step_ends, step_texts
 from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.distill.stages import Run, Trainer
+from rtd_jax.apps.distill.step_rewards import at_boundaries, make_reward_sampler
 from rtd_jax.apps.pretrain import SizeSettings, model_config
 from rtd_jax.apps.reward_model import LabelledSteps, RewardModelRecipe, fit_head, judge, train_reward_model
 from rtd_jax.base.boundaries import step_boundaries
@@ -408,7 +409,8 @@ def one_device_mesh(_: MeshSettings | None = None):
 
 def test_what_is_drawn_depends_on_the_update_and_not_on_the_mesh(folder, single):
     def draw(experiment, state, at):
-        return to_host(make_sampler(experiment)(state._replace(step=state.step + at), experiment.stages[0]))
+        drawn = make_reward_sampler(experiment)(state._replace(step=state.step + at), experiment.stages[0])
+        return to_host(drawn.chains), drawn.means
 
     (first,), means = draw(*single, 3)
     assert first.batch.tokens_BL.shape == (8, 96)
@@ -502,7 +504,8 @@ def test_a_run_with_the_judges_rewards_needs_no_teacher_and_resumes_with_the_sam
 @pytest.mark.usefixtures("half_right")
 def test_the_judges_rewards_are_the_same_in_micro_batches_and_on_any_mesh(judged):
     def draw(experiment, state):
-        return to_host(make_sampler(experiment)(state, experiment.stages[0]))
+        drawn = make_reward_sampler(experiment)(state, experiment.stages[0])
+        return to_host(drawn.chains), drawn.means
 
     (first,), means = draw(*judged)
     assert means["reward/chain_right"] == 0.5  # every second one

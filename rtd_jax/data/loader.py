@@ -84,6 +84,23 @@ class BatchLoader:
         self._iterator.set_state(dict(state["iterator"]))
 
 
+class NoRows:
+    """The stream of an update whose chains are all the student's own: nothing, and it has no position."""
+
+    def __iter__(self) -> "NoRows":
+        return self
+
+    def __next__(self) -> None:
+        return None
+
+    def get_state(self) -> dict[str, Any]:
+        """Nothing, as JSON."""
+        return {}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Does nothing: what the student draws follows from the run's state."""
+
+
 def _pool_seed(seed: int, index: int) -> int:
     # grain adds the epoch to the seed, so neighbouring seeds would repeat each other's order one epoch later.
     return int.from_bytes(hashlib.sha256(f"pool/{seed}/{index}".encode()).digest()[:4])

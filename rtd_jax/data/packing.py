@@ -116,6 +116,23 @@ def fixed_batches(
     return [host_rows(Batch(*arrays), share) for arrays in batches]
 
 
+def one_batch(
+    chains: Sequence[EncodedChain], rows: int, row_length: int, chains_per_row: int, max_boundaries: int
+) -> tuple[Batch, int]:
+    """(the chains in `rows` rows, how many have found room): each goes into the first row that has room for it.
+
+    Rows that no chain needs are empty (chain id 0); chains that would need more rows are left out.
+    """
+    check_fit(chains, rows, row_length, chains_per_row, max_boundaries)
+    items = [token_features(chain) for chain in chains]
+    packed = packed_rows(items, row_length, open_rows=max(1, len(items)), chains_per_row=chains_per_row)[:rows]
+    packed += [{name: np.zeros_like(value) for name, value in packed[0].items()}] * (rows - len(packed))
+    batch = to_batch(
+        {name: np.stack([row[name] for row in packed]) for name in packed[0]}, chains_per_row, max_boundaries
+    )
+    return batch, int(sum(batch.chain_ids_BL.max(axis=1)))
+
+
 def host_rows(batch: Batch, share: tuple[int, int]) -> Batch:
     """The rows of a global batch that one process feeds. `share` is (index, count) of equal, contiguous parts."""
     index, count = share

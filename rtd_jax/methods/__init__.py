@@ -3,7 +3,7 @@
 To add one, write such a file and name its settings among the bases of `LossSettings`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from rtd_jax.methods.alignment import AlignmentSettings
@@ -49,10 +49,15 @@ class LossSettings(
     def objective(self, setup: Setup) -> Objective:
         """The sum of the terms, with coherence as the yardstick of stages, whatever its weight.
 
-        Where nothing teaches, the labels take the place of what reads the teacher.
+        Where nothing teaches, the labels take the place of what reads the teacher. With a share of own chains the terms
+        that read the teacher are there a second time, about those (`OnPolicySettings`).
         """
-        terms = self.terms(setup)
+        terms, share = self.terms(setup), setup.on_policy.fraction
         (yardstick,) = CoherenceSettings.terms(self, setup)
+        if self.teaches() and share:
+            own = tuple(term.on_own_chains(share) for term in terms if term.reads.teacher)
+            of_data = tuple(replace(term, weight=(1.0 - share) * term.weight) for term in terms if share < 1.0)
+            return Objective((*of_data, *own), yardstick)
         if self.teaches():
             return Objective(terms, yardstick)
         labels = Labels(1.0, setup.vocab_size, self.chunk_length, setup.mesh)

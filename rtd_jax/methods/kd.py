@@ -1,6 +1,6 @@
 """Logit matching, alpha * T^2 * KL + (1 - alpha) * CE; and the labels' cross-entropy alone, without a teacher."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
@@ -60,6 +60,10 @@ class KD(Term):
     @property
     def reads(self) -> Reads:
         return Reads(teacher_predictions=True)
+
+    def on_own_chains(self, share: float) -> Term:
+        """The divergence alone, for what the student drew is no label; nothing where the divergence is switched off."""
+        return replace(self, weight=share * self.weight if self.alpha else 0.0, alpha=1.0, text="own")
 
     def coefficients(self) -> dict[str, float]:
         return {"weight": self.weight, "temperature": self.temperature, "alpha": self.alpha}

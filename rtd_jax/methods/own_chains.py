@@ -1,10 +1,58 @@
 """Chains that the student draws itself: how many, of which problems, and how long they serve."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rtd_jax.base.settings import SettingError, check_ranges
 
 JUDGE = "judge"  # as `RewardSettings.model`
+
+
+# Where the steps of a drawn chain end: with its lines, by the rules for prose, or by data.segmentation's classifier.
+OwnSteps = Literal["lines", "prose", "classifier"]
+
+
+@dataclass(frozen=True)
+class OnPolicySettings:
+    """On-policy distillation: the student's own chains in part of each update, read by the teacher in that update.
+
+    Of an update's rows, `fraction` hold chains that the current student drew for training problems, and the loss is
+    (1 - fraction) L_data + fraction L_own. L_own has the terms of the loss that read the teacher, each averaged over
+    the drawn chains; there are no labels on them, so logit matching is the divergence alone. Source: Agarwal et al.
+    2024, "On-Policy Distillation of Language Models", arXiv:2306.13649, algorithm 1, where an update takes drawn chains
+    with probability `fraction`; here each update has its share.
+    """
+
+    fraction: float = 0.0  # of an update's rows that hold chains drawn by the student, and their share of the loss
+    temperature: float = 1.0  # of the draws
+    top_p: float = 1.0  # draws are from the most probable tokens that together have this probability; 1: from all
+    updates_per_refresh: int = 1  # updates after which the student draws anew; a divisor of checkpoint_every
+    max_new_tokens: int = 128  # of a drawn chain; one that is not finished keeps its tokens and has no end
+    batch_size: int = 128  # chains drawn at one time
+    steps: OwnSteps = (
+        "lines"  # where steps of drawn chains end: lines, prose (rules), or data.segmentation's classifier
+    )
+
+    def __post_init__(self) -> None:
+        counts = ("updates_per_refresh", "max_new_tokens", "batch_size")
+        check_ranges(self, **dict.fromkeys(counts, "[1, 1e6]"), temperature="[0.001, 1e6]", top_p="(0, 1]")
+        check_ranges(self, fraction="[0, 1]")
+
+    def rows(self, batch_size: int) -> int:
+        """Rows of drawn chains among an update's `batch_size` rows: the fraction, rounded, and at least one row of each
+        kind that has a share of the loss.
+
+        Raises:
+          ValueError: the single row of an update cannot hold both kinds.
+        """
+        if self.fraction in (0.0, 1.0):
+            return round(self.fraction) * batch_size
+        if batch_size == 1:
+            raise ValueError(
+                f"on_policy.fraction is {self.fraction}, but an update's batch_size of 1 row cannot hold both kinds of "
+                "chains; use a fraction of 0 or 1, or more rows"
+            )
+        return min(max(1, round(self.fraction * batch_size)), batch_size - 1)
 
 
 @dataclass(frozen=True)

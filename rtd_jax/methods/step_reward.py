@@ -1,6 +1,6 @@
 """A rival: the student draws chains of its own, and each of their steps is rewarded by itself."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import jax
@@ -27,7 +27,7 @@ class StepRewardSettings(ChunkSettings):
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         if not self.reward_weight:
             return ()
-        policy = setup.own_chains.temperature, setup.own_chains.clip
+        policy = setup.reward.temperature, setup.reward.clip
         return (StepReward(self.reward_weight, *policy, setup.vocab_size, self.chunk_length, setup.mesh),)
 
 
@@ -41,9 +41,10 @@ class StepReward(Term):
     chunk_length: int = 32
     mesh: Mesh | None = None
 
+    text: Text = field(default="own", kw_only=True)
+
     name: ClassVar[str] = "reward"
     setting: ClassVar[str] = "loss.reward_weight"
-    text: ClassVar[Text] = "own"
 
     @property
     def reads(self) -> Reads:

@@ -9,7 +9,7 @@ anew (its weight, a temperature) is handed to it as traced scalars, its `coeffic
 
 import abc
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from rtd_jax.base.means import Metrics, safe_divide
 from rtd_jax.base.types import Array, Batch, Params, StudentOutputs, TeacherOutputs
-from rtd_jax.methods.own_chains import RewardSettings
+from rtd_jax.methods.own_chains import OnPolicySettings, RewardSettings
 from rtd_jax.models.config import LlamaConfig
 
 # Which chains a term is about: those of the data, or those that the student draws itself.
@@ -63,10 +63,19 @@ class Term(abc.ABC):
     """One term. Subclasses add what is compiled into them: layers, forms, the vocabulary's size."""
 
     weight: float
+    text: Text = field(default="data", kw_only=True)
 
-    name: ClassVar[str]  # of its coefficients and denominator
+    name: ClassVar[str]
     setting: ClassVar[str]  # the key of a recipe that switches it off at 0
-    text: ClassVar[Text] = "data"
+
+    @property
+    def key(self) -> str:
+        """Names its coefficients and its denominator: a term may be there twice, about the data's and own chains."""
+        return self.name if self.text == "data" else f"own/{self.name}"
+
+    def on_own_chains(self, share: float) -> "Term":
+        """The same about chains that the student draws, with this share of the weight."""
+        return replace(self, weight=share * self.weight, text="own")
 
     @property
     @abc.abstractmethod
@@ -111,8 +120,9 @@ class Setup:
     student: LlamaConfig
     teacher: LlamaConfig
     vocab_size: int  # real entries
-    own_chains: RewardSettings = RewardSettings()
+    reward: RewardSettings = RewardSettings()
     mesh: Mesh | None = None
+    on_policy: OnPolicySettings = OnPolicySettings()
 
 
 class MethodSettings:
@@ -143,8 +153,8 @@ class Objective:
     dormant: tuple[Term, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [term.name for term in (*self.terms, *self.dormant)]
-        assert len(set(names)) == len(names), f"terms are told apart by their names, which are {names}"
+        keys = [term.key for term in (*self.terms, *self.dormant)]
+        assert len(set(keys)) == len(keys), f"terms are told apart by their keys, which are {keys}"
 
     def on(self, text: Text) -> tuple[Term, ...]:
         """The terms about one kind of chains."""
@@ -152,12 +162,12 @@ class Objective:
 
     @property
     def reads_teacher(self) -> bool:
-        """Whether the loss on the data's chains has anything of the teacher in it."""
-        return reads_of(self.on("data")).teacher
+        """Whether the loss has anything of the teacher in it, on the data's chains or on the student's own."""
+        return reads_of(self.terms).teacher
 
     def coefficients(self) -> dict[str, dict[str, float]]:
         """What an update takes as its traced argument."""
-        return {term.name: term.coefficients() for term in self.terms}
+        return {term.key: term.coefficients() for term in self.terms}
 
     def init_params(self, key: Array, student_width: int, teacher_width: int) -> Params:
         """What all terms learn beside the student. An entry does not depend on which other terms there are."""
@@ -173,11 +183,11 @@ class Objective:
             axes |= term.param_axes()
         return axes
 
-    def denominators(self, batch: Batch, own: Any = None) -> dict[str, Array]:
+    def denominators(self, batch: Batch | None, own: Any = None) -> dict[str, Array]:
         """Each term's denominator over the global batch; call it before any split."""
         chains = {"data": batch, "own": own}
         there = (term for term in self.terms if chains[term.text] is not None)
-        return {term.name: term.denominator(chains[term.text]) for term in there}
+        return {term.key: term.denominator(chains[term.text]) for term in there}
 
 
 def reads_of(terms: Iterable[Term]) -> Reads:
@@ -198,7 +208,9 @@ def weighted_sum(
     """sum of weight * sums / denominator, float32 scalar, and the metrics of all terms."""
     loss, metrics = jnp.zeros(()), Metrics()
     for term in terms:
-        total, measured = term.sums(outputs, params, coefficients[term.name])
-        loss += coefficients[term.name]["weight"] * safe_divide(total, denominators[term.name])
+        total, measured = term.sums(outputs, params, coefficients[term.key])
+        loss += coefficients[term.key]["weight"] * safe_divide(total, denominators[term.key])
+        if term.text == "own":
+            measured = {name.replace("distill/", "own/"): mean for name, mean in measured.items()}
         metrics |= measured
     return loss, metrics

@@ -75,6 +75,7 @@ class Meta:
     records: tuple[dict[str, Any], ...] = ()  # of the stages, `StageRecord`
     curve: str = "[]"  # evaluations on the way, as JSON text
     seconds: float = 0.0  # of training
+    tokens: tuple[int, ...] = (0, 0)  # predicted tokens that were trained on, of the data and drawn by the student
     fingerprints: dict[str, str] = field(default_factory=dict)
     arrays: dict[str, str] = field(default_factory=dict)  # `array_digests` of the state; {} where they are left out
 
@@ -86,6 +87,8 @@ class Meta:
                 raise ValueError(f"records has {record}, which is no record of a stage ({error})") from error
         position, curve = (parse_json(getattr(self, name), name) for name in ("iterator", "curve"))
         is_curve = isinstance(curve, list) and all(isinstance(row, dict) and "update" in row for row in curve)
+        if len(self.tokens) != 2 or min(self.tokens) < 0:
+            raise ValueError(f"tokens is {self.tokens}; expected two numbers from 0")
         if not 0 <= self.update < 2**31 or self.seconds < 0 or not isinstance(position, dict | None) or not is_curve:
             raise ValueError(
                 f"update is {self.update}, seconds {self.seconds}, iterator {self.iterator[:60]!r} and curve "

@@ -18,8 +18,7 @@ from rtd_jax.base.console import Display
 from rtd_jax.base.means import Metrics
 from rtd_jax.base.sharding import host_share
 from rtd_jax.base.signals import Stopped, stopped
-from rtd_jax.base.types import Batch
-from rtd_jax.data.loader import BatchLoader
+from rtd_jax.data.loader import BatchLoader, NoRows
 from rtd_jax.train.metrics import MetricsLog, check_finite
 from rtd_jax.train.state import TrainState
 
@@ -31,7 +30,7 @@ class Loop:
     Attributes:
       state: what the updates change; the newest, perhaps still being computed.
       loader: gives this process's rows of each batch; its position can be saved.
-      step: (state, rows on the host) -> (state, metrics); dispatches an update.
+      step: (state, what the loader gave) -> (state, metrics); dispatches an update.
       where: (kind, name) of the stretch, such as ("stage", "3"); in every line of the log, and in errors.
       log_periods: a line is written after each multiple of one of these numbers of updates.
       shown: (means, tokens per second) of a line -> texts by name, for the display.
@@ -39,8 +38,8 @@ class Loop:
     """
 
     state: TrainState
-    loader: BatchLoader
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    loader: BatchLoader | NoRows
+    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     mesh: Mesh
     where: tuple[str, Any]
     log: MetricsLog
@@ -76,7 +75,8 @@ class Loop:
         _, hosts = host_share(self.mesh)
         while not before_update(self):
             batch = next(self.loader)
-            self._tokens += int(np.count_nonzero(batch.chain_ids_BL)) * hosts
+            if batch is not None:
+                self._tokens += int(np.count_nonzero(batch.chain_ids_BL)) * hosts
             self.state, metrics = self.step(self.state, batch)
             self.update += 1
             self.settle()

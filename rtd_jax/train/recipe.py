@@ -10,7 +10,7 @@ from rtd_jax.base.sharding import MeshSettings
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings
 from rtd_jax.methods import LossSettings
-from rtd_jax.methods.own_chains import RewardSettings
+from rtd_jax.methods.own_chains import OnPolicySettings, RewardSettings
 from rtd_jax.methods.term import Objective, Setup
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.decoder import AttentionKernel, Remat
@@ -124,6 +124,7 @@ class Recipe:
     cache: CacheSettings = CacheSettings()
     loss: LossSettings = LossSettings()
     reward: RewardSettings = RewardSettings()
+    on_policy: OnPolicySettings = OnPolicySettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     curriculum: CurriculumSettings = CurriculumSettings()
     mesh: MeshSettings = MeshSettings()
@@ -146,6 +147,8 @@ class Recipe:
             )
         if self.loss.reward_weight:
             self._check_reward()
+        if self.on_policy.fraction:
+            self._check_on_policy()
         curriculum = self.curriculum
         by_coherence = curriculum.enabled and (curriculum.threshold_factor or curriculum.plateau_patience)
         if not self.loss.teaches() and by_coherence:
@@ -173,11 +176,44 @@ class Recipe:
                 "where new ones are due"
             )
 
+    def _check_on_policy(self) -> None:
+        self.on_policy.rows(self.batch_size)
+        if not self.loss.teaches():
+            raise ValueError(
+                "on_policy.fraction is not 0, but the loss has nothing of the teacher in it to teach on the "
+                "chains that the student draws; set loss.alpha or a weight, or on_policy.fraction=0"
+            )
+        if self.teacher.cache:
+            raise ValueError(
+                "on_policy.fraction needs the teacher online: the chains that the student draws are in no cache; set "
+                "teacher.cache=''"
+            )
+        if self.loss.reward_weight:
+            raise ValueError(
+                "on_policy.fraction and loss.reward_weight are both not 0, and each has its own way of drawing chains; "
+                "set one of them to 0"
+            )
+        if self.on_policy.steps == "classifier" and not self.data.segmentation.startswith("classifier:"):
+            raise ValueError(
+                f"on_policy.steps is 'classifier', but data.segmentation is {self.data.segmentation!r}; expected "
+                "classifier:<folder>, or on_policy.steps='lines' or 'prose'"
+            )
+        if self.checkpoint_every % self.on_policy.updates_per_refresh:
+            raise ValueError(
+                f"checkpoint_every {self.checkpoint_every} is not a multiple of on_policy.updates_per_refresh "
+                f"{self.on_policy.updates_per_refresh}: drawn chains are not in a checkpoint, so one may only be taken "
+                "where new ones are due"
+            )
+
     def unread_settings(self) -> dict[str, str]:
         """Keys that a training run does not read because of others, and why; groups say the same of their own keys."""
         unread = {}
         if not self.loss.reward_weight:
             unread["reward"] = "loss.reward_weight is 0"
+        if not self.on_policy.fraction:
+            unread["on_policy"] = "on_policy.fraction is 0"
+        elif self.on_policy.fraction == 1.0 and self.loss.alpha:
+            unread["loss.alpha"] = "on_policy.fraction is 1: all chains are the student's own, without labels"
         if not self.loss.teaches():
             names = [f"loss.{name}" for name in ("anchor_prompt", "projections", "transition_form")]
             if not self.teacher.cache:
@@ -202,6 +238,23 @@ class Recipe:
         return self.batch_size // self.micro_batches
 
     @property
+    def own_rows(self) -> int:
+        """Rows of an update that hold chains which the student draws to be read by the teacher."""
+        return self.on_policy.rows(self.batch_size)
+
+    @property
+    def data_rows(self) -> int:
+        """Rows of an update that hold chains of the data."""
+        return self.batch_size - self.own_rows
+
+    @property
+    def updates_per_refresh(self) -> int:
+        """Updates after which the student draws new chains of its own; 0 where it never does."""
+        if self.loss.reward_weight:
+            return self.reward.updates_per_refresh
+        return self.on_policy.updates_per_refresh if self.on_policy.fraction else 0
+
+    @property
     def update(self) -> UpdateSettings:
         """What is compiled into the update beside the objective."""
         return UpdateSettings(self.micro_batches, self.optimizer.offload)
@@ -214,7 +267,7 @@ class Recipe:
         Raises:
           ValueError: a layer that a model does not have.
         """
-        return self.loss.objective(Setup(student, teacher, vocab_size, self.reward, mesh))
+        return self.loss.objective(Setup(student, teacher, vocab_size, self.reward, mesh, self.on_policy))
 
 
 def cache_identity(recipe: Recipe, teacher: OpenModel) -> Identity:

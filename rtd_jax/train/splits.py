@@ -38,6 +38,13 @@ class Chains:
     def of_stage(self, stage: Stage, limit: int | None = None) -> "Chains":
         """The chains whose depth belongs to a stage, or the first `limit` of them."""
         chosen = [i for i, trace in enumerate(self.traces) if stage.holds(trace.depth)][:limit]
+        return self._only(chosen)
+
+    def before(self, stage: Stage) -> "Chains":
+        """The chains that are less deep than a stage's."""
+        return self._only([i for i, trace in enumerate(self.traces) if trace.depth < stage.low])
+
+    def _only(self, chosen: Sequence[int]) -> "Chains":
         return Chains(tuple(self.traces[i] for i in chosen), tuple(self.encoded[i] for i in chosen))
 
 

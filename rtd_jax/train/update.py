@@ -44,7 +44,8 @@ def make_train_step(
 
     Without a `teacher` the argument in their place is its outputs on the batch (`TeacherOutputs` with `top_k`), rows
     lying as the batch's do; it may be an empty dict where no term reads the teacher. Terms about the student's own
-    chains take part in updates that are given such chains (with a field `batch` for the rows).
+    chains take part in updates that are given such chains (a `Batch`, or with a field `batch` for the rows). An update
+    whose rows are all own chains has None for the batch.
 
     Gradients of micro-batches are added under denominators counted over the whole batch, so the update does not depend
     on `settings.micro_batches`, on the mesh, or on how chains are packed into rows.
@@ -54,20 +55,22 @@ def make_train_step(
     """
     if teacher is None:
         reading = [term for term in objective.terms if term.reads.teacher]
-        for lacking, terms in (
-            ("teacher states at every token", [term for term in reading if term.reads.teacher_tokens]),
-            ("outputs on chains that the student draws", [term for term in reading if term.text == "own"]),
+        by_token = [term.setting for term in reading if term.reads.teacher_tokens]
+        is_on_policy = any(term.text == "own" for term in reading)
+        for lacking, keys in (
+            ("teacher states at every token", by_token),
+            ("outputs on chains that the student draws", ["on_policy.fraction"] if is_on_policy else []),
         ):
-            if terms:
+            if keys:
                 raise ValueError(
-                    f"a cache has no {lacking}: set {' and '.join(term.setting for term in terms)} to 0, or train with "
-                    "the teacher online (teacher.cache='')"
+                    f"a cache has no {lacking}: set {' and '.join(keys)} to 0, or train with the teacher online "
+                    "(teacher.cache='')"
                 )
 
     def loss_of(
         params: Params,
         weights: Params | None,
-        part: tuple[Batch, TeacherOutputs | None, Any],
+        part: tuple[Batch | None, TeacherOutputs | None, Any],
         coefficients: Mapping[str, Coefficients],
         denominators: Mapping[str, Array],
     ) -> tuple[Array, Metrics]:
@@ -89,7 +92,7 @@ def make_train_step(
     def step(
         state: TrainState,
         source: TeacherSource,
-        batch: Batch,
+        batch: Batch | None,
         coefficients: Mapping[str, Coefficients],
         own: Any = None,
     ) -> tuple[TrainState, Metrics]:

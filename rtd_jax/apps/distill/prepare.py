@@ -51,6 +51,7 @@ class Experiment:
     teacher_params: Params  # empty without a teacher
     cache: TeacherCache | None
     reward: RewardModel | None  # None where no reward is learned from, or the judge gives it
+    detector: Detector | None  # of steps in the data's chains; None where the schema marks them
     student: LlamaModel
     objective: Objective
     step: TrainStep
@@ -121,6 +122,10 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
     """
     mesh = make_mesh(recipe.mesh)
     check_rows(recipe.batch_size, mesh, recipe.micro_batches)
+    if recipe.own_rows:
+        for rows, name in ((recipe.own_rows, "fraction"), (recipe.data_rows, "1 - fraction")):
+            if rows:
+                check_rows(rows, mesh, recipe.micro_batches, f"batch_size x {name} of on_policy =")
     teacher = open_model(recipe.teacher, mesh, note)
     config = _checked_config(recipe, teacher)
     note("reading and tokenising the chains")
@@ -163,6 +168,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         teacher_params=params,
         cache=cache,
         reward=reward,
+        detector=detector,
         student=student,
         objective=objective,
         step=make_train_step(student, model, optimizer, objective, recipe.update, mesh),

@@ -120,6 +120,7 @@ def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path)
     report: dict[str, Any] = {
         "stages": [dataclasses.asdict(record) for record in run.records],
         "updates": int(run.state.step),
+        "tokens": {"data": run.data_tokens, "own": run.own_tokens},
         "perplexity": {},
         "chain_accuracy": {},
         "step_accuracy": {},

@@ -7,16 +7,19 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from rtd_jax.apps.distill.own_chains import make_sampler
+import numpy as np
+
+from rtd_jax.apps.distill.on_policy import make_on_policy_sampler
+from rtd_jax.apps.distill.own_chains import Sampler
 from rtd_jax.apps.distill.prepare import Experiment
+from rtd_jax.apps.distill.step_rewards import make_reward_sampler
 from rtd_jax.base import signals
 from rtd_jax.base.console import Display
 from rtd_jax.base.means import Metrics
 from rtd_jax.base.sharding import host_share
 from rtd_jax.base.types import Batch
-from rtd_jax.data.loader import BatchLoader
+from rtd_jax.data.loader import BatchLoader, NoRows
 from rtd_jax.eval.evaluate import first_of_each_depth
-from rtd_jax.losses.policy import Rollouts
 from rtd_jax.train.calibration import make_self_comparison, mean_over
 from rtd_jax.train.checkpoints import Checkpoints
 from rtd_jax.train.clock import Clock
@@ -25,13 +28,15 @@ from rtd_jax.train.loop import Loop, stopped_after
 from rtd_jax.train.metrics import MetricsLog, check_finite
 from rtd_jax.train.splits import Chains, prefixed_chains, row_length_of
 from rtd_jax.train.state import TrainState
-from rtd_jax.train.update import make_term_eval
+from rtd_jax.train.update import TeacherSource, make_term_eval
 
 MIDRUN = "looks"  # as report.json has always called the evaluations on the way
 # Timer sections excluded from the training time.
 NOT_TRAINING = ("loading and tokenising", MIDRUN, "evaluation")
 # Metrics that the display shows, and their short names there.
 SHOWN = {"loss": "loss", "distill/kl_div_T1": "KL", "distill/alignment": "align", "distill/coherence": "cohere"}
+SHOWN |= {"own/kl_div_T1": "own KL", "own/alignment": "own align", "own/coherence": "own cohere"}
+DRAWING, UPDATES = "rollouts", "updates"  # sections of the clock
 
 
 @dataclass
@@ -45,6 +50,8 @@ class Run:
     line: dict[str, Any] | None = None  # what the open stage measured since its last line of the log
     curve: list[dict[str, Any]] = field(default_factory=list)  # a row for each midrun evaluation
     seconds_before: float = 0.0  # of training in the processes before this one
+    data_tokens: int = 0  # predicted tokens that were trained on: of the data ..
+    own_tokens: int = 0  # .. and of chains that the student drew for its teacher to read
 
     @property
     def seconds(self) -> float:
@@ -59,6 +66,7 @@ class Run:
             "line": json.dumps(self.line),
             "curve": json.dumps(self.curve),
             "seconds": self.seconds,
+            "tokens": [self.data_tokens, self.own_tokens],
             "settings": asdict(experiment.recipe),
             "fingerprints": experiment.fingerprints,
         }
@@ -68,7 +76,8 @@ class Run:
         records = [StageRecord.from_dict(record) for record in meta["records"]]
         curve, seconds = json.loads(meta.get("curve", "[]")), float(meta.get("seconds", 0.0))
         line = json.loads(meta.get("line", "null"))
-        return cls(state, clock, records, json.loads(meta["iterator"]), line, curve, seconds)
+        tokens = (int(x) for x in meta.get("tokens", (0, 0)))
+        return cls(state, clock, records, json.loads(meta["iterator"]), line, curve, seconds, *tokens)
 
 
 class Trainer:
@@ -80,11 +89,11 @@ class Trainer:
         self._experiment, self._recipe, self._run = experiment, experiment.recipe, run
         self._checkpoints, self._log, self._display = checkpoints, log, display
         self._evaluate = make_term_eval(experiment.student, experiment.teacher, experiment.yardstick)
-        self._draw = make_sampler(experiment) if self._recipe.loss.reward_weight else None
+        self._draw = _sampler(experiment)
         # Of the stage that is trained:
         self._stage = experiment.stages[0]
         self._validation: list[Batch] = []
-        self._own_chains: Iterator[Rollouts] | None = None  # for one update after the other, without end
+        self._own_chains: Iterator[tuple[Any, int]] | None = None  # and their tokens; one update after the other
 
     def train_stages(self) -> None:
         """Trains stage after stage.
@@ -107,7 +116,7 @@ class Trainer:
                 f"stage {stage.name}: {len(experiment.train.of_stage(stage).traces)} chains, budget {record.budget} "
                 f"updates, threshold {record.threshold:.4f} (teacher against itself {record.teacher_coherence:.4f})"
             )
-            with run.clock.span("updates"):
+            with run.clock.span(UPDATES):
                 self._train_stage()
             with run.clock.span("checkpoints"):
                 self._checkpoints.save_stage(number, run.state, run.meta(experiment))
@@ -138,9 +147,17 @@ class Trainer:
         loop.run(self._before_update)
         run.state, run.iterator, run.line = loop.state, None, None
 
-    def _update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        source, placed = self._experiment.on_devices(batch)
-        own = () if self._own_chains is None else (next(self._own_chains),)
+    def _update(self, state: TrainState, batch: Batch | None) -> tuple[TrainState, Metrics]:
+        source: TeacherSource = self._experiment.teacher_params
+        placed: Batch | None = None
+        own: tuple[Any, ...] = ()
+        if self._own_chains is not None:
+            chains, tokens = next(self._own_chains)
+            own, self._run.own_tokens = (chains,), self._run.own_tokens + tokens
+        if batch is not None:
+            source, placed = self._experiment.on_devices(batch)
+            _, hosts = host_share(self._experiment.mesh)
+            self._run.data_tokens += int(np.count_nonzero(batch.loss_weights_BL)) * hosts
         return self._experiment.step(state, source, placed, self._experiment.objective.coefficients(), *own)
 
     def _before_update(self, loop: Loop) -> bool:
@@ -192,7 +209,7 @@ class Trainer:
 
     def _can_stop(self, loop: Loop) -> bool:
         """Whether a run that is saved here goes on with the same bits: chains are drawn anew when it is resumed."""
-        return self._draw is None or loop.update % self._recipe.reward.updates_per_refresh == 0
+        return self._draw is None or loop.update % self._recipe.updates_per_refresh == 0
 
     def _save_if_due(self, loop: Loop, is_asked: bool) -> None:
         # After the validation of the same update, so that a resumed run does not repeat it; and after `settle`, so that
@@ -205,15 +222,21 @@ class Trainer:
                 self._checkpoints.save_rolling(loop.state, self._run.meta(self._experiment))
 
     def _draw_if_due(self, loop: Loop) -> None:
-        """Every so many updates: new chains of the student's own, for a recipe that learns from their rewards."""
-        is_due = self._own_chains is None or loop.update % self._recipe.reward.updates_per_refresh == 0
-        if self._draw is None or not is_due:
+        """Every so many updates: new chains of the student's own, for a recipe that learns from them."""
+        if self._draw is None or (self._own_chains is not None and loop.update % self._recipe.updates_per_refresh):
             return
         loop.settle()
-        with self._run.clock.span("rollouts"):
-            drawn, means = self._draw(loop.state, self._stage)
-        self._own_chains = itertools.cycle(drawn)
-        loop.write(means, loop.update + 1)  # of the first update that learns from them
+        with self._run.clock.span(DRAWING):
+            drawn = self._draw(loop.state, self._stage)
+        self._own_chains = itertools.cycle(zip(drawn.chains, drawn.tokens, strict=True))
+        # In the log beside the first update that learns from them.
+        loop.write(drawn.means | {"perf/drawing_share": self._drawing_share()}, loop.update + 1)
+
+    def _drawing_share(self) -> float:
+        """Of the time that drawing and updates have taken so far, the part that was drawing."""
+        seconds = self._run.clock.seconds()
+        drawing, updates = (seconds.get(name, 0.0) for name in (DRAWING, UPDATES))
+        return drawing / max(drawing + updates, 1e-9)
 
     def _open_record(self, held_out: Chains) -> StageRecord:
         experiment, recipe, coherence = self._experiment, self._recipe, 0.0
@@ -235,15 +258,17 @@ class Trainer:
             budget=stage_budget(recipe.total_updates, int(self._run.state.step), self._stage, len(experiment.stages)),
         )
 
-    def _loader(self) -> BatchLoader:
+    def _loader(self) -> BatchLoader | NoRows:
         """The stage's own chains, and a share of the earlier stages'."""
         recipe, train = self._recipe, self._experiment.train
+        if not recipe.data_rows:
+            return NoRows()
         earlier = [chain for chain in train.encoded if chain.depth < self._stage.low]
         replay = recipe.curriculum.replay if earlier else 0.0
         own = (train.of_stage(self._stage).encoded, 1.0 - replay)
         return BatchLoader(
             [own, (earlier, replay)] if replay else [own],
-            rows=recipe.batch_size,
+            rows=recipe.data_rows,
             row_length=recipe.data.row_length,
             chains_per_row=recipe.data.chains_per_row,
             max_boundaries=self._experiment.max_boundaries,
@@ -254,8 +279,17 @@ class Trainer:
     def _shown(self, means: dict[str, float], speed: float) -> dict[str, str]:
         record = self._run.records[-1]
         shown = {short: f"{means[name]:.4f}" for name, short in SHOWN.items() if name in means}
+        if self._draw is not None:
+            shown["drawing"] = f"{100 * self._drawing_share():.0f}% of the time"
         shown["validation"] = f"{_number(record.coherence)} / {record.threshold:.4f}"
         return shown | {"tokens/s": f"{speed:,.0f}"}
+
+
+def _sampler(experiment: Experiment) -> Sampler | None:
+    """What draws chains from the student; None where the recipe has none of its own."""
+    if experiment.recipe.loss.reward_weight:
+        return make_reward_sampler(experiment)
+    return make_on_policy_sampler(experiment) if experiment.recipe.own_rows else None
 
 
 def _number(value: float | None) -> str:
