@@ -85,6 +85,10 @@ class Loop:
                 self._write_line()
         self._write_line()
 
+    def add_tokens(self, count: int) -> None:
+        """Counts tokens of the next update that are not the loader's, for the speed in the next line."""
+        self._tokens += count
+
     def settle(self) -> None:
         """Waits for the newest update and adds its metrics to the next line. Call it before the state is read.
 

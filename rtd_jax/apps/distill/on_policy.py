@@ -79,7 +79,9 @@ def make_on_policy_sampler(experiment: Experiment) -> Sampler:
             "own/left_out": left_out / count,
         }
         placed = [put_batch(host_rows(batch, host_share(mesh)), mesh) for batch in batches]
-        return Drawn(placed, [int(np.count_nonzero(batch.loss_weights_BL)) for batch in batches], means)
+        counted = [(batch.chain_ids_BL, batch.loss_weights_BL) for batch in batches]
+        tokens = [(int(np.count_nonzero(ids)), int(np.count_nonzero(weights))) for ids, weights in counted]
+        return Drawn(placed, tokens, means)
 
     return draw
 

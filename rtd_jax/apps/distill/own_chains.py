@@ -28,7 +28,7 @@ class Drawn(NamedTuple):
     """Chains of a student, those of one update after the other until new ones are due, and numbers about them."""
 
     chains: list[Any]  # of each update, on the devices
-    tokens: list[int]  # predicted tokens of each update's chains, over all hosts; 0 where they are not counted
+    tokens: list[tuple[int, int]]  # of each update's chains over all hosts, (all, predicted); 0 where not counted
     means: dict[str, float]
 
 

@@ -93,7 +93,8 @@ class Trainer:
         # Of the stage that is trained:
         self._stage = experiment.stages[0]
         self._validation: list[Batch] = []
-        self._own_chains: Iterator[tuple[Any, int]] | None = None  # and their tokens; one update after the other
+        self._own_chains: Iterator[tuple[Any, tuple[int, int]]] | None = None  # and tokens; one update after the other
+        self._loop: Loop | None = None
 
     def train_stages(self) -> None:
         """Trains stage after stage.
@@ -132,7 +133,7 @@ class Trainer:
         if run.iterator is not None:
             loader.set_state(run.iterator)
         self._own_chains = None
-        loop = Loop(
+        self._loop = loop = Loop(
             run.state,
             loader,
             self._update,
@@ -152,8 +153,11 @@ class Trainer:
         placed: Batch | None = None
         own: tuple[Any, ...] = ()
         if self._own_chains is not None:
-            chains, tokens = next(self._own_chains)
-            own, self._run.own_tokens = (chains,), self._run.own_tokens + tokens
+            chains, (tokens, predicted) = next(self._own_chains)
+            own = (chains,)
+            self._run.own_tokens += predicted
+            assert self._loop is not None
+            self._loop.add_tokens(tokens)
         if batch is not None:
             source, placed = self._experiment.on_devices(batch)
             _, hosts = host_share(self._experiment.mesh)

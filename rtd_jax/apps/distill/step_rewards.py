@@ -85,7 +85,7 @@ def make_reward_sampler(experiment: Experiment) -> Sampler:
             "reward/steps_per_chain": float(np.mean([chain.depth for chain in chains])),
             "reward/ended": float(np.mean(ended)),
         }
-        return Drawn(drawn, [0] * len(drawn), means)
+        return Drawn(drawn, [(0, 0)] * len(drawn), means)
 
     return draw
 
