@@ -35,13 +35,20 @@ class Abstract(NamedTuple):
     objective: Objective
     state: TrainState
     source: TeacherSource
-    batch: Batch
+    batch: Batch | None  # chains of the data; None where all are the student's own
+    own: Batch | None  # chains that the student drew
     step: Any  # a jitted TrainStep
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """What `step` is called with."""
-        return self.state, self.source, self.batch, self.objective.coefficients()
+        own = () if self.own is None else (self.own,)
+        return self.state, self.source, self.batch, self.objective.coefficients(), *own
+
+    @property
+    def row_sharding(self) -> Any:
+        """Where rows lie."""
+        return jax.tree.leaves((self.batch, self.own))[0].sharding
 
 
 def architecture(path: str) -> LlamaConfig:
@@ -97,33 +104,37 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:
         weights = teacher.abstract_params(recipe.teacher.param_dtype)
         source = _placed(weights, weight_shardings(recipe.teacher, teacher, mesh))
     step = make_train_step(student, teacher, optimizer, objective, recipe.update, mesh)
-    batch = _batch(recipe, mesh)
+    batch = _batch(recipe, mesh, recipe.data_rows, MAX_BOUNDARIES)
+    own = _batch(recipe, mesh, recipe.own_rows, 2 * MAX_BOUNDARIES)  # a student that runs on writes more steps
     return Abstract(
-        teacher, teacher_sizes, student, vocab_size, objective, _placed(state, shardings), source, batch, step
+        teacher, teacher_sizes, student, vocab_size, objective, _placed(state, shardings), source, batch, own, step
     )
 
 
 def _cached_outputs(recipe: Recipe, width: int, objective: Objective, mesh: Mesh) -> TeacherOutputs:
     length, top_k = recipe.data.row_length, recipe.cache.top_k
-    ids, log_probs = (_rows(recipe, mesh, dtype, length, top_k) for dtype in (jnp.int32, jnp.float32))
-    tail = _rows(recipe, mesh, jnp.float32, length)
+    rows = recipe.data_rows
+    ids, log_probs = (_rows(mesh, dtype, rows, length, top_k) for dtype in (jnp.int32, jnp.float32))
+    tail = _rows(mesh, jnp.float32, rows, length)
     dtype = jnp.dtype(recipe.teacher.compute_dtype)
-    states = _rows(recipe, mesh, dtype, recipe.data.chains_per_row, MAX_BOUNDARIES, width)
+    states = _rows(mesh, dtype, rows, recipe.data.chains_per_row, MAX_BOUNDARIES, width)
     yardstick = () if objective.yardstick is None else (objective.yardstick,)  # validation reads it in any case
     layers = reads_of((*objective.on("data"), *yardstick)).teacher_boundaries
     return TeacherOutputs(None, None, dict.fromkeys(layers, states), {}, TopK(ids, log_probs, tail, tail))
 
 
-def _batch(recipe: Recipe, mesh: Mesh) -> Batch:
+def _batch(recipe: Recipe, mesh: Mesh, rows: int, boundaries: int) -> Batch | None:
+    if not rows:
+        return None
     length, chains = recipe.data.row_length, recipe.data.chains_per_row
-    tokens, weights = (_rows(recipe, mesh, dtype, length) for dtype in (jnp.int32, jnp.float32))
-    places, mask = (_rows(recipe, mesh, dtype, chains, MAX_BOUNDARIES) for dtype in (jnp.int32, jnp.bool_))
+    tokens, weights = (_rows(mesh, dtype, rows, length) for dtype in (jnp.int32, jnp.float32))
+    places, mask = (_rows(mesh, dtype, rows, chains, boundaries) for dtype in (jnp.int32, jnp.bool_))
     return Batch(tokens, tokens, tokens, weights, places, mask)
 
 
-def _rows(recipe: Recipe, mesh: Mesh, dtype: Any, *shape: int) -> Any:
-    """An array with one entry of this shape for each row of a batch, as a shape with its sharding."""
-    return jax.ShapeDtypeStruct((recipe.batch_size, *shape), dtype, sharding=row_sharding(mesh))
+def _rows(mesh: Mesh, dtype: Any, *shape: int) -> Any:
+    """An array of rows, as a shape with its sharding."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=row_sharding(mesh))
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

@@ -21,6 +21,7 @@ from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.sharding import make_mesh
 from rtd_jax.data.by_length import round_up
 from rtd_jax.eval.decoding import PROMPT_MULTIPLE, GenerateSettings, greedy
+from rtd_jax.methods.own_chains import OnPolicySettings
 from rtd_jax.methods.term import reads_of
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.train.recipe import Recipe
@@ -98,8 +99,9 @@ def plan(recipe: Recipe, target: Target) -> Plans:
     abstract = abstract_step(recipe, mesh)
     yardstick = abstract.objective.yardstick
     assert yardstick is not None
-    # A validation batch has as many rows as a micro-batch.
-    validated = abstract_step(dataclasses.replace(recipe, batch_size=recipe.rows_at_once, micro_batches=1), mesh)
+    # A validation batch has as many rows as a micro-batch, of the data alone.
+    of_data = dataclasses.replace(recipe, on_policy=OnPolicySettings())
+    validated = abstract_step(dataclasses.replace(of_data, batch_size=recipe.rows_at_once, micro_batches=1), mesh)
     decoder = "student" if abstract.teacher is None else "teacher"
     source = validated.source if abstract.teacher is None else abstract.source
     validation = make_term_eval(abstract.student, abstract.teacher, yardstick)
@@ -115,7 +117,8 @@ def plan(recipe: Recipe, target: Target) -> Plans:
         costs[name] = _compile(name, traced, _resident(abstract, arguments), devices)
     own, other = ("online", "cached") if abstract.teacher is not None else ("cached", "online")
     updates = {own: costs["update"]}
-    if not reads_of(abstract.objective.terms).teacher_tokens:  # a cache has no states at every token
+    # A cache has neither states at every token nor the student's own chains.
+    if not recipe.own_rows and not reads_of(abstract.objective.terms).teacher_tokens:
         print(f"compiling update with the teacher {other}", flush=True)
         cache = "" if other == "online" else "planned"
         other_recipe = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, cache=cache))
@@ -159,7 +162,7 @@ def _forward_flops(config: LlamaConfig, length: int) -> float:
 def _decoding(recipe: Recipe, abstract: Abstract) -> tuple[jax.stages.Traced, tuple]:
     batch, new_tokens = recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens
     prompt = round_up(max(1, recipe.data.row_length - new_tokens), PROMPT_MULTIPLE)
-    rows = jax.tree.leaves(abstract.batch)[0].sharding
+    rows = abstract.row_sharding
     is_cached = abstract.teacher is None
     return _traced(
         greedy,
