@@ -146,9 +146,14 @@ def _forward(
     model: LlamaModel, identity: Identity, chunk_length: int, params: Params, batch: Batch
 ) -> tuple[TopK, Array]:
     """The predictions at every token, and the states of N layers at every boundary, [B, N, C, K, D]."""
-    hidden_BLD, layers_BLD = model.hidden(
-        params, batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL, layers=identity.layers
-    )
+    rows = batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL
+    if identity.layers:
+        hidden_BLD, layers_BLD = model.hidden(params, *rows, layers=identity.layers)
+        states = [gather_boundaries(x_BLD, batch.boundary_positions_BCK) for x_BLD in layers_BLD]
+        states_BNCKD = jnp.stack(states, axis=1)
+    else:
+        hidden_BLD = model.hidden(params, *rows)
+        states_BNCKD = jnp.zeros((len(batch.tokens_BL), 0, *batch.boundary_positions_BCK.shape[1:], 0))
     top_k = top_k_predictions(
         hidden_BLD,
         model.head(params),
@@ -157,9 +162,7 @@ def _forward(
         vocab_size=identity.vocab_size,
         chunk_length=chunk_length,
     )
-    states = [gather_boundaries(x_BLD, batch.boundary_positions_BCK) for x_BLD in layers_BLD]
-    nothing = jnp.zeros((len(batch.tokens_BL), 0, *batch.boundary_positions_BCK.shape[1:], 0))
-    return top_k, jnp.stack(states, axis=1) if states else nothing
+    return top_k, states_BNCKD
 
 
 def _records(

@@ -8,8 +8,9 @@ A chain is sent as token ids. The server's i-th entry has the most probable toke
              versions 0.8 to 0.14 (`vllm.entrypoints.openai.protocol`, `vllm.logprobs` in its docs).
     SGLang   POST /generate {input_ids, sampling_params: {max_new_tokens: 0}, return_logprob: true,
              logprob_start_len: 0, top_logprobs_num: k} -> meta_info.input_top_logprobs, for each token
-             [[logprob, id, text], ...], null for the first; and meta_info.input_token_logprobs, [logprob, id, text] of the chain's own tokens. Fields as in
-             "Sampling Parameters" of its docs and in `srt/managers/tokenizer_manager.py` of commit 001067f (2026).
+             [[logprob, id, text], ...], null for the first; and meta_info.input_token_logprobs, [logprob, id, text] of
+             the chain's own tokens. Fields as in "Sampling Parameters" of its docs and in
+             `srt/managers/tokenizer_manager.py` of commit 001067f (2026).
 
 Both give log-probabilities at temperature 1, whatever `temperature` says: vLLM by its default `--logprobs-mode
 raw_logprobs` (the "processed" modes leave prompts as they are, pull request 47680), SGLang because its temperature is
