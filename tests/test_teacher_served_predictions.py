@@ -212,13 +212,13 @@ def test_training_from_it_needs_neither_weights_nor_server_and_is_that_from_the_
         "served": served(weightless, from_server),
     }
     for name, of in runs.items():
-        train(of, tmp_path / name)
+        train(dataclasses.replace(of, total_updates=5), tmp_path / name)
     students = {name: load_file(tmp_path / name / "student" / "model.safetensors") for name in runs}
     for name in ("blind", "served"):
         for key, want in students["weights"].items():
             np.testing.assert_allclose(students[name][key], want, rtol=1e-4, atol=1e-5, err_msg=f"{name} {key}")
     report = json.loads((tmp_path / "served" / "report.json").read_text())
-    assert report["updates"] == 12
+    assert report["updates"] == 5
     (stage,) = report["stages"]
     assert (stage["ended_by"], stage["coherence"], stage["validations"]) == ("budget", None, [])
     logged = [json.loads(line) for line in (tmp_path / "served" / "metrics.jsonl").read_text().splitlines()]
@@ -348,7 +348,7 @@ OF_ONE_API = [
 def test_a_wrong_answer_is_refused_at_once_with_its_chain(api, change, words, weightless, tmp_path):
     with (
         PredictionServer(change=change) as server,
-        pytest.raises(ValueError, match=rf"http://127.*answered to synthetic-train:\d+ with .*{words}"),
+        pytest.raises(ValueError, match=rf"http://127.*answered the request of synthetic-train:\d+ with .*{words}"),
     ):
         cache_teacher(served(weightless, tmp_path, server.url, api), tmp_path)
     assert len(server.seen) <= 8  # those under way; none is asked for again
@@ -382,7 +382,9 @@ def test_what_is_no_such_server_is_named(api, weightless, tmp_path):
             ask()
     with PredictionServer() as server:
         server.listed = lambda: {"data": [{"id": "llama"}]}
-        with pytest.raises(ValueError, match=r"answered to the list of its models with llama; set .*served_model"):
+        with pytest.raises(
+            ValueError, match=r"the models that it serves with llama, and no 'team/tiny-teacher'; set .*served_model"
+        ):
             ask()
         server.listed = lambda: {"detail": "Not Found"}
         with pytest.raises(ValueError, match=r"what is no list of models: .*Not Found"):

@@ -105,11 +105,10 @@ def _ask_server(recipe: Recipe, identity: Identity, chains: Sequence[EncodedChai
     check_served(*asked)
     progress = Progress(len(chains), "chains")
     for start in range(0, len(chains), recipe.cache.chains_per_shard):
-        shard = chains[start : start + recipe.cache.chains_per_shard]
+        shard = {_key(chain): chain for chain in chains[start : start + recipe.cache.chains_per_shard]}
         tops = ask_for_predictions(*asked, shard, identity.top_k, identity.vocab_size, progress.add)
-        nothing = (np.zeros((0, len(chain.boundaries), 0)) for chain in shard)
-        records = zip(shard, tops, nothing, strict=True)
-        writer.write([(_key(chain), encode_record(top, states, identity)) for chain, top, states in records])
+        states_NKD = {key: np.zeros((0, len(chain.boundaries), 0)) for key, chain in shard.items()}
+        writer.write([(key, encode_record(tops[key], states_NKD[key], identity)) for key in shard])
 
 
 def _check_same_everywhere(folder: Path, missing: tuple[list[EncodedChain], ...]) -> None:

@@ -119,7 +119,7 @@ class Client(abc.ABC, Generic[Q, A]):
             except NoReply as error:
                 problem, way_out = str(error), other if error.is_foreign else log
             except Unusable as error:
-                raise ValueError(f"{where} answered to {name} with {error}") from error
+                raise ValueError(f"{where} answered the request of {name} with {error}") from error
             except (ValueError, openai.APIResponseValidationError) as error:  # not UTF-8, or not JSON
                 problem, way_out = f"what is no JSON ({str(error)[:200]})", other
             except openai.APIStatusError as error:

@@ -22,7 +22,7 @@ n (t / n)^(1/T) for T > 1, with m that last one's probability. Where 20 tokens a
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,19 +64,20 @@ def ask_for_predictions(
     server: str,
     model: str,
     serving: ServingSettings,
-    chains: Sequence[EncodedChain],
+    chains: Mapping[str, EncodedChain],
     k: int,
     vocab_size: int,
     progress: Callable[[int], None],
-) -> list[TopK]:
-    """The served model's predictions of the tokens of each chain whose loss counts, in the order of the chains.
+) -> dict[str, TopK]:
+    """The served model's predictions of the tokens of each chain whose loss counts, by the chain's key.
 
-    Each has [P, k] ids and log-probabilities, most probable first, and the mass of the other tokens, [P], twice: at
-    temperature 1 alone it is known.
+    Each has [P, k] ids and log-probabilities, most probable first, and the mass of the other tokens, [P], in both of
+    its places: it is the mass at temperature 1, the only one at which it is known.
 
     Args:
       server: its URL, with or without /v1.
       model: its name there.
+      chains: by a key, under which the server's log has the request.
       k: tokens kept.
       vocab_size: ids are below it.
       progress: called with the number of chains that have arrived.
@@ -86,14 +87,14 @@ def ask_for_predictions(
         model with this vocabulary; the message names the chain.
     """
     client = _Predictions(server, model, serving, k, vocab_size)
-    found: dict[int, TopK] = {}
+    found: dict[str, TopK] = {}
 
-    def record(request: tuple[int, EncodedChain], top: TopK) -> None:
+    def record(request: tuple[str, EncodedChain], top: TopK) -> None:
         found[request[0]] = top
         progress(1)
 
-    client.ask(list(enumerate(chains)), record)
-    return [found[i] for i in range(len(chains))]
+    client.ask(list(chains.items()), record)
+    return found
 
 
 def check_served(server: str, model: str, serving: ServingSettings) -> None:
@@ -105,7 +106,8 @@ def _connection(server: str, model: str, serving: ServingSettings) -> tuple[Open
     again = "run the command again to go on; the shards that are written are kept"
     ways_out = WaysOut(
         address=f"see that {GROUP}server is the address of a server of {GROUP}serving.api={serving.api}",
-        refused=f"mend {GROUP}served_model, {GROUP}server, the key, or the server's flags (docs/teacher-cache.md)",
+        refused=f"mend {GROUP}served_model, {GROUP}server, {GROUP}serving.api, the key, or the server's flags "
+        "(docs/teacher-cache.md)",
         again=again,
     )
     settings = OpenAISettings(
@@ -123,7 +125,7 @@ class _Models(Client[str, None]):
     """Asks whether a model is served: SGLang answers whatever model is asked for."""
 
     def named(self, request: str) -> tuple[str, str]:
-        return request, "the list of its models"
+        return request, "the models that it serves"
 
     async def send(self, client: Any, request: str) -> Any:
         return await client.get("/v1/models", cast_to=object)
@@ -134,22 +136,24 @@ class _Models(Client[str, None]):
             raise NoReply(f"what is no list of models: {said(answer)}", is_foreign=True)
         names = [str(model.get("id")) for model in models]
         if request not in names:
-            raise Unusable(f"{', '.join(names) or 'none'}; set {GROUP}served_model to the one that is the teacher")
+            raise Unusable(
+                f"{', '.join(names) or 'none'}, and no {request!r}; set {GROUP}served_model to that of the teacher"
+            )
 
 
-class _Predictions(Client[tuple[int, EncodedChain], TopK]):
-    """Asks for the predictions on chains, each with its number."""
+class _Predictions(Client[tuple[str, EncodedChain], TopK]):
+    """Asks for the predictions on chains, each with its key."""
 
     def __init__(self, server: str, model: str, serving: ServingSettings, k: int, vocab_size: int) -> None:
         super().__init__(*_connection(server, model, serving))
         self._k, self._vocab_size = k, vocab_size
         self._is_vllm = serving.api == "vllm"
 
-    def named(self, request: tuple[int, EncodedChain]) -> tuple[str, str]:
-        number, chain = request
-        return f"chain-{number}", chain.source or f"chain {number}"
+    def named(self, request: tuple[str, EncodedChain]) -> tuple[str, str]:
+        key, chain = request
+        return key[:32], chain.source or key[:32]
 
-    async def send(self, client: Any, request: tuple[int, EncodedChain]) -> Any:
+    async def send(self, client: Any, request: tuple[str, EncodedChain]) -> Any:
         tokens = request[1].tokens.tolist()
         if self._is_vllm:
             path = "/v1/completions"
@@ -173,7 +177,7 @@ class _Predictions(Client[tuple[int, EncodedChain], TopK]):
         headers = {"X-Request-Id": self.named(request)[0]}  # to find the chain in the server's own log
         return await client.post(path, cast_to=object, body=body, options={"headers": headers})
 
-    def read(self, request: tuple[int, EncodedChain], answer: Any) -> TopK:
+    def read(self, request: tuple[str, EncodedChain], answer: Any) -> TopK:
         chain = request[1]
         tokens = chain.tokens.tolist()
         listed = (_vllm_entries if self._is_vllm else _sglang_entries)(answer, tokens)
