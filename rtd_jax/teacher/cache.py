@@ -243,6 +243,9 @@ def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
 class CacheWriter:
     """Adds records to a folder, a shard at a time. A shard is part of the cache once its list of keys is written.
 
+    A folder without shards becomes a cache with the first one: a run that fails before leaves nothing that would bind
+    the next one to its settings.
+
     Attributes:
       keys: of all chains in the folder.
 
@@ -251,7 +254,7 @@ class CacheWriter:
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
-        self._folder, cache = folder, json_digest(identity.stored())
+        self._folder, self._identity, self._cache = folder, identity, json_digest(identity.stored())
         if _has_manifest(folder):
             kept = check_identity(folder, identity).layers
             if kept != identity.layers:
@@ -260,18 +263,24 @@ class CacheWriter:
                     f"{list(identity.layers)}; set loss.hidden_layer and cache.layers alike, or write another cache"
                 )
             places = _places(folder)
+            self._cache = json_digest(_manifest(folder)[0].stored())
         else:  # shards without it are taken only if each says that it belongs to this cache
-            places = index_shards(folder, cache, unbound=False) if folder.is_dir() else {}
-            write_record(folder / "manifest.json", FORMAT, {"identity": identity.stored()})
-        self._cache = json_digest(_manifest(folder)[0].stored())
+            places = index_shards(folder, self._cache, unbound=False) if folder.is_dir() else {}
+            if places:
+                self._sign()
         self.keys = set(places)
 
     def write(self, records: Sequence[tuple[str, bytes]]) -> None:
         """Writes one shard of (key, record) pairs, named by its keys, so that writing it again replaces it."""
+        if not _has_manifest(self._folder):
+            self._sign()
         keys = [key for key, _ in records]
         name = "shard-" + hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
         write_shard(self._folder, name, self._cache, records)
         self.keys.update(keys)
+
+    def _sign(self) -> None:
+        write_record(self._folder / "manifest.json", FORMAT, {"identity": self._identity.stored()})
 
 
 class TeacherCache:

@@ -179,7 +179,7 @@ class Recipe:
                 changes["data.segmentation"] = "annotated"
             if self.loss.temperature != 1:
                 changes["loss.temperature"] = 1
-                why += ", and the mass of the tokens that it leaves out at temperature 1 only"
+                why += ", and the mass of the tokens that it leaves out is known at temperature 1 only"
         if changes:
             wanted = ", ".join(f"{key}={value}" for key, value in changes.items())
             raise ValueError(
