@@ -2,6 +2,8 @@
 
 python launch/cache_teacher.py --config=configs/rtd_tiny.py --config.teacher.cache=runs/cache
 python launch/train.py --config=configs/rtd_tiny.py --config.teacher.cache=runs/cache    # never loads the teacher
+
+With --config.teacher.server and --config.teacher.served_model a vLLM or SGLang server is asked (docs/teacher-cache.md).
 """
 
 from entry import run

@@ -1,4 +1,4 @@
-"""A real HTTP server with OpenAI's completions API that answers known problems, and misbehaves when it is told to."""
+"""Real HTTP servers that misbehave when they are told to: one with OpenAI's completions API answers known problems."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Self
 
 from rtd_jax.data.trace import Trace
 
@@ -25,10 +26,10 @@ def answer(traces: Sequence[Trace], body: dict) -> tuple[str, str]:
     return f"{text}\n\nQuestion: another" if draw == 3 else text, "stop"
 
 
-class CompletionsServer:
-    """Serves on a free port of the loopback until closed. `failures` are used up by the first requests, one each."""
+class FaultyServer:
+    """Serves on a free port of the loopback until closed. `failures` are used up by the first POSTs, one each."""
 
-    def __init__(self, traces: Sequence[Trace], failures: Iterable[str] = (), *, delay: float = 0.0, port: int = 0):
+    def __init__(self, failures: Iterable[str] = (), *, delay: float = 0.0, port: int = 0):
         self.seen: list[tuple[float, str]] = []  # time and id of every request
         self.bodies: list[dict] = []
         self.in_flight = self.most_in_flight = 0
@@ -40,6 +41,9 @@ class CompletionsServer:
             def log_message(self, *args) -> None:
                 pass
 
+            def do_GET(self) -> None:
+                self._send(200, json.dumps(outer.listed()).encode())
+
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
@@ -49,11 +53,7 @@ class CompletionsServer:
                     outer.most_in_flight = max(outer.most_in_flight, outer.in_flight)
                     failure = remaining.pop(0) if remaining else ""
                 time.sleep(delay)
-                text, finish = answer(traces, body)
-                choice = {"index": 0, "finish_reason": "abort" if failure == "aborted" else finish}
-                chat = self.path.endswith("/chat/completions")
-                choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-                reply = json.dumps({"id": "x", "object": "o", "created": 1, "model": "m", "choices": [choice]}).encode()
+                reply = json.dumps(outer.reply(self.path, body, failure)).encode()
                 with lock:
                     outer.in_flight -= 1
                 if failure == "dropped":
@@ -95,12 +95,35 @@ class CompletionsServer:
         self.url = f"http://127.0.0.1:{self.port}/v1"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
+    def reply(self, path: str, body: dict, failure: str) -> dict:
+        """The answer to a POST."""
+        raise NotImplementedError
+
+    def listed(self) -> dict:
+        """The answer to a GET: the list of models."""
+        return {"object": "list", "data": []}
+
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
 
-    def __enter__(self) -> "CompletionsServer":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *args) -> None:
         self.close()
+
+
+class CompletionsServer(FaultyServer):
+    """Answers known problems."""
+
+    def __init__(self, traces: Sequence[Trace], failures: Iterable[str] = (), *, delay: float = 0.0, port: int = 0):
+        self._traces = traces
+        super().__init__(failures, delay=delay, port=port)
+
+    def reply(self, path: str, body: dict, failure: str) -> dict:
+        text, finish = answer(self._traces, body)
+        choice = {"index": 0, "finish_reason": "abort" if failure == "aborted" else finish}
+        chat = path.endswith("/chat/completions")
+        choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        return {"id": "x", "object": "o", "created": 1, "model": "m", "choices": [choice]}

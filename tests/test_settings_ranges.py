@@ -60,6 +60,7 @@ LEGAL = {
         "SamplingSettings": "seed",  # and temperature, for one sample
         "SelectionSettings": "per_problem",  # all
         "SourceSettings": "limit seed",  # all rows of files; generated problems need a number
+        "ServingSettings": "retries",  # none
         "StudentSettings": "layers width mlp_width heads kv_heads head_dim",  # not given
         "StudyRecipe": "seeds parallel",  # only the report
     },

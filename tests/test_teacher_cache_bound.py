@@ -128,7 +128,7 @@ def test_the_earlier_format_is_read_and_added_to(tmp_path):
     assert "a" * 64 in TeacherCache(folder, own)
     read_all(folder, own)
     # Moved under a manifest of today, its shards do not say whose they are.
-    mine = written(tmp_path / "mine", own=own)
+    mine = written(tmp_path / "mine", [("b" * 64, encode_record(top, states[None], own))], own=own)
     for path in folder.glob("shard-*"):
         shutil.copy(path, mine)
     with pytest.raises(ValueError, match=r"shard-\w+\.json is of format 2 and does not say"):

@@ -1,4 +1,7 @@
-"""Runs the teacher once over a recipe's chains and stores what training reads of it (see rtd_jax/teacher/cache.py)."""
+"""Runs the teacher once over a recipe's chains and stores what training reads of it (see rtd_jax/teacher/cache.py).
+
+The teacher's weights are run here, or a server that has them is asked for its predictions.
+"""
 
 import functools
 import hashlib
@@ -21,6 +24,8 @@ from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import open_model
 from rtd_jax.teacher.cache import CacheWriter, Identity, chain_key, encode_record, packed_chains
 from rtd_jax.teacher.predictions import top_k_predictions
+from rtd_jax.teacher.served.asking import Progress
+from rtd_jax.teacher.served.predictions import ask_for_predictions, check_served
 from rtd_jax.train.curriculum import stages
 from rtd_jax.train.recipe import Recipe, cache_identity
 from rtd_jax.train.splits import load_splits, make_detector, prefixed_chains, row_length_of
@@ -32,29 +37,43 @@ def cache_teacher(recipe: Recipe, _: Path) -> Path:
     What the folder already has is kept. So a run that was killed goes on, and other data are added. Each of several
     processes writes shards of the rows that it feeds, into a folder that all of them see or into one of its own.
 
+    With `teacher.served_model` it is the server that is asked, by one process.
+
     Raises:
-      ValueError: no folder is given, it holds a cache of something else, or processes do not find the same in it.
+      ValueError: no folder is given, it holds a cache of something else, or processes do not find the same in it; or
+        the server cannot be used.
     """
     if not recipe.teacher.cache:
         raise ValueError("teacher.cache is empty; say where to write with --config.teacher.cache=<folder>")
+    if bool(recipe.teacher.server) != recipe.is_served:
+        raise ValueError(
+            f"teacher.server is {recipe.teacher.server!r} and teacher.served_model {recipe.teacher.served_model!r}; "
+            "give both the address of a server and the name under which it has the teacher, or neither"
+        )
+    if recipe.is_served and jax.process_count() > 1:
+        raise ValueError(f"a server is asked by one process, and there are {jax.process_count()}; start one")
     folder = Path(recipe.teacher.cache).expanduser()
     check_writable(folder, "--config.teacher.cache")
     mesh = make_mesh(recipe.mesh)
     check_rows(recipe.batch_size, mesh)
-    teacher = open_model(recipe.teacher, mesh, functools.partial(print, flush=True))
+    tell = functools.partial(print, flush=True)
+    teacher = open_model(recipe.teacher, mesh, tell, has_weights=not recipe.is_served)
     identity = cache_identity(recipe, teacher)
     writer = CacheWriter(folder, identity)
     train, validation = load_splits(recipe.data, teacher.tokenizer, make_detector(recipe, teacher))
     prefixed: list[EncodedChain] = []
-    for stage in stages(recipe.curriculum):
+    for stage in stages(recipe.curriculum) if recipe.has_states else ():
         held_out = validation.of_stage(stage, recipe.curriculum.validation_chains)
         prefixed += prefixed_chains(recipe, teacher.tokenizer, train.traces, held_out.traces)
     missing = _missing((*train.encoded, *validation.encoded), writer), _missing(prefixed, writer)
     total = sum(map(len, missing))
     _check_same_everywhere(folder, missing)
-    note = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
+    note = tell if jax.process_index() == 0 else lambda _: None
     note(f"{len(writer.keys)} chains are in {folder}, {total} are to be added")
     if not total:
+        return folder
+    if recipe.is_served:
+        _ask_server(recipe, identity, missing[0], writer)
         return folder
     run = functools.partial(_forward, teacher.model, identity, recipe.loss.chunk_length)
     forward = jax.jit(run, out_shardings=row_sharding(mesh))
@@ -74,6 +93,22 @@ def cache_teacher(recipe: Recipe, _: Path) -> Path:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the cache is written")  # whoever returns may start to read
     return folder
+
+
+def _ask_server(recipe: Recipe, identity: Identity, chains: Sequence[EncodedChain], writer: CacheWriter) -> None:
+    """Writes the predictions of the recipe's server on these chains, a shard at a time.
+
+    Raises:
+      ValueError: the server cannot be used; the shards that were written before stay.
+    """
+    asked = recipe.teacher.server, recipe.teacher.served_model, recipe.teacher.serving
+    check_served(*asked)
+    progress = Progress(len(chains), "chains")
+    for start in range(0, len(chains), recipe.cache.chains_per_shard):
+        shard = {_key(chain): chain for chain in chains[start : start + recipe.cache.chains_per_shard]}
+        tops = ask_for_predictions(*asked, shard, identity.top_k, identity.vocab_size, progress.add)
+        states_NKD = {key: np.zeros((0, len(chain.boundaries), 0)) for key, chain in shard.items()}
+        writer.write([(key, encode_record(tops[key], states_NKD[key], identity)) for key in shard])
 
 
 def _check_same_everywhere(folder: Path, missing: tuple[list[EncodedChain], ...]) -> None:
@@ -110,9 +145,14 @@ def _forward(
     model: LlamaModel, identity: Identity, chunk_length: int, params: Params, batch: Batch
 ) -> tuple[TopK, Array]:
     """The predictions at every token, and the states of N layers at every boundary, [B, N, C, K, D]."""
-    hidden_BLD, layers_BLD = model.hidden(
-        params, batch.tokens_BL, batch.positions_BL, batch.attention_ids_BL, layers=identity.layers
-    )
+    rows = batch.tokens_BL, batch.positions_BL, batch.attention_ids_BL
+    if identity.layers:
+        hidden_BLD, layers_BLD = model.hidden(params, *rows, layers=identity.layers)
+        states = [gather_boundaries(x_BLD, batch.boundary_positions_BCK) for x_BLD in layers_BLD]
+        states_BNCKD = jnp.stack(states, axis=1)
+    else:
+        hidden_BLD = model.hidden(params, *rows)
+        states_BNCKD = jnp.zeros((len(batch.tokens_BL), 0, *batch.boundary_positions_BCK.shape[1:], 0))
     top_k = top_k_predictions(
         hidden_BLD,
         model.head(params),
@@ -121,7 +161,7 @@ def _forward(
         vocab_size=identity.vocab_size,
         chunk_length=chunk_length,
     )
-    return top_k, jnp.stack([gather_boundaries(x_BLD, batch.boundary_positions_BCK) for x_BLD in layers_BLD], axis=1)
+    return top_k, states_BNCKD
 
 
 def _records(

@@ -81,6 +81,11 @@ def open_cache(folder: str, teacher: ReadyModel, layer: int = -1) -> TeacherCach
     path = Path(folder).expanduser()
     wanted = teacher.model.config.layer_index(layer)
     stored = read_identity(path, wanted)
+    if not stored.layers:
+        raise ValueError(
+            f"the teacher cache {path} has no hidden states, only predictions; leave out --cache, or give one that "
+            "launch/cache_teacher.py wrote with the teacher's weights and cache.states"
+        )
     if stored.teacher != teacher.fingerprint():
         raise ValueError(
             f"the teacher cache {path} was written by another teacher than {teacher.directory} (fingerprint of weights "

@@ -42,6 +42,11 @@ class LossSettings(
         """Whether the loss on the data's chains has anything of the teacher in it."""
         return any(getattr(self, method.teaches_by) for method in _methods() if method.teaches_by)
 
+    def reading_states(self) -> list[str]:
+        """The keys, not 0, that put hidden states of the teacher into the loss."""
+        keys = [method.teaches_by for method in _methods() if method.reads_states and method.teaches_by]
+        return [key for key in keys if getattr(self, key)]
+
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         """The terms of all methods."""
         return tuple(term for method in _methods() for term in method.terms(self, setup))
@@ -49,7 +54,8 @@ class LossSettings(
     def objective(self, setup: Setup) -> Objective:
         """The sum of the terms, with coherence as the yardstick of stages, whatever its weight.
 
-        Where nothing teaches, the labels take the place of what reads the teacher. With a share of own chains the terms
+        Where nothing teaches, the labels take the place of what reads the teacher. Without the teacher's states there
+        is no yardstick, and the terms that would only measure them are dormant. With a share of own chains the terms
         that read the teacher are there a second time, about those (`OnPolicySettings`).
         """
         terms, share = self.terms(setup), setup.on_policy.fraction
@@ -58,8 +64,11 @@ class LossSettings(
             own = tuple(term.on_own_chains(share) for term in terms if term.reads.teacher)
             of_data = tuple(replace(term, weight=(1.0 - share) * term.weight) for term in terms if share < 1.0)
             return Objective((*of_data, *own), yardstick)
-        if self.teaches():
+        if self.teaches() and setup.teacher_states:
             return Objective(terms, yardstick)
+        if self.teaches():
+            blind = tuple(term for term in terms if term.reads.teacher_states)
+            return Objective(tuple(term for term in terms if term not in blind), None, blind)
         labels = Labels(1.0, setup.vocab_size, self.chunk_length, setup.mesh)
         awake = (labels, *(term for term in terms if not term.reads.teacher))
         return Objective(awake, yardstick, tuple(term for term in terms if term.reads.teacher))

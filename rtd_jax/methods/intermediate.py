@@ -25,6 +25,7 @@ class IntermediateSettings(MethodSettings):
     """Keys of `loss` that the matching of intermediate layers reads."""
 
     teaches_by: ClassVar[str] = "intermediate_weight"
+    reads_states: ClassVar[bool] = True
 
     intermediate_weight: float = 0.0  # a baseline: intermediate layers matched at every token
     intermediate_layers: int = 4  # pairs of evenly spaced layers; read when intermediate_weight is not 0

@@ -6,7 +6,7 @@ agree.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,8 @@ def transition_map(params: Params) -> Projection:
 @dataclass(frozen=True)
 class TrajectorySettings(MethodSettings):
     """Keys of `loss` that the terms on hidden states share."""
+
+    reads_states: ClassVar[bool] = True
 
     hidden_layer: int = -1  # of the teacher, matched at the boundaries; -1 is the final normed state
     student_hidden_layer: int = -1  # of the student; -1 is the final normed state

@@ -44,9 +44,14 @@ class Reads:
     teacher_predictions: bool = False
 
     @property
+    def teacher_states(self) -> bool:
+        """Whether hidden states of the teacher are read."""
+        return bool(self.teacher_boundaries or self.teacher_tokens)
+
+    @property
     def teacher(self) -> bool:
         """Whether anything of the teacher is read."""
-        return bool(self.teacher_boundaries or self.teacher_tokens or self.teacher_predictions)
+        return self.teacher_states or self.teacher_predictions
 
     def __or__(self, other: "Reads") -> "Reads":
         return Reads(
@@ -123,6 +128,7 @@ class Setup:
     reward: RewardSettings = RewardSettings()
     mesh: Mesh | None = None
     on_policy: OnPolicySettings = OnPolicySettings()
+    teacher_states: bool = True  # False: the teacher's predictions are all that there is of it
 
 
 class MethodSettings:
@@ -130,6 +136,8 @@ class MethodSettings:
 
     # The key whose value, if not 0, puts something of the teacher into the loss on the data's chains.
     teaches_by: ClassVar[str] = ""
+    # Whether it reads the teacher's hidden states, which a cache may lack.
+    reads_states: ClassVar[bool] = False
 
     def unread_settings(self) -> dict[str, str]:
         """The method's keys that are not read because of others, and why."""
@@ -159,6 +167,11 @@ class Objective:
     def on(self, text: Text) -> tuple[Term, ...]:
         """The terms about one kind of chains."""
         return tuple(term for term in self.terms if term.text == text)
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a yardstick, and a teacher in the loss to measure the student by."""
+        return self.yardstick is not None and self.reads_teacher
 
     @property
     def reads_teacher(self) -> bool:

@@ -27,10 +27,10 @@ _ROWS_COMPARED = 4096  # of two matrices at one time
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def resolve(name_or_dir: str | Path) -> Path:
+def resolve(name_or_dir: str | Path, *, has_weights: bool = True) -> Path:
     """The directory of a model: a local one as it is, else the hub's snapshot of that name, downloaded or cached.
 
-    Only config, safetensors and tokenizer files are downloaded.
+    Only config, safetensors and tokenizer files are downloaded; without `has_weights` no safetensors.
 
     Raises:
       ValueError: there is neither such a directory nor such a model on the hub, or the hub refuses it.
@@ -45,7 +45,7 @@ def resolve(name_or_dir: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["config.json", "*.safetensors", INDEX_FILE, *TOKENIZER_FILES]
+        patterns = ["config.json", *TOKENIZER_FILES, *(["*.safetensors", INDEX_FILE] if has_weights else [])]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises its own, the HTTP library's and the system's errors
         reason = next(iter(str(error).strip().splitlines()), "no reason given")

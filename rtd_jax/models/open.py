@@ -94,14 +94,19 @@ class OpenModel:
         return "params" in vars(self)  # where cached_property keeps a value
 
 
-def open_model(settings: ModelSettings, mesh: Mesh, note: Callable[[str], None] = print) -> OpenModel:
+def open_model(
+    settings: ModelSettings, mesh: Mesh, note: Callable[[str], None] = print, *, has_weights: bool = True
+) -> OpenModel:
     """Opens the model at `settings.path`; only its config.json and generation_config.json are read at once.
+
+    Args:
+      has_weights: whether a hub model's weights are downloaded; without them only config and tokenizer can be used.
 
     Raises:
       ValueError: there is no such folder or hub model, or its config.json is missing or is not a Llama's. Using a
         tokenizer or weights that cannot be read, or that do not belong to this config, raises one later.
     """
-    directory = resolve(settings.path)
+    directory = resolve(settings.path, has_weights=has_weights)
     config = load_config(directory)
     _check_generation_config(directory / "generation_config.json", config)
     return OpenModel(settings, directory, config, mesh, note)

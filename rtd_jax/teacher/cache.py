@@ -5,7 +5,8 @@
 
 A record's key is the SHA-256 of the chain's token ids, boundaries and loss weights. Batch size, packing and mesh
 therefore do not matter, and a chain from another text, template, tokenizer or segmentation is not found. A record
-holds the predictions of the tokens whose loss counts, and the states of each stored layer at all boundaries.
+holds the predictions of the tokens whose loss counts, and the states of each stored layer at all boundaries. A cache
+whose `states` are "none" has predictions alone; one that a server filled (`served.predictions`) is such a cache.
 
 The compact storage sorts the ids of a token's predictions and keeps their differences in byte planes, which zstd's
 entropy coding compresses to about 12 bits each. It keeps log-probabilities in 8 bits, with more precision near 0; the
@@ -49,13 +50,19 @@ _SQRT_STEP = np.float32(np.sqrt(32.0) / 255)  # nats^(1/2) between two codes of 
 _CODEC = pa.Codec("zstd", 9)
 
 
+SERVED = "served:"  # what `Identity.teacher` begins with where a server's model of this name was asked
+AS_SERVED = "as served"  # `Identity.teacher_dtypes` of a teacher whose server does not tell them
+
+Storage = Literal["int8", "bfloat16", "float32", "none"]  # of boundary states
+
+
 @dataclass(frozen=True)
 class CacheSettings:
     """What a teacher cache holds for every token and step, and how precisely. Read when `teacher.cache` is set."""
 
     top_k: int = 64  # most probable tokens kept; the mass of all others is kept as one number
     predictions: Literal["compact", "float32"] = "compact"  # storage of log-probabilities: 8 bits, or all digits
-    states: Literal["int8", "bfloat16", "float32"] = "int8"  # storage of boundary states; int8 has a scale per vector
+    states: Storage = "int8"  # storage of boundary states; int8 has a scale per vector; none: only KD can learn from it
     layers: tuple[int, ...] = ()  # states kept beside those of loss.hidden_layer, for recipes that match other layers
     chains_per_shard: int = 512  # the most that a killed run has to write again
 
@@ -71,7 +78,7 @@ class Identity:
     Layers are counted as `LlamaConfig.layer_index` counts them, from 0 (embeddings) to N (final normed states).
     """
 
-    teacher: str  # fingerprint of the weights
+    teacher: str  # fingerprint of the weights; "served:" and a model's name where a server was asked
     teacher_dtypes: str  # of weights and arithmetic
     tokenizer: str  # fingerprint
     vocab_size: int
@@ -80,12 +87,13 @@ class Identity:
     temperature: float  # of the soft loss; the bucket's mass is kept at temperature 1 and at this one
     top_k: int
     predictions: Literal["compact", "float32"]
-    states: Literal["int8", "bfloat16", "float32"]
-    layers: tuple[int, ...] = ()  # whose states are kept, ascending; () means `hidden_layer` alone
+    states: Storage
+    layers: tuple[int, ...] = ()  # whose states are kept, ascending; () means `hidden_layer` alone, or none
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers) or (self.hidden_layer,))
-        if list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+        kept = () if self.states == "none" else tuple(self.layers) or (self.hidden_layer,)
+        object.__setattr__(self, "layers", kept)
+        if list(self.layers) != sorted(set(self.layers)) or min(self.layers, default=0) < 0:
             raise ValueError(f"layers is {list(self.layers)}; expected different layers from 0, ascending")
         if min(self.width, self.top_k) < 1 or self.top_k > self.vocab_size:
             raise ValueError(
@@ -138,6 +146,8 @@ def packed_chains(batch: Batch) -> Iterator[PackedChain]:
 def encode_record(top: TopK, states_NKD: np.ndarray, settings: CacheSettings | Identity) -> bytes:
     """One chain as bytes: the predictions of its P predicted tokens, and the states of N layers at its K boundaries.
 
+    N may be 0: [0, K, D] of any width.
+
     Raises:
       ValueError: a number is not finite. No run can learn from it, and integers would hide it.
     """
@@ -177,6 +187,8 @@ def encode_record(top: TopK, states_NKD: np.ndarray, settings: CacheSettings | I
 def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
     """The predictions, by ascending id, and the states of `hidden_layer`, float32 [K, D]; as precise as the storage.
 
+    A cache without states gives [K, 0].
+
     Raises:
       ValueError: these are not the bytes of a record of this identity.
     """
@@ -211,8 +223,11 @@ def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
         tails_P2 = 1 / (1 + np.exp(-odds))
     gaps_PM = sum(plane(f"gaps{i}", np.uint8, entries).astype(np.int32) << 8 * i for i in range(4))
     ids_PM = np.cumsum(gaps_PM, axis=-1, dtype=np.int32)
-    shape, layer = (boundaries, identity.width), identity.layers.index(identity.hidden_layer)
-    if identity.states == "int8":
+    shape = boundaries, identity.width
+    layer = identity.layers.index(identity.hidden_layer) if identity.layers else None
+    if layer is None:
+        states_KD = np.zeros((boundaries, 0), np.float32)
+    elif identity.states == "int8":
         states_KD = plane(f"states{layer}", np.int8, shape) * plane(f"scales{layer}", np.float32, (boundaries, 1))
     else:
         states_KD = plane(f"states{layer}", jnp.dtype(identity.states), shape).astype(np.float32)
@@ -228,6 +243,9 @@ def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
 class CacheWriter:
     """Adds records to a folder, a shard at a time. A shard is part of the cache once its list of keys is written.
 
+    A folder without shards becomes a cache with the first one: a run that fails before leaves nothing that would bind
+    the next one to its settings.
+
     Attributes:
       keys: of all chains in the folder.
 
@@ -236,7 +254,7 @@ class CacheWriter:
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
-        self._folder, cache = folder, json_digest(identity.stored())
+        self._folder, self._identity, self._cache = folder, identity, json_digest(identity.stored())
         if _has_manifest(folder):
             kept = check_identity(folder, identity).layers
             if kept != identity.layers:
@@ -245,18 +263,24 @@ class CacheWriter:
                     f"{list(identity.layers)}; set loss.hidden_layer and cache.layers alike, or write another cache"
                 )
             places = _places(folder)
+            self._cache = json_digest(_manifest(folder)[0].stored())
         else:  # shards without it are taken only if each says that it belongs to this cache
-            places = index_shards(folder, cache, unbound=False) if folder.is_dir() else {}
-            write_record(folder / "manifest.json", FORMAT, {"identity": identity.stored()})
-        self._cache = json_digest(_manifest(folder)[0].stored())
+            places = index_shards(folder, self._cache, unbound=False) if folder.is_dir() else {}
+            if places:
+                self._sign()
         self.keys = set(places)
 
     def write(self, records: Sequence[tuple[str, bytes]]) -> None:
         """Writes one shard of (key, record) pairs, named by its keys, so that writing it again replaces it."""
+        if not _has_manifest(self._folder):
+            self._sign()
         keys = [key for key, _ in records]
         name = "shard-" + hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
         write_shard(self._folder, name, self._cache, records)
         self.keys.update(keys)
+
+    def _sign(self) -> None:
+        write_record(self._folder / "manifest.json", FORMAT, {"identity": self._identity.stored()})
 
 
 class TeacherCache:
@@ -315,10 +339,17 @@ class TeacherCache:
         Args:
           states_only: whether the predictions are left out.
           dtype: of the states.
+
+        Raises:
+          ValueError: a chain has no record or a damaged one, or states alone are asked of a cache that has none.
         """
+        has_states = bool(self.identity.layers)
+        if states_only and not has_states:
+            raise ValueError(f"the teacher cache {self._folder} has no hidden states, only predictions")
         shape = (*batch.tokens_BL.shape, self.identity.top_k)
         top = TopK(np.zeros(shape, np.int32), np.zeros(shape, np.float32), *np.zeros((2, *shape[:2]), np.float32))
-        states_BCKD = np.zeros((*batch.boundary_mask_BCK.shape, self.identity.width), jnp.dtype(dtype))
+        width = self.identity.width if has_states else 0
+        states_BCKD = np.zeros((*batch.boundary_mask_BCK.shape, width), jnp.dtype(dtype))
         for key, row, slot, mask_K, predicting_P in packed_chains(batch):
             predictions, states_KD = self.read(key)
             found, wanted = (len(predictions.tail_BL), len(states_KD)), (len(predicting_P), int(mask_K.sum()))
@@ -328,10 +359,11 @@ class TeacherCache:
                     f"{self._folder / place.shard}.array_record: record {place.row} has {found[0]} predicted tokens "
                     f"and {found[1]} boundaries, its chain {wanted[0]} and {wanted[1]}; {rewriting(place.shard)}"
                 )
-            states_BCKD[row, slot, mask_K] = states_KD
+            if has_states:
+                states_BCKD[row, slot, mask_K] = states_KD
             for array, values in zip(top, predictions, strict=True):
                 array[row, predicting_P] = values
-        states: dict[int, Array] = {self.identity.hidden_layer: states_BCKD}
+        states: dict[int, Array] = {self.identity.hidden_layer: states_BCKD} if has_states else {}
         return TeacherOutputs(None, None, states, {}, None if states_only else top)
 
 
@@ -342,6 +374,16 @@ def read_identity(folder: Path, hidden_layer: int) -> Identity:
       ValueError: the folder holds no cache, or one that this version cannot read.
     """
     return replace(_manifest(folder)[0], hidden_layer=hidden_layer)
+
+
+def served_model(folder: Path) -> str:
+    """The name of the model whose server filled the cache in a folder; "" where no server did, or there is no cache.
+
+    Raises:
+      ValueError: the folder holds a cache that this version cannot read.
+    """
+    teacher = _manifest(folder)[0].teacher if _has_manifest(folder) else ""
+    return teacher.removeprefix(SERVED) if teacher.startswith(SERVED) else ""
 
 
 def _has_manifest(folder: Path) -> bool:
@@ -363,9 +405,10 @@ def _manifest(folder: Path) -> tuple[Identity, int]:
     manifest = read_record(path, FORMAT, way_out, undigested=(UNBOUND,))
     identity = manifest.get("identity")
     layers = identity.get("layers") if isinstance(identity, dict) else None
-    if not isinstance(identity, dict) or not isinstance(layers, list) or not layers:
+    has_none = isinstance(identity, dict) and identity.get("states") == "none"
+    if not isinstance(identity, dict) or not isinstance(layers, list) or bool(layers) == has_none:
         raise ValueError(f"{path} has no identity with its layers; {way_out}")
-    return shaped(Identity, {**identity, "hidden_layer": layers[0]}, path, way_out), manifest["format"]
+    return shaped(Identity, {**identity, "hidden_layer": (layers or [0])[0]}, path, way_out), manifest["format"]
 
 
 def _places(folder: Path) -> dict[str, Place]:
@@ -391,7 +434,7 @@ def check_identity(folder: Path, identity: Identity) -> Identity:
             f"{now[name]!r}{more}; use the settings it was written with, or write another with launch/cache_teacher.py"
         )
     layers = before.get("layers")
-    if not isinstance(layers, list) or identity.hidden_layer not in layers:
+    if not isinstance(layers, list) or (identity.layers and identity.hidden_layer not in layers):
         raise ValueError(
             f"the teacher cache {folder} has the states of layers {layers}, this run matches hidden_layer "
             f"{identity.hidden_layer}; choose one of them, or write another cache with launch/cache_teacher.py"

@@ -53,6 +53,8 @@ FREE_SETTINGS = (
     "data.steps_cache",
     "teacher.path",
     "teacher.cache",
+    "teacher.server",
+    "teacher.serving.",
     "reward.model",
     "student.path",
     "data.train.location",

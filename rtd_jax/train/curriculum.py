@@ -37,6 +37,11 @@ class CurriculumSettings:
         if not self.depths or list(self.depths) != sorted(set(self.depths)) or self.depths[0] < 1:
             raise ValueError(f"depths is {self.depths}; give increasing step counts, e.g. (1, 2, 3, 4, 5)")
 
+    @property
+    def by_coherence(self) -> bool:
+        """Whether the coherence loss on validation chains can end a stage before its budget is spent."""
+        return self.enabled and bool(self.threshold_factor or self.plateau_patience)
+
     def unread_settings(self) -> dict[str, str]:
         unread = {}
         if not self.plateau_patience:

@@ -1,7 +1,8 @@
 """All settings of a training run, as one tree of frozen dataclasses. The files in configs/ say what differs."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
@@ -15,7 +16,8 @@ from rtd_jax.methods.term import Objective, Setup
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.decoder import AttentionKernel, Remat
 from rtd_jax.models.open import FloatDtype, ModelSettings, OpenModel
-from rtd_jax.teacher.cache import CacheSettings, Identity
+from rtd_jax.teacher.cache import AS_SERVED, SERVED, CacheSettings, Identity, served_model
+from rtd_jax.teacher.served.predictions import ServingSettings
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.optimizer import OptimizerSettings
 from rtd_jax.train.update import UpdateSettings
@@ -26,9 +28,16 @@ SIZES = ("layers", "width", "mlp_width", "heads", "kv_heads", "head_dim")  # of 
 
 @dataclass(frozen=True)
 class TeacherSettings(ModelSettings):
-    """The frozen teacher."""
+    """The frozen teacher.
+
+    With `served_model` it is a model behind a server. `path` then needs no weights, only its config.json and tokenizer;
+    the cache holds the server's predictions and no states, and a run that trains from it needs no server.
+    """
 
     cache: str = ""  # folder that launch/cache_teacher.py wrote: the weights are then never loaded; "" runs the teacher
+    server: str = ""  # address of a server that launch/cache_teacher.py asks, such as http://localhost:8000/v1
+    served_model: str = ""  # name of the teacher on that server, to which the cache is bound; "" for weights in `path`
+    serving: ServingSettings = ServingSettings()  # how the server is asked
 
 
 @dataclass(frozen=True)
@@ -147,15 +156,38 @@ class Recipe:
             )
         if self.loss.reward_weight:
             self._check_reward()
+        self._check_states()
         if self.on_policy.fraction:
             self._check_on_policy()
-        curriculum = self.curriculum
-        by_coherence = curriculum.enabled and (curriculum.threshold_factor or curriculum.plateau_patience)
-        if not self.loss.teaches() and by_coherence:
+        if not self.loss.teaches() and self.curriculum.by_coherence:
             raise ValueError(
                 "the loss has nothing of the teacher in it, so no coherence loss can end a stage: set "
                 "curriculum.enabled=False, or curriculum.threshold_factor=0 and plateau_patience=0 for stages of equal "
                 "length"
+            )
+
+    def _check_states(self) -> None:
+        """Raises ValueError where the teacher's hidden states are read, and its cache has none."""
+        if self.has_states:
+            return
+        changes: dict[str, Any] = dict.fromkeys((f"loss.{key}" for key in self.loss.reading_states()), 0)
+        if self.curriculum.by_coherence:
+            changes["curriculum.enabled"] = False
+        if self.evaluation.drift_problems:
+            changes["evaluation.drift_problems"] = 0
+        why = "cache.states is 'none'"
+        if self.is_served:
+            why = f"the server of teacher.served_model {self.teacher.served_model!r} gives no hidden states"
+            if self.data.segmentation.startswith("classifier:"):
+                changes["data.segmentation"] = "annotated"
+            if self.loss.temperature != 1:
+                changes["loss.temperature"] = 1
+                why += ", and the mass of the tokens that it leaves out is known at temperature 1 only"
+        if changes:
+            wanted = ", ".join(f"{key}={value}" for key, value in changes.items())
+            raise ValueError(
+                f"{why}, so only logit matching can learn from this cache: set {wanted}; or have the teacher's weights "
+                "write a cache with states (docs/teacher-cache.md)"
             )
 
     def _check_reward(self) -> None:
@@ -223,14 +255,31 @@ class Recipe:
             names += [f"curriculum.{name}" for name in self.curriculum.READ_BY_VALIDATION]
             unread |= dict.fromkeys(names, "the loss has nothing of the teacher in it")
         if not self.teacher.cache:
-            unread["cache"] = "teacher.cache is empty"
-            return unread
-        unread["cache.chains_per_shard"] = "it is read when a cache is written"
+            names = ["cache", *(f"teacher.{name}" for name in ("server", "served_model", "serving"))]
+            return unread | dict.fromkeys(names, "teacher.cache is empty")
+        names = ["cache.chains_per_shard", "teacher.server", "teacher.serving"]
+        unread |= dict.fromkeys(names, "it is read when a cache is written")
+        if self.is_served:
+            names = ["cache.states", "cache.layers", "teacher.param_dtype", "teacher.compute_dtype"]
+            unread |= dict.fromkeys(names, "the teacher is a server's (teacher.served_model)")
+        if not self.has_states and self.loss.teaches():
+            names = [f"curriculum.{name}" for name in self.curriculum.READ_BY_VALIDATION]
+            unread |= dict.fromkeys(names, "the teacher's cache has no states to validate with")
         names = [] if self.data.segmentation.startswith("classifier:") else ["attention", "sharding", "offload"]
         unread |= {f"teacher.{name}": "the teacher is read from teacher.cache" for name in names}
         if self.evaluation.teacher:
             unread["evaluation.teacher"] = "the teacher is read from teacher.cache, which cannot solve problems"
         return unread
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the teacher's predictions are those of a server, read from a cache."""
+        return bool(self.teacher.cache and self.teacher.served_model)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether hidden states of the teacher can be read: online, or from a cache that has them."""
+        return not self.teacher.cache or (self.cache.states != "none" and not self.is_served)
 
     @property
     def rows_at_once(self) -> int:
@@ -267,14 +316,16 @@ class Recipe:
         Raises:
           ValueError: a layer that a model does not have.
         """
-        return self.loss.objective(Setup(student, teacher, vocab_size, self.reward, mesh, self.on_policy))
+        setup = Setup(student, teacher, vocab_size, self.reward, mesh, self.on_policy, self.has_states)
+        return self.loss.objective(setup)
 
 
 def cache_identity(recipe: Recipe, teacher: OpenModel) -> Identity:
     """What a teacher cache must have been written with, for this recipe to read it.
 
     Raises:
-      ValueError: the recipe names a layer that the teacher does not have.
+      ValueError: the recipe names a layer that the teacher does not have, or the folder holds the cache of a server,
+        and the recipe does not say so.
     """
     layer = teacher.config.layer_index(recipe.loss.hidden_layer)
     try:
@@ -282,8 +333,8 @@ def cache_identity(recipe: Recipe, teacher: OpenModel) -> Identity:
     except ValueError as error:
         raise ValueError(f"cache.layers is {recipe.cache.layers}: {error}") from error
     return Identity(
-        teacher=teacher.fingerprint,
-        teacher_dtypes=recipe.teacher.precision,
+        teacher=teacher_fingerprint(recipe, teacher),
+        teacher_dtypes=AS_SERVED if recipe.is_served else recipe.teacher.precision,
         tokenizer=teacher.tokenizer_fingerprint,
         vocab_size=teacher.vocab_size,
         width=teacher.config.width,
@@ -291,6 +342,23 @@ def cache_identity(recipe: Recipe, teacher: OpenModel) -> Identity:
         temperature=recipe.loss.temperature,
         top_k=min(recipe.cache.top_k, teacher.vocab_size),
         predictions=recipe.cache.predictions,
-        states=recipe.cache.states,
+        states=recipe.cache.states if recipe.has_states else "none",
         layers=tuple(sorted({layer, *others})),
     )
+
+
+def teacher_fingerprint(recipe: Recipe, teacher: OpenModel) -> str:
+    """What the teacher is known by: the fingerprint of its weights, or "served:" and its name on a server.
+
+    Raises:
+      ValueError: there are no weights; or the recipe's cache was filled by a server, and the recipe does not say so.
+    """
+    if recipe.is_served:
+        return SERVED + recipe.teacher.served_model
+    served = served_model(Path(recipe.teacher.cache).expanduser()) if recipe.teacher.cache else ""
+    if served:
+        raise ValueError(
+            f"the teacher cache {recipe.teacher.cache} was filled by the server of a model {served!r}, and has no "
+            f"hidden states; set teacher.served_model={served} to train from it, by logit matching alone"
+        )
+    return teacher.fingerprint

@@ -54,8 +54,8 @@ COMMANDS = {
         saves=True,
     ),
     "cache_teacher": Command(
-        "Runs the teacher once over a recipe's chains and keeps its outputs, from which `train` then learns without "
-        "loading the teacher. Run it again to continue.",
+        "Runs the teacher once over a recipe's chains, or asks a server that does, and keeps its outputs, from which "
+        "`train` then learns without loading the teacher. Run it again to continue.",
         "rtd_jax.apps.cache:cache_teacher",
         recipe="rtd_jax.train.recipe:Recipe",
         example="--config=configs/rtd_tiny.py --config.teacher.cache=runs/cache",

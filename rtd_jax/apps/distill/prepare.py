@@ -33,7 +33,7 @@ from rtd_jax.teacher.cache import TeacherCache, chain_key
 from rtd_jax.teacher.reward_head import RewardModel, load_head
 from rtd_jax.train.curriculum import Stage, stages
 from rtd_jax.train.optimizer import make_optimizer
-from rtd_jax.train.recipe import Recipe, cache_identity
+from rtd_jax.train.recipe import Recipe, cache_identity, teacher_fingerprint
 from rtd_jax.train.splits import Chains, encode_split, load_splits, make_detector, prefixed_chains
 from rtd_jax.train.state import TrainState, create_state, state_shardings
 from rtd_jax.train.student import initial_student, student_config, student_model
@@ -126,7 +126,8 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         for rows, name in ((recipe.own_rows, "fraction"), (recipe.data_rows, "1 - fraction")):
             if rows:
                 check_rows(rows, mesh, recipe.micro_batches, f"batch_size x {name} of on_policy =")
-    teacher = open_model(recipe.teacher, mesh, note)
+    has_weights = not recipe.is_served or recipe.student.init == "teacher_layers"
+    teacher = open_model(recipe.teacher, mesh, note, has_weights=has_weights)
     config = _checked_config(recipe, teacher)
     note("reading and tokenising the chains")
     detector = make_detector(recipe, teacher)
@@ -178,7 +179,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         stages=plan,
         max_boundaries=1 + max(t.depth for chains in (train, validation) for t in chains.traces),
         fingerprints={
-            "teacher": teacher.fingerprint,
+            "teacher": teacher_fingerprint(recipe, teacher),
             "cache": "" if cache is None else cache.fingerprint,
             "reward": _reward_fingerprint(recipe, reward),
             "tokenizer": teacher.tokenizer_fingerprint,
@@ -226,7 +227,7 @@ def _test_problems(recipe: Recipe, teacher: OpenModel, detector: Detector | None
 def _check_cached(recipe: Recipe, teacher: OpenModel, cache: TeacherCache, train: Chains, validation: Chains) -> None:
     """Raises ValueError where the cache lacks a chain that the run will read: days later, perhaps."""
     chains = [*train.encoded, *validation.encoded]
-    for stage in stages(recipe.curriculum):
+    for stage in stages(recipe.curriculum) if recipe.has_states else ():  # the others are compared by their states
         held_out = validation.of_stage(stage, recipe.curriculum.validation_chains)
         chains += prefixed_chains(recipe, teacher.tokenizer, train.traces, held_out.traces)
     missing = [x for x in chains if chain_key(x.tokens, x.boundaries, x.loss_weights) not in cache]

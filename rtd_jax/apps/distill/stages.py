@@ -88,7 +88,9 @@ class Trainer:
     ) -> None:
         self._experiment, self._recipe, self._run = experiment, experiment.recipe, run
         self._checkpoints, self._log, self._display = checkpoints, log, display
-        self._evaluate = make_term_eval(experiment.student, experiment.teacher, experiment.yardstick)
+        self._evaluate = None
+        if experiment.objective.validates:
+            self._evaluate = make_term_eval(experiment.student, experiment.teacher, experiment.yardstick)
         self._draw = _sampler(experiment)
         # Of the stage that is trained:
         self._stage = experiment.stages[0]
@@ -185,7 +187,7 @@ class Trainer:
         is_last = record.updates >= record.budget
         is_due = record.updates > 0 and (is_last or record.updates % self._recipe.curriculum.validate_every == 0)
         is_done = bool(record.validations) and record.validations[-1][0] == record.updates
-        if not is_due or is_done or not experiment.objective.reads_teacher:
+        if not is_due or is_done or self._evaluate is None:
             return
         loop.settle()
         with self._run.clock.span("validation"):
@@ -244,7 +246,7 @@ class Trainer:
 
     def _open_record(self, held_out: Chains) -> StageRecord:
         experiment, recipe, coherence = self._experiment, self._recipe, 0.0
-        if experiment.objective.reads_teacher:
+        if experiment.objective.validates:
             # The teacher against itself, behind solved training examples. One chain a row, so that both readings hold
             # the same chain in the same place.
             prefixed = prefixed_chains(recipe, experiment.tokenizer, experiment.train.traces, held_out.traces)

@@ -97,19 +97,16 @@ def plan(recipe: Recipe, target: Target) -> Plans:
     """
     mesh = make_mesh(recipe.mesh, target.devices)
     abstract = abstract_step(recipe, mesh)
-    yardstick = abstract.objective.yardstick
-    assert yardstick is not None
     # A validation batch has as many rows as a micro-batch, of the data alone.
     of_data = dataclasses.replace(recipe, on_policy=OnPolicySettings())
     validated = abstract_step(dataclasses.replace(of_data, batch_size=recipe.rows_at_once, micro_batches=1), mesh)
     decoder = "student" if abstract.teacher is None else "teacher"
     source = validated.source if abstract.teacher is None else abstract.source
-    validation = make_term_eval(abstract.student, abstract.teacher, yardstick)
-    programs = {
-        "update": _traced(abstract.step, *abstract.arguments),
-        "validation": _traced(validation, abstract.state.params, source, validated.batch),
-        f"decoding ({decoder})": _decoding(recipe, abstract),
-    }
+    programs = {"update": _traced(abstract.step, *abstract.arguments)}
+    if abstract.objective.yardstick is not None:
+        validation = make_term_eval(abstract.student, abstract.teacher, abstract.objective.yardstick)
+        programs["validation"] = _traced(validation, abstract.state.params, source, validated.batch)
+    programs[f"decoding ({decoder})"] = _decoding(recipe, abstract)
     devices = len(target.devices)
     costs = {}
     for name, (traced, arguments) in programs.items():

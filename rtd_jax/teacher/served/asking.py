@@ -27,7 +27,7 @@ def ask_for_missing(
     missing = {request.id for request in requests if request.id not in log.replies}
     print(f"{about}: {len(missing)} to be asked for", flush=True)
     if missing:
-        progress = _Progress(len(missing), noun)
+        progress = Progress(len(missing), noun)
 
         def record(replies: Sequence[tuple[Request, Reply]]) -> None:
             log.add(replies)
@@ -37,7 +37,7 @@ def ask_for_missing(
     return {request.id: log.replies[request.id] for request in requests}
 
 
-class _Progress:
+class Progress:
     """Prints, now and then, how many replies there are, how fast they come, and the time that is left."""
 
     def __init__(self, total: int, noun: str) -> None:

@@ -1,11 +1,10 @@
 """Chains from a server with OpenAI's completions API: vLLM, SGLang, `transformers serve`, or a hosted one."""
 
-import asyncio
-import os
 from collections.abc import Sequence, Set
 from typing import Any
 
 from rtd_jax.data.formats import TextFormat
+from rtd_jax.teacher.served.client import Client, NoReply, WaysOut, said
 from rtd_jax.teacher.served.requests import (
     Finish,
     OpenAISettings,
@@ -16,14 +15,9 @@ from rtd_jax.teacher.served.requests import (
     before_stop,
 )
 
-BACKOFF, LONGEST_BACKOFF = 0.5, 8.0  # seconds before a request is sent again whose reply could not be read
 
-
-class OpenAIBackend:
-    """Sends requests side by side, and sends one again after a temporary failure.
-
-    The official client waits and retries after status 408, 409, 429 (as Retry-After says) and 5xx, timeouts and broken
-    connections, also in the middle of a reply. A complete reply that is not a completion is retried here.
+class OpenAIBackend(Client[Request, Reply]):
+    """Asks for completions or chats.
 
     Args:
       settings: the server.
@@ -37,85 +31,31 @@ class OpenAIBackend:
     ) -> None:
         if not settings.model:
             raise ValueError(f"{group}model is empty; give the name under which the server has the model")
-        self._settings, self._text, self._sampling, self._group = settings, text, sampling, group
+        ways_out = WaysOut(
+            address=f"see that {group}base_url is that of an OpenAI-compatible API (it ends in /v1)",
+            refused=f"mend {group}model, {group}base_url, the key or the sampling; or leave such requests out with "
+            f"{group}skip_refused=True",
+        )
+        super().__init__(settings, ways_out)
+        self._text, self._sampling = text, sampling
 
     def identity(self) -> dict[str, Any]:
         return {"backend": "openai", "model": self._settings.model, "extra_body": self._settings.extra()}
 
     def complete(self, requests: Sequence[Request], missing: Set[str], record: Record) -> None:
-        asyncio.run(self._complete([request for request in requests if request.id in missing], record))
+        wanted = [request for request in requests if request.id in missing]
+        self.ask(wanted, lambda request, reply: record([(request, reply)]))
 
-    async def _complete(self, requests: Sequence[Request], record: Record) -> None:
-        from openai import AsyncOpenAI  # slow to import, and the other backend does not need it
+    def named(self, request: Request) -> tuple[str, str]:
+        return request.id, request.problem.source or request.id
 
-        settings, waiting, turn = self._settings, iter(requests), asyncio.Lock()
-        interval = 60 / settings.requests_per_minute if settings.requests_per_minute else 0.0  # seconds
-        clock, next_start = asyncio.get_running_loop().time, 0.0
-        async with AsyncOpenAI(
-            base_url=settings.base_url,
-            api_key=os.environ.get(settings.api_key_variable) or "none",
-            timeout=settings.timeout,
-            max_retries=settings.retries,
-        ) as client:
+    def refused(self) -> Reply:
+        return Reply("", "refused")
 
-            async def worker() -> None:
-                nonlocal next_start
-                for request in waiting:
-                    async with turn:
-                        await asyncio.sleep(max(0.0, next_start - clock()))
-                        next_start = clock() + interval
-                    record([(request, await self._ask(client, request))])
+    def read(self, request: Request, answer: Any) -> Reply:
+        return self._reply(answer)
 
-            workers = [asyncio.create_task(worker()) for _ in range(min(settings.concurrency, len(requests)))]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for task in workers:
-                    task.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
-
-    async def _ask(self, client: Any, request: Request) -> Reply:
-        import openai
-
-        settings, group, where, problem = self._settings, self._group, f"the server {self._settings.base_url}", ""
-        again = "then run the command again to go on; what was answered is kept"
-        log = f"see its log for request {request.id}, {again}"
-        other = f"see that {group}base_url is that of an OpenAI-compatible API (it ends in /v1), {again}"
-        way_out = log
-        for attempt in range(settings.retries + 1):
-            try:
-                return self._reply(await self._send(client, request))
-            except _NoReply as error:
-                problem, way_out = str(error), other if error.is_foreign else log
-            except (ValueError, openai.APIResponseValidationError) as error:  # not UTF-8, or not JSON
-                problem, way_out = f"what is no JSON ({str(error)[:200]})", other
-            except openai.APIStatusError as error:
-                if error.status_code in (400, 413, 422) and settings.skip_refused:
-                    return Reply("", "refused")
-                remedy = "run the command again to go on; what was answered is kept"
-                if error.status_code in (400, 401, 403, 404, 413, 422):
-                    remedy = (
-                        f"mend {group}model, {group}base_url, the key or the sampling; or leave such requests out "
-                        f"with {group}skip_refused=True"
-                    )
-                raise ValueError(
-                    f"{where} answered {error.status_code} to the request of {request.problem.source or request.id}: "
-                    f"{str(error.message)[:300]}; {remedy}"
-                ) from error
-            except openai.APIConnectionError as error:  # a timeout is one too
-                reason = error.__cause__ or error
-                raise ValueError(
-                    f"{where} gave no answer in {settings.retries + 1} attempts ({type(reason).__name__}: {reason}); "
-                    "see that it runs, then run the command again to go on; what was answered is kept"
-                ) from error
-            if attempt < settings.retries:
-                await asyncio.sleep(min(BACKOFF * 2**attempt, LONGEST_BACKOFF))
-        raise ValueError(
-            f"{where} answered every one of {settings.retries + 1} attempts at {request.problem.source or request.id} "
-            f"without a reply; the last time with {problem}; {way_out}"
-        )
-
-    async def _send(self, client: Any, request: Request) -> Any:
+    async def send(self, client: Any, request: Request) -> Any:
         sampling, prompt = self._sampling, self._text.fill(request.problem.prompt)
         options: dict[str, Any] = {
             "model": self._settings.model,
@@ -139,26 +79,24 @@ class OpenAIBackend:
         answer: its text is null then, and counts as empty.
 
         Raises:
-          _NoReply: the server's answer is complete, but is no reply, or does not say how the text ended.
+          NoReply: the server's answer is complete, but is no reply, or does not say how the text ended.
         """
         if not hasattr(completion, "choices"):
-            raise _NoReply(f"what is no completion: {_said(completion)}", is_foreign=True)
+            raise NoReply(f"what is no completion: {said(completion)}", is_foreign=True)
         choices = completion.choices or []
         if len(choices) != 1 or not hasattr(choices[0], "finish_reason"):
-            raise _NoReply(f"{len(choices)} choices in place of one: {_said(completion)}")
+            raise NoReply(f"{len(choices)} choices in place of one: {said(completion)}")
         finish, message = choices[0].finish_reason, getattr(choices[0], "message", None)
         if finish == "content_filter" or getattr(message, "refusal", None):
             return Reply("", "refused")
         holder, field = (message, "content") if self._text.kind == "chat" else (choices[0], "text")
         if not hasattr(holder, field):
-            raise _NoReply(
-                f"a {self._text.kind} reply without the field {field!r}: {_said(choices[0])}", is_foreign=True
-            )
+            raise NoReply(f"a {self._text.kind} reply without the field {field!r}: {said(choices[0])}", is_foreign=True)
         text = getattr(holder, field)
         if not isinstance(text, str | None):
-            raise _NoReply(f"text that is {type(text).__name__}: {_said(text)}")
+            raise NoReply(f"text that is {type(text).__name__}: {said(text)}")
         if finish not in _ENDS:
-            raise _NoReply(f"finish_reason {finish!r}, so whether the text is whole is not known: {_said(text)}")
+            raise NoReply(f"finish_reason {finish!r}, so whether the text is whole is not known: {said(text)}")
         # Half a surrogate pair is valid JSON, but cannot be written.
         text = (text or "").encode("utf-8", "replace").decode()
         text, stopped = before_stop(text, self._sampling.stop)
@@ -171,16 +109,3 @@ _ENDS: dict[str, Finish] = {
     **{"stop": "stop", "length": "length", "tool_calls": "stop", "function_call": "stop"},
     **dict.fromkeys(("eos", "eos_token", "stop_sequence"), "stop"),
 }
-
-
-class _NoReply(Exception):
-    """What a server sent in place of a reply, in words; foreign, where it does not seem to be a server of this API."""
-
-    def __init__(self, words: str, *, is_foreign: bool = False) -> None:
-        super().__init__(words)
-        self.is_foreign = is_foreign
-
-
-def _said(value: Any) -> str:
-    text = value.model_dump_json(exclude_none=True) if hasattr(value, "model_dump_json") else repr(value)
-    return text if len(text) < 200 else f"{text[:197]}..."
