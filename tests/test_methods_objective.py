@@ -43,7 +43,7 @@ def test_every_method_has_a_term_and_a_weight_that_switches_it_on():
         "reward": 0.3,
     }
     coefficients = objective(**weights, alpha=0.4).coefficients()
-    assert coefficients["kd"] == {"weight": 1.0, "temperature": 4.0, "alpha": 0.4}
+    assert coefficients["kd"] == {"weight": 1.0, "temperature": 4.0, "alpha": 0.4, "beta": 0.5}
 
 
 def test_reading_layers_are_counted_from_the_embeddings():

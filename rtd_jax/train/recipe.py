@@ -180,6 +180,7 @@ class Recipe:
             unread["reward"] = "loss.reward_weight is 0"
         if not self.loss.teaches():
             names = [f"loss.{name}" for name in ("anchor_prompt", "projections", "transition_form")]
+            names += ["loss.divergence", "loss.beta"]
             if not self.teacher.cache:
                 names.append("loss.temperature")
             if not self.teacher.cache and not self.evaluation.drift_problems:
