@@ -178,8 +178,8 @@ def _mixture_terms(
     p, q = jnp.where(teacher_is_larger, 1.0, smaller), jnp.where(teacher_is_larger, smaller, 1.0)
     k_difference = k * jnp.where(teacher_is_larger, -1.0, 1.0) * jnp.expm1(-gap)  # k (p - q)
     if divergence == "reverse_kl":  # m = p, and there is no KL(p || m)
-        share_q = -q * log_ratio
-        return larger * (share_q - k_difference), larger * share_q
+        log_excess = -q * log_ratio
+        return larger * (log_excess - k_difference), larger * log_excess
     share_of_larger = jnp.where(teacher_is_larger, share, 1.0 - share)
     near = jnp.log1p((1.0 - share_of_larger) * jnp.expm1(-jnp.minimum(gap, 1.0)))
     far = jnp.log(jnp.maximum(share_of_larger + (1.0 - share_of_larger) * smaller, _TINY))
