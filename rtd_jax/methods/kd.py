@@ -35,7 +35,7 @@ class KDSettings(ChunkSettings):
     temperature: float = 4.0  # T of the soft loss
     alpha: float = 0.7  # share of the soft loss; the labels' cross-entropy gets 1 - alpha
     divergence: Divergence = "forward_kl"  # of teacher and student in the soft loss
-    beta: float = 0.5  # jsd: the teacher's share of the mixture, 0: forward KL, 1: reverse; skewed KLs: the skew, 0: none
+    beta: float = 0.5  # jsd: teacher's share of the mixture (0: forward KL, 1: reverse); skewed KLs: the skew (0: none)
 
     def __post_init__(self) -> None:
         check_ranges(self, temperature="[0.001, 1e6]", alpha="[0, 1]", beta="[0, 1]")
