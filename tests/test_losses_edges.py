@@ -55,7 +55,8 @@ def _calls(rows: int = 2, length: int = 3, **changes):
     teacher = _states(2, rows, length, WIDTH), _states(3, WIDTH, VOCAB)
     policy = {"old_log_probs_BL": jnp.full((rows, length), -1.0), "advantages_BL": jnp.ones((rows, length))}
     size = {"vocab_size": VOCAB, "chunk_length": 2}
-    soft, tokens = {"temperature": 2.0, "alpha": 0.5}, _tokens(rows, length)
+    soft = {"temperature": 2.0, "alpha": 0.5, "divergence": "jsd", "beta": 0.5}
+    tokens = _tokens(rows, length)
     named = tokens["labels_BL"], tokens["weights_BL"]
     top = _top(rows, length)
     return {
@@ -87,12 +88,15 @@ NAMES = tuple(_calls())
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": 1e-300}, "temperature is 1e-300"),
         *(({"alpha": x}, f"alpha is {x}; expected a number from 0 to 1") for x in (-0.1, 1.5, math.nan)),
+        *(({"beta": x}, f"beta is {x}; expected a number from 0 to 1") for x in (-0.1, 1.5, math.nan)),
+        ({"divergence": "kl"}, "divergence is 'kl'; use one of forward_kl, reverse_kl, jsd, skewed_kl, skewed_rev"),
         ({"clip": -0.1}, "clip is -0.1; expected a number at least 0"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_by_name(name, changes, message):
     argument = next(iter(changes))
-    reads = {"temperature": NAMES[:3] + NAMES[4:6], "alpha": NAMES[:3], "clip": ("policy_sums",)}
+    reads = {"temperature": NAMES[:3] + NAMES[4:6], "clip": ("policy_sums",)}
+    reads |= dict.fromkeys(("alpha", "divergence", "beta"), NAMES[:3])
     if name not in reads.get(argument, NAMES):
         return
     with pytest.raises(ValueError, match=message):
@@ -108,6 +112,8 @@ def test_arguments_of_losses_on_whole_logits_are_checked_too():
     ):
         with pytest.raises(ValueError, match=message):
             kd_token_losses(logits, logits, labels, temperature, size)
+    with pytest.raises(ValueError, match="divergence is 'jds'; use one of"):
+        kd_token_losses(logits, logits, labels, 1.0, VOCAB, "jds")
     with pytest.raises(ValueError, match="but teacher_logits has 6 columns"):
         kd_token_losses(_states(0, 2, VOCAB + 2), logits, labels, 1.0, VOCAB + 1)
     with pytest.raises(ValueError, match="std_floor is 0"):

@@ -47,14 +47,15 @@ def gradients(function, given, **settings):
     return jax.value_and_grad(loss, argnums=(0, 1))(*(given[name] for name in NAMES))
 
 
-def one_token(logits, top, label=0, temperature=1.0):
+def one_token(logits, top, label=0, temperature=1.0, **divergence):
     """The sums of one token with the student's logits as given."""
     given = jnp.asarray(logits, jnp.float32)[None, None]
     ids, probs, tail, soft_tail = top
     top = TopK(jnp.array([[ids]]), jnp.log(jnp.array([[probs]])), jnp.full((1, 1), tail), jnp.full((1, 1), soft_tail))
     head = jnp.eye(given.shape[-1])
     where = jnp.full((1, 1), label), jnp.ones((1, 1))
-    return top_k_kd_sums(given, head, top, *where, temperature=temperature, alpha=1.0, vocab_size=given.shape[-1])
+    named = {"temperature": temperature, "alpha": 1.0, "vocab_size": given.shape[-1], **divergence}
+    return top_k_kd_sums(given, head, top, *where, **named)
 
 
 def test_by_hand():

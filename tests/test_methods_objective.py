@@ -8,13 +8,17 @@ import numpy as np
 import optax
 import pytest
 
+from rtd_jax.base.boundaries import shifted_labels
+from rtd_jax.base.types import Batch, StudentOutputs, TeacherOutputs
+from rtd_jax.losses import kd_sums, top_k_kd_sums
 from rtd_jax.losses.policy import Rollouts
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.alignment import Alignment
 from rtd_jax.methods.own_chains import RewardSettings
-from rtd_jax.methods.term import Objective, Reads, Setup, reads_of
+from rtd_jax.methods.term import Objective, Outputs, Reads, Setup, reads_of
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.model import LlamaModel
+from rtd_jax.teacher.predictions import top_k_predictions
 from rtd_jax.train.update import make_train_step
 
 CONFIG = LlamaConfig(vocab_size=32, width=16, mlp_width=24, layers=4, heads=2, kv_heads=2, head_dim=8)
@@ -43,7 +47,34 @@ def test_every_method_has_a_term_and_a_weight_that_switches_it_on():
         "reward": 0.3,
     }
     coefficients = objective(**weights, alpha=0.4).coefficients()
-    assert coefficients["kd"] == {"weight": 1.0, "temperature": 4.0, "alpha": 0.4}
+    assert coefficients["kd"] == {"weight": 1.0, "temperature": 4.0, "alpha": 0.4, "beta": 0.5}
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_logit_matching_is_by_the_divergence_of_the_settings_online_and_from_a_cache(divergence):
+    (term, *_) = objective(divergence=divergence, beta=0.1).terms
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden, of_teacher = (jax.random.normal(key, (2, 5, 16)) for key in keys[:2])
+    head, teachers_head = (jax.random.normal(key, (16, 32)) for key in keys[2:])
+    tokens, places = np.arange(10, dtype=np.int32).reshape(2, 5), np.zeros((2, 1, 2), np.int32)
+    batch = Batch(tokens, tokens, tokens, np.ones((2, 5), np.float32), places, places.astype(bool))
+    top = top_k_predictions(of_teacher, teachers_head, k=4, temperature=4.0, vocab_size=32)
+    named = {"temperature": 4.0, "alpha": 0.7, "divergence": divergence, "beta": 0.1, "vocab_size": 32}
+    for teacher, expected in (
+        (
+            TeacherOutputs(of_teacher, teachers_head, {}, {}),
+            kd_sums(hidden, head, of_teacher, teachers_head, *shifted_labels(batch), **named),
+        ),
+        (
+            TeacherOutputs(None, None, {}, {}, top),
+            top_k_kd_sums(hidden, head, top, *shifted_labels(batch), **named),
+        ),
+    ):
+        outputs = Outputs(StudentOutputs(hidden, head, {}, {}), teacher, batch)
+        loss, metrics = term.sums(outputs, {}, term.coefficients())
+        np.testing.assert_array_equal(loss, expected.loss)
+        np.testing.assert_array_equal(metrics["distill/soft_loss"].sum, expected.soft)
+        np.testing.assert_array_equal(metrics["distill/kl_div_T1"].sum, expected.kl_T1)
 
 
 def test_reading_layers_are_counted_from_the_embeddings():

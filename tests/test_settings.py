@@ -337,14 +337,19 @@ def test_every_key_is_printed_with_value_origin_and_meaning():
         (["data.train.location=x"], ["data.train.location=x is not read: schema is 'synthetic'"]),
         (["data.validation_fraction=0.5"], ["data.validation_fraction=0.5 is not read: data.validation is given"]),
         (["loss.coherence_weight=0", "loss.transition_form=difference"], []),  # validation reads it
+        (["loss.beta=0.1"], ["loss.beta=0.1 is not read: loss.divergence is 'forward_kl'"]),
+        (["loss.beta=0.1", "loss.divergence=jsd"], []),
         (
             [
                 *("loss.alpha=0", "loss.alignment_weight=0", "loss.coherence_weight=0", "curriculum.enabled=False"),
                 *("loss.temperature=2", "curriculum.validate_every=5", "loss.chunk_length=8"),
+                *("loss.divergence=jsd", "loss.beta=0.1"),
             ],
             [
                 "loss.temperature=2.0 is not read: the loss has nothing of the teacher in it",
                 "curriculum.validate_every=5 is not read: the loss has nothing of the teacher in it",
+                "loss.divergence=jsd is not read: the loss has nothing of the teacher in it",
+                "loss.beta=0.1 is not read: the loss has nothing of the teacher in it",
             ],
         ),
     ],

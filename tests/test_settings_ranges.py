@@ -48,7 +48,7 @@ LEGAL = {
         "JudgeSettings": "limit judge_requests_per_minute judge_retries",  # all rows; no limit; none
         "LabelledSettings": "seed",  # and limit, of rows in files
         "LossSettings": "reward_weight intermediate_weight token_alignment_weight coherence_weight alignment_weight "
-        "alpha hidden_layer student_hidden_layer",
+        "alpha beta hidden_layer student_hidden_layer",
         "Method": "alignment coherence place",
         "OpenAISettings": "requests_per_minute retries",  # no limit; none
         "OptimizerSettings": "warmup_updates final_fraction b1 b2 weight_decay",
@@ -155,6 +155,7 @@ def test_every_settings_dataclass_is_tried():
         ("optimizer.eps=nan", "eps is nan; expected a finite number"),
         ("loss.temperature=inf", "temperature is inf; expected a finite number"),
         ("loss.alpha=1.5", "alpha is 1.5; expected 0 to 1 ("),
+        ("loss.beta=-0.5", "beta is -0.5; expected 0 to 1 ("),
         ("data.row_length=1000000000000", "row_length is 1000000000000; expected 2 to 10,000,000 (tokens)"),
         ("data.train.limit=1000000000000", "limit is 1000000000000; expected 0 to 10,000,000 (chains;"),
         ("curriculum.validation_chains=1000000000000", "validation_chains is 1000000000000; expected 1 to 10,000,000"),

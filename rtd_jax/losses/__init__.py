@@ -5,6 +5,7 @@
 >>> loss = coherence(student_states, teacher_states, mask, projection=g)
 """
 
+from rtd_jax.losses.divergences import Divergence
 from rtd_jax.losses.kd import KDSums, cross_entropy_sums, kd, kd_sums, kd_token_losses, top_k_kd_sums
 from rtd_jax.losses.objective import Denominators, LossWeights, Projections, denominators, rtd
 from rtd_jax.losses.trajectory import (
@@ -18,6 +19,7 @@ from rtd_jax.losses.trajectory import (
 
 __all__ = [
     "Denominators",
+    "Divergence",
     "KDSums",
     "LossWeights",
     "Projections",

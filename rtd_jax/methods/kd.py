@@ -1,4 +1,4 @@
-"""Logit matching, alpha * T^2 * KL + (1 - alpha) * CE; and the labels' cross-entropy alone, without a teacher."""
+"""Logit matching, alpha * T^2 * divergence + (1 - alpha) * CE; and the labels' cross-entropy without a teacher."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -11,6 +11,7 @@ from rtd_jax.base.boundaries import shifted_labels
 from rtd_jax.base.means import Mean, Metrics
 from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.types import Array, Batch, Params
+from rtd_jax.losses.divergences import READ_BETA, Divergence
 from rtd_jax.losses.kd import cross_entropy_sums, kd_sums, top_k_kd_sums
 from rtd_jax.methods.term import Coefficients, MethodSettings, Outputs, Reads, Setup, Term
 
@@ -33,19 +34,26 @@ class KDSettings(ChunkSettings):
 
     temperature: float = 4.0  # T of the soft loss
     alpha: float = 0.7  # share of the soft loss; the labels' cross-entropy gets 1 - alpha
+    divergence: Divergence = "forward_kl"  # of teacher and student in the soft loss
+    beta: float = 0.5  # jsd: teacher's share of the mixture (0: forward KL, 1: reverse); skewed KLs: the skew (0: none)
 
     def __post_init__(self) -> None:
-        check_ranges(self, temperature="[0.001, 1e6]", alpha="[0, 1]")
+        check_ranges(self, temperature="[0.001, 1e6]", alpha="[0, 1]", beta="[0, 1]")
+
+    def unread_settings(self) -> dict[str, str]:
+        return {} if self.divergence in READ_BETA else {"beta": f"loss.divergence is {self.divergence!r}"}
 
     def terms(self, setup: Setup) -> tuple[Term, ...]:
-        return (KD(1.0, self.temperature, self.alpha, setup.vocab_size, self.chunk_length, setup.mesh),)
+        sizes = setup.vocab_size, self.chunk_length, setup.mesh
+        return (KD(1.0, self.temperature, self.alpha, *sizes, self.divergence, self.beta),)
 
 
 @dataclass(frozen=True)
 class KD(Term):
     """alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * CE, summed over predicted tokens.
 
-    From the teacher's states and head, or from a cache's top k (`losses.kd`).
+    Another divergence may take the place of KL. From the teacher's states and head, or from a cache's top k
+    (`losses.kd`).
     """
 
     temperature: float
@@ -53,6 +61,8 @@ class KD(Term):
     vocab_size: int
     chunk_length: int = 32
     mesh: Mesh | None = None
+    divergence: Divergence = "forward_kl"
+    beta: float = 0.5
 
     name: ClassVar[str] = "kd"
     setting: ClassVar[str] = "loss.alpha"
@@ -66,7 +76,7 @@ class KD(Term):
         return replace(self, weight=share * self.weight if self.alpha else 0.0, alpha=1.0, text="own")
 
     def coefficients(self) -> dict[str, float]:
-        return {"weight": self.weight, "temperature": self.temperature, "alpha": self.alpha}
+        return {"weight": self.weight, "temperature": self.temperature, "alpha": self.alpha, "beta": self.beta}
 
     def denominator(self, batch: Batch) -> Array:
         return predicted_tokens(batch)
@@ -76,6 +86,8 @@ class KD(Term):
         options: dict[str, Any] = {
             "temperature": coefficients["temperature"],
             "alpha": coefficients["alpha"],
+            "divergence": self.divergence,
+            "beta": coefficients["beta"],
             "vocab_size": self.vocab_size,
             "chunk_length": self.chunk_length,
             "mesh": self.mesh,

@@ -248,6 +248,7 @@ class Recipe:
             unread["loss.alpha"] = "on_policy.fraction is 1: all chains are the student's own, without labels"
         if not self.loss.teaches():
             names = [f"loss.{name}" for name in ("anchor_prompt", "projections", "transition_form")]
+            names += ["loss.divergence", "loss.beta"]
             if not self.teacher.cache:
                 names.append("loss.temperature")
             if not self.teacher.cache and not self.evaluation.drift_problems:
