@@ -1,7 +1,5 @@
 """Terms are asked what they need, and the update holds them to it."""
 
-from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import numpy as np
@@ -11,7 +9,6 @@ import pytest
 from rtd_jax.base.boundaries import shifted_labels
 from rtd_jax.base.types import Batch, StudentOutputs, TeacherOutputs
 from rtd_jax.losses import kd_sums, top_k_kd_sums
-from rtd_jax.losses.policy import Rollouts
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.alignment import Alignment
 from rtd_jax.methods.own_chains import RewardSettings
@@ -107,22 +104,10 @@ def test_what_is_learned_does_not_depend_on_the_other_terms():
     assert list(objective(projections="shared").init_params(key, 16, 24)) == ["f"]
 
 
-@dataclass(frozen=True)
-class OwnAlignment(Alignment):
-    """Alignment on chains that the student drew."""
-
-    name: ClassVar[str] = "own_alignment"
-    setting: ClassVar[str] = "loss.own_alignment_weight"
-    text: ClassVar[str] = "own"
-
-    def denominator(self, batch: Rollouts) -> jax.Array:
-        return super().denominator(batch.batch)
-
-
 def test_a_cache_serves_no_term_on_the_students_own_chains():
-    own = Objective((*objective().terms, OwnAlignment(1.0, (FINAL, FINAL))))
+    own = Objective((*objective().terms, Alignment(1.0, (FINAL, FINAL), text="own")))
     model = LlamaModel(CONFIG)
-    with pytest.raises(ValueError, match=r"no outputs on chains that the student draws: set loss\.own"):
+    with pytest.raises(ValueError, match=r"no outputs on chains that the student draws: set on_policy\.fraction"):
         make_train_step(model, None, optax.sgd(1.0), own)
     make_train_step(model, model, optax.sgd(1.0), own)
 
