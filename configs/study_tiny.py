@@ -5,6 +5,7 @@
     python launch/study.py --config=configs/study_tiny.py:conditions   # layer, anchor, maps, form and size of coherence
     python launch/study.py --config=configs/study_tiny.py:lift         # the lift on ten seeds, all depths at once
     python launch/study.py --config=configs/study_tiny.py:grid         # the two weights, all depths at once
+    python launch/study.py --config=configs/study_tiny.py:on_policy    # chains that the student draws itself
     python launch/study.py --config=configs/study_tiny.py:cached       # teacher's outputs from a cache, where possible
 
 What the runs share (chains, the reward model, other teachers, the cache) is made once, before them, in
@@ -208,12 +209,54 @@ def conditions() -> dict[str, Method]:
     return found
 
 
+# Updates on chains that the student drew, new ones every few updates; no labels, and the policy that draws is taught.
+DRAWN = ("on_policy.updates_per_refresh=5", "loss.alpha=1.0", "loss.temperature=1.0")
+ALL_DRAWN = (*DRAWN, "on_policy.fraction=1.0", "loss.divergence=reverse_kl")
+
+
+def on_policy() -> dict[str, Method]:
+    """Does the trajectory help on what the student writes? On-policy distillation with it and without it."""
+    found = only(methods(), ("kd", "rtd_no_curriculum", "intermediate_kd"))
+    found["kd_on_policy"] = Method(
+        (*KD, *ALL_DRAWN),
+        "rival",
+        {"kd_on_policy_forward": "is it better to hold the student to what it writes, or to cover the teacher?"},
+        caption="on-policy distillation, reverse KL",
+        pictured=True,
+    )
+    found["kd_on_policy_forward"] = Method((*KD, *ALL_DRAWN, "loss.divergence=forward_kl"))
+    found["gkd"] = Method(
+        (*KD, *DRAWN, "on_policy.fraction=0.5", "loss.divergence=jsd"),
+        "rival",
+        {"kd_on_policy": "does it help to keep half of the teacher's chains?"},
+        caption="half of the chains drawn, JSD",
+        pictured=True,
+    )
+    found["rtd_on_policy"] = Method(
+        (KD[2], *ALL_DRAWN),
+        compared_with={"kd_on_policy": "does RTD's trajectory help on the student's own chains?"},
+        **ALIGNED,
+        **COHERENT,
+        pictured=True,
+    )
+    found["intermediate_on_policy"] = Method(
+        (*KD, *ALL_DRAWN, "loss.intermediate_weight=1.0"),
+        compared_with={
+            "kd_on_policy": "do intermediate layers help on the student's own chains?",
+            "intermediate_kd": "are they better matched on own chains than on the teacher's?",
+        },
+        pictured=True,
+    )
+    return found
+
+
 def get_config(arg: str = "") -> ConfigDict:
-    words = words_of(arg, ("smoke", "grid", "conditions", "lift", "cached"))
+    alone = ("smoke", "grid", "conditions", "lift", "on_policy")
+    words = words_of(arg, (*alone, "cached"))
     smoke = "smoke" in words
-    if len(words & {"smoke", "grid", "conditions", "lift"}) > 1:
+    if len(words.intersection(alone)) > 1:
         raise ValueError(f"{arg}: these are studies of their own; give one of the words")
-    if "cached" in words and words & {"conditions", "lift"}:
+    if "cached" in words and words & {"conditions", "lift", "on_policy"}:
         raise ValueError(f"{arg}: a cache has the bundled teacher's states of one layer; give one of the words")
 
     c = defaults(StudyRecipe)
@@ -287,6 +330,13 @@ def get_config(arg: str = "") -> ConfigDict:
         c.about.few_problems += " The grid is without the curriculum, whose harm here would hide the weights'."
     elif "conditions" in words:
         every = conditions()
+    elif "on_policy" in words:
+        every = on_policy()
+        c.tasks.few_problems = (*c.tasks.few_problems, "evaluation.drift_own=True")
+        c.about.few_problems += (
+            " Methods with `on_policy` in their name, and `gkd`, learn from chains that the student draws for these "
+            "problems, in rows filled as the data's are."
+        )
     elif "lift" in words:
         every = only(every, AT_ONCE)
         del c.tasks.few_problems, c.about.few_problems

@@ -1,6 +1,5 @@
 """Terms are asked what they need, and the update holds them to it."""
 
-
 import jax
 import numpy as np
 import optax

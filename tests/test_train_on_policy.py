@@ -302,7 +302,9 @@ def test_a_resumed_run_draws_again_and_ends_with_the_same_bits(folder, fraction,
 
 
 def test_a_run_says_what_it_drew_and_how_long_that_took(folder, tmp_path, capsys):
-    report = json.loads(train(own_recipe(folder, total_updates=4, log_every=2, batch_size=16), tmp_path).read_text())
+    evaluation = EvaluationSettings(1, max_new_tokens=48, batch_size=8, teacher=False, drift_problems=8, drift_own=True)
+    changes = {"total_updates": 4, "log_every": 2, "batch_size": 16, "evaluation": evaluation}
+    report = json.loads(train(own_recipe(folder, **changes), tmp_path).read_text())
     assert report["tokens"]["data"] > 0
     assert report["tokens"]["own"] > 0
     assert report["seconds"]["rollouts"] > 0

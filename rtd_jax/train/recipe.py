@@ -111,6 +111,7 @@ class EvaluationSettings:
     every: int = 0  # updates between midrun evaluations, for accuracy against updates and time; 0: none
     curve_problems: int = 20  # validation problems of each depth in a midrun evaluation
     drift_problems: int = 0  # validation problems of each depth on which states are compared at the end; 0: none
+    drift_own: bool = False  # compare them on what the student writes for these problems too, and before training
 
     def __post_init__(self) -> None:
         check_ranges(self, problems_per_depth="[1, 1e6]", max_new_tokens="[1, 1e6]", batch_size="[1, 1e6]")
@@ -118,7 +119,8 @@ class EvaluationSettings:
         check_ranges(self, curve_problems="[1, 1e6]" if self.every else "[0, 1e6]")
 
     def unread_settings(self) -> dict[str, str]:
-        return {} if self.every else {"curve_problems": "evaluation.every is 0"}
+        unread = {} if self.every else {"curve_problems": "evaluation.every is 0"}
+        return unread if self.drift_problems else unread | {"drift_own": "evaluation.drift_problems is 0"}
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ class Recipe:
         if self.loss.reward_weight:
             self._check_reward()
         self._check_states()
+        self._check_drift()
         if self.on_policy.fraction:
             self._check_on_policy()
         if not self.loss.teaches() and self.curriculum.by_coherence:
@@ -164,6 +167,13 @@ class Recipe:
                 "the loss has nothing of the teacher in it, so no coherence loss can end a stage: set "
                 "curriculum.enabled=False, or curriculum.threshold_factor=0 and plateau_patience=0 for stages of equal "
                 "length"
+            )
+
+    def _check_drift(self) -> None:
+        if self.evaluation.drift_problems and self.evaluation.drift_own and self.teacher.cache:
+            raise ValueError(
+                "evaluation.drift_own needs the teacher online: what the student writes is in no cache; set "
+                "evaluation.drift_own=False, or teacher.cache=''"
             )
 
     def _check_states(self) -> None:

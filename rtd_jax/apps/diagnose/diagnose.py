@@ -25,6 +25,7 @@ from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure, transitions
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, decoding_notes
+from rtd_jax.eval.own_chains import OwnChain, own_chains
 from rtd_jax.eval.scored import Record
 from rtd_jax.eval.states import boundary_states, cached_key, cached_states, open_cache
 from rtd_jax.models.from_hf import resolve
@@ -211,7 +212,7 @@ class Pair:
 
     def compare_own(self, records: Sequence[Record]) -> dict[str, Any]:
         """{"own": drift along the chains that the student wrote}; {} where fewer than two of them can be read."""
-        own = readable(_own_chains(records), (self.student, self.teacher), self.text, self.note)
+        own = readable(own_chains(records), (self.student, self.teacher), self.text, self.note)
         if len(own) < 2:
             return {}
         self.note("reading the student's own chains with both models")
@@ -317,9 +318,6 @@ def _cut(
     return detector.cut(traces)
 
 
-OwnChain = tuple[int, Trace, list[bool | None]]  # index of the record, chain, whether each step is right
-
-
 def readable(
     own: Sequence[OwnChain], models: Sequence[LoadedModel], text: TextFormat, note: Callable[[str], None]
 ) -> list[OwnChain]:
@@ -358,18 +356,6 @@ def _in_cache(
     if len(kept) < len(traces):
         note(f"{len(traces) - len(kept)} of {len(traces)} chains are not in the teacher cache and are left out")
     return [traces[i] for i in kept], [[chains[i] for i in kept] for chains in encoded]
-
-
-def _own_chains(records: Sequence[Record]) -> list[OwnChain]:
-    """The student's solutions as chains, where they have steps."""
-    own: list[OwnChain] = []
-    for i, record in enumerate(records):
-        steps = [" ".join(step.split()) for step in record["completions"]]
-        if steps:
-            labels = (list(record["verdicts"]) or [None] * len(steps))[: len(steps)]
-            trace = Trace.of_steps(record["prompt"], steps, "", record["final"], f"generation {i + 1}")
-            own.append((i, trace, labels))
-    return own
 
 
 def _described(loaded: LoadedModel, layer: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The end of a run: the drift between student and teacher, and the tables and the page that a person reads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ from rtd_jax.base.console import print_table
 from rtd_jax.base.files import read_jsonl
 from rtd_jax.base.sharding import to_host
 from rtd_jax.base.types import Params
+from rtd_jax.data.encoding import EncodedChain, encode_traces
+from rtd_jax.data.trace import Trace
 from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure, transitions
 from rtd_jax.eval.evaluate import first_of_each_depth
+from rtd_jax.eval.own_chains import own_chains
 from rtd_jax.methods.maps import state_map, transition_map
 from rtd_jax.train.update import make_boundary_reader
 
@@ -27,13 +30,65 @@ def drift_section(experiment: Experiment, params: Params) -> dict[str, Any]:
     See `rtd_jax.eval.drift.measure`: CKA and cosines by step, and whether the cosine of a transition tells right steps
     and chains from wrong ones. Steps are judged under teacher forcing, chains by what the student decodes freely. f and
     g are the run's own where its loss trained them; else linear maps, fitted on one half of the chains and used on the
-    other.
+    other. With `evaluation.drift_own` under "own" the same on the chains that the student wrote for these problems,
+    each step judged by itself.
     """
     loss, split = experiment.recipe.loss, experiment.validation
-    problems = first_of_each_depth(split.traces, experiment.recipe.evaluation.drift_problems)
+    problems = _drift_problems(experiment)
     place = {id(trace): i for i, trace in enumerate(split.traces)}
     chains = [split.encoded[place[id(trace)]] for trace in problems]
     _, records = experiment.evaluator(experiment.student, params["student"], problems)
+    is_trained = {"f": bool(loss.alignment_weight or loss.token_alignment_weight), "g": bool(loss.coherence_weight)}
+    trained = {name: maps(params) for name, maps in (("f", state_map), ("g", transition_map)) if is_trained[name]}
+    failed = np.array([not record["correct"] for record in records])
+    section = _drift(experiment, params, chains, trained, [record["teacher_forced"] for record in records], failed)
+    section["maps"] = {name: "the run's own" if own else "fitted" for name, own in is_trained.items()}
+    if experiment.recipe.evaluation.drift_own:
+        section["own"] = _own_drift(experiment, params, trained, records)
+    return section
+
+
+def own_drift_before(experiment: Experiment, params: Params) -> dict[str, Any] | None:
+    """The drift on the chains that the student writes before it is trained; None where too few have steps."""
+    problems = _drift_problems(experiment)
+    _, records = experiment.evaluator(experiment.student, params["student"], problems)
+    return _own_drift(experiment, params, {}, records)
+
+
+def _drift_problems(experiment: Experiment) -> list[Trace]:
+    return first_of_each_depth(experiment.validation.traces, experiment.recipe.evaluation.drift_problems)
+
+
+def _own_drift(
+    experiment: Experiment, params: Params, trained: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """The drift on what the student wrote; None where fewer than two texts have steps that both models can read."""
+    data = experiment.recipe.data
+    chains: list[EncodedChain] = []
+    steps_right, failed = [], []
+    for i, trace, labels in own_chains(records):
+        try:
+            (chain,), _ = encode_traces(experiment.tokenizer, [trace], data.text, row_length=data.row_length)
+        except ValueError:  # too long, or a character that the tokenizer does not have
+            continue
+        if len(chain.boundaries) <= experiment.max_boundaries:
+            chains.append(chain)
+            steps_right.append(labels)
+            failed.append(not records[i]["correct"])
+    if len(chains) < 2:
+        return None
+    return _drift(experiment, params, chains, trained, steps_right, np.array(failed))
+
+
+def _drift(
+    experiment: Experiment,
+    params: Params,
+    chains: Sequence[EncodedChain],
+    trained: Mapping[str, Any],
+    steps_right: Sequence[Sequence[bool | None]],
+    failed: np.ndarray,
+) -> dict[str, Any]:
+    """`measure` on chains that both models read, with the run's own maps f and g where they were trained."""
     reads = experiment.yardstick.reads
     layers = reads.student_boundaries[0], reads.teacher_boundaries[0]
     read = make_boundary_reader(experiment.student, experiment.teacher, layers)
@@ -43,22 +98,14 @@ def drift_section(experiment: Experiment, params: Params) -> dict[str, Any]:
         parts.append([x[:, 0] for x in to_host((*read(params, source, placed), placed.boundary_mask_BCK))])
     student_CKS, teacher_CKD, mask_CK = (np.concatenate(x)[: len(chains)] for x in zip(*parts, strict=True))
     states = BoundaryStates(student_CKS, teacher_CKD, mask_CK.astype(bool))
-    is_trained = {"f": bool(loss.alignment_weight or loss.token_alignment_weight), "g": bool(loss.coherence_weight)}
     maps: dict[str, Sequence[Map]] = {}
-    for name, own in (("f", state_map(params)), ("g", transition_map(params))):
-        if is_trained[name]:
+    for name in ("f", "g"):
+        if name in trained:
+            own = trained[name]
             maps[name] = [None if own is None else np.asarray(to_host(own))] * len(chains)
         else:
             maps[name] = cross_fitted(transitions(states) if name == "g" else states, seed=0)
-    section = measure(
-        states,
-        (maps["f"], maps["g"]),
-        [record["teacher_forced"] for record in records],
-        np.array([not record["correct"] for record in records]),
-        resamples=RESAMPLES,
-        seed=0,
-    )
-    return section | {"maps": {name: "the run's own" if own else "fitted" for name, own in is_trained.items()}}
+    return measure(states, (maps["f"], maps["g"]), steps_right, failed, resamples=RESAMPLES, seed=0)
 
 
 def print_report(report: dict[str, Any], workdir: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from rtd_jax.apps.distill.prepare import Experiment, prepare
-from rtd_jax.apps.distill.report import drift_section, print_report, write_page
+from rtd_jax.apps.distill.report import drift_section, own_drift_before, print_report, write_page
 from rtd_jax.apps.distill.stages import Run, Trainer
 from rtd_jax.base import signals
 from rtd_jax.base.console import Display
@@ -51,6 +51,8 @@ def train(recipe: Recipe, workdir: Path) -> Path:
     with clock.span("loading and tokenising"):
         experiment, state = prepare(recipe, functools.partial(print, flush=True) if is_lead else lambda _: None)
         check_saves(experiment.tokenizer)
+        is_drift_own = recipe.evaluation.drift_problems and recipe.evaluation.drift_own
+        own_before = own_drift_before(experiment, state.params) if is_drift_own else None
         run = _starting_point(experiment, state, clock, latest)
     if is_lead:
         write_json(workdir / "settings.json", settings)
@@ -68,6 +70,8 @@ def train(recipe: Recipe, workdir: Path) -> Path:
             tokenizer, text = experiment.tokenizer, recipe.data.text
             save_pretrained(workdir / "student", student.config, params, tokenizer=tokenizer, text=text)
             report = _evaluate(experiment, run, display, workdir)
+    if own_before is not None:
+        report["drift"]["own_before"] = own_before
     report["settings"] = settings  # a study looks whether a report is of the run that it asked for
     report["wall_seconds"] = round(time.monotonic() - started, 1)
     report["train_seconds"] = round(run.seconds, 1)  # of all processes that the run had

@@ -57,6 +57,7 @@ class _Report:
     teacher: _Evaluation | None = None
     curve: tuple[_Look, ...] = ()
     drift: dict[str, Any] | None = None
+    tokens: dict[str, int] | None = None  # predicted tokens that were trained on, by where the chains came from
     settings: dict[str, Any] | None = None  # of the run; None where an earlier version wrote the report
 
 
@@ -117,6 +118,7 @@ def read_outcome(task: str, method: str, seed: int, workdir: Path, overrides: Se
         report.drift,
         tuple(content.get("curve", ())),
         tuple(content["stages"]),
+        None if report.tokens is None else sum(report.tokens.values()),
     )
 
 
@@ -177,7 +179,9 @@ def _check(report: _Report) -> None:
             raise ValueError(f"{stage.depth!r} is no stage")
     for look in report.curve:
         _check_depths(look.chain_accuracy)
-    measured = [*cka_curve(report.drift).values(), auroc_within(report.drift)]
+    drift = report.drift or {}
+    parts = [part for part in (report.drift, drift.get("own"), drift.get("own_before")) if part is not None]
+    measured = [x for part in parts for x in (*cka_curve(part).values(), auroc_within(part))]
     if not all(isinstance(x, float | int | None) for x in measured):
         raise ValueError("its drift has other values than numbers")
 

@@ -95,8 +95,11 @@ def _add_task(report: Report, task: str, about: str, runs: TaskRuns) -> None:
         "questions": ("Questions the article leaves open", "question", claims.questions(runs)),
     }
     added, changed = claims.component_gains(runs), claims.changed_coherence(runs)
+    keys = [*MEASURED]
+    if all(outcome.tokens is not None for outcomes in runs.outcomes.values() for outcome in outcomes):
+        keys.append("tokens")
     means = {
-        name: {key: float(np.mean([getattr(outcome, key) for outcome in outcomes])) for key in MEASURED}
+        name: {key: float(np.mean([getattr(outcome, key) for outcome in outcomes])) for key in keys}
         for name, outcomes in runs.outcomes.items()
     }
     sections = [
@@ -108,6 +111,7 @@ def _add_task(report: Report, task: str, about: str, runs: TaskRuns) -> None:
         _grid(table, runs),
         _means(means),
         _drift(runs),
+        _own_drift(runs),
         _time(runs),
         _stages(runs),
     ]
@@ -212,12 +216,19 @@ def _grid(table: Table, runs: TaskRuns) -> Section:
 
 
 def _means(means: Mapping[str, dict[str, float]]) -> Section:
-    forms = ("{:.1f}", "{:.4f}", "{:.0f}", "{:.0f}")
-    rows = []
+    columns = {
+        "step_accuracy": ("step accuracy %", "{:.1f}"),
+        "perplexity": ("perplexity", "{:.4f}"),
+        "updates": ("updates", "{:.0f}"),
+        "seconds": ("seconds of training", "{:.0f}"),
+        "tokens": ("tokens trained on", "{:,.0f}"),
+    }
+    rows, heads = [], {}
     for name, row in means.items():
         shown = row | {"step_accuracy": 100 * row["step_accuracy"]}
-        rows.append((name, *(form.format(shown[key]) for key, form in zip(MEASURED, forms, strict=True))))
-    head = ("method", "step accuracy %", "perplexity", "updates", "seconds of training")
+        heads = {key: columns[key] for key in row}
+        rows.append((name, *(form.format(shown[key]) for key, (_, form) in heads.items())))
+    head = ("method", *(title for title, _ in heads.values()))
     return Section("What else was measured (means over seeds)", head=head, rows=rows)
 
 
@@ -245,6 +256,42 @@ def _drift(runs: TaskRuns) -> Section:
         "one half of the chains and used on the other."
     )
     return Section(title, 3, [text], ("method", *(f"CKA, step {step}" for step in steps), "AUROC"), rows)
+
+
+def _own_drift(runs: TaskRuns) -> Section:
+    """Likeness of the states on what the student writes itself, before training and after it."""
+    title = "Drift on the student's own chains (means over seeds)"
+    found = {
+        (name, when): [drift for outcome in outcomes if (drift := (outcome.drift or {}).get(key)) is not None]
+        for name, outcomes in runs.outcomes.items()
+        for key, when in (("own_before", "before"), ("own", "after"))
+    }
+    found = {place: drifts for place, drifts in found.items() if drifts}
+    steps = range(1, 1 + max((len(d["steps"]) - 1 for drifts in found.values() for d in drifts), default=0))
+    steps = range(1, 1 + min(len(steps), 4))
+
+    def mean(drifts: Sequence[dict[str, Any]], key: str, step: int) -> str:
+        values = [d["steps"][step][key] for d in drifts if step < len(d["steps"])]
+        known = [row["value"] for row in values if row is not None and row["value"] is not None]
+        return f"{np.mean(known):.3f}" if known else "-"
+
+    rows = [
+        (
+            *place,
+            f"{np.mean([d['chains'] for d in drifts]):.0f}",
+            *(mean(drifts, "cka_debiased", step) for step in steps),
+            *(mean(drifts, "transition_cosine", step) for step in steps),
+        )
+        for place, drifts in found.items()
+    ]
+    text = (
+        "As above, on what the student writes greedily for the same problems, as far as it has steps; both models read "
+        "it. Before training the student is what it starts from. Debiased CKA at the end of a step, over the chains "
+        "that have it, and the cosine between the two models' transitions into the step. Chains before and after are "
+        "not the same texts, and those of a weak student have fewer steps."
+    )
+    head = ("method", "", "chains", *(f"CKA, step {s}" for s in steps), *(f"cosine, step {s}" for s in steps))
+    return Section(title, 3, [text], head, rows)
 
 
 def _time(runs: TaskRuns) -> Section:

@@ -46,6 +46,7 @@ class Outcome:
     # Evaluations during the run: {"update", "seconds", "chain_accuracy": {depth: mean}}.
     curve: tuple[dict[str, Any], ...] = ()
     stages: tuple[dict[str, Any], ...] = ()  # see `rtd_jax.train.curriculum.StageRecord`
+    tokens: int | None = None  # predicted tokens that it was trained on; None where an earlier version wrote the report
 
 
 @dataclass(frozen=True)
