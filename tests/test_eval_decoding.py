@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rtd_jax.eval import decoding as decode
-from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate, greedy, nucleus
+from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate, run, settings
+from rtd_jax.eval.decoding.next_token import nucleus
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.model import LlamaModel
 
@@ -75,7 +75,7 @@ def test_rows_end_at_their_own_end(params, prompts):
 
 def test_a_bucket_boundary_changes_nothing(params, prompts, monkeypatch):
     expected = generate(MODEL, params, prompts, **options())
-    monkeypatch.setattr(decode, "PROMPT_MULTIPLE", 7)  # prompts of 7 fill their bucket, 9 and 14 need two
+    monkeypatch.setattr(settings, "PROMPT_MULTIPLE", 7)  # prompts of 7 fill their bucket, 9 and 14 need two
     assert generate(MODEL, params, prompts, **options()) == expected
 
 
@@ -106,9 +106,11 @@ class Countdown:
         last_B = jnp.take_along_axis(tokens_BL, lengths_B[:, None] - 1, axis=1)[:, 0]
         return jax.nn.one_hot(last_B, PADDED), ()
 
-    def decode(self, params, cache, tokens_B, positions_B):
+    def decode(self, params, cache, tokens_B, positions_B, length):
         jax.debug.callback(self._count, positions_B)
         return jax.nn.one_hot(tokens_B, PADDED), ()
+
+    activation_sharding = None
 
     def head(self, params):
         return jnp.roll(jnp.eye(PADDED), -1, axis=1)
@@ -212,7 +214,7 @@ def test_nucleus_worked_by_hand():
 
 
 def test_a_text_can_end_a_row(params, prompts, monkeypatch):
-    monkeypatch.setattr(decode, "STOP_INTERVAL", 3)
+    monkeypatch.setattr(run, "STOP_INTERVAL", 3)
     free = generate(MODEL, params, prompts, **options())
     checked = []
 
