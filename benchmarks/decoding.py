@@ -67,8 +67,8 @@ def theirs(model: Path) -> Generate:
     def one_batch(prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
         longest = max(map(len, prompts))
         ids, mask = (
-            torch.tensor([[0] * (longest - len(p)) + row for p, row in zip(prompts, rows, strict=True)])
-            for rows in (prompts, [[1] * len(p) for p in prompts])
+            torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+            for rows in (prompts, [[1] * len(prompt) for prompt in prompts])
         )
         how = {"max_new_tokens": max(limits), "do_sample": False, "pad_token_id": 0}
         if len(set(limits)) > 1:
@@ -90,7 +90,7 @@ def theirs(model: Path) -> Generate:
 
 
 def work(system: str, model: Path, cores: int) -> None:
-    """Serves one request a line, {"prompts", "limits", "batch"}, with the ids, seconds, and seconds of all cores together."""
+    """Serves a request a line, arguments of a `Generate`, with the ids, seconds, and seconds of all cores together."""
     if cores:  # both systems take as many threads as the process may have cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     run = {"ours": ours, "theirs": theirs}[system](model)

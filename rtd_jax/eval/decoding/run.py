@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from rtd_jax.base.sharding import put_same, replicated, to_host
+from rtd_jax.base.sharding import put_same, to_host
 from rtd_jax.base.types import Params
 from rtd_jax.data.by_length import round_up
 from rtd_jax.eval.decoding import settings as sizes
@@ -33,7 +32,8 @@ def generate(
 ) -> list[list[int]]:
     """A continuation of each prompt, in the order of the prompts: the most probable token each time, or drawn.
 
-    `batch_size` texts are written at a time. One that has ended gives its place to the next; equal prompts are read once.
+    `batch_size` texts are written at a time. One that has ended gives its place to the next. Equal prompts are read
+    once.
 
     Args:
       model: static under jit.
@@ -92,7 +92,7 @@ def _queue(prompts: Sequence[Sequence[int]], streams: np.ndarray, limits: np.nda
             prompts_UP[place, : len(prompt)] = prompt
             lengths_U[place] = len(prompt)
         prompt_of_Q[text] = place
-    return Queue(prompts_UP, lengths_U, prompt_of_Q, streams_Q, limits_Q, np.int32(len(prompts)))
+    return Queue(prompts_UP, lengths_U, prompt_of_Q, streams_Q, limits_Q, np.array(len(prompts), np.int32))
 
 
 def _written(
@@ -111,7 +111,7 @@ def _written(
     arrays that all processes have.
     """
     texts = int(queue.texts)
-    queue = put_same(queue, None if batch_sharding is None else replicated(batch_sharding.mesh))
+    queue = put_same(queue, None if batch_sharding is None else NamedSharding(batch_sharding.mesh, PartitionSpec()))
     how = {"settings": settings, "rows": batch_sharding}
     state = start(model, params, queue, slots=rows, **how)
     reported = done = steps = 0

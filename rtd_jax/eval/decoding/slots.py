@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
-from rtd_jax.base.sharding import constrain
+from rtd_jax.base.sharding import MeshAxes, mesh_spec
 from rtd_jax.base.types import Array, Params
 from rtd_jax.data.by_length import round_up
 from rtd_jax.eval.decoding.next_token import next_tokens
@@ -78,7 +78,7 @@ class Progress(NamedTuple):
 
 
 def rows_read(slots: int, rows: NamedSharding | None) -> int:
-    """W: a sixteenth of the slots, or more where devices share the rows. So many are free before one is filled again."""
+    """W: a sixteenth of the slots, or more where devices share them. As many are free before any is filled again."""
     ways = 1
     if rows is not None and rows.spec and rows.spec[0]:
         names = (rows.spec[0],) if isinstance(rows.spec[0], str) else rows.spec[0]
@@ -161,7 +161,7 @@ def advance(
             return goes_on(progress) & ~needs_refill(progress) & (longest(progress) <= length)
 
         def add_token(progress: Progress) -> Progress:
-            slots = _with_next_token(model, params, progress.slots, length, settings)
+            slots = with_next_token(model, params, progress.slots, length, settings)
             return progress._replace(steps=progress.steps + 1, slots=slots)
 
         return jax.lax.while_loop(fits, add_token, progress)
@@ -181,7 +181,7 @@ def static_lengths(longest: int, multiple: int) -> list[int]:
     return sorted({min(part, longest) for part in parts})
 
 
-def _with_next_token(model: LlamaModel, params: Params, slots: Slots, length: int, settings: GenerateSettings) -> Slots:
+def with_next_token(model: LlamaModel, params: Params, slots: Slots, length: int, settings: GenerateSettings) -> Slots:
     """Reads the newest token of each slot and adds the next one where the text goes on."""
     hidden_BD, cache = model.decode(params, slots.cache, slots.last_B, slots.positions_B, length)
     chosen_B, is_end_B = next_tokens(model, params, hidden_BD, slots.streams_B, slots.counts_B, settings)
@@ -208,7 +208,7 @@ def _refilled(
 ) -> Progress:
     """Gives free slots to the next texts, at most W, whose prompts are or can be put on the shelf."""
     progress = _written_down(progress)
-    shelf = _restocked(model, params, queue, progress)
+    shelf = restocked(model, params, queue, progress)
     slots, (read,) = progress.slots, shelf.hidden_WD.shape[:1]
     text_W = progress.taken + jnp.arange(read, dtype=jnp.int32)
     place_W = queue.prompt_of_Q.at[text_W].get(mode="fill", fill_value=0) - shelf.first  # on the shelf
@@ -222,11 +222,14 @@ def _refilled(
     new_WN = jnp.full((read, settings.max_new_tokens), settings.pad_id, jnp.int32)
     lengths_W = queue.lengths_U.at[shelf.first + place_W].get(mode="fill", fill_value=1)
     # Positions behind the prompt have what an earlier text left there, and are written before they are read.
-    prompt_length = queue.prompts_UP.shape[1]
+    prompt_length, shelved = queue.prompts_UP.shape[1], shelf.cache
+    if rows is not None:  # any slot may take any of these prompts
+        whole = _cache_shardings(shelved, model, rows, is_spread=False)
+        shelved = jax.lax.with_sharding_constraint(shelved, whole)
     cache = jax.tree.map(
         lambda x, shelved: x.at[:, slot_W, :, :prompt_length].set(shelved[:, place_W], mode="drop"),
         slots.cache,
-        _placed_cache(shelf.cache, model, rows, is_spread=False),
+        shelved,
     )
     taken = Slots(
         cache,
@@ -248,8 +251,8 @@ def _refilled(
     return progress._replace(taken=progress.taken + count, slots=Slots(cache, **others), shelf=shelf)
 
 
-def _restocked(model: LlamaModel, params: Params, queue: Queue, progress: Progress) -> Shelf:
-    """The shelf, with the next W prompts read where the next text's prompt is not on it."""
+def restocked(model: LlamaModel, params: Params, queue: Queue, progress: Progress) -> Shelf:
+    """The shelf, with the next W prompts read if the next text's prompt is not on it."""
     shelf, (read,) = progress.shelf, progress.shelf.hidden_WD.shape[:1]
     prompt_length = queue.prompts_UP.shape[1]
     first = shelf.first + read
@@ -278,32 +281,37 @@ def _written_down(progress: Progress) -> Progress:
     )
 
 
+def shardings(progress: Progress, model: LlamaModel, rows: NamedSharding) -> Progress:
+    """Where the arrays of the progress lie, as `advance` says; axes that do not divide an array leave it whole."""
+    mesh, of_rows = _mesh(rows), rows.spec[0] if rows.spec else None
+
+    def placed(tree: Any, first: MeshAxes = None) -> Any:
+        def of(x: Array) -> NamedSharding:
+            return NamedSharding(mesh, mesh_spec(x.shape, [first, *[None] * x.ndim][: x.ndim], mesh))
+
+        return jax.tree.map(of, tree)
+
+    slots = placed(progress.slots, of_rows)._replace(cache=_cache_shardings(progress.slots.cache, model, rows))
+    shelf = placed(progress.shelf)._replace(cache=_cache_shardings(progress.shelf.cache, model, rows))
+    return placed(progress)._replace(slots=slots, shelf=shelf)
+
+
 def _placed(progress: Progress, model: LlamaModel, rows: NamedSharding | None) -> Progress:
-    """The same, each array spread over the mesh as `advance` says."""
     if rows is None:
         return progress
-    mesh = rows.mesh
-    by_row = {
-        name: constrain(x, mesh, rows.spec[0], *(None,) * (x.ndim - 1))
-        for name, x in progress.slots._asdict().items()
-        if name != "cache"
-    }
-    slots = Slots(_placed_cache(progress.slots.cache, model, rows), **by_row)
-    shelf = progress.shelf._replace(cache=_placed_cache(progress.shelf.cache, model, rows))
-    whole = {
-        name: constrain(x, mesh, *(None,) * x.ndim)
-        for name, x in progress._asdict().items()
-        if name not in ("slots", "shelf")
-    }
-    return Progress(slots=slots, shelf=shelf, **whole)
+    return jax.lax.with_sharding_constraint(progress, shardings(progress, model, rows))
 
 
-def _placed_cache(cache: Any, model: LlamaModel, rows: NamedSharding | None, *, is_spread: bool = True) -> Any:
-    """A cache with its rows spread like the model's activations, or whole, and its heads over the other mesh axes."""
-    if rows is None:
-        return cache
+def _cache_shardings(cache: Any, model: LlamaModel, rows: NamedSharding, *, is_spread: bool = True) -> Any:
+    """Of a cache: its rows are spread like the model's activations, or whole, its heads over the other mesh axes."""
     spec = (model.activation_sharding or rows).spec
     of_rows = (spec[0],) if spec and isinstance(spec[0], str) else tuple(spec[0] or ()) if spec else ()
-    of_heads = tuple(name for name in rows.mesh.axis_names if name not in of_rows)
+    mesh = _mesh(rows)
+    of_heads = tuple(name for name in mesh.axis_names if name not in of_rows)
     axes = (None, of_rows if is_spread else None, of_heads, None, None)
-    return jax.tree.map(lambda x: constrain(x, rows.mesh, *axes), cache)
+    return jax.tree.map(lambda x: NamedSharding(mesh, mesh_spec(x.shape, axes, mesh)), cache)
+
+
+def _mesh(rows: NamedSharding) -> Mesh:
+    assert isinstance(rows.mesh, Mesh)
+    return rows.mesh
