@@ -216,7 +216,7 @@ def test_refilling_and_decoding_copy_no_cache():
     limit = jax.ShapeDtypeStruct((), jnp.int32)
     compiled = advance.lower(MODEL, abstract, queue, state, limit, limit, settings=settings).compile()
     cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.slots.cache))
-    assert compiled.memory_analysis().temp_size_in_bytes < cache / 2
+    assert compiled.memory_analysis().temp_size_in_bytes < cache
 
 
 def test_sharded_params_decode_the_same_and_survive(params, prompts):

@@ -19,7 +19,7 @@ from rtd_jax.apps.plan.cost import Plan, compile_plan
 from rtd_jax.apps.plan.targets import Target
 from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.sharding import replicated, row_sharding
-from rtd_jax.base.types import Params
+from rtd_jax.base.types import Array, Params
 from rtd_jax.data.by_length import round_up
 from rtd_jax.eval.decoding import PROMPT_MULTIPLE, GenerateSettings, Sampling
 from rtd_jax.eval.decoding.slots import Progress, Queue, advance, rows_read, shardings, start, with_next_token
@@ -137,10 +137,10 @@ def drawing_rows(plan: DrawingPlan, target: Target, update: Plan) -> list[tuple[
     return [
         ("texts, new tokens at most", f"{texts}, {texts * draw.max_new_tokens:,}"),
         ("peak memory, GiB", f"{plan.whole.peak / 2**30:.1f}"),
-        ("of it weights and caches, GiB", f"{plan.step.memory.arguments / 2**30:.1f}"),
         ("arithmetic, TFLOP", f"{plan.flops / 1e12:.1f}"),
         ("memory traffic, GB", f"{plan.bytes_moved / 1e9:.1f}"),
         ("memory traffic of a step, GB", f"{step.bytes_moved / 1e9:.2f}"),
+        ("at least: weights and caches once, GB", f"{step.memory.arguments / 1e9:.2f}"),
         ("links of a step, GB", f"{step.wire_bytes / 1e9:.3f}"),
         ("a step is bound by", plan.limit(target)),
         ("a step, ms at the data sheet's rate", f"{1e3 * max(step.seconds(target).values()):.2f}"),
@@ -153,7 +153,7 @@ def drawing_rows(plan: DrawingPlan, target: Target, update: Plan) -> list[tuple[
 def writing(model: LlamaModel, settings: GenerateSettings, mesh: Mesh) -> Any:
     """All texts of a queue, from start to end, as one jitted function of (params, queue)."""
 
-    def write(params: Params, queue: Queue) -> tuple[jax.Array, jax.Array]:
+    def write(params: Params, queue: Queue) -> tuple[Array, Array]:
         rows, never = row_sharding(mesh), jnp.int32(2**31 - 1)
         nothing = start(model, params, queue, slots=settings.batch_size, settings=settings, rows=rows)
         written: Progress = advance(model, params, queue, nothing, never, never, settings=settings, rows=rows)

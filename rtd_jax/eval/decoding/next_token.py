@@ -11,7 +11,7 @@ from rtd_jax.models.model import LlamaModel
 
 def next_tokens(
     model: LlamaModel, params: Params, hidden_BD: Array, streams_B: Array, counts_B: Array, settings: GenerateSettings
-) -> tuple[Array, Array]:
+) -> tuple[jax.Array, jax.Array]:
     """The next token of each row, int32 [B], and whether it is one of `eos_ids`, bool [B].
 
     Args:

@@ -2,14 +2,15 @@
 
 A loop alternates between two things. It refills: where the texts in some slots have ended, the next prompts of a queue
 take their places; prompts are read a few at a time, each once however many texts continue it. And it decodes: every
-step adds a token to each slot, until enough slots are free again or nothing is left to do. Refilling stands between
-two loops and not under a condition inside one, so that XLA updates the cache in place.
+step adds a token to each slot, until enough slots are free again or nothing is left to do. There is a loop of steps for
+each length that is attended to, and refilling stands between loops: under a condition XLA would copy the caches.
 
 Axes beside those of `rtd_jax.base.types`: B slots, Q texts to be written, U prompts, P tokens of a prompt, W prompts
 that are read together, N new tokens (but layers, as the first axis of a cache).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -31,45 +32,45 @@ ATTENDED_MULTIPLE = 128  # tokens; a step attends to a multiple of this
 class Queue(NamedTuple):
     """What is to be written. The texts of one prompt are neighbours, and prompts come in the order of their texts."""
 
-    prompts_UP: Array  # int32, padded on the right
-    lengths_U: Array  # int32, tokens of each prompt
-    prompt_of_Q: Array  # int32, the prompt of each text
-    streams_Q: Array  # int32, the text's stream of draws
-    limits_Q: Array  # int32, its most new tokens, at least 1
-    texts: Array  # int32, how many texts there are; what follows is padding
+    prompts_UP: jax.Array  # int32, padded on the right
+    lengths_U: jax.Array  # int32, tokens of each prompt
+    prompt_of_Q: jax.Array  # int32, the prompt of each text
+    streams_Q: jax.Array  # int32, the text's stream of draws
+    limits_Q: jax.Array  # int32, its most new tokens, at least 1
+    texts: jax.Array  # int32, how many texts there are; what follows is padding
 
 
 class Shelf(NamedTuple):
     """The W prompts that were read last: texts that continue them copy their keys and values into slots."""
 
     cache: Any  # of P positions
-    hidden_WD: Array  # the state that the first new token is chosen from
-    first: Array  # int32, the first of these prompts
+    hidden_WD: jax.Array  # the state that the first new token is chosen from
+    first: jax.Array  # int32, the first of these prompts
 
 
 class Slots(NamedTuple):
     """The texts that are being written."""
 
     cache: Any  # of P + N positions
-    text_B: Array  # int32, the newest text of each slot; Q where there was none
-    streams_B: Array  # int32, the text's stream of draws
-    limits_B: Array  # int32, its most new tokens
-    last_B: Array  # int32, the newest token, which is not in the cache yet
-    positions_B: Array  # int32, its position
-    alive_B: Array  # bool, whether the text goes on
-    new_BN: Array  # int32
-    counts_B: Array  # int32, new tokens
+    text_B: jax.Array  # int32, the newest text of each slot; Q where there was none
+    streams_B: jax.Array  # int32, the text's stream of draws
+    limits_B: jax.Array  # int32, its most new tokens
+    last_B: jax.Array  # int32, the newest token, which is not in the cache yet
+    positions_B: jax.Array  # int32, its position
+    alive_B: jax.Array  # bool, whether the text goes on
+    new_BN: jax.Array  # int32
+    counts_B: jax.Array  # int32, new tokens
 
 
 class Progress(NamedTuple):
     """Where the program stands."""
 
-    steps: Array  # int32, tokens that were added to every slot
-    taken: Array  # int32, texts that have or had a slot
+    steps: jax.Array  # int32, tokens that were added to every slot
+    taken: jax.Array  # int32, texts that have or had a slot
     slots: Slots
     shelf: Shelf
-    new_QN: Array  # int32, what was written; behind its end, pad ids
-    counts_Q: Array  # int32, new tokens before the end
+    new_QN: jax.Array  # int32, what was written; behind its end, pad ids
+    counts_Q: jax.Array  # int32, new tokens before the end
 
     @property
     def done(self) -> Array:
@@ -99,15 +100,14 @@ def start(
     """Empty slots and an empty shelf."""
     texts, read, prompt_length = len(queue.prompt_of_Q), rows_read(slots, rows), queue.prompts_UP.shape[1]
 
-    def empty(batch: int, length: int) -> tuple[Array, Any]:
+    def empty(batch: int, length: int) -> tuple[jax.Array, Any]:
         shapes = jax.eval_shape(
             functools.partial(model.prefill, cache_length=length),
             params,
             jax.ShapeDtypeStruct((batch, prompt_length), jnp.int32),
             jax.ShapeDtypeStruct((batch,), jnp.int32),
         )
-        hidden, cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return hidden, cache
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     zero, zeros_B = jnp.int32(0), jnp.zeros(slots, jnp.int32)
     nothing_BN = jnp.full((slots, settings.max_new_tokens), settings.pad_id, jnp.int32)
@@ -156,7 +156,7 @@ def advance(
     def longest(progress: Progress) -> Array:
         return jnp.max(jnp.where(progress.slots.alive_B, progress.slots.positions_B, -1)) + 1
 
-    def decode(length: int, progress: Progress) -> Progress:
+    def decode(progress: Progress, length: int) -> Progress:
         def fits(progress: Progress) -> Array:
             return goes_on(progress) & ~needs_refill(progress) & (longest(progress) <= length)
 
@@ -167,9 +167,8 @@ def advance(
         return jax.lax.while_loop(fits, add_token, progress)
 
     def refill_and_decode(progress: Progress) -> Progress:
-        progress = _placed(_refilled(model, params, queue, progress, settings, rows), model, rows)
-        shorter = jnp.sum(longest(progress) > jnp.asarray(lengths, jnp.int32), dtype=jnp.int32)
-        return jax.lax.switch(shorter, [functools.partial(decode, length) for length in lengths], progress)
+        progress = _refilled(model, params, queue, progress, settings, rows)
+        return functools.reduce(decode, lengths, _placed(progress, model, rows))  # each loop goes on where texts fit it
 
     progress = jax.lax.while_loop(goes_on, refill_and_decode, progress)
     return _placed(_written_down(progress), model, rows)
@@ -268,7 +267,8 @@ def restocked(model: LlamaModel, params: Params, queue: Queue, progress: Progres
     next_prompt = queue.prompt_of_Q.at[progress.taken].get(mode="fill", fill_value=0)
     is_missing = (progress.taken < queue.texts) & (next_prompt >= first)
     shorter = jnp.sum(jnp.max(lengths_W) > jnp.asarray(lengths, jnp.int32), dtype=jnp.int32)
-    branches = [lambda shelf: shelf, *(functools.partial(read_prompts, length) for length in lengths)]
+    branches: list[Callable[[Shelf], Shelf]] = [lambda shelf: shelf]
+    branches += [functools.partial(read_prompts, length) for length in lengths]
     return jax.lax.switch(jnp.where(is_missing, 1 + shorter, 0), branches, shelf)
 
 
