@@ -19,6 +19,7 @@ from rtd_jax.base.sharding import (
 )
 from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate, run, settings
 from rtd_jax.eval.decoding.next_token import nucleus
+from rtd_jax.eval.decoding.placement import for_writing
 from rtd_jax.eval.decoding.slots import Queue, advance, start
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.model import LlamaModel
@@ -206,6 +207,19 @@ def test_the_cache_lies_like_the_model(params):
         model = dataclasses.replace(MODEL, activation_sharding=activation_sharding(mesh, table))
         state = start(model, params, queue, slots=8, settings=settings, rows=row_sharding(mesh))
         assert state.slots.cache.keys_NBGLE.sharding.spec == PartitionSpec(*spec)
+
+
+def test_the_copy_for_writing_writes_the_same(params, prompts):
+    """Its matrices are in the dtype in which they are used, and its norms are not rounded."""
+    mesh = make_mesh(MeshSettings(1, 4, 2))
+    trained = dataclasses.replace(MODEL, compute_dtype="bfloat16", activation_sharding=row_sharding(mesh))
+    placed = jax.device_put(params, param_shardings(params, logical_axes(params), mesh))
+    model, copied = for_writing(trained, placed, mesh)
+    assert copied["layers"]["mlp"]["up"].dtype == jnp.bfloat16
+    assert copied["layers"]["mlp"]["up"].sharding.spec == PartitionSpec(None, None, ("fsdp", "tensor"))
+    assert copied["norm"]["scale"].dtype == jnp.float32
+    sharded = options(batch_size=8, max_new_tokens=4, batch_sharding=row_sharding(mesh))
+    assert generate(model, copied, prompts, **sharded) == generate(trained, placed, prompts, **sharded)
 
 
 def test_refilling_and_decoding_copy_no_cache():

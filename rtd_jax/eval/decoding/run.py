@@ -1,6 +1,7 @@
 """Lists of prompts, continued by the program of `slots`."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -92,7 +93,15 @@ def _queue(prompts: Sequence[Sequence[int]], streams: np.ndarray, limits: np.nda
             prompts_UP[place, : len(prompt)] = prompt
             lengths_U[place] = len(prompt)
         prompt_of_Q[text] = place
-    return Queue(prompts_UP, lengths_U, prompt_of_Q, streams_Q, limits_Q, np.array(len(prompts), np.int32))
+    on_host: tuple[Any, ...] = (
+        prompts_UP,
+        lengths_U,
+        prompt_of_Q,
+        streams_Q,
+        limits_Q,
+        np.array(len(prompts), np.int32),
+    )
+    return Queue(*on_host)
 
 
 def _written(

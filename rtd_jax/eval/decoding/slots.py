@@ -10,6 +10,7 @@ that are read together, N new tokens (but layers, as the first axis of a cache).
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ def rows_read(slots: int, rows: NamedSharding | None) -> int:
     ways = 1
     if rows is not None and rows.spec and rows.spec[0]:
         names = (rows.spec[0],) if isinstance(rows.spec[0], str) else rows.spec[0]
-        ways = functools.reduce(lambda size, name: size * rows.mesh.shape[name], names, 1)
+        ways = math.prod(rows.mesh.shape[name] for name in names)
     return min(slots, round_up(-(-slots // 16), ways))
 
 
@@ -138,7 +139,7 @@ def advance(
     Args:
       progress: donated.
       rows: sharding of arrays with one row a slot; caches have their rows spread like the model's activations, and
-        their heads over the other axes of its mesh. None leaves it to the compiler.
+        their heads over the other axes of its mesh. None leaves all to the compiler.
     """
     chex.assert_rank(list(queue), [2, 1, 1, 1, 1, 0])
     chex.assert_type(list(queue), jnp.int32)
@@ -303,13 +304,20 @@ def _placed(progress: Progress, model: LlamaModel, rows: NamedSharding | None) -
 
 
 def _cache_shardings(cache: Any, model: LlamaModel, rows: NamedSharding, *, is_spread: bool = True) -> Any:
-    """Of a cache: its rows are spread like the model's activations, or whole, its heads over the other mesh axes."""
-    spec = (model.activation_sharding or rows).spec
+    """Of a cache: its rows are spread like the model's activations, or whole, its heads over the other mesh axes.
+
+    Where the heads are too few for these, rows are spread over them, too: a cache is large enough to be worth it.
+    """
+    mesh, spec = _mesh(rows), (model.activation_sharding or rows).spec
     of_rows = (spec[0],) if spec and isinstance(spec[0], str) else tuple(spec[0] or ()) if spec else ()
-    mesh = _mesh(rows)
-    of_heads = tuple(name for name in mesh.axis_names if name not in of_rows)
-    axes = (None, of_rows if is_spread else None, of_heads, None, None)
-    return jax.tree.map(lambda x: NamedSharding(mesh, mesh_spec(x.shape, axes, mesh)), cache)
+
+    def of(x: Array) -> NamedSharding:
+        left = tuple(name for name in mesh.axis_names if name not in of_rows)
+        taken = next(i for i in range(len(left) + 1) if not x.shape[2] % math.prod(mesh.shape[n] for n in left[i:]))
+        axes = (None, (*of_rows, *left[:taken]) if is_spread else None, left[taken:], None, None)
+        return NamedSharding(mesh, mesh_spec(x.shape, axes, mesh))
+
+    return jax.tree.map(of, cache)
 
 
 def _mesh(rows: NamedSharding) -> Mesh:
