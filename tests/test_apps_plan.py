@@ -15,11 +15,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rtd_jax.apps.plan.abstract import abstract_step, architecture
-from rtd_jax.apps.plan.plan import Plan, ideal_flops, plan, print_plan, verdict
+from rtd_jax.apps.plan.cost import Plan
+from rtd_jax.apps.plan.drawing import Draw, drawing_rows, plan_drawing
+from rtd_jax.apps.plan.plan import ideal_flops, plan, print_plan, verdict
 from rtd_jax.apps.plan.program import Hlo, Memory, matmul_flops, memory, shape_bytes
 from rtd_jax.apps.plan.targets import find_target
 from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings, make_mesh
+from rtd_jax.eval.decoding.placement import for_writing
 from rtd_jax.train.recipe import Recipe, TeacherSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,6 +226,47 @@ def test_a_plan_from_a_cache_holds_no_teacher_and_stands_beside_the_online_one(r
     shown = capsys.readouterr().out
     assert "teacher online, and read from a cache" in shown
     assert f"{from_cache.flops / online.flops:.2f}" in shown
+
+
+def test_a_plan_of_drawing_by_hand(recipe):
+    """8 prompts, 4 texts of each, 16 tokens long, 16 slots, on eight devices that hold a part of every weight."""
+    target = find_target("cpu:8")
+    mesh = make_mesh(MeshSettings(1, 1, 8), target.devices)
+    abstract = abstract_step(recipe, mesh)
+    model, params = for_writing(abstract.student, abstract.state.params["student"], mesh)
+    draw = Draw(prompts=8, samples=4, prompt_length=60, max_new_tokens=16, slots=16, updates=5)
+    found = plan_drawing(model, params, VOCAB, draw, mesh)
+    assert (draw.steps, found.readings) == (2 * 16, 8)  # a sixteenth of 16 slots: one prompt is read at a time
+    weights = LAYERS * (STUDENT_WIDTH * 10 * (16 + 8) + 3 * STUDENT_WIDTH * 160)
+    attention = 4 * LAYERS * 8 * 10 * (64 + 16)
+    assert found.step.flops * 8 == 16 * (2 * (weights + STUDENT_WIDTH * VOCAB) + attention)
+    assert found.reading.flops * 8 == 64 * (2 * weights + 4 * LAYERS * 8 * 10 * 64)
+    assert found.flops == 32 * found.step.flops + 8 * found.reading.flops
+    # A step is given the caches; the whole program makes them. Heads are too few for the devices, so rows are spread.
+    caches = 2 * LAYERS * 16 * 4 * (64 + 16) * 10 * 4 / 8
+    weights = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
+    assert 0 < found.step.memory.arguments - weights - caches < 4096
+    assert found.whole.memory.temporaries > caches
+    step, reading = (max(plan.seconds(target).values()) for plan in (found.step, found.reading))
+    assert found.seconds(target) == pytest.approx(32 * step + 8 * reading)
+    half = dataclasses.replace(
+        found.step, flops=found.seconds(target) / 5 * target.chip.flops, bytes_moved=0, wire_bytes=0
+    )
+    assert found.share(target, half) == pytest.approx(0.5)
+    assert dict(drawing_rows(found, target, half))["share of an update's time"] == "50.0%"
+
+
+def test_writing_gathers_no_weights(recipe):
+    """As training spreads them, a step gathers every layer; in the copy for writing only activations travel."""
+    mesh = make_mesh(MeshSettings(1, 8, 1))
+    abstract = abstract_step(recipe, mesh)
+    params = abstract.state.params["student"]
+    draw = Draw(prompts=8, samples=1, prompt_length=60, max_new_tokens=16, slots=16)
+    trained = plan_drawing(abstract.student, params, VOCAB, draw, mesh)
+    copied = plan_drawing(*for_writing(abstract.student, params, mesh), VOCAB, draw, mesh)
+    layers = 4 * LAYERS * (STUDENT_WIDTH * 10 * (16 + 8) + 3 * STUDENT_WIDTH * 160)
+    assert trained.step.wire_bytes > layers * 7 / 8
+    assert copied.step.wire_bytes < layers / 3  # heads are too few for eight devices
 
 
 def test_ideal_flops_by_hand(recipe):

@@ -66,14 +66,14 @@ def test_rounds_that_others_disturbed_give_way_to_quiet_ones():
         def __init__(self, others):
             self.others, self.calls = others, 0
 
-        def run(self, prompts, tokens):
+        def run(self):
             self.calls += 1
             others = self.others[self.calls - 1]
             return {"seconds": self.calls, "cpu": 1.0, "ids": [], "others": others}
 
     # The first call warms up; rounds 2 and 4 are disturbed in one system or the other.
     workers = {"ours": Counted([9, 0.1, 0.9, 0.0, 0.1, 0.1]), "theirs": Counted([9, 0.0, 0.0, 0.1, 0.9, 0.0])}
-    found = decoding.compare(workers, [[1]], 4, rounds=3, attempts=5)
+    found = decoding.compare({name: w.run for name, w in workers.items()}, "batch 1", rounds=3, attempts=5)
     assert sorted(a["seconds"] for a in found["ours"][1:]) == [2, 4, 6]
     assert sorted(a["seconds"] for a in found["theirs"][1:]) == [2, 4, 6]
     assert found["ours"][0]["seconds"] == 1

@@ -1,15 +1,29 @@
 """Cached batched decoding against the plain loop that reads the whole text again for every token."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rtd_jax.eval import decoding as decode
-from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate, greedy, nucleus
+from rtd_jax.base.sharding import (
+    FSDP,
+    TENSOR,
+    MeshSettings,
+    activation_sharding,
+    make_mesh,
+    param_shardings,
+    row_sharding,
+)
+from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate, run, settings
+from rtd_jax.eval.decoding.next_token import nucleus
+from rtd_jax.eval.decoding.placement import for_writing
+from rtd_jax.eval.decoding.slots import Queue, advance, start
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.weights import logical_axes
 
 VOCAB, PADDED = 29, 32
 MODEL = LlamaModel(
@@ -75,7 +89,7 @@ def test_rows_end_at_their_own_end(params, prompts):
 
 def test_a_bucket_boundary_changes_nothing(params, prompts, monkeypatch):
     expected = generate(MODEL, params, prompts, **options())
-    monkeypatch.setattr(decode, "PROMPT_MULTIPLE", 7)  # prompts of 7 fill their bucket, 9 and 14 need two
+    monkeypatch.setattr(settings, "PROMPT_MULTIPLE", 7)  # prompts of 7 fill their bucket, 9 and 14 need two
     assert generate(MODEL, params, prompts, **options()) == expected
 
 
@@ -94,19 +108,25 @@ def test_padded_vocabulary_is_never_chosen(params, prompts):
 
 
 class Countdown:
-    """A model that says: the token after t is t - 1. It counts how many tokens were asked of it."""
+    """A model that says: the token after t is t - 1. It counts the steps and the prompts that were asked of it."""
+
+    activation_sharding = None
 
     def __init__(self):
-        self.calls = 0
+        self.calls = self.read = 0
 
     def _count(self, _):
         self.calls += 1
 
+    def _count_prompts(self, tokens_BL):
+        self.read += int(np.sum(np.any(np.asarray(tokens_BL) != 0, axis=1)))  # rows that hold no prompt are zeros
+
     def prefill(self, params, tokens_BL, lengths_B, cache_length):
+        jax.debug.callback(self._count_prompts, tokens_BL)
         last_B = jnp.take_along_axis(tokens_BL, lengths_B[:, None] - 1, axis=1)[:, 0]
         return jax.nn.one_hot(last_B, PADDED), ()
 
-    def decode(self, params, cache, tokens_B, positions_B):
+    def decode(self, params, cache, tokens_B, positions_B, length):
         jax.debug.callback(self._count, positions_B)
         return jax.nn.one_hot(tokens_B, PADDED), ()
 
@@ -123,23 +143,94 @@ def test_decoding_stops_when_every_row_has_ended():
     assert model.calls == 4  # prefill gives the first id of each; the longest row needs four more, its end included
 
 
-def test_rows_that_fill_a_batch_do_not_keep_it_going():
-    # Batches ([5], [1]) and ([9, 3], fill): 4 and 2 calls. A fill row taken for the prompt [20] would go on to 0.
+def test_a_free_slot_takes_the_next_prompt_at_once():
+    """Texts of 9, 5, 3 and 1 tokens and their ends: two slots are free after 10 steps, where batches of two need 12."""
     model = Countdown()
-    options_two = options(eos_ids=(0,), max_new_tokens=500, batch_size=2, pad_id=20)
-    assert generate(model, {}, [[5], [9, 3], [1]], **options_two) == [[4, 3, 2, 1], [2, 1], []]
+    prompts = [[9], [1], [5], [3]]  # equal in length, so their order is that of their ids: 1, 3 | 5, 9
+    result = generate(model, {}, prompts, **options(eos_ids=(0,), max_new_tokens=500, batch_size=2, pad_id=20))
     jax.effects_barrier()
-    assert model.calls == 4 + 2
+    assert result == [list(range(n - 1, 0, -1)) for (n,) in prompts]
+    # The first token of a text comes with its prompt. 1 ends so; 5 takes its slot, and 9 that of 3 after two steps.
+    assert model.calls == 2 + 8
+    assert model.read == 4
 
 
-def test_ended_and_inactive_rows_emit_pad():
-    tokens = jnp.asarray([[5, 31], [9, 3], [8, 31]], jnp.int32)
-    new_BN, counts_B = greedy(
-        Countdown(), {}, tokens, jnp.asarray([1, 2, 1], jnp.int32), jnp.asarray([True, True, False]),
-        settings=GenerateSettings(6, eos_ids=(0,), vocab_size=VOCAB, pad_id=31),
-    )  # fmt: skip
-    assert new_BN.tolist() == [[4, 3, 2, 1, 31, 31], [2, 1, 31, 31, 31, 31], [31] * 6]
-    assert counts_B.tolist() == [4, 2, 0]
+def test_a_prompt_is_read_once_for_all_its_samples():
+    for samples, batch_size in ((1, 2), (5, 2), (5, 8), (40, 3)):
+        model, prompts = Countdown(), [prompt for prompt in ([5], [9, 3], [2, 2]) for _ in range(samples)]
+        generate(model, {}, prompts, **options(eos_ids=(0,), batch_size=batch_size))
+        jax.effects_barrier()
+        assert model.read == 3
+
+
+def test_a_texts_own_limit_ends_it(params, prompts):
+    limits = [12, 1, 5, 12, 2, 7, 1]
+    found = generate(MODEL, params, prompts, limits=limits, **options())
+    whole = generate(MODEL, params, prompts, **options())
+    assert found == [row[:limit] for row, limit in zip(whole, limits, strict=True)]
+    for limit in (0, 13):
+        with pytest.raises(ValueError, match=f"the limit of prompt 2 is {limit} new tokens; expected 1 to .* 12"):
+            generate(MODEL, params, prompts, limits=[1, 1, limit, *limits[3:]], **options())
+
+
+@pytest.mark.parametrize(
+    ("sampling", "sizes", "table"),
+    [(None, (2, 2, 2), FSDP), (Sampling(0.8, seed=2), (1, 8, 1), FSDP), (Sampling(0.8, seed=2), (1, 4, 2), TENSOR)],
+    ids=["greedy", "sampled", "sampled, activations travel"],
+)
+def test_neither_slots_nor_neighbours_nor_the_mesh_change_a_text(params, prompts, sampling, sizes, table):
+    """Each text as it is when it is written alone: samples of one prompt, more texts than slots, ends at once."""
+    twice = [prompt for prompt in prompts for _ in range(2)]
+    streams = [7 * i + 3 for i in range(len(twice))]
+    free = generate(MODEL, params, twice, streams=streams, **options(sampling=sampling))
+    eos_ids = (free[4][0], free[9][3])  # of one text the first token, of another the fourth
+    how = {"sampling": sampling, "eos_ids": eos_ids}
+    alone = [
+        generate(MODEL, params, [prompt], streams=[stream], **options(**how))[0]
+        for prompt, stream in zip(twice, streams, strict=True)
+    ]
+    assert alone[4] == []
+    assert len({len(ids) for ids in alone}) > 2
+    assert generate(MODEL, params, twice, streams=streams, **options(**how, batch_size=4)) == alone
+    mesh = make_mesh(MeshSettings(*sizes))
+    model = dataclasses.replace(MODEL, activation_sharding=activation_sharding(mesh, table))
+    placed = jax.device_put(params, param_shardings(params, logical_axes(params), mesh, table))
+    sharded = options(**how, batch_size=8, batch_sharding=row_sharding(mesh))
+    assert generate(model, placed, twice, streams=streams, **sharded) == alone
+
+
+def test_the_cache_lies_like_the_model(params):
+    """Rows over (data, fsdp) and heads over tensor where weights travel; where activations do, heads over both."""
+    settings, queue = GenerateSettings(4, (), VOCAB), Queue(*(np.zeros(n, np.int32) for n in ((8, 64), 8, 8, 8, 8, ())))
+    for table, spec in ((FSDP, (None, ("data", "fsdp"), "tensor")), (TENSOR, (None, "data", "tensor"))):
+        mesh = make_mesh(MeshSettings(2, 2 if table is FSDP else 1, -1), jax.devices()[: 8 if table is FSDP else 4])
+        model = dataclasses.replace(MODEL, activation_sharding=activation_sharding(mesh, table))
+        state = start(model, params, queue, slots=8, settings=settings, rows=row_sharding(mesh))
+        assert state.slots.cache.keys_NBGLE.sharding.spec == PartitionSpec(*spec)
+
+
+def test_the_copy_for_writing_writes_the_same(params, prompts):
+    """Its matrices are in the dtype in which they are used, and its norms are not rounded."""
+    mesh = make_mesh(MeshSettings(1, 4, 2))
+    trained = dataclasses.replace(MODEL, compute_dtype="bfloat16", activation_sharding=row_sharding(mesh))
+    placed = jax.device_put(params, param_shardings(params, logical_axes(params), mesh))
+    model, copied = for_writing(trained, placed, mesh)
+    assert copied["layers"]["mlp"]["up"].dtype == jnp.bfloat16
+    assert copied["layers"]["mlp"]["up"].sharding.spec == PartitionSpec(None, None, ("fsdp", "tensor"))
+    assert copied["norm"]["scale"].dtype == jnp.float32
+    sharded = options(batch_size=8, max_new_tokens=4, batch_sharding=row_sharding(mesh))
+    assert generate(model, copied, prompts, **sharded) == generate(trained, placed, prompts, **sharded)
+
+
+def test_refilling_and_decoding_copy_no_cache():
+    """The caches of slots are updated in place: beside the arguments the program needs less memory than one of them."""
+    queue = Queue(*(jax.ShapeDtypeStruct(n, jnp.int32) for n in ((64, 64), (64,), (64,), (64,), (64,), ())))
+    abstract, settings = MODEL.abstract_params(), GenerateSettings(448, (3,), VOCAB)
+    state = jax.eval_shape(lambda q, p: start(MODEL, p, q, slots=64, settings=settings), queue, abstract)
+    limit = jax.ShapeDtypeStruct((), jnp.int32)
+    compiled = advance.lower(MODEL, abstract, queue, state, limit, limit, settings=settings).compile()
+    cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.slots.cache))
+    assert compiled.memory_analysis().temp_size_in_bytes < cache
 
 
 def test_sharded_params_decode_the_same_and_survive(params, prompts):
@@ -212,7 +303,7 @@ def test_nucleus_worked_by_hand():
 
 
 def test_a_text_can_end_a_row(params, prompts, monkeypatch):
-    monkeypatch.setattr(decode, "STOP_INTERVAL", 3)
+    monkeypatch.setattr(run, "STOP_INTERVAL", 3)
     free = generate(MODEL, params, prompts, **options())
     checked = []
 
@@ -226,7 +317,9 @@ def test_a_text_can_end_a_row(params, prompts, monkeypatch):
         assert row == whole[: len(row)]  # nothing else changes
         assert len(row) > end or len(row) == len(whole)
     assert min(map(len, found)) < 12
-    assert set(checked) <= {1, 4, 7, 10}
+    assert max(checked) < 12  # what has ended is not asked about
+    # A text is asked about after every three of its tokens at the latest.
+    assert all(len(row) - whole.index(free[0][4]) <= 3 for row, whole in zip(found, free, strict=True) if len(row) < 12)
 
 
 @pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}])

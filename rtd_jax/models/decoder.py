@@ -252,10 +252,14 @@ class Llama(nnx.Module):
         last_BD = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]
         return self.norm(last_BD), cache
 
-    def decode(self, cache: KVCache, tokens_B: jax.Array, positions_B: jax.Array) -> tuple[jax.Array, KVCache]:
-        """Final normed state of one more token per row [B, D], and the cache with that token in slot `positions_B`."""
+    def decode(
+        self, cache: KVCache, tokens_B: jax.Array, positions_B: jax.Array, length: int
+    ) -> tuple[jax.Array, KVCache]:
+        """Final normed state of one more token per row [B, D], and the cache with that token in slot `positions_B`.
+
+        It attends to the first `length` slots.
+        """
         layers, run_layer = self._split_layers(positions_B[:, None])
-        length = cache.keys_NBGLE.shape[3]
         seen_BL = jnp.arange(length)[None] <= positions_B[:, None]
         rows_B = jnp.arange(tokens_B.shape[0])
 
@@ -269,8 +273,10 @@ class Llama(nnx.Module):
                 places = (index, rows_B, slice(None), positions_B)
                 stored = jax.tree.map(lambda x, y: x.at[places].set(y.astype(x.dtype)), cache, new)
                 k_BGLE, v_BGLE = (
-                    jax.lax.dynamic_index_in_dim(x, index, keepdims=False).astype(q_B1HE.dtype) for x in stored
+                    jax.lax.dynamic_slice(x, (index, 0, 0, 0, 0), (1, *x.shape[1:3], length, x.shape[4]))[0]
+                    for x in stored
                 )
+                k_BGLE, v_BGLE = k_BGLE.astype(q_B1HE.dtype), v_BGLE.astype(q_B1HE.dtype)
                 return attend_cached(q_B1HE[:, 0], k_BGLE, v_BGLE, seen_BL)[:, None], stored
 
             return run_layer(x_B1D, weights, attend), None

@@ -1,26 +1,24 @@
 """Whether a recipe fits on given hardware, what an update costs there, and which resource limits its speed."""
 
 import dataclasses
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rtd_jax.apps.plan.abstract import Abstract, abstract_step
-from rtd_jax.apps.plan.program import Hlo, Memory, matmul_flops, memory
+from rtd_jax.apps.plan.cost import Plan, bytes_on_device, compile_plan, traced
+from rtd_jax.apps.plan.drawing import abstract_queue, writing
+from rtd_jax.apps.plan.program import matmul_flops
 from rtd_jax.apps.plan.targets import Target, find_target, prepare_backends
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import write_json
 from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.sharding import make_mesh
 from rtd_jax.data.by_length import round_up
-from rtd_jax.eval.decoding import PROMPT_MULTIPLE, GenerateSettings, greedy
+from rtd_jax.eval.decoding import PROMPT_MULTIPLE, GenerateSettings
 from rtd_jax.methods.own_chains import OnPolicySettings
 from rtd_jax.methods.term import reads_of
 from rtd_jax.models.config import LlamaConfig
@@ -43,37 +41,6 @@ class PlanSettings:
 
     def __post_init__(self) -> None:
         check_ranges(self, dollars_per_device_hour="[0, 1e6]")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One program, compiled for one device of the target, with what a call of it costs."""
-
-    program: str
-    compile_seconds: float
-    memory: Memory
-    resident: float  # bytes per device that the run keeps in memory besides the program's arguments
-    flops: float  # matrix products, per device
-    bytes_moved: float  # per device
-    collective_bytes: dict[str, float]  # size of the collectives' results on one device, by kind of collective
-    wire_bytes: float  # bytes that a device sends or receives for these collectives
-
-    def seconds(self, target: Target) -> dict[str, float]:
-        """Seconds of a call if each resource were the only limit, at its data-sheet rate."""
-        chip = target.chip
-        return {
-            "arithmetic": self.flops / chip.flops,
-            "memory": self.bytes_moved / chip.bandwidth,
-            "links": self.wire_bytes / chip.link,
-        }
-
-    @property
-    def peak(self) -> float:
-        """Largest number of bytes in use on a device while the program runs."""
-        return self.memory.peak + self.resident
-
-    def fits(self, target: Target) -> bool:
-        return self.peak <= target.chip.memory
 
 
 @dataclass(frozen=True)
@@ -102,16 +69,16 @@ def plan(recipe: Recipe, target: Target) -> Plans:
     validated = abstract_step(dataclasses.replace(of_data, batch_size=recipe.rows_at_once, micro_batches=1), mesh)
     decoder = "student" if abstract.teacher is None else "teacher"
     source = validated.source if abstract.teacher is None else abstract.source
-    programs = {"update": _traced(abstract.step, *abstract.arguments)}
+    programs = {"update": traced(abstract.step, *abstract.arguments)}
     if abstract.objective.yardstick is not None:
         validation = make_term_eval(abstract.student, abstract.teacher, abstract.objective.yardstick)
-        programs["validation"] = _traced(validation, abstract.state.params, source, validated.batch)
+        programs["validation"] = traced(validation, abstract.state.params, source, validated.batch)
     programs[f"decoding ({decoder})"] = _decoding(recipe, abstract)
     devices = len(target.devices)
     costs = {}
-    for name, (traced, arguments) in programs.items():
+    for name, (program, arguments) in programs.items():
         print(f"compiling {name} for {devices} x {target.devices[0].device_kind}", flush=True)
-        costs[name] = _compile(name, traced, _resident(abstract, arguments), devices)
+        costs[name] = compile_plan(name, program, _resident(abstract, arguments), devices)
     own, other = ("online", "cached") if abstract.teacher is not None else ("cached", "online")
     updates = {own: costs["update"]}
     # A cache has neither states at every token nor the student's own chains.
@@ -119,17 +86,12 @@ def plan(recipe: Recipe, target: Target) -> Plans:
         print(f"compiling update with the teacher {other}", flush=True)
         cache = "" if other == "online" else "planned"
         other_recipe = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, cache=cache))
-        updates[other] = _compile("update", _traced_update(other_recipe, mesh), 0.0, devices)
+        updates[other] = compile_plan("update", _traced_update(other_recipe, mesh), 0.0, devices)
     no_remat = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, remat="none"))
     without_remat = matmul_flops(_traced_update(no_remat, mesh).jaxpr.jaxpr)
     teacher_config = None if abstract.teacher is None else abstract.teacher_config
     ideal = ideal_flops(recipe, teacher_config, abstract.student.config)
     return Plans(costs, updates, ideal, without_remat, _host_bytes(recipe, abstract))
-
-
-def _traced(function: Any, *arguments: Any, **options: Any) -> tuple[jax.stages.Traced, tuple]:
-    """A traced program, and its arguments."""
-    return function.trace(*arguments, **options), arguments
 
 
 def _traced_update(recipe: Recipe, mesh: Mesh) -> jax.stages.Traced:
@@ -157,19 +119,15 @@ def _forward_flops(config: LlamaConfig, length: int) -> float:
 
 
 def _decoding(recipe: Recipe, abstract: Abstract) -> tuple[jax.stages.Traced, tuple]:
+    """The final evaluation's program, with the slots that it fills: caches count as temporaries."""
     batch, new_tokens = recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens
-    prompt = round_up(max(1, recipe.data.row_length - new_tokens), PROMPT_MULTIPLE)
-    rows = abstract.row_sharding
+    mesh = abstract.row_sharding.mesh
     is_cached = abstract.teacher is None
-    return _traced(
-        greedy,
-        abstract.student if is_cached else abstract.teacher,
-        abstract.state.params["student"] if is_cached else abstract.source,
-        jax.ShapeDtypeStruct((batch, prompt), jnp.int32, sharding=rows),
-        jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows),
-        jax.ShapeDtypeStruct((batch,), jnp.bool_, sharding=rows),
-        settings=GenerateSettings(new_tokens, (0,), abstract.vocab_size, batch),
-    )
+    model = abstract.teacher or abstract.student
+    settings = GenerateSettings(new_tokens, (0,), abstract.vocab_size, batch)
+    prompt_length = round_up(max(1, recipe.data.row_length - new_tokens), PROMPT_MULTIPLE)
+    params = abstract.state.params["student"] if is_cached else abstract.source
+    return traced(writing(model, settings, mesh), params, abstract_queue(batch, prompt_length, mesh))
 
 
 def _host_bytes(recipe: Recipe, abstract: Abstract) -> float:
@@ -180,12 +138,7 @@ def _host_bytes(recipe: Recipe, abstract: Abstract) -> float:
     moments = abstract.state.opt_state if recipe.optimizer.offload else ()
     layers = abstract.source["layers"] if recipe.teacher.offload and isinstance(abstract.source, dict) else ()
     leaves = [leaf for leaf in jax.tree.leaves((moments, layers)) if leaf.ndim]
-    return sum(_bytes_on_device(leaf) for leaf in leaves if leaf.sharding.memory_kind != "pinned_host")
-
-
-def _bytes_on_device(leaf: jax.ShapeDtypeStruct) -> float:
-    assert leaf.sharding is not None
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(bytes_on_device(leaf) for leaf in leaves if leaf.sharding.memory_kind != "pinned_host")
 
 
 def _resident(abstract: Abstract, arguments: tuple) -> float:
@@ -194,21 +147,7 @@ def _resident(abstract: Abstract, arguments: tuple) -> float:
     teacher = () if abstract.teacher is None else abstract.source  # cached outputs are dropped with their batch
     held = jax.tree.leaves((abstract.state, teacher))
     on_device = [leaf for leaf in held if leaf.sharding.memory_kind != "pinned_host"]
-    return sum(_bytes_on_device(leaf) for leaf in on_device if id(leaf) not in given)
-
-
-def _compile(name: str, traced: jax.stages.Traced, resident: float, devices: int) -> Plan:
-    started = time.monotonic()
-    compiled = traced.lower().compile()
-    seconds = time.monotonic() - started
-    hlo = Hlo(compiled.as_text())
-    by_kind: dict[str, float] = {}
-    wire = 0.0
-    for collective in hlo.collectives():
-        by_kind[collective.kind] = by_kind.get(collective.kind, 0.0) + collective.bytes * collective.times
-        wire += collective.wire_bytes(devices) * collective.times
-    flops = matmul_flops(traced.jaxpr.jaxpr) / devices
-    return Plan(name, seconds, memory(compiled), resident, flops, hlo.bytes_moved(), by_kind, wire)
+    return sum(bytes_on_device(leaf) for leaf in on_device if id(leaf) not in given)
 
 
 def print_plan(recipe: Recipe, target: Target, plans: Plans) -> None:

@@ -24,6 +24,8 @@ COLLECTIVES = (*_BY_REPLICA, "all-to-all", "collective-permute")
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"}
 _FREE |= {"partition-id", "replica-id", "iota", "opt-barrier", "async-done", "async-update", "copy-done"}
 _SLICES = ("dynamic-slice", "slice", "gather")  # they read only as much as they write
+# These write an update into an operand, in place; which of their operands the update is.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)$")
@@ -178,17 +180,17 @@ class Hlo:
         written = shape_bytes(instruction.shape)
         if instruction.opcode in _SLICES:
             return 2 * written
-        if instruction.opcode == "dynamic-update-slice":
-            return 2 * self._size(instruction.operands[1])
+        if instruction.opcode in _UPDATES:
+            return 2 * self._size(instruction.operands[_UPDATES[instruction.opcode]])
         if instruction.opcode == "fusion":
             (body,) = instruction.called("calls")
             return self._moved_by_fusion(written, self._computations.get(body, []))
         return written + sum(map(self._size, instruction.operands))
 
     def _moved_by_fusion(self, written: float, body: list[_Instruction]) -> float:
-        updated = [i for i in body if i.opcode == "dynamic-update-slice"]
+        updated = [i for i in body if i.opcode in _UPDATES]
         # An update is in place: the rest of the result is not written.
-        total = sum(2 * self._size(i.operands[1]) for i in updated) if updated else written
+        total = sum(2 * self._size(i.operands[_UPDATES[i.opcode]]) for i in updated) if updated else written
         in_place = {i.operands[0] for i in updated}
         for parameter in body:
             if parameter.opcode != "parameter" or parameter.name in in_place:

@@ -1,0 +1,36 @@
+"""Where a student's weights lie while it writes texts."""
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh
+
+from rtd_jax.base.sharding import TENSOR, activation_sharding, param_shardings
+from rtd_jax.base.types import Params
+from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.weights import logical_axes
+
+
+def for_writing(model: LlamaModel, params: Params, mesh: Mesh) -> tuple[LlamaModel, Params]:
+    """A model that training spreads by the table FSDP, and a copy of its params, as writing reads them fastest.
+
+    Training gathers each layer's float32 weights on every device; a step that adds one token a text would wait for that
+    alone. The copy has its matrices in `compute_dtype`, in which they are used anyway, and spread by the table TENSOR:
+    each device computes its heads and its part of the MLP for all texts, and only activations travel. Texts are the
+    same but for rounding in sums over devices.
+
+    Args:
+      params: of the model; shapes with shardings give shapes with shardings.
+    """
+    axes = logical_axes(params)
+    target = param_shardings(params, axes, mesh, TENSOR)
+
+    def cast(params: Params) -> Params:
+        # The tuples of names are leaves here, as they are at the places of arrays.
+        return jax.tree.map(lambda x, names: x if "norm" in names else x.astype(model.compute_dtype), params, axes)
+
+    placed = dataclasses.replace(model, activation_sharding=activation_sharding(mesh, TENSOR))
+    if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
+        shapes = jax.eval_shape(cast, params)
+        return placed, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, target)
+    return placed, jax.jit(cast, out_shardings=target)(params)
