@@ -29,6 +29,7 @@ ALIGNED, COHERENT, STAGED = {"alignment": 0.3}, {"coherence": 0.5}, {"curriculum
 
 FEW = 250  # problems to train on where few are to be had
 PLATEAU = 600  # updates on few problems, twice the budget
+TAUGHT = 150  # updates by which KD prepares the student that on-policy distillation begins with, and of that itself
 LIFT = 750  # updates of students that start from random weights
 
 # Logit matching alone, all depths at once.
@@ -332,11 +333,7 @@ def get_config(arg: str = "") -> ConfigDict:
         every = conditions()
     elif "on_policy" in words:
         every = on_policy()
-        c.tasks.few_problems = (*c.tasks.few_problems, "evaluation.drift_own=True")
-        c.about.few_problems += (
-            " Methods with `on_policy` in their name, and `gkd`, learn from chains that the student draws for these "
-            "problems, in rows filled as the data's are."
-        )
+        _add_taught_student(c, evaluation)
     elif "lift" in words:
         every = only(every, AT_ONCE)
         del c.tasks.few_problems, c.about.few_problems
@@ -363,6 +360,36 @@ def get_config(arg: str = "") -> ConfigDict:
         every["intermediate_kd"] = changed(every["intermediate_kd"], "evaluation.teacher=True")
     c.methods = as_config(every)  # by name: overrides, role, components and what it is compared with
     return c
+
+
+def _add_taught_student(c: ConfigDict, evaluation: tuple[str, ...]) -> None:
+    """A student that can already write: what one without training draws teaches nothing."""
+    c.prepare.taught = (
+        "train",
+        "--config=configs/rtd_tiny.py",
+        "--workdir={taught}",
+        *(f"--config.{override}" for override in (*KD, f"data.train.limit={FEW}", f"total_updates={TAUGHT}")),
+        "--config.evaluation.problems_per_depth=1",
+    )
+    del c.tasks.few_problems, c.about.few_problems
+    c.tasks.taught_student = (
+        *evaluation,
+        "student.init=pretrained",
+        "student.path={taught}/student",
+        "student.layers=0",
+        f"data.train.limit={FEW}",
+        f"total_updates={TAUGHT}",
+        "optimizer.learning_rate=1e-3",
+        "optimizer.warmup_updates=20",
+        "evaluation.every=50",
+        "evaluation.drift_own=True",
+    )
+    c.about.taught_student = (
+        f"Word problems, {FEW} to train on. All methods go on from one student, which KD has taught for {TAUGHT} "
+        f"updates, for another {TAUGHT} at half of its learning rate. Methods with `on_policy` in their name learn "
+        "from chains that the student draws for the same problems, `gkd` from as many of these as of the teacher's, in "
+        "rows filled as the data's are. Seeds are of the data's order and of the draws; all begin with one student."
+    )
 
 
 def _add_lift(c: ConfigDict, evaluation: tuple[str, ...]) -> None:

@@ -62,7 +62,7 @@ def everything(depths):
 
 
 # All methods of the bundled study, and those of its conditions and grid.
-METHODS = {**study_tiny.conditions(), **study_tiny.weight_grid(False), **study_tiny.methods()}
+METHODS = {**study_tiny.on_policy(), **study_tiny.conditions(), **study_tiny.weight_grid(False), **study_tiny.methods()}
 
 
 def reported(outcomes, methods=METHODS):
@@ -508,6 +508,7 @@ def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, 
         (study_tiny, "smoke"),
         (study_tiny, "conditions"),
         (study_tiny, "lift"),
+        (study_tiny, "on_policy"),
     ],
     ids=lambda x: x if isinstance(x, str) else x.__name__.split(".")[-1],
 )
@@ -537,7 +538,7 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
     known = {"teacher", *every, *METHODS, "kd_plateau", "self_kd"}
     assert all(set(method.compared_with) <= known for method in every.values())
     assert len({method.place for method in every.values()}) == len(every)
-    of = "gsm8k" if config is study_8b else "lift" if arg == "lift" else "few_problems"
+    of = "gsm8k" if config is study_8b else {"lift": "lift", "on_policy": "taught_student"}.get(arg, "few_problems")
     whole = {job.name: job for job in build(StudyRecipe, config.get_config().to_dict()).jobs(tmp_path)}
     shared = [job for job in recipe.jobs(tmp_path) if job.name in whole]
     if arg in ("conditions", "lift"):  # what these have in common with the whole study are the same runs
@@ -551,7 +552,7 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
         assert recipes[of, "coherence_no_map"].loss.projections == "none"
         assert not any(recipe.curriculum.enabled for recipe in recipes.values())
         return
-    if arg == "lift":
+    if arg in ("lift", "on_policy"):
         assert not any(recipe.curriculum.enabled for recipe in recipes.values())
         return
     if arg == "grid":

@@ -18,12 +18,15 @@ from rtd_jax.apps.distill.own_chains import (
 )
 from rtd_jax.apps.distill.prepare import Experiment
 from rtd_jax.base.sharding import host_share, put_batch
-from rtd_jax.data.packing import host_rows, one_batch
+from rtd_jax.data.encoding import EncodedChain
+from rtd_jax.data.packing import host_rows, one_batch, packed_rows, token_features
 from rtd_jax.data.prose import prose_steps
 from rtd_jax.data.trace import Trace, is_answer_line
 from rtd_jax.eval.decoding import Sampling
 from rtd_jax.train.curriculum import Stage
 from rtd_jax.train.state import TrainState
+
+SAMPLE = 512  # chains that are packed to find how many go into a row
 
 # (problems, the text of each written id, whether the student ended it) of every chain -> the ids at which steps end
 StepFinder = Callable[[Sequence[Trace], Sequence[Sequence[str]], Sequence[bool]], list[list[int]]]
@@ -43,13 +46,13 @@ def make_on_policy_sampler(experiment: Experiment) -> Sampler:
     writer = Writer.of(experiment, settings.max_new_tokens, settings.batch_size, sampling)
     texts, _ = texts_of(experiment.tokenizer)
     find = step_finder(experiment)
+    # Which of several ids ended a text is not read by any loss: that one of them came next there is what is learned.
     end = writer.settings.eos_ids[:1]
 
     def draw(state: TrainState, stage: Stage) -> Drawn:
         rng = rng_of(state)
         pool, earlier = experiment.train.of_stage(stage), experiment.train.before(stage)
-        per_row = data.row_length / np.mean([len(chain) for chain in pool.encoded])
-        wanted = recipe.own_rows * int(np.clip(per_row, 1, data.chains_per_row))
+        wanted = round(recipe.own_rows * chains_a_row(pool.encoded, data.row_length, data.chains_per_row))
         count = settings.updates_per_refresh * wanted
         again = rng.binomial(count, recipe.curriculum.replay) if earlier.encoded else 0
         chosen = [
@@ -84,6 +87,12 @@ def make_on_policy_sampler(experiment: Experiment) -> Sampler:
         return Drawn(placed, tokens, means)
 
     return draw
+
+
+def chains_a_row(chains: Sequence[EncodedChain], row_length: int, most: int) -> float:
+    """How many chains of the data are in one of their rows, on average; from a sample of the chains."""
+    items = [token_features(chain) for chain in chains[:SAMPLE]]
+    return len(items) / len(packed_rows(items, row_length, open_rows=len(items), chains_per_row=most))
 
 
 def step_finder(experiment: Experiment) -> StepFinder:

@@ -20,6 +20,7 @@ from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.formats import stop_token_ids
 from rtd_jax.data.trace import Span, is_answer_line
 from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate
+from rtd_jax.eval.decoding.placement import for_writing
 from rtd_jax.train.curriculum import Stage
 from rtd_jax.train.state import TrainState
 
@@ -59,9 +60,10 @@ class Writer:
     def write(self, state: TrainState, prompts: Sequence[Sequence[int]], rng: np.random.Generator) -> list[list[int]]:
         """A drawn continuation of each prompt, without the id that ends it."""
         first = int(rng.integers(2**30))  # of the draws' streams; the seed stays, because it is compiled in
+        student, params = for_writing(self.experiment.student, state.params["student"], self.experiment.mesh)
         return generate(
-            self.experiment.student,
-            state.params["student"],
+            student,
+            params,
             prompts,
             self.settings,
             streams=[first + i for i in range(len(prompts))],

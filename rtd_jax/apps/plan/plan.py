@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from rtd_jax.apps.plan.abstract import Abstract, abstract_step
 from rtd_jax.apps.plan.cost import Plan, bytes_on_device, compile_plan, traced
-from rtd_jax.apps.plan.drawing import abstract_queue, writing
+from rtd_jax.apps.plan.drawing import Draw, DrawingPlan, abstract_queue, drawing_rows, plan_drawing, writing
 from rtd_jax.apps.plan.program import matmul_flops
 from rtd_jax.apps.plan.targets import Target, find_target, prepare_backends
 from rtd_jax.base.console import print_table
@@ -19,6 +19,7 @@ from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.sharding import make_mesh
 from rtd_jax.data.by_length import round_up
 from rtd_jax.eval.decoding import PROMPT_MULTIPLE, GenerateSettings
+from rtd_jax.eval.decoding.placement import for_writing
 from rtd_jax.methods.own_chains import OnPolicySettings
 from rtd_jax.methods.term import reads_of
 from rtd_jax.models.config import LlamaConfig
@@ -52,6 +53,7 @@ class Plans:
     ideal_flops: float  # that an update needs at least, over all devices; see `ideal_flops`
     flops_without_remat: float  # of the compiled update if it recomputed nothing, over all devices
     host_bytes: float  # bytes per device that the recipe keeps in host memory; see `_host_bytes`
+    drawing: DrawingPlan | None = None  # of the student's own chains
 
 
 def plan(recipe: Recipe, target: Target) -> Plans:
@@ -91,7 +93,25 @@ def plan(recipe: Recipe, target: Target) -> Plans:
     without_remat = matmul_flops(_traced_update(no_remat, mesh).jaxpr.jaxpr)
     teacher_config = None if abstract.teacher is None else abstract.teacher_config
     ideal = ideal_flops(recipe, teacher_config, abstract.student.config)
-    return Plans(costs, updates, ideal, without_remat, _host_bytes(recipe, abstract))
+    drawing = None
+    if recipe.own_rows:
+        student, params = for_writing(abstract.student, abstract.state.params["student"], mesh)
+        drawing = plan_drawing(student, params, abstract.vocab_size, _draw(recipe), mesh, _resident(abstract, ()))
+        costs["drawing"] = drawing.whole
+    return Plans(costs, updates, ideal, without_remat, _host_bytes(recipe, abstract), drawing)
+
+
+def _draw(recipe: Recipe) -> Draw:
+    """What the student writes until new chains are due, if every row holds as many chains as it may."""
+    settings, data = recipe.on_policy, recipe.data
+    return Draw(
+        prompts=settings.updates_per_refresh * recipe.own_rows * data.chains_per_row,
+        samples=1,
+        prompt_length=max(1, data.row_length // data.chains_per_row - settings.max_new_tokens),
+        max_new_tokens=settings.max_new_tokens,
+        slots=settings.batch_size,
+        updates=settings.updates_per_refresh,
+    )
 
 
 def _traced_update(recipe: Recipe, mesh: Mesh) -> jax.stages.Traced:
@@ -192,6 +212,9 @@ def print_plan(recipe: Recipe, target: Target, plans: Plans) -> None:
     )
     if len(plans.updates) > 1:
         _print_sources(target, plans.updates)
+    if plans.drawing is not None:
+        title = "Drawing the student's own chains, per device, if none of them ends early"
+        print_table(title, ["", ""], drawing_rows(plans.drawing, target, update))
     if plans.host_bytes:
         print(
             f"kept in host memory: {plans.host_bytes / GIB:.1f} GiB per device. The compiler for GPUs that are not "
