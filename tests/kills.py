@@ -56,9 +56,15 @@ def cases(root: Path) -> list[Case]:
     config = _config_file(root / "tiny_config.py", settings)
     traces = ("--config.problems.limit=24", "--config.problems.depths=(1,2)", "--config.jax.batch_size=8")
     study = _study_file(root / "tiny_study.py", config)
+    own = ("on_policy.fraction=0.5", "on_policy.updates_per_refresh=2", "on_policy.max_new_tokens=24")
     exact = ("cache.predictions=float32", "cache.states=float32", "cache.chains_per_shard=16")
     return [
         Case("train", lambda out: ["train", f"--config={config}", f"--workdir={out}"], _is_result),
+        Case(
+            "train_on_policy",
+            lambda out: ["train", f"--config={config}", f"--workdir={out}", *(f"--config.{x}" for x in own)],
+            _is_result,
+        ),
         Case(
             "cache_teacher",
             lambda out: [
