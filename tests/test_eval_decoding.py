@@ -199,6 +199,23 @@ def test_neither_slots_nor_neighbours_nor_the_mesh_change_a_text(params, prompts
     assert generate(model, placed, twice, streams=streams, **sharded) == alone
 
 
+def test_a_long_list_goes_through_several_queues(params, prompts, monkeypatch):
+    expected = generate(MODEL, params, prompts, **options())
+    monkeypatch.setattr(run, "MOST_BATCHES", 1)
+    seen = []
+    assert generate(MODEL, params, prompts, **options(progress=lambda *counts: seen.append(counts))) == expected
+    assert seen == [(3, 7), (6, 7), (7, 7)]
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 8, 1)])
+def test_questions_of_the_host_compile_nothing_again(params, prompts, monkeypatch, sizes):
+    monkeypatch.setattr(run, "STOP_INTERVAL", 2)
+    advance.clear_cache()
+    rows = {} if sizes is None else {"batch_sharding": row_sharding(make_mesh(MeshSettings(*sizes))), "batch_size": 8}
+    generate(MODEL, params, prompts, **options(stopped=lambda ids: len(ids) > 4, progress=lambda *counts: None, **rows))
+    assert advance._cache_size() == 1
+
+
 def test_the_cache_lies_like_the_model(params):
     """Rows over (data, fsdp) and heads over tensor where weights travel; where activations do, heads over both."""
     settings, queue = GenerateSettings(4, (), VOCAB), Queue(*(np.zeros(n, np.int32) for n in ((8, 64), 8, 8, 8, 8, ())))

@@ -38,10 +38,11 @@ class Oracle:
         inside = jnp.arange(length)[None, None, :] < lengths_B[:, None, None]
         same = jnp.all((tokens_BL[:, None, :length] == known_PL[None, :, :length]) | ~inside, axis=-1)
         text_B = jnp.argmax(same, axis=1)
-        return self._states(next_PL[text_B, lengths_B - 1]), text_B
+        cache_NBGLE = jnp.broadcast_to(text_B[None, :, None, None, None], (1, len(text_B), 1, cache_length, 1))
+        return self._states(next_PL[text_B, lengths_B - 1]), cache_NBGLE
 
-    def decode(self, params, text_B, tokens_B, positions_B):
-        return self._states(params["next_PL"][text_B, positions_B]), text_B
+    def decode(self, params, cache_NBGLE, tokens_B, positions_B, length):
+        return self._states(params["next_PL"][cache_NBGLE[0, :, 0, 0, 0], positions_B]), cache_NBGLE
 
     def hidden(self, params, tokens_BL, positions_BL, chain_ids_BL):
         # Teacher forced, the next token of the text itself stands in the row; `wrong_V` marks ids it never gets right.

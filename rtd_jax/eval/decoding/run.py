@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -134,7 +135,8 @@ def _written(
             alive_B = np.array(
                 [on and not stopped(new_BN[b, : counts_B[b]].tolist()) for b, on in enumerate(alive_B)], bool
             )
-            alive = put_same((alive_B,), batch_sharding)[0]
+            # As the program left it: another way to write the same sharding would compile the program again.
+            alive = jax.device_put(alive_B, None if batch_sharding is None else state.slots.alive_B.sharding)
             state = state._replace(slots=state.slots._replace(alive_B=alive))
         done = int(taken) - int(np.sum(alive_B))
         if report is not None and (done >= reported + rows or done == texts):
