@@ -100,13 +100,14 @@ def trl(folder: Path, prompts_UBP: np.ndarray, new_tokens: int, is_gkd: bool) ->
 
     class Gkd(GKDTrainer):
         def generate_on_policy_outputs(self, *args: Any) -> Any:
-            return timed(GKDTrainer.generate_on_policy_outputs, *args)
+            drawn = timed(GKDTrainer.generate_on_policy_outputs, *args)
+            self.drawn_BL = drawn[0]
+            return drawn
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            written_BN, labels_BN = (inputs[name][:, prompt_length:] for name in ("input_ids", "labels"))
-            is_drawn = torch.equal(written_BN, labels_BN) and bool(labels_BN.any())  # the place holders are zeros
-            assert is_drawn, "the loss is not about what was drawn"
-            return noted(super().compute_loss(model, inputs, *args, **kwargs), written_BN, labels_BN != -100)
+            assert torch.equal(inputs["input_ids"], self.drawn_BL), "the loss is not about what was drawn"
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            return noted(loss, self.drawn_BL[:, prompt_length:], inputs["labels"] != -100)
 
     class Distillation(DistillationTrainer):
         def _tokenize_prompts(self, rows: list[int]) -> Any:
@@ -143,6 +144,7 @@ def trl(folder: Path, prompts_UBP: np.ndarray, new_tokens: int, is_gkd: bool) ->
         "max_steps": updates,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
+        "weight_decay": 1e-4,  # as optax.adamw has it
         "beta": 0.5,
         "temperature": 1.0,
         "bf16": False,
