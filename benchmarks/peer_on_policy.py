@@ -186,8 +186,8 @@ def main() -> None:
     report(
         tokens_per_sec=wanted[0] / seconds,
         drawing_share=statistics.median(found.drawing[WARM_UP:]) / seconds,
-        first_loss=found.losses[0],
-        last_loss=found.losses[-1],
+        first_loss=statistics.mean(found.losses[:WARM_UP]),
+        last_loss=statistics.mean(found.losses[-WARM_UP:]),
         peak_gb=found.peak / 1e9,
     )
 

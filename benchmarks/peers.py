@@ -121,7 +121,12 @@ def main() -> None:
             rows.append((f"{size}: {names[system]}", *cells))
     more = ("our KD's speed / its", "our KD's memory / its")
     if arguments.on_policy:
-        more = ("our speed / its", "our memory / its", "share of drawing", "divergence, 1e-3 nats: first to last")
+        more = (
+            "our speed / its",
+            "our memory / its",
+            "share of drawing",
+            "divergence, 1e-3 nats, of the first and last three",
+        )
     columns = ("", "tokens/s: median (range)", "peak memory, GB", *more)
     text = markdown_table(columns, rows) + f"\n\n{arguments.rounds} round(s) in turn on {machine(arguments.gpu)}."
     print(text)
