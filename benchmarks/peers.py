@@ -116,17 +116,13 @@ def main() -> None:
                 ratios = [f"{median(ours, key) / median(results, key):.2f}" for key in ("tokens_per_sec", "peak_gb")]
             cells = [spread(results, "tokens_per_sec"), f"{median(results, 'peak_gb'):.2f}", *ratios]
             if arguments.on_policy:
-                losses = (f"{1e3 * median(results, key):.2f}" for key in ("first_loss", "last_loss"))
-                cells += [f"{100 * median(results, 'drawing_share'):.0f}%", " to ".join(losses)]
+                means = (f"{1e3 * median(results, key):.2f}" for key in ("first_loss", "last_loss"))
+                cells += [f"{100 * median(results, 'drawing_share'):.0f}%", " to ".join(means)]
             rows.append((f"{size}: {names[system]}", *cells))
     more = ("our KD's speed / its", "our KD's memory / its")
     if arguments.on_policy:
-        more = (
-            "our speed / its",
-            "our memory / its",
-            "share of drawing",
-            "divergence, 1e-3 nats, of the first and last three",
-        )
+        losses = "divergence, 1e-3 nats: first and last 3 updates"
+        more = ("our speed / its", "our memory / its", "share of drawing", losses)
     columns = ("", "tokens/s: median (range)", "peak memory, GB", *more)
     text = markdown_table(columns, rows) + f"\n\n{arguments.rounds} round(s) in turn on {machine(arguments.gpu)}."
     print(text)
