@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from measure import peak_device_memory, peak_memory, random_batch, report
@@ -23,15 +23,26 @@ LEARNING_RATE = 1e-4
 STEP_TOKENS = 40  # of a reasoning step, where there are steps
 
 
-def ours(
-    folder: Path, tokens_UBL: np.ndarray, dtype: str, weights: dict[str, float], boundaries: bool
-) -> tuple[list[float], float]:
-    """rtd_jax's update, with keys of `loss` as given."""
+class OurUpdate(NamedTuple):
+    """rtd_jax's update, and what it is called with."""
+
+    student: Any
+    state: Any
+    step: Any
+    teacher_params: Any
+    objective: Any
+    mesh: Any
+    vocab_size: int
+
+
+def our_update(folder: Path, dtype: str, weights: dict[str, Any], on_policy: dict[str, Any] | None = None) -> OurUpdate:
+    """rtd_jax's update, with keys of `loss` and of `on_policy` as given."""
     import jax
     import optax
 
     from rtd_jax.base.sharding import MeshSettings, make_mesh
     from rtd_jax.methods import LossSettings
+    from rtd_jax.methods.own_chains import OnPolicySettings
     from rtd_jax.methods.term import Setup
     from rtd_jax.models.from_hf import load_config, load_params
     from rtd_jax.models.model import LlamaModel
@@ -41,7 +52,10 @@ def ours(
     teacher, student = (LlamaModel(load_config(folder / name), compute_dtype=dtype) for name in ("teacher", "student"))
     teacher_params = load_params(folder / "teacher", teacher.config, dtype=dtype)
     key = jax.random.PRNGKey(0)
-    setup = Setup(student.config, teacher.config, teacher.config.vocab_size, mesh=make_mesh(MeshSettings()))
+    mesh, vocab_size = make_mesh(MeshSettings()), teacher.config.vocab_size
+    setup = Setup(
+        student.config, teacher.config, vocab_size, mesh=mesh, on_policy=OnPolicySettings(**(on_policy or {}))
+    )
     objective = LossSettings(**weights).objective(setup)
     params = {
         "student": load_params(folder / "student", student.config),
@@ -49,8 +63,16 @@ def ours(
     }
     optimizer = optax.adamw(LEARNING_RATE)
     state = create_state(params, optimizer, key)
-    step = make_train_step(student, teacher, optimizer, objective, mesh=setup.mesh)
-    batch = random_batch(*tokens_UBL.shape[1:], teacher.config.vocab_size, STEP_TOKENS, boundaries)
+    step = make_train_step(student, teacher, optimizer, objective, mesh=mesh)
+    return OurUpdate(student, state, step, teacher_params, objective, mesh, vocab_size)
+
+
+def ours(
+    folder: Path, tokens_UBL: np.ndarray, dtype: str, weights: dict[str, Any], boundaries: bool
+) -> tuple[list[float], float]:
+    """rtd_jax's update, with keys of `loss` as given."""
+    _, state, step, teacher_params, objective, _, vocab_size = our_update(folder, dtype, weights)
+    batch = random_batch(*tokens_UBL.shape[1:], vocab_size, STEP_TOKENS, boundaries)
     seconds = []
     for tokens_BL in tokens_UBL:
         started = time.perf_counter()

@@ -16,6 +16,8 @@ import accelerator
 import decoding
 import gpu_profile
 import measure
+import peer_on_policy
+import peers
 
 WORKER = "import sys; sys.path.insert(0, 'benchmarks'); import measure; print('noise'); measure.report(speed={})"
 
@@ -165,3 +167,25 @@ def test_kernels_are_counted_once_for_their_part_and_kind():
         (gpu_profile.OTHER, "others"): 1.0,
     }
     assert gpu_profile.idle_seconds(found) == (7.0, 2.0)  # between 4 and 6 nothing ran; 2.5 to 3 is not counted twice
+
+
+def test_peers_on_policy_are_compared_on_what_they_wrote(monkeypatch):
+    commands, written = [], {}
+
+    def alternate(of_systems, rounds):
+        commands.extend(of_systems.values())
+        values = {"peak_gb": 1.0, "drawing_share": 0.25, "first_loss": 0.0188, "last_loss": 0.0174}
+        speeds = {"ours_on_policy": 300.0, "trl_on_policy": 100.0}
+        return {name: [measure.Result(values | {"tokens_per_sec": speeds[name]}, 0.0)] for name in of_systems}
+
+    monkeypatch.setattr(peers, "write_checkpoints", lambda *_: None)
+    monkeypatch.setattr(peers, "alternate", alternate)
+    monkeypatch.setattr(peers, "write_section", lambda document, name, text: written.update({name: text}))
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--on_policy", "--systems", "trl_on_policy", "ours_on_policy"])
+    peers.main()
+    assert [command[1:3] + command[4:] for command in commands[:2]] == [
+        ["benchmarks/peer_on_policy.py", system, "23", "64"] for system in ("ours_on_policy", "trl_on_policy")
+    ]
+    cells = "| 100 (100 to 100) | 1.00 | 3.00 | 1.00 | 25% | 18.80 to 17.40 |"
+    assert f"| 8,192 entries, 8 x (64 + 64) tokens: TRL GKDTrainer, lmbda 1 {cells}" in written["peers_on_policy"]
+    assert set(peers.ON_POLICY) == set(peer_on_policy.SYSTEMS)
