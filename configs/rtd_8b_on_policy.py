@@ -16,7 +16,6 @@ def get_config() -> ConfigDict:
     c.on_policy.fraction = 0.5  # of an update's rows: chains that the student draws
     c.on_policy.updates_per_refresh = 4  # optimizer updates; a divisor of checkpoint_every
     c.on_policy.max_new_tokens = 400  # of a drawn chain, as in the evaluation
-    c.on_policy.batch_size = 128  # chains drawn at one time: all of a refresh
     c.on_policy.steps = "prose"  # what a chat model writes is laid out for a reader
     c.loss.divergence = "reverse_kl"  # the student is held to what it writes itself
     c.loss.temperature = 1.0  # the policy that draws is the one that is taught

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 COMMAND_OF = {
     **{"pretrain": "pretrain", "study": "study", "traces": "traces", "reward": "reward_model"},
-    **{"boundaries": "boundaries", "rtd": "train"},
+    **{"boundaries": "boundaries", "rtd": "train", "opd": "train"},
 }
 RECIPES = {
     "train": Recipe,
@@ -186,6 +186,8 @@ def needed_with(setting: Setting, text: str, recipe: typing.Any) -> tuple[str, .
         return (f"{group}.location=x",)
     if group and "schema" in typing.get_type_hints(setting.group) and found_in(recipe, group) is None:
         return (f"{group}.schema=gsm8k", f"{group}.location=x")  # the group is there with these
+    if isinstance(recipe, Recipe) and recipe.on_policy.fraction:  # what it forbids is tried without it
+        return ("on_policy.fraction=0", "reward.model=x")
     return ("reward.model=x",) if setting.key == "loss.reward_weight" else ()
 
 

@@ -50,6 +50,7 @@ LEGAL = {
         "LossSettings": "reward_weight intermediate_weight token_alignment_weight coherence_weight alignment_weight "
         "alpha beta hidden_layer student_hidden_layer",
         "Method": "alignment coherence place",
+        "OnPolicySettings": "fraction",  # none
         "OpenAISettings": "requests_per_minute retries",  # no limit; none
         "OptimizerSettings": "warmup_updates final_fraction b1 b2 weight_decay",
         "PlanSettings": "dollars_per_device_hour",
@@ -61,7 +62,7 @@ LEGAL = {
         "SelectionSettings": "per_problem",  # all
         "SourceSettings": "limit seed",  # all rows of files; generated problems need a number
         "ServingSettings": "retries",  # none
-        "StudentSettings": "layers width mlp_width heads kv_heads head_dim",  # not given
+        "StudentSettings": "width mlp_width heads kv_heads head_dim",  # not given
         "StudyRecipe": "seeds parallel",  # only the report
     },
     -1: {

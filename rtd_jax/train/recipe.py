@@ -67,9 +67,10 @@ class StudentSettings:
         missing = [name for name in needed if name not in given]
         unused = [name for name in given if name not in needed]
         if missing or unused:
+            needs = ", ".join(f"{name} (it is {getattr(self, name)!r})" for name in missing)
             raise ValueError(
                 f"init={self.init!r} "
-                + (f"needs {', '.join(missing)}" if missing else f"does not read {', '.join(unused)}; leave them out")
+                + (f"needs {needs}" if missing else f"does not read {', '.join(unused)}; leave them out")
             )
 
 
