@@ -157,7 +157,7 @@ def test_what_a_kill_leaves_in_a_log_is_dropped_and_damage_before_it_is_named(tm
 def test_a_run_that_learns_from_drawn_chains_stops_only_where_new_ones_are_due():
     """Drawn chains are not in a checkpoint; a run that is resumed elsewhere would draw others."""
     trainer = object.__new__(Trainer)
-    trainer._recipe = SimpleNamespace(reward=SimpleNamespace(updates_per_refresh=4))  # type: ignore[assignment]
+    trainer._recipe = SimpleNamespace(updates_per_refresh=4)  # type: ignore[assignment]
     trainer._draw = None
     assert all(trainer._can_stop(SimpleNamespace(update=update)) for update in (5, 8))  # type: ignore[arg-type]
     trainer._draw = lambda *_: ([], {})
