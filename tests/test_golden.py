@@ -36,7 +36,7 @@ GOLDEN = ROOT / "tests" / "golden"
 ARTEFACTS = GOLDEN / "artefacts"
 RELATIVE, ABSOLUTE = 1e-5, 1e-7  # of floats; the second is for those near zero
 AT_ONE_TIME = 2  # processes
-TIMES = ("wall_seconds", "train_seconds", "seconds", "perf/tokens_per_sec", "perf/train_seconds")
+TIMES = ("wall_seconds", "train_seconds", "seconds", "perf/tokens_per_sec", "perf/train_seconds", "perf/drawing_share")
 
 TRAIN = ("launch/train.py", "--config=configs/rtd_tiny.py")
 
