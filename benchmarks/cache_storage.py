@@ -37,15 +37,10 @@ from rtd_jax.data.sources import SourceSettings, load_traces
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import ModelSettings, open_model
-from rtd_jax.teacher.cache import (
-    CacheSettings,
-    CacheWriter,
-    Identity,
-    TeacherCache,
-    chain_key,
-    encode_record,
-)
+from rtd_jax.teacher.cache import CacheWriter, TeacherCache
+from rtd_jax.teacher.identity import CacheSettings, Identity
 from rtd_jax.teacher.predictions import top_k_predictions
+from rtd_jax.teacher.records import chain_key, encode_record
 
 VOCAB, WIDTH, K, ROWS = 128_256, 8192, 64, 4
 RECORDS = 1000  # in the comparison of formats

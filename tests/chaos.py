@@ -67,7 +67,8 @@ from rtd_jax.steps.detector import Detector
 from rtd_jax.steps.prose import Reading as TextReading
 from rtd_jax.steps.prose import read as read_text
 from rtd_jax.steps.token_states import kept_states
-from rtd_jax.teacher.cache import CacheSettings, CacheWriter, TeacherCache
+from rtd_jax.teacher.cache import CacheWriter, TeacherCache
+from rtd_jax.teacher.identity import CacheSettings
 from rtd_jax.teacher.reward_head import RewardIdentity, init_head, load_head, save_head
 from rtd_jax.teacher.served.requests import Reply
 from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_meta

@@ -34,7 +34,7 @@ from rtd_jax.models.config import layers_to_copy
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.to_hf import save_pretrained
-from rtd_jax.teacher.cache import CacheSettings
+from rtd_jax.teacher.identity import CacheSettings
 from rtd_jax.train.saved_models import load_model
 
 ROOT = Path(__file__).resolve().parents[1]

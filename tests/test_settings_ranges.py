@@ -23,7 +23,7 @@ from rtd_jax.base.settings import SettingError, build, check_ranges, value_types
 from rtd_jax.data.labelled import LabelledSettings
 from rtd_jax.data.sources import SourceSettings
 from rtd_jax.steps.fit import FitSettings
-from rtd_jax.teacher.cache import CacheSettings
+from rtd_jax.teacher.identity import CacheSettings
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.optimizer import OptimizerSettings
 from rtd_jax.train.recipe import Recipe

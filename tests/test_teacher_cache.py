@@ -24,16 +24,10 @@ from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import open_model
-from rtd_jax.teacher.cache import (
-    CacheSettings,
-    CacheWriter,
-    Identity,
-    TeacherCache,
-    chain_key,
-    decode_record,
-    encode_record,
-)
+from rtd_jax.teacher.cache import CacheWriter, TeacherCache
+from rtd_jax.teacher.identity import CacheSettings, Identity
 from rtd_jax.teacher.online import teacher_outputs
+from rtd_jax.teacher.records import chain_key, decode_record, encode_record
 from rtd_jax.train.optimizer import OptimizerSettings
 from rtd_jax.train.recipe import cache_identity
 from rtd_jax.train.splits import load_splits

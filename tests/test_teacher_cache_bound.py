@@ -19,7 +19,9 @@ from rtd_jax.base.types import TopK
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.teacher import shards
-from rtd_jax.teacher.cache import CacheSettings, CacheWriter, TeacherCache, decode_record, encode_record, read_identity
+from rtd_jax.teacher.cache import CacheWriter, TeacherCache, read_identity
+from rtd_jax.teacher.identity import CacheSettings
+from rtd_jax.teacher.records import decode_record, encode_record
 
 OLD = Path(__file__).parent / "golden" / "artefacts" / "cache"
 SETTINGS = CacheSettings(4)

@@ -13,7 +13,8 @@ from test_multihost import together
 from test_train_run import ROOT, command, config, environment, metrics, run  # noqa: F401  (config is a fixture)
 
 from rtd_jax.base.files import read_json
-from rtd_jax.teacher.cache import Identity, TeacherCache
+from rtd_jax.teacher.cache import TeacherCache
+from rtd_jax.teacher.identity import Identity
 
 pytestmark = pytest.mark.slow
 

@@ -34,7 +34,8 @@ from rtd_jax.eval.states import open_cache
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import open_model
-from rtd_jax.teacher.cache import CacheSettings, TeacherCache
+from rtd_jax.teacher.cache import TeacherCache
+from rtd_jax.teacher.identity import CacheSettings
 from rtd_jax.teacher.served.predictions import ServingSettings, _most_probable
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.optimizer import OptimizerSettings

@@ -22,8 +22,10 @@ from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import open_model
-from rtd_jax.teacher.cache import CacheWriter, Identity, chain_key, encode_record, packed_chains
+from rtd_jax.teacher.cache import CacheWriter
+from rtd_jax.teacher.identity import Identity
 from rtd_jax.teacher.predictions import top_k_predictions
+from rtd_jax.teacher.records import chain_key, encode_record, packed_chains
 from rtd_jax.teacher.served.asking import Progress
 from rtd_jax.teacher.served.predictions import ask_for_predictions, check_served
 from rtd_jax.train.curriculum import stages

@@ -18,7 +18,8 @@ from rtd_jax.data.by_length import batches_by_length, rows_at_once
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.models.model import LlamaModel
-from rtd_jax.teacher.cache import TeacherCache, chain_key, read_identity
+from rtd_jax.teacher.cache import TeacherCache, read_identity
+from rtd_jax.teacher.records import chain_key
 
 ROWS = 8  # at one time, rounded up to the devices
 LENGTH_MULTIPLE = 64  # tokens; rows are as long as their longest chain, rounded up to this

@@ -16,7 +16,8 @@ from rtd_jax.methods.term import Objective, Setup
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.decoder import AttentionKernel, Remat
 from rtd_jax.models.open import FloatDtype, ModelSettings, OpenModel
-from rtd_jax.teacher.cache import AS_SERVED, SERVED, CacheSettings, Identity, served_model
+from rtd_jax.teacher.cache import served_model
+from rtd_jax.teacher.identity import AS_SERVED, SERVED, CacheSettings, Identity
 from rtd_jax.teacher.served.predictions import ServingSettings
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.optimizer import OptimizerSettings

@@ -29,7 +29,8 @@ from rtd_jax.models.from_hf import resolve
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import OpenModel, check_rows_of_ids, load_tokenizer, open_model
 from rtd_jax.steps.detector import Detector
-from rtd_jax.teacher.cache import TeacherCache, chain_key
+from rtd_jax.teacher.cache import TeacherCache
+from rtd_jax.teacher.records import chain_key
 from rtd_jax.teacher.reward_head import RewardModel, load_head
 from rtd_jax.train.curriculum import Stage, stages
 from rtd_jax.train.optimizer import make_optimizer
