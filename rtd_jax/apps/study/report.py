@@ -9,7 +9,7 @@ import numpy as np
 
 from rtd_jax.apps.report import article
 from rtd_jax.apps.report.sections import Picture, Section, markdown_of
-from rtd_jax.apps.study import claims, statistics
+from rtd_jax.apps.study import claims, drift, statistics
 from rtd_jax.apps.study.claims import TEACHER, Claim, TaskRuns, p_and_seeds, points
 from rtd_jax.apps.study.recipe import StudyRecipe
 from rtd_jax.apps.study.statistics import Difference, Outcome, json_row
@@ -27,7 +27,13 @@ INTRO = (
     "ratios as numbers: it agrees or disagrees when the interval lies wholly on one side, and is undecided otherwise.",
 )
 TESTED = ("p", "seeds for a power of 80%")
-MEASURED = ("step_accuracy", "perplexity", "updates", "seconds")
+MEASURED = {  # attributes of an outcome: their titles, forms and units in the table
+    "step_accuracy": ("step accuracy %", "{:.1f}", 100),
+    "perplexity": ("perplexity", "{:.4f}", 1),
+    "updates": ("updates", "{:.0f}", 1),
+    "seconds": ("seconds of training", "{:.0f}", 1),
+    "tokens": ("tokens trained on", "{:,.0f}", 1),
+}
 
 Table = dict[str, dict[str, Estimate]]  # {method: {depth bucket: chain accuracy}}
 
@@ -95,9 +101,8 @@ def _add_task(report: Report, task: str, about: str, runs: TaskRuns) -> None:
         "questions": ("Questions the article leaves open", "question", claims.questions(runs)),
     }
     added, changed = claims.component_gains(runs), claims.changed_coherence(runs)
-    keys = [*MEASURED]
-    if all(outcome.tokens is not None for outcomes in runs.outcomes.values() for outcome in outcomes):
-        keys.append("tokens")
+    every = [outcome for outcomes in runs.outcomes.values() for outcome in outcomes]
+    keys = [key for key in MEASURED if all(getattr(outcome, key) is not None for outcome in every)]
     means = {
         name: {key: float(np.mean([getattr(outcome, key) for outcome in outcomes])) for key in keys}
         for name, outcomes in runs.outcomes.items()
@@ -110,8 +115,8 @@ def _add_task(report: Report, task: str, about: str, runs: TaskRuns) -> None:
         _changed(changed, runs),
         _grid(table, runs),
         _means(means),
-        _drift(runs),
-        _own_drift(runs),
+        drift.likeness(runs),
+        drift.on_own_chains(runs),
         _time(runs),
         _stages(runs),
     ]
@@ -216,82 +221,14 @@ def _grid(table: Table, runs: TaskRuns) -> Section:
 
 
 def _means(means: Mapping[str, dict[str, float]]) -> Section:
-    columns = {
-        "step_accuracy": ("step accuracy %", "{:.1f}"),
-        "perplexity": ("perplexity", "{:.4f}"),
-        "updates": ("updates", "{:.0f}"),
-        "seconds": ("seconds of training", "{:.0f}"),
-        "tokens": ("tokens trained on", "{:,.0f}"),
-    }
-    rows, heads = [], {}
-    for name, row in means.items():
-        shown = row | {"step_accuracy": 100 * row["step_accuracy"]}
-        heads = {key: columns[key] for key in row}
-        rows.append((name, *(form.format(shown[key]) for key, (_, form) in heads.items())))
-    head = ("method", *(title for title, _ in heads.values()))
-    return Section("What else was measured (means over seeds)", head=head, rows=rows)
-
-
-def _drift(runs: TaskRuns) -> Section:
-    title = "Drift (means over seeds)"
-    curves = _mean_cka_curves(runs)
-    if not curves:
-        return Section(title)
-    steps = sorted({step for curve in curves.values() for step in curve})
-
-    def cells(curve: Mapping[int, float], form: str) -> list[str]:
-        return [f"{curve[step]:{form}}" if step in curve else "-" for step in steps]
-
-    rows = []
-    for name, curve in curves.items():
-        areas = [
-            area for outcome in runs.finished(name) if (area := statistics.auroc_within(outcome.drift)) is not None
-        ]
-        rows.append((name, *cells(curve, ".3f"), f"{np.mean(areas):.3f}" if areas else "-"))
-    rows.append(("article (biased CKA, KD)", *cells(article.CKA, ".2f"), f"{article.AUROC:.2f}"))
-    text = (
-        "Debiased CKA between student and teacher at the end of each step, on the validation chains that have them "
-        "all; and the AUROC with which the cosine of a transition tells whether the next step is right, among steps of "
-        "the same place and depth: through the run's own g where its loss trained one, else through a map fitted on "
-        "one half of the chains and used on the other."
-    )
-    return Section(title, 3, [text], ("method", *(f"CKA, step {step}" for step in steps), "AUROC"), rows)
-
-
-def _own_drift(runs: TaskRuns) -> Section:
-    """Likeness of the states on what the student writes itself, before training and after it."""
-    title = "Drift on the student's own chains (means over seeds)"
-    found = {
-        (name, when): [drift for outcome in outcomes if (drift := (outcome.drift or {}).get(key)) is not None]
-        for name, outcomes in runs.outcomes.items()
-        for key, when in (("own_before", "before"), ("own", "after"))
-    }
-    found = {place: drifts for place, drifts in found.items() if drifts}
-    steps = range(1, 1 + max((len(d["steps"]) - 1 for drifts in found.values() for d in drifts), default=0))
-    steps = range(1, 1 + min(len(steps), 4))
-
-    def mean(drifts: Sequence[dict[str, Any]], key: str, step: int) -> str:
-        values = [d["steps"][step][key] for d in drifts if step < len(d["steps"])]
-        known = [row["value"] for row in values if row is not None and row["value"] is not None]
-        return f"{np.mean(known):.3f}" if known else "-"
-
+    known = next(iter(means.values()), {})
+    columns = {key: column for key, column in MEASURED.items() if key in known}
     rows = [
-        (
-            *place,
-            f"{np.mean([d['chains'] for d in drifts]):.0f}",
-            *(mean(drifts, "cka_debiased", step) for step in steps),
-            *(mean(drifts, "transition_cosine", step) for step in steps),
-        )
-        for place, drifts in found.items()
+        (name, *(form.format(scale * row[key]) for key, (_, form, scale) in columns.items()))
+        for name, row in means.items()
     ]
-    text = (
-        "As above, on what the student writes greedily for the same problems, as far as it has steps; both models read "
-        "it. Before training the student is what it starts from. Debiased CKA at the end of a step, over the chains "
-        "that have it, and the cosine between the two models' transitions into the step. Chains before and after are "
-        "not the same texts, and those of a weak student have fewer steps."
-    )
-    head = ("method", "", "chains", *(f"CKA, step {s}" for s in steps), *(f"cosine, step {s}" for s in steps))
-    return Section(title, 3, [text], head, rows)
+    head = ("method", *(title for title, _, _ in columns.values()))
+    return Section("What else was measured (means over seeds)", head=head, rows=rows)
 
 
 def _time(runs: TaskRuns) -> Section:
@@ -350,17 +287,6 @@ def _runs_with_curves(runs: TaskRuns) -> dict[str, list[Outcome]]:
     return {name: outcomes for name, outcomes in found.items() if outcomes}
 
 
-def _mean_cka_curves(runs: TaskRuns) -> dict[str, dict[int, float]]:
-    """CKA by step of each method where it was measured: means over the seeds that have the step."""
-    means = {}
-    for name, outcomes in runs.outcomes.items():
-        curves = [statistics.cka_curve(outcome.drift) for outcome in outcomes]
-        steps = sorted({step for curve in curves for step in curve})
-        if steps:
-            means[name] = {s: float(np.mean([curve[s] for curve in curves if s in curve])) for s in steps}
-    return means
-
-
 def _shares_lost(table: Table, runs: TaskRuns) -> dict[str, float | None]:
     if runs.whole is None or runs.baseline not in table:
         return {}
@@ -393,7 +319,7 @@ def _pictures(task: str, table: Table, runs: TaskRuns) -> list[Picture]:
             pictures.append(
                 Picture(f"curve_{key}_{task}", f"Chain accuracy against {x} ({task})", caption, x, y, series)
             )
-    curves = _mean_cka_curves(runs)
+    curves = drift.mean_cka_curves(runs)
     lines = {name: list(curves[name].items()) for name in shown if len(curves.get(name, ())) > 1}
     if lines:
         caption = "Debiased, on the same validation chains at every step; means over seeds."
