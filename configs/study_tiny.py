@@ -5,7 +5,6 @@
     python launch/study.py --config=configs/study_tiny.py:conditions   # layer, anchor, maps, form and size of coherence
     python launch/study.py --config=configs/study_tiny.py:lift         # the lift on ten seeds, all depths at once
     python launch/study.py --config=configs/study_tiny.py:grid         # the two weights, all depths at once
-    python launch/study.py --config=configs/study_tiny.py:on_policy    # chains that the student draws itself
     python launch/study.py --config=configs/study_tiny.py:cached       # teacher's outputs from a cache, where possible
 
 What the runs share (chains, the reward model, other teachers, the cache) is made once, before them, in
@@ -29,7 +28,6 @@ ALIGNED, COHERENT, STAGED = {"alignment": 0.3}, {"coherence": 0.5}, {"curriculum
 
 FEW = 250  # problems to train on where few are to be had
 PLATEAU = 600  # updates on few problems, twice the budget
-TAUGHT = 150  # updates by which KD prepares the student that on-policy distillation begins with, and of that itself
 LIFT = 750  # updates of students that start from random weights
 
 # Logit matching alone, all depths at once.
@@ -45,6 +43,12 @@ AT_ONCE = ("kd", "coherence_only", "alignment_only", "rtd_no_curriculum")  # tho
 FROM_CACHE = PARTS
 # Every digit of every token: with k = V (the bundled tokenizer's 445) training is that with the teacher online.
 CACHED = ("cache.top_k=445", "cache.predictions=float32", "cache.states=float32")
+MEASURED = (  # in every run of any size
+    "evaluation.problems_per_depth=60",
+    "evaluation.every=100",
+    "evaluation.curve_problems=10",
+    "evaluation.drift_problems=32",
+)
 SMOKE = ("kd", "intermediate_kd", "cot_ft", "step_reward", "rtd", "rtd_no_coherence", "self_distillation")
 # A few updates on a few problems. The first three decide what a cache holds.
 SMALL = (
@@ -210,55 +214,13 @@ def conditions() -> dict[str, Method]:
     return found
 
 
-# Updates on chains that the student drew, new ones every few updates, without labels. At KD's own temperature: with 1,
-# the usual one on policy, `kd_on_policy` came to 60% of validation problems, with 4 to 67% (one seed).
-DRAWN = ("on_policy.updates_per_refresh=5", "loss.alpha=1.0")
-ALL_DRAWN = (*DRAWN, "on_policy.fraction=1.0", "loss.divergence=reverse_kl")
-
-
-def on_policy() -> dict[str, Method]:
-    """Does the trajectory help on what the student writes? On-policy distillation with it and without it."""
-    found = only(methods(), ("kd", "rtd_no_curriculum", "intermediate_kd"))
-    found["kd_on_policy"] = Method(
-        (*KD, *ALL_DRAWN),
-        "rival",
-        {"kd_on_policy_forward": "is it better to hold the student to what it writes, or to cover the teacher?"},
-        caption="on-policy distillation, reverse KL",
-        pictured=True,
-    )
-    found["kd_on_policy_forward"] = Method((*KD, *ALL_DRAWN, "loss.divergence=forward_kl"))
-    found["gkd"] = Method(
-        (*KD, *DRAWN, "on_policy.fraction=0.5", "loss.divergence=jsd"),
-        "rival",
-        {"kd_on_policy": "does it help to keep half of the teacher's chains?"},
-        caption="half of the chains drawn, JSD",
-        pictured=True,
-    )
-    found["rtd_on_policy"] = Method(
-        (KD[2], *ALL_DRAWN),
-        compared_with={"kd_on_policy": "does RTD's trajectory help on the student's own chains?"},
-        **ALIGNED,
-        **COHERENT,
-        pictured=True,
-    )
-    found["intermediate_on_policy"] = Method(
-        (*KD, *ALL_DRAWN, "loss.intermediate_weight=1.0"),
-        compared_with={
-            "kd_on_policy": "do intermediate layers help on the student's own chains?",
-            "intermediate_kd": "are they better matched on own chains than on the teacher's?",
-        },
-        pictured=True,
-    )
-    return found
-
-
 def get_config(arg: str = "") -> ConfigDict:
-    alone = ("smoke", "grid", "conditions", "lift", "on_policy")
+    alone = ("smoke", "grid", "conditions", "lift")
     words = words_of(arg, (*alone, "cached"))
     smoke = "smoke" in words
     if len(words.intersection(alone)) > 1:
         raise ValueError(f"{arg}: these are studies of their own; give one of the words")
-    if "cached" in words and words & {"conditions", "lift", "on_policy"}:
+    if "cached" in words and words & {"conditions", "lift"}:
         raise ValueError(f"{arg}: a cache has the bundled teacher's states of one layer; give one of the words")
 
     c = defaults(StudyRecipe)
@@ -303,13 +265,7 @@ def get_config(arg: str = "") -> ConfigDict:
         *(f"--config.{override}" for override in (*CACHED, *(SMALL[:3] if smoke else ()))),
     )
 
-    measured = (
-        "evaluation.problems_per_depth=60",
-        "evaluation.every=100",
-        "evaluation.curve_problems=10",
-        "evaluation.drift_problems=32",
-    )
-    evaluation = ("evaluation.teacher=False", *(SMALL if smoke else measured))
+    evaluation = ("evaluation.teacher=False", *(SMALL if smoke else MEASURED))
     budget = () if smoke else (f"data.train.limit={FEW}", "total_updates=300")
     c.tasks.few_problems = (*evaluation, *budget)  # the task that has all methods
     c.about.few_problems = (  # for the report
@@ -332,9 +288,6 @@ def get_config(arg: str = "") -> ConfigDict:
         c.about.few_problems += " The grid is without the curriculum, whose harm here would hide the weights'."
     elif "conditions" in words:
         every = conditions()
-    elif "on_policy" in words:
-        every = on_policy()
-        _add_taught_student(c, evaluation)
     elif "lift" in words:
         every = only(every, AT_ONCE)
         del c.tasks.few_problems, c.about.few_problems
@@ -361,36 +314,6 @@ def get_config(arg: str = "") -> ConfigDict:
         every["intermediate_kd"] = changed(every["intermediate_kd"], "evaluation.teacher=True")
     c.methods = as_config(every)  # by name: overrides, role, components and what it is compared with
     return c
-
-
-def _add_taught_student(c: ConfigDict, evaluation: tuple[str, ...]) -> None:
-    """A student that can already write: what one without training draws teaches nothing."""
-    c.prepare.taught = (
-        "train",
-        "--config=configs/rtd_tiny.py",
-        "--workdir={taught}",
-        *(f"--config.{override}" for override in (*KD, f"data.train.limit={FEW}", f"total_updates={TAUGHT}")),
-        "--config.evaluation.problems_per_depth=1",
-    )
-    del c.tasks.few_problems, c.about.few_problems
-    c.tasks.taught_student = (
-        *evaluation,
-        "student.init=pretrained",
-        "student.path={taught}/student",
-        "student.layers=0",
-        f"data.train.limit={FEW}",
-        f"total_updates={TAUGHT}",
-        "optimizer.learning_rate=1e-3",
-        "optimizer.warmup_updates=20",
-        "evaluation.every=50",
-        "evaluation.drift_own=True",
-    )
-    c.about.taught_student = (
-        f"Word problems, {FEW} to train on. All methods go on from one student, which KD has taught for {TAUGHT} "
-        f"updates, for another {TAUGHT} at half of its learning rate. Methods with `on_policy` in their name learn "
-        "from chains that the student draws for the same problems, `gkd` from as many of these as of the teacher's, in "
-        "rows filled as the data's are. Seeds are of the data's order and of the draws; all begin with one student."
-    )
 
 
 def _add_lift(c: ConfigDict, evaluation: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from configs import rtd_8b, rtd_tiny, study_8b, study_tiny
+from configs import rtd_8b, rtd_tiny, study_8b, study_on_policy, study_tiny
 from rtd_jax.apps.report.sections import write_sections
 from rtd_jax.apps.study import runner
 from rtd_jax.apps.study.claims import (
@@ -62,7 +62,12 @@ def everything(depths):
 
 
 # All methods of the bundled study, and those of its conditions and grid.
-METHODS = {**study_tiny.on_policy(), **study_tiny.conditions(), **study_tiny.weight_grid(False), **study_tiny.methods()}
+METHODS = {
+    **study_on_policy.on_policy(),
+    **study_tiny.conditions(),
+    **study_tiny.weight_grid(False),
+    **study_tiny.methods(),
+}
 
 
 def reported(outcomes, methods=METHODS):
@@ -508,13 +513,13 @@ def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, 
         (study_tiny, "smoke"),
         (study_tiny, "conditions"),
         (study_tiny, "lift"),
-        (study_tiny, "on_policy"),
+        (study_on_policy, ""),
     ],
     ids=lambda x: x if isinstance(x, str) else x.__name__.split(".")[-1],
 )
 def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_path):
     """Overrides as the command line applies them, and the settings that they give, for every method of every task."""
-    recipe = build(StudyRecipe, config.get_config(arg).to_dict())
+    recipe = build(StudyRecipe, config.get_config(*([arg] if arg else [])).to_dict())
     every = {name: recipe.method(name) for name in recipe.methods}
     bases = {"configs/rtd_tiny.py": rtd_tiny, "configs/rtd_8b.py": rtd_8b}
     recipes = {}
@@ -538,7 +543,7 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
     known = {"teacher", *every, *METHODS, "kd_plateau", "self_kd"}
     assert all(set(method.compared_with) <= known for method in every.values())
     assert len({method.place for method in every.values()}) == len(every)
-    of = "gsm8k" if config is study_8b else {"lift": "lift", "on_policy": "taught_student"}.get(arg, "few_problems")
+    of = {study_8b: "gsm8k", study_on_policy: "taught_student"}.get(config, "lift" if arg == "lift" else "few_problems")
     whole = {job.name: job for job in build(StudyRecipe, config.get_config().to_dict()).jobs(tmp_path)}
     shared = [job for job in recipe.jobs(tmp_path) if job.name in whole]
     if arg in ("conditions", "lift"):  # what these have in common with the whole study are the same runs
@@ -552,7 +557,7 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
         assert recipes[of, "coherence_no_map"].loss.projections == "none"
         assert not any(recipe.curriculum.enabled for recipe in recipes.values())
         return
-    if arg in ("lift", "on_policy"):
+    if arg == "lift" or config is study_on_policy:
         assert not any(recipe.curriculum.enabled for recipe in recipes.values())
         return
     if arg == "grid":
