@@ -10,14 +10,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tiny_run import recipe, write_teacher
+from tiny_run import one_device_mesh, recipe, trained, write_teacher
 
 from rtd_jax.apps.distill.on_policy import before_answer, make_on_policy_sampler, step_finder
 from rtd_jax.apps.distill.own_chains import drawn_chain, span_ends
 from rtd_jax.apps.distill.prepare import Experiment, prepare
 from rtd_jax.apps.distill.run import train
-from rtd_jax.apps.distill.stages import Run, Trainer
-from rtd_jax.base.console import Display
+from rtd_jax.apps.distill.stages import Run
 from rtd_jax.base.sharding import MeshSettings, make_mesh, put_batch, to_host
 from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain, encode_traces
@@ -31,10 +30,9 @@ from rtd_jax.methods.own_chains import OnPolicySettings, RewardSettings
 from rtd_jax.methods.term import Setup
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.model import LlamaModel
-from rtd_jax.train.checkpoints import Checkpoints, read_meta, restore_state
+from rtd_jax.train.checkpoints import read_meta, restore_state
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.curriculum import CurriculumSettings
-from rtd_jax.train.metrics import MetricsLog
 from rtd_jax.train.recipe import EvaluationSettings
 from rtd_jax.train.state import create_state
 from rtd_jax.train.update import UpdateSettings, make_train_step
@@ -197,10 +195,6 @@ def own_recipe(folder: Path, **changes):
     return recipe(folder / "teacher", **(settings | changes))
 
 
-def one_device_mesh(_: MeshSettings | None = None):
-    return make_mesh(MeshSettings(), jax.devices()[:1])
-
-
 def prepared(recipe) -> tuple[Experiment, object]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rtd_jax.apps.distill.prepare.make_mesh", one_device_mesh)
@@ -270,16 +264,6 @@ def test_how_steps_are_found_is_a_setting(folder, single):
     rules = replace(experiment, recipe=replace(experiment.recipe, on_policy=OnPolicySettings(0.5, steps="prose")))
     assert step_finder(experiment)(*given) == [[0, 3]]  # every line
     assert step_finder(rules)(*given) == [[5]]  # what ends with a colon belongs to what follows, and so does the answer
-
-
-def trained(experiment, run: Run, workdir: Path) -> list[dict]:
-    """Trains all stages; returns the lines of the log without what depends on the clock."""
-    log = MetricsLog(workdir, int(run.state.step))
-    with run.clock.span("training"):
-        Trainer(experiment, run, Checkpoints(workdir, keep=2), log, Display(8, silent=True)).train_stages()
-    log.close()
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
 
 
 @pytest.mark.parametrize("fraction", [0.5, 1.0])

@@ -12,18 +12,17 @@ import numpy as np
 import optax
 import pytest
 from safetensors.numpy import load_file
-from tiny_run import recipe, source, write_teacher
+from tiny_run import one_device_mesh, recipe, source, trained, write_teacher
 
 from rtd_jax.apps.cache import cache_teacher
 from rtd_jax.apps.distill.judged_rewards import check_judged, judged_rewards
 from rtd_jax.apps.distill.own_chains import drawn_chain, step_ends, step_texts
 from rtd_jax.apps.distill.prepare import prepare
-from rtd_jax.apps.distill.stages import Run, Trainer
+from rtd_jax.apps.distill.stages import Run
 from rtd_jax.apps.distill.step_rewards import at_boundaries, make_reward_sampler
 from rtd_jax.apps.pretrain import SizeSettings, model_config
 from rtd_jax.apps.reward_model import LabelledSteps, RewardModelRecipe, fit_head, judge, train_reward_model
 from rtd_jax.base.boundaries import step_boundaries
-from rtd_jax.base.console import Display
 from rtd_jax.base.files import json_digest
 from rtd_jax.base.records import save_arrays
 from rtd_jax.base.sharding import MeshSettings, make_mesh, put_batch, to_host
@@ -40,7 +39,7 @@ from rtd_jax.methods import LossSettings
 from rtd_jax.methods.own_chains import RewardSettings
 from rtd_jax.methods.term import Setup
 from rtd_jax.models.model import LlamaModel
-from rtd_jax.teacher.cache import CacheSettings
+from rtd_jax.teacher.identity import CacheSettings
 from rtd_jax.teacher.reward_head import (
     RewardIdentity,
     init_head,
@@ -49,10 +48,9 @@ from rtd_jax.teacher.reward_head import (
     step_features,
     step_logits,
 )
-from rtd_jax.train.checkpoints import Checkpoints, read_meta, restore_state
+from rtd_jax.train.checkpoints import read_meta, restore_state
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.curriculum import CurriculumSettings, stages
-from rtd_jax.train.metrics import MetricsLog
 from rtd_jax.train.recipe import DataSettings, EvaluationSettings, TeacherSettings
 from rtd_jax.train.splits import load_splits
 from rtd_jax.train.state import create_state
@@ -403,10 +401,6 @@ def single(folder):
     return experiment, jax.device_get(state)
 
 
-def one_device_mesh(_: MeshSettings | None = None):
-    return make_mesh(MeshSettings(), jax.devices()[:1])
-
-
 def test_what_is_drawn_depends_on_the_update_and_not_on_the_mesh(folder, single):
     def draw(experiment, state, at):
         drawn = make_reward_sampler(experiment)(state._replace(step=state.step + at), experiment.stages[0])
@@ -421,16 +415,6 @@ def test_what_is_drawn_depends_on_the_update_and_not_on_the_mesh(folder, single)
     (other,), _ = draw(*single, 4)
     assert not np.array_equal(first.batch.tokens_BL, other.batch.tokens_BL)
     assert 0 < means["reward/step_reward"] < 1
-
-
-def trained(experiment, run: Run, workdir: Path) -> list[dict]:
-    """Trains all stages; returns the lines of the log without what depends on the clock."""
-    log = MetricsLog(workdir, int(run.state.step))
-    with run.clock.span("training"):
-        Trainer(experiment, run, Checkpoints(workdir, keep=2), log, Display(8, silent=True)).train_stages()
-    log.close()
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
 
 
 def test_a_resumed_run_draws_again_and_ends_with_the_same_bits(single, tmp_path):

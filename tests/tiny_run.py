@@ -1,16 +1,23 @@
 """A random tiny teacher on disk and a recipe that trains on it in seconds, shared by the tests of the trainer."""
 
+import json
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
+from rtd_jax.apps.distill.prepare import Experiment
+from rtd_jax.apps.distill.stages import Run, Trainer
 from rtd_jax.apps.pretrain import SizeSettings, model_config
-from rtd_jax.base.sharding import MeshSettings
+from rtd_jax.base.console import Display
+from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.sources import SourceSettings
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.to_hf import save_pretrained
+from rtd_jax.train.checkpoints import Checkpoints
 from rtd_jax.train.curriculum import CurriculumSettings
+from rtd_jax.train.metrics import MetricsLog
 from rtd_jax.train.optimizer import OptimizerSettings
 from rtd_jax.train.recipe import (
     DataSettings,
@@ -68,3 +75,17 @@ def recipe(teacher: Path, **changes) -> Recipe:
         "checkpoint_every": 4,
     }
     return Recipe(**(settings | changes))
+
+
+def trained(experiment: Experiment, run: Run, workdir: Path) -> list[dict]:
+    """Trains all stages; returns the lines of the log without what depends on the clock."""
+    log = MetricsLog(workdir, int(run.state.step))
+    with run.clock.span("training"):
+        Trainer(experiment, run, Checkpoints(workdir, keep=2), log, Display(8, silent=True)).train_stages()
+    log.close()
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
+
+
+def one_device_mesh(_: MeshSettings | None = None) -> Mesh:
+    return make_mesh(MeshSettings(), jax.devices()[:1])
