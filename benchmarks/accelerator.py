@@ -1,6 +1,6 @@
 """The real update on a real GPU: agreement with the CPU, seconds, share of the peak rate, memory beside the plan.
 
-python benchmarks/accelerator.py  # one NVIDIA GPU of 80 GB or more, 10 minutes; writes docs/benchmarks.md
+python benchmarks/accelerator.py  # one NVIDIA GPU of 80 GB or more, 15 minutes; writes docs/benchmarks.md
 
 Sizes are the published models' own; weights and tokens are random, so nothing is downloaded. Each case is a process.
 """

@@ -1,6 +1,6 @@
 """Llama-3-70B-Instruct -> Llama-3-8B-Instruct on chains that the student writes, with RTD's losses on them too.
 
-    python launch/train.py --config=configs/rtd_8b_on_policy.py --config.resume_from=runs/rtd_8b/checkpoints/stages/5
+    python launch/train.py --config=configs/rtd_8b_on_policy.py --config.student.path=runs/rtd_8b/student
 
 Not the article's: the article trains on the teacher's chains alone. Meant for a student that `rtd_8b` has trained, or
 for the released one, which writes whole solutions from the start. Half of the rows stay the teacher's chains.

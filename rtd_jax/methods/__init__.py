@@ -62,7 +62,7 @@ class LossSettings(
         (yardstick,) = CoherenceSettings.terms(self, setup)
         if self.teaches() and share:
             own = tuple(term.on_own_chains(share) for term in terms if term.reads.teacher)
-            of_data = tuple(replace(term, weight=(1.0 - share) * term.weight) for term in terms if share < 1.0)
+            of_data = tuple(replace(term, weight=(1.0 - share) * term.weight) for term in terms) if share < 1.0 else ()
             return Objective((*of_data, *own), yardstick)
         if self.teaches() and setup.teacher_states:
             return Objective(terms, yardstick)

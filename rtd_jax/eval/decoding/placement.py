@@ -1,6 +1,7 @@
 """Where a student's weights lie while it writes texts."""
 
 import dataclasses
+import functools
 
 import jax
 from jax.sharding import Mesh
@@ -22,15 +23,21 @@ def for_writing(model: LlamaModel, params: Params, mesh: Mesh) -> tuple[LlamaMod
     Args:
       params: of the model; shapes with shardings give shapes with shardings.
     """
-    axes = logical_axes(params)
-    target = param_shardings(params, axes, mesh, TENSOR)
-
-    def cast(params: Params) -> Params:
-        # The tuples of names are leaves here, as they are at the places of arrays.
-        return jax.tree.map(lambda x, names: x if "norm" in names else x.astype(model.compute_dtype), params, axes)
-
     placed = dataclasses.replace(model, activation_sharding=activation_sharding(mesh, TENSOR))
     if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
-        shapes = jax.eval_shape(cast, params)
+        shapes = jax.eval_shape(lambda params: _cast(params, model.compute_dtype), params)
+        target = param_shardings(params, logical_axes(params), mesh, TENSOR)
         return placed, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, target)
-    return placed, jax.jit(cast, out_shardings=target)(params)
+    return placed, _copied(params, model.compute_dtype, mesh)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _copied(params: Params, dtype: str, mesh: Mesh) -> Params:
+    target = param_shardings(params, logical_axes(params), mesh, TENSOR)
+    return jax.lax.with_sharding_constraint(_cast(params, dtype), target)
+
+
+def _cast(params: Params, dtype: str) -> Params:
+    """The matrices in `dtype`, norms as they are."""
+    # The tuples of names are leaves here, as they are at the places of arrays.
+    return jax.tree.map(lambda x, names: x if "norm" in names else x.astype(dtype), params, logical_axes(params))

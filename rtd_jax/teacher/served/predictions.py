@@ -40,9 +40,8 @@ ROUNDING = 0.02
 LOWEST = -9999.0  # nats, in the place of -inf; vLLM has the same
 GROUP = "--config.teacher."
 
-Entries = list[
-    tuple[Any, Any]
-]  # (log-probability, id) of the most probable tokens in a place, in any order, as a server gave them
+# (log-probability, id) of the most probable tokens in a place, in any order, as a server gave them
+Entries = list[tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
