@@ -17,7 +17,7 @@ from rtd_jax.base.sharding import (
     param_shardings,
     row_sharding,
 )
-from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate, run, settings
+from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate, placement, run, settings
 from rtd_jax.eval.decoding.next_token import nucleus
 from rtd_jax.eval.decoding.placement import for_writing
 from rtd_jax.eval.decoding.slots import Queue, advance, start
@@ -232,6 +232,9 @@ def test_the_copy_for_writing_writes_the_same(params, prompts):
     trained = dataclasses.replace(MODEL, compute_dtype="bfloat16", activation_sharding=row_sharding(mesh))
     placed = jax.device_put(params, param_shardings(params, logical_axes(params), mesh))
     model, copied = for_writing(trained, placed, mesh)
+    programs = placement._copied._cache_size()
+    for_writing(trained, placed, mesh)  # at the next drawing
+    assert placement._copied._cache_size() == programs
     assert copied["layers"]["mlp"]["up"].dtype == jnp.bfloat16
     assert copied["layers"]["mlp"]["up"].sharding.spec == PartitionSpec(None, None, ("fsdp", "tensor"))
     assert copied["norm"]["scale"].dtype == jnp.float32
