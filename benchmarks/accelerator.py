@@ -52,6 +52,7 @@ CUT = ROWS | {"teacher.path": "cut:meta-llama/Meta-Llama-3-70B-Instruct:8"}
 CUT |= {"student.path": "cut:meta-llama/Meta-Llama-3-8B-Instruct:6"}
 KD = {"loss.alignment_weight": 0.0, "loss.coherence_weight": 0.0}
 XLA = {"teacher.attention": "xla", "student.attention": "xla"}
+FAST = {"student.remat": "none", "loss.chunk_length": 128}
 LONG = {"data.row_length": 4096, "batch_size": 8}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "8B -> 1B: RTD": ("rtd_1b", PAIR),
@@ -63,6 +64,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "8B -> 1B: chunk_length 128": ("rtd_1b", PAIR | {"loss.chunk_length": 128}),
     "8B -> 1B: chunk_length 256": ("rtd_1b", PAIR | {"loss.chunk_length": 256}),
     "8B -> 1B: a mask, chunk_length 128": ("rtd_1b", PAIR | {"loss.chunk_length": 128, "data.chains_per_row": 2}),
+    "8B -> 1B: remat none, chunk_length 128": ("rtd_1b", PAIR | FAST),
+    "8B -> 1B: remat none, chunk_length 128, 16 rows at a time": ("rtd_1b", PAIR | FAST | {"micro_batches": 2}),
     "8B -> 1B: rows of 4,096": ("rtd_1b", PAIR | LONG),
     "8B -> 1B: rows of 4,096, chunk_length 256": ("rtd_1b", PAIR | LONG | {"loss.chunk_length": 256}),
     "70B -> 8B, 8 and 6 layers: chunk_length 128": ("rtd_8b", CUT | {"loss.chunk_length": 128}),

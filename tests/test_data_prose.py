@@ -166,13 +166,15 @@ def test_every_character_but_white_space_is_in_a_step():
 )
 def test_the_time_is_linear_in_the_length_of_hostile_text(unit):
     """A quadratic rule would take 16 times as long for 4 times the text, and minutes for 10^5 characters."""
-    seconds = []
-    for length in (25_000, 100_000):
-        text = (unit * length)[:length]
+
+    def took(length: int) -> float:
         started = time.process_time()
-        prose_steps(text + "x")
-        seconds.append(time.process_time() - started)
-    assert seconds[1] < 0.05 or seconds[1] < 10 * seconds[0], seconds
+        prose_steps((unit * length)[:length] + "x")
+        return time.process_time() - started
+
+    # The least of three: whoever shares the cores makes single runs take many times as long.
+    short, long = (min(took(length) for _ in range(3)) for length in (25_000, 100_000))
+    assert long < 0.05 or long < 10 * short, (short, long)
 
 
 def test_a_chain_whose_steps_have_several_lines_scores_as_right():

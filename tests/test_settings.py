@@ -133,7 +133,7 @@ VALUES = {
     "form": ("marked", "plain"),
     "segmentation": ("random", "annotated"),
     "openai.extra_body": ('{"top_k": 50}', "{}"),
-    "baseline": ("rtd", "kd"),
+    "baseline": ("kd", "intermediate_kd"),
     "role": ("control", "part"),
     "compared_with": ("{'kd': 'why?'}",),
     "about": ("{'gsm8k': 'x'}",),
