@@ -175,7 +175,7 @@ def words_of(arg: str, known: tuple[str, ...]) -> set[str]:
 
 CHANGED = {  # one thing about the coherence loss
     "no_anchor": ("loss.anchor_prompt=False",),  # no transition from the prompt: the formula to the letter
-    "lengths": ("loss.transition_form=difference",),
+    "lengths": ("loss.distance=squared",),
     "one_map": ("loss.projections=shared",),  # with the alignment
     "no_map": ("loss.projections=none",),
     "middle_layer": ("loss.hidden_layer=2", "loss.student_hidden_layer=1"),

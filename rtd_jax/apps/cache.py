@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from rtd_jax.base.boundaries import gather_boundaries
+from rtd_jax.base.boundaries import step_states
 from rtd_jax.base.files import check_writable
 from rtd_jax.base.sharding import check_rows, host_share, make_mesh, put_batch, row_sharding, row_ways
 from rtd_jax.base.types import Array, Batch, Params, TopK
@@ -146,11 +146,11 @@ def _key(chain: EncodedChain) -> str:
 def _forward(
     model: LlamaModel, identity: Identity, chunk_length: int, params: Params, batch: Batch
 ) -> tuple[TopK, Array]:
-    """The predictions at every token, and the states of N layers at every boundary, [B, N, C, K, D]."""
+    """The predictions at every token, and the states of N layers for every step, [B, N, C, K, D]."""
     rows = batch.tokens_BL, batch.positions_BL, batch.attention_ids_BL
     if identity.layers:
         hidden_BLD, layers_BLD = model.hidden(params, *rows, layers=identity.layers)
-        states = [gather_boundaries(x_BLD, batch.boundary_positions_BCK) for x_BLD in layers_BLD]
+        states = [step_states(x_BLD, batch, identity.step_state) for x_BLD in layers_BLD]
         states_BNCKD = jnp.stack(states, axis=1)
     else:
         hidden_BLD = model.hidden(params, *rows)

@@ -1,9 +1,10 @@
-"""States at step boundaries, and which boundaries take part in which loss."""
+"""The states of steps, and which boundaries take part in which loss."""
 
 import chex
+import jax
 import jax.numpy as jnp
 
-from rtd_jax.base.types import Array, Batch
+from rtd_jax.base.types import Array, Batch, StepState
 
 
 def gather_boundaries(hidden_BLD: Array, boundary_positions_BCK: Array) -> Array:
@@ -16,6 +17,42 @@ def gather_boundaries(hidden_BLD: Array, boundary_positions_BCK: Array) -> Array
     flat_BX = boundary_positions_BCK.reshape(rows, chains * boundaries)
     states_BXD = jnp.take_along_axis(hidden_BLD, flat_BX[:, :, None], axis=1)
     return states_BXD.reshape(rows, chains, boundaries, hidden_BLD.shape[-1])
+
+
+def mean_states(hidden: Array, spans: Array) -> Array:
+    """Means of hidden states over sets of tokens: [..., L, D], bool [..., X, L] -> [..., X, D], of the states' type.
+
+    Added in float32. A set without tokens gives 0.
+    """
+    sums = jnp.einsum("...xl,...ld->...xd", spans.astype(hidden.dtype), hidden, preferred_element_type=jnp.float32)
+    counts = jnp.sum(spans, axis=-1, dtype=jnp.float32)[..., None]
+    return (sums / jnp.maximum(counts, 1.0)).astype(hidden.dtype)
+
+
+@jax.named_scope("step_states")
+def step_states(hidden_BLD: Array, batch: Batch, step_state: StepState = "end") -> Array:
+    """The state of each step, and of the prompt in slot 0: [B, L, D] -> [B, C, K, D].
+
+    Args:
+      step_state: "end" takes the state at the step's last token, "mean" the mean over the step's tokens, and "result"
+        the mean over the tokens of its conclusion (`data.encoding`). The prompt's is always that at its end: the mean
+        over a prompt would be one over instructions and solved examples, and over the first token, whose states are far
+        longer than all others.
+
+    Returns:
+      Where a slot is masked, anything; the losses ignore it.
+
+    Raises:
+      ValueError: "result", but the batch does not say where the conclusions are.
+    """
+    ends_BCKD = gather_boundaries(hidden_BLD, batch.boundary_positions_BCK)
+    if step_state == "end" or batch.boundary_positions_BCK.shape[-1] == 1:
+        return ends_BCKD
+    spans_BCJL = step_tokens(batch) if step_state == "mean" else _conclusions(batch)
+    rows, chains, steps, length = spans_BCJL.shape
+    means_BXD = mean_states(hidden_BLD, spans_BCJL.reshape(rows, chains * steps, length))
+    means_BCJD = means_BXD.reshape(rows, chains, steps, hidden_BLD.shape[-1])
+    return jnp.concatenate([ends_BCKD[:, :, :1], means_BCJD], axis=2)
 
 
 def step_boundaries(boundary_mask_BCK: Array) -> Array:
@@ -37,6 +74,19 @@ def step_tokens(batch: Batch) -> Array:
     place_L = jnp.arange(batch.tokens_BL.shape[1])
     ends, begins = batch.boundary_positions_BCK[..., 1:, None], batch.boundary_positions_BCK[..., :-1, None]
     return (place_L > begins) & (place_L <= ends) & batch.boundary_mask_BCK[..., 1:, None]
+
+
+def _conclusions(batch: Batch) -> Array:
+    """Which tokens belong to the conclusion of which step, bool [B, C, K - 1, L]."""
+    if batch.conclusions_BL is None:
+        raise ValueError(
+            "step_state is 'result', but the batch has no `conclusions_BL`, which say where a step's conclusion is; "
+            "use 'end' or 'mean', or batches made by rtd_jax.data"
+        )
+    chains, boundaries = batch.boundary_positions_BCK.shape[1:]
+    is_of_chain_BCL = batch.chain_ids_BL[:, None] == jnp.arange(1, chains + 1)[:, None]
+    is_of_step_BJL = batch.conclusions_BL[:, None] == jnp.arange(1, boundaries)[:, None]
+    return is_of_chain_BCL[:, :, None] & is_of_step_BJL[:, None] & batch.boundary_mask_BCK[..., 1:, None]
 
 
 def shifted_labels(batch: Batch) -> tuple[Array, Array]:

@@ -13,12 +13,13 @@ Boundary 0 of a chain is its last prompt token; boundary i >= 1 is the token tha
 step i. A chain with k steps therefore has k + 1 valid boundary slots.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 
 Array = jax.Array | np.ndarray
+StepState = Literal["end", "mean", "result"]  # of which tokens a step's state is made, `base.boundaries.step_states`
 Params = dict  # nested dict of arrays: a pure pytree, no functions, no metadata
 
 
@@ -36,6 +37,7 @@ class Batch(NamedTuple):
     loss_weights_BL: Array  # float32; 0 on prompt and padding
     boundary_positions_BCK: Array  # int32, index into L; 0 where masked
     boundary_mask_BCK: Array  # bool
+    conclusions_BL: Array | None = None  # int32: i on the tokens of the conclusion of a chain's step i, else 0
 
     @property
     def attention_ids_BL(self) -> Array | None:

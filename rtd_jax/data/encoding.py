@@ -1,22 +1,22 @@
 """Turns a trace into token ids and boundary positions.
 
 The whole text is tokenised once, with character offsets. Boundary i is the token that covers the last character of step
-i. Steps are not tokenised one by one, because byte-pair tokenizers merge across the end of a step (Llama-3 has ".\\n"
-as one token), and the model would see ids that it never meets in whole texts. Boundary 0 is the last token of the
-prompt.
+i; boundary 0 is the last token of the prompt. Of its tokens those are a step's conclusion that cover a character of it
+(`data.trace.conclusion_of`). Steps are not tokenised one by one, because byte-pair tokenizers merge across the end of a
+step (Llama-3 has ".\\n" as one token), and the model would see ids that it never meets in whole texts.
 """
 
 import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.data.formats import Rendered, TextFormat, check_end, render, special_ids
-from rtd_jax.data.trace import Trace
+from rtd_jax.data.trace import Trace, conclusion_of
 
 _TOKENISE_AT_ONCE = 512  # texts
 
@@ -30,6 +30,7 @@ class EncodedChain:
     boundaries: np.ndarray  # int32 [K], strictly increasing
     loss_weights: np.ndarray  # float32 [L]; 1 on completion and closing, 0 on the prompt
     source: str = ""
+    conclusions: np.ndarray | None = None  # int32 [L]; i on the tokens of step i's conclusion. None: each step's last
 
     @property
     def depth(self) -> int:
@@ -168,4 +169,18 @@ def _encode(
             f"{tokenizer.name_or_path!r}, not as text; leave the row out, or write it in another way"
         )
     weights = (np.arange(len(ids)) >= prompt_length).astype(np.float32)
-    return EncodedChain(np.array(ids, np.int32), prompt_length, boundaries, weights, trace.source)
+    chain = EncodedChain(np.array(ids, np.int32), prompt_length, boundaries, weights, trace.source)
+    stated = [first + np.array(conclusion_of(step)) for (first, _), step in zip(spans, trace.steps, strict=True)]
+    return replace(chain, conclusions=_conclusions(boundaries, stated, starts, ends))
+
+
+def _conclusions(
+    boundaries_K: np.ndarray, spans: Sequence[np.ndarray], starts_L: np.ndarray, ends_L: np.ndarray
+) -> np.ndarray:
+    """int32 [L]: i on the tokens of step i that cover a character of its conclusion; on its last where none does."""
+    numbers_L = np.zeros(len(starts_L), np.int32)
+    for number, (start, end) in enumerate(spans, start=1):
+        own = np.arange(boundaries_K[number - 1] + 1, boundaries_K[number] + 1)
+        stating = own[(starts_L[own] < end) & (ends_L[own] > start)]
+        numbers_L[stating if len(stating) else own[-1:]] = number
+    return numbers_L

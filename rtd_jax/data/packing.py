@@ -13,16 +13,18 @@ from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain
 
 Features = dict[str, np.ndarray]
-CHAIN_FEATURES = ("tokens", "loss_weights", "boundary_numbers")
+CHAIN_FEATURES = ("tokens", "loss_weights", "boundary_numbers", "conclusions")
 
 
 def token_features(chain: EncodedChain) -> Features:
-    """Three features of one length: `tokens`, `loss_weights`, `boundary_numbers`. [L] each."""
+    """Features of one length, [L] each: `tokens`, `loss_weights`, `boundary_numbers`, `conclusions`."""
     numbers = np.zeros(len(chain), np.int32)
     numbers[chain.boundaries] = np.arange(1, len(chain.boundaries) + 1)
     weights = chain.loss_weights.astype(np.float32)
     weights[0] = 0.0  # no token of its chain comes before it to predict it
-    return {"tokens": chain.tokens.astype(np.int32), "loss_weights": weights, "boundary_numbers": numbers}
+    conclusions = np.maximum(numbers - 1, 0) if chain.conclusions is None else chain.conclusions
+    tokens = chain.tokens.astype(np.int32)
+    return {"tokens": tokens, "loss_weights": weights, "boundary_numbers": numbers, "conclusions": conclusions}
 
 
 def pack(
@@ -88,6 +90,7 @@ def to_batch(packed: Features, chains_per_row: int, max_boundaries: int) -> Batc
         loss_weights_BL=packed["loss_weights"].astype(np.float32),
         boundary_positions_BCK=positions_BCK,
         boundary_mask_BCK=mask_BCK,
+        conclusions_BL=packed["conclusions"].astype(np.int32),
     )
 
 

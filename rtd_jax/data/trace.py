@@ -13,6 +13,8 @@ Span = tuple[int, int]  # characters [start, end) of a text
 _ANSWER_LINE = re.compile(r"####(?!#)[ \t]*(\S.*?)[ \t]*")
 _TITLE = r"\**(?:step|part|case|phase)\s+\w"  # what follows #### in a heading
 _HEADING = re.compile(rf"#####|####\s*{_TITLE}", re.IGNORECASE)
+_NUMBERS = re.compile(r"\d+(?:[.,:/]\d+)*%?")
+_WORDS = re.compile(r"\w+")
 _INNER_ANSWER = re.compile(rf"(?<!#)####(?!#)[ \t]*(?!(?i:{_TITLE}))(\S.*)")
 
 
@@ -79,6 +81,15 @@ class Trace:
     def completion(self) -> str:
         """What the model has to write: the body, and the final line on a line of its own."""
         return f"{self.body}\n{self.final}" if self.final else self.body
+
+
+def conclusion_of(step: str) -> Span:
+    """Where a step states what comes out of it: its last number, or its last word where it has none.
+
+    "5 - 3 = 2 pens." concludes in "2". Anything else would need to know what the step is about.
+    """
+    found = [*_NUMBERS.finditer(step)] or [*_WORDS.finditer(step)]
+    return found[-1].span() if found else (len(step) - 1, len(step))
 
 
 def check_spans(spans: tuple[Span, ...], text: str, source: str = "trace") -> None:

@@ -1,4 +1,4 @@
-"""A model's hidden states at the step boundaries of given chains: read by the model, or from a teacher cache."""
+"""A model's hidden states of the steps of given chains: read by the model, or from a teacher cache."""
 
 import functools
 from collections.abc import Sequence
@@ -11,11 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from rtd_jax.base.boundaries import gather_boundaries
+from rtd_jax.base.boundaries import step_states
 from rtd_jax.base.sharding import put_same, row_sharding, row_ways, to_host
-from rtd_jax.base.types import Array, Params
+from rtd_jax.base.types import Array, Batch, Params, StepState
 from rtd_jax.data.by_length import batches_by_length, rows_at_once
 from rtd_jax.data.encoding import EncodedChain
+from rtd_jax.data.packing import token_features
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.teacher.cache import TeacherCache, read_identity
@@ -43,14 +44,15 @@ class ReadyModel(Protocol):
 
 
 def boundary_states(
-    opened: ReadyModel, chains: Sequence[EncodedChain], layer: int = -1
+    opened: ReadyModel, chains: Sequence[EncodedChain], layer: int = -1, step_state: StepState = "end"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """States of one layer at every boundary of every chain, teacher forced: float32 [C, K, D], and bool [C, K].
+    """States of one layer for the prompt and every step of every chain, teacher forced: float32 [C, K, D], bool [C, K].
 
-    Chains are read one a row, neighbours in length together; only the boundaries' states leave the device.
+    Chains are read one a row, neighbours in length together; only the steps' states leave the device.
 
     Args:
       layer: as `LlamaModel.hidden` counts them; -1 is the final normed state.
+      step_state: of which tokens the state of a step is made (`base.boundaries.step_states`).
 
     Raises:
       ValueError: there are no chains, or the layer does not exist.
@@ -62,26 +64,35 @@ def boundary_states(
     states: list[np.ndarray] = [np.empty(0)] * len(chains)
     rows = rows_at_once(ROWS, len(chains), row_ways(opened.mesh))
     for batch in batches_by_length([chain.tokens for chain in chains], rows, LENGTH_MULTIPLE):
-        boundaries_BK = np.zeros((rows, slots), np.int32)
+        ids_BL = batch.mask_BL.astype(np.int32)
+        positions_BL = np.broadcast_to(np.arange(ids_BL.shape[1], dtype=np.int32), ids_BL.shape)
+        places_BK, mask_BK = np.zeros((rows, slots), np.int32), np.zeros((rows, slots), bool)
+        conclusions_BL = np.zeros_like(ids_BL)
         for row, i in enumerate(batch.indices):
-            boundaries_BK[row, : len(chains[i].boundaries)] = chains[i].boundaries
-        arrays = (batch.tokens_BL, batch.mask_BL.astype(np.int32), boundaries_BK)
+            count = len(chains[i].boundaries)
+            places_BK[row, :count], mask_BK[row, :count] = chains[i].boundaries, True
+            conclusions_BL[row, : len(chains[i])] = token_features(chains[i])["conclusions"]
+        weights_BL = np.zeros(ids_BL.shape, np.float32)  # nothing is learned
+        arrays = Batch(
+            batch.tokens_BL, positions_BL, ids_BL, weights_BL, places_BK[:, None], mask_BK[:, None], conclusions_BL
+        )
         placed = put_same(arrays, row_sharding(opened.mesh))
-        states_BKD = to_host(_states(opened.model, opened.params, *placed, layer=layer))
+        states_BKD = to_host(_states(opened.model, opened.params, placed, layer=layer, step_state=step_state))
         for row, i in enumerate(batch.indices):
             states[i] = states_BKD[row, : len(chains[i].boundaries)]
     return _padded(states)
 
 
-def open_cache(folder: str, teacher: ReadyModel, layer: int = -1) -> TeacherCache:
-    """The cache that launch/cache_teacher.py wrote for this teacher, for its states at boundaries.
+def open_cache(folder: str, teacher: ReadyModel, layer: int = -1, step_state: StepState = "end") -> TeacherCache:
+    """The cache that launch/cache_teacher.py wrote for this teacher, for its states of steps.
 
     Raises:
-      ValueError: there is no cache, or it is another teacher's, tokenizer's or layer's; with what it is.
+      ValueError: there is no cache, or it is another teacher's, tokenizer's, layer's or form of state's; with what it
+        is.
     """
     path = Path(folder).expanduser()
     wanted = teacher.model.config.layer_index(layer)
-    stored = read_identity(path, wanted)
+    stored = read_identity(path, (wanted,))
     if not stored.layers:
         raise ValueError(
             f"the teacher cache {path} has no hidden states, only predictions; leave out --cache, or give one that "
@@ -103,6 +114,12 @@ def open_cache(folder: str, teacher: ReadyModel, layer: int = -1) -> TeacherCach
             f"the teacher cache {path} holds states of layer {layers}, but layer {wanted} is asked for; "
             f"use --teacher_layer={stored.layers[-1]}, or write another with --config.loss.hidden_layer={wanted}"
         )
+    if stored.step_state != step_state:
+        raise ValueError(
+            f"the teacher cache {path} holds states of steps made by step_state {stored.step_state!r}, but "
+            f"{step_state!r} is asked for; use --step_state={stored.step_state}, or write another with "
+            f"--config.loss.step_state={step_state}"
+        )
     return TeacherCache(path, stored)
 
 
@@ -113,7 +130,7 @@ def cached_key(chain: EncodedChain) -> str:
 
 def cached_states(cache: TeacherCache, chains: Sequence[EncodedChain]) -> tuple[np.ndarray, np.ndarray]:
     """The result of `boundary_states`, from a cache that has all of these chains; as precise as the stored states."""
-    return _padded([cache.read(cached_key(chain))[1] for chain in chains])
+    return _padded([cache.read(cached_key(chain))[1][0] for chain in chains])
 
 
 def _padded(states: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -126,10 +143,8 @@ def _padded(states: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return states_CKD, mask_CK
 
 
-@functools.partial(jax.jit, static_argnames=("model", "layer"))
-def _states(
-    model: LlamaModel, params: Params, tokens_BL: Array, ids_BL: Array, boundaries_BK: Array, *, layer: int
-) -> Array:
-    positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-    _, (states_BLD,) = model.hidden(params, tokens_BL, positions_BL, ids_BL, layers=(layer,))
-    return gather_boundaries(states_BLD, boundaries_BK[:, None])[:, 0].astype(jnp.float32)
+@functools.partial(jax.jit, static_argnames=("model", "layer", "step_state"))
+def _states(model: LlamaModel, params: Params, batch: Batch, *, layer: int, step_state: StepState) -> Array:
+    rows = batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL
+    _, (states_BLD,) = model.hidden(params, *rows, layers=(layer,))
+    return step_states(states_BLD, batch, step_state)[:, 0].astype(jnp.float32)

@@ -5,6 +5,7 @@
 >>> loss = coherence(student_states, teacher_states, mask, projection=g)
 """
 
+from rtd_jax.base.boundaries import mean_states
 from rtd_jax.losses.divergences import Divergence
 from rtd_jax.losses.kd import KDSums, cross_entropy_sums, kd, kd_sums, kd_token_losses, top_k_kd_sums
 from rtd_jax.losses.objective import Denominators, LossWeights, Projections, denominators, rtd
@@ -31,6 +32,7 @@ __all__ = [
     "kd",
     "kd_sums",
     "kd_token_losses",
+    "mean_states",
     "rtd",
     "top_k_kd_sums",
     "transition_losses",

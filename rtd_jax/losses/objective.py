@@ -16,8 +16,8 @@ from rtd_jax.base.types import Array, Batch, TeacherOutputs
 from rtd_jax.losses.checks import check_number
 from rtd_jax.losses.kd import kd_sums, top_k_kd_sums
 from rtd_jax.losses.trajectory import (
+    Distance,
     Projection,
-    TransitionForm,
     alignment_sums,
     coherence_sums,
     count_chains,
@@ -74,7 +74,7 @@ def rtd(
     totals: Denominators,
     vocab_size: int,
     anchor_prompt: bool = True,
-    transition_form: TransitionForm = "direction",
+    distance: Distance = "cosine",
     chunk_length: int = 32,
     mesh: Mesh | None = None,
 ) -> tuple[Array, Metrics]:
@@ -92,7 +92,7 @@ def rtd(
       totals: `denominators` of the global batch.
       vocab_size: real vocabulary entries.
       anchor_prompt: whether the prompt's end is h_0 (see `transition_boundaries`).
-      transition_form: see `transition_losses`.
+      distance: see `boundary_losses` and `transition_losses`.
       chunk_length, mesh: see `kd_sums`.
 
     Returns:
@@ -116,9 +116,9 @@ def rtd(
         kd = kd_sums(*student, teacher.hidden_BLD, teacher_head_DV, *targets, **options)
     (teacher_states_BCKD,) = teacher.boundary_states.values()
     states = student_boundary_states_BCKS, teacher_states_BCKD
-    align = alignment_sums(*states, step_boundaries(batch.boundary_mask_BCK), projections.f)
+    align = alignment_sums(*states, step_boundaries(batch.boundary_mask_BCK), projections.f, distance)
     path = transition_boundaries(batch.boundary_mask_BCK, anchor_prompt)
-    cohere = coherence_sums(*states, path, projections.g, transition_form)
+    cohere = coherence_sums(*states, path, projections.g, distance)
     loss = (
         safe_divide(kd.loss, totals.tokens)
         + weights.alignment * safe_divide(align.sum, totals.aligned_chains)

@@ -1,14 +1,16 @@
 """Losses on the trajectory of hidden states through reasoning steps: boundary alignment and reasoning coherence.
 
-Both compare directions. With h_i the state at boundary i and delta_i = h_{i+1} - h_i the transition between steps,
+Both compare directions. With h_i the state of step i (at its end, or a mean over its tokens: `base.boundaries`) and
+delta_i = h_{i+1} - h_i the transition between steps,
 
     alignment = mean_i       1 - cos(f(h^S_i), h^T_i)              (the waypoints)
     coherence = mean_i      (1 - cos(g(delta^S_i), delta^T_i))^2   (the way between them)
 
 mean_i runs over one chain's boundaries or transitions; the loss is the mean of that over the chains that have any. f
-and g are learned linear maps from student width to teacher width. With form="difference" a transition's length counts
-beside its direction; a control, for the article says nothing of lengths:
+and g are learned linear maps from student width to teacher width. With distance="squared" lengths count beside
+directions, of which the article says nothing:
 
+    alignment = mean_i      |f(h^S_i) - h^T_i|^2 / |h^T_i|^2
     coherence = mean_i      |g(delta^S_i) - delta^T_i|^2 / |delta^T_i|^2
 
 Source: "Reasoning Trace Distillation: Preserving
@@ -30,11 +32,17 @@ import jax.numpy as jnp
 from rtd_jax.base.means import Mean, mean_per_chain, within
 from rtd_jax.base.types import Array
 
-TransitionForm = Literal["direction", "difference"]
+Distance = Literal["cosine", "squared"]
 Projection = Array | Callable[[Array], Array] | None  # a [S, D] matrix, a function [..., S] -> [..., D], or identity
 
 
-def alignment(student_states: Array, teacher_states: Array, mask: Array, projection: Projection = None) -> Array:
+def alignment(
+    student_states: Array,
+    teacher_states: Array,
+    mask: Array,
+    projection: Projection = None,
+    distance: Distance = "cosine",
+) -> Array:
     """Mean over chains of the mean over a chain's boundaries of 1 - cos(f(h_S), h_T).
 
     Args:
@@ -42,14 +50,15 @@ def alignment(student_states: Array, teacher_states: Array, mask: Array, project
       teacher_states: [..., K, D] teacher hidden states at the same boundaries.
       mask: bool [..., K], True where the boundary exists.
       projection: f; a [S, D] matrix, a callable, or None when S == D.
+      distance: how two states are compared, see `boundary_losses`.
 
     Returns:
-      float32 scalar in [0, 2]: the mean over chains that have a boundary; 0 if there is none.
+      float32 scalar, in [0, 2] unless distance="squared": the mean over chains that have a boundary; 0 if none has.
 
     Raises:
-      ValueError: the widths differ and there is no projection, or the projection does not fit.
+      ValueError: the distance is unknown, the widths differ and there is no projection, or the projection does not fit.
     """
-    return alignment_sums(student_states, teacher_states, mask, projection).value()
+    return alignment_sums(student_states, teacher_states, mask, projection, distance).value()
 
 
 def coherence(
@@ -57,7 +66,7 @@ def coherence(
     teacher_states: Array,
     mask: Array,
     projection: Projection = None,
-    form: TransitionForm = "direction",
+    distance: Distance = "cosine",
 ) -> Array:
     """Mean over chains of the mean over a chain's transitions of (1 - cos(g(delta_S), delta_T))^2.
 
@@ -66,20 +75,26 @@ def coherence(
       teacher_states: [..., K, D] teacher hidden states at the same boundaries.
       mask: bool [..., K], True where the boundary exists; transitions join neighbouring ones that do.
       projection: g; a [S, D] matrix, a callable, or None when S == D.
-      form: what of a transition is compared, see `transition_losses`.
+      distance: how two transitions are compared, see `transition_losses`.
 
     Returns:
-      float32 scalar, in [0, 4] unless form="difference": the mean over chains that have a transition; 0 if none has.
+      float32 scalar, in [0, 4] unless distance="squared": the mean over chains that have a transition; 0 if none has.
 
     Raises:
-      ValueError: the widths differ and there is no projection, or the projection does not fit.
+      ValueError: the distance is unknown, the widths differ and there is no projection, or the projection does not fit.
     """
-    return coherence_sums(student_states, teacher_states, mask, projection, form).value()
+    return coherence_sums(student_states, teacher_states, mask, projection, distance).value()
 
 
-def alignment_sums(student_states: Array, teacher_states: Array, mask: Array, projection: Projection = None) -> Mean:
+def alignment_sums(
+    student_states: Array,
+    teacher_states: Array,
+    mask: Array,
+    projection: Projection = None,
+    distance: Distance = "cosine",
+) -> Mean:
     """`alignment` as (sum over chains of the chain's mean, chains that have a boundary); arguments as there."""
-    return _sum_over_chains(boundary_losses(student_states, teacher_states, mask, projection), mask)
+    return _sum_over_chains(boundary_losses(student_states, teacher_states, mask, projection, distance), mask)
 
 
 def coherence_sums(
@@ -87,10 +102,10 @@ def coherence_sums(
     teacher_states: Array,
     mask: Array,
     projection: Projection = None,
-    form: TransitionForm = "direction",
+    distance: Distance = "cosine",
 ) -> Mean:
     """`coherence` as (sum over chains of the chain's mean, chains that have a transition); arguments as there."""
-    losses_K = transition_losses(student_states, teacher_states, mask, projection, form)
+    losses_K = transition_losses(student_states, teacher_states, mask, projection, distance)
     return _sum_over_chains(losses_K, transition_mask(mask))
 
 
@@ -100,16 +115,31 @@ def count_chains(mask_K: Array) -> Array:
 
 
 @jax.named_scope("alignment")
-def boundary_losses(student_states: Array, teacher_states: Array, mask: Array, projection: Projection = None) -> Array:
+def boundary_losses(
+    student_states: Array,
+    teacher_states: Array,
+    mask: Array,
+    projection: Projection = None,
+    distance: Distance = "cosine",
+) -> Array:
     """1 - cos(f(h_S_i), h_T_i) per boundary, in [0, 2]; float32 [..., K].
 
     Exactly 0, with zero gradient, where masked or where either vector has zero length.
 
+    distance="squared" gives |f(h_S_i) - h_T_i|^2 / |h_T_i|^2 instead, at least 0 and without an upper bound; 0 where
+    masked or where the teacher's state has zero length.
+
     Raises:
-      ValueError: the widths differ and there is no projection, or the projection does not fit.
+      ValueError: the distance is unknown, the widths differ and there is no projection, or the projection does not fit.
     """
-    _check(student_states, teacher_states, mask)
+    _check(student_states, teacher_states, mask, distance)
     student_states = _cleared(student_states, mask)
+    if distance == "squared":
+        teacher_states = _cleared(teacher_states, mask)
+        if not callable(projection):
+            scale = power_scale(teacher_states, -1)
+            student_states, teacher_states = student_states * scale, teacher_states * scale
+        return _relative_error(_project(student_states, teacher_states, projection), teacher_states, mask)
     if not callable(projection):  # a function may be other than linear
         student_states = student_states * power_scale(student_states, -1)
     return _cosine_distance(_project(student_states, teacher_states, projection), teacher_states, mask)
@@ -121,31 +151,29 @@ def transition_losses(
     teacher_states: Array,
     mask: Array,
     projection: Projection = None,
-    form: TransitionForm = "direction",
+    distance: Distance = "cosine",
 ) -> Array:
     """Squared cosine distance between consecutive boundary states' differences, per transition, in [0, 4].
 
     (1 - cos(g(h_S[i+1] - h_S[i]), h_T[i+1] - h_T[i]))^2; float32 [..., K-1]. The square forgives small deviations
     and is smooth at zero. Exactly 0, with zero gradient, where masked or where either transition has zero length.
 
-    form="difference" gives |g(delta_S) - delta_T|^2 / |delta_T|^2 instead, at least 0 and without an upper bound; 0
+    distance="squared" gives |g(delta_S) - delta_T|^2 / |delta_T|^2 instead, at least 0 and without an upper bound; 0
     where masked or where the teacher's transition has zero length.
 
     Raises:
-      ValueError: the form is unknown, the widths differ and there is no projection, or the projection does not fit.
+      ValueError: the distance is unknown, the widths differ and there is no projection, or the projection does not fit.
     """
-    _check(student_states, teacher_states, mask)
-    if form not in get_args(TransitionForm):
-        raise ValueError(f"form is {form!r}; use one of {', '.join(get_args(TransitionForm))}")
+    _check(student_states, teacher_states, mask, distance)
     student_states, teacher_states = (_cleared(x, mask) for x in (student_states, teacher_states))
     of_student, of_teacher = (power_scale(x, (-2, -1)) for x in (student_states, teacher_states))
-    if form == "difference":
+    if distance == "squared":
         of_student = of_teacher  # lengths are compared
     if not callable(projection):
         student_states, teacher_states = student_states * of_student, teacher_states * of_teacher
     student_deltas, teacher_deltas = transitions(student_states), transitions(teacher_states)
     projected = _project(student_deltas, teacher_deltas, projection)
-    if form == "difference":
+    if distance == "squared":
         return _relative_error(projected, teacher_deltas, transition_mask(mask))
     return jnp.square(_cosine_distance(projected, teacher_deltas, transition_mask(mask)))
 
@@ -231,7 +259,9 @@ def _project(student: Array, teacher: Array, projection: Projection) -> Array:
     return projected
 
 
-def _check(student_states: Array, teacher_states: Array, mask: Array) -> None:
+def _check(student_states: Array, teacher_states: Array, mask: Array, distance: Distance) -> None:
+    if distance not in get_args(Distance):
+        raise ValueError(f"distance is {distance!r}; use one of {', '.join(get_args(Distance))}")
     chex.assert_type([student_states, teacher_states], float)
     chex.assert_type(mask, bool)
     chex.assert_equal_shape_prefix([student_states, teacher_states], jnp.ndim(student_states) - 1)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rtd_jax.base.means import Metrics, safe_divide
-from rtd_jax.base.types import Array, Batch, Params, StudentOutputs, TeacherOutputs
+from rtd_jax.base.types import Array, Batch, Params, StepState, StudentOutputs, TeacherOutputs
 from rtd_jax.methods.own_chains import OnPolicySettings, RewardSettings
 from rtd_jax.models.config import LlamaConfig
 
@@ -37,11 +37,12 @@ class Outputs(NamedTuple):
 class Reads:
     """What a term needs of the two models. Layers are counted from 0 (embeddings) to N (final normed states)."""
 
-    student_boundaries: tuple[int, ...] = ()  # layers whose states are read at the boundaries
+    student_boundaries: tuple[int, ...] = ()  # layers whose states are read for each step
     student_tokens: tuple[int, ...] = ()  # layers whose states are read at every token
     teacher_boundaries: tuple[int, ...] = ()
     teacher_tokens: tuple[int, ...] = ()  # no cache has these
     teacher_predictions: bool = False
+    step_state: StepState = "end"  # of which tokens a step's state is made; read where there are boundaries
 
     @property
     def teacher_states(self) -> bool:
@@ -60,6 +61,7 @@ class Reads:
             tuple(dict.fromkeys((*self.teacher_boundaries, *other.teacher_boundaries))),
             tuple(dict.fromkeys((*self.teacher_tokens, *other.teacher_tokens))),
             self.teacher_predictions or other.teacher_predictions,
+            self.step_state if self.student_boundaries or self.teacher_boundaries else other.step_state,
         )
 
 

@@ -10,7 +10,15 @@ from rtd_jax.base.means import Mean, Metrics
 from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.trajectory import boundary_losses
-from rtd_jax.methods.maps import AXES, Maps, TrajectorySettings, init_state_map, state_map
+from rtd_jax.methods.maps import (
+    TrajectorySettings,
+    TrajectoryTerm,
+    init_state_map,
+    layers_of,
+    map_axes,
+    matched,
+    state_map,
+)
 from rtd_jax.methods.term import Coefficients, Outputs, Reads, Setup, Term
 
 
@@ -28,36 +36,37 @@ class TokenAlignmentSettings(TrajectorySettings):
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         if not self.token_alignment_weight:
             return ()
-        return (TokenAlignment(self.token_alignment_weight, self.matched_layers(setup), self.projections),)
+        layers = self.matched_layers(setup)
+        form = self.projections, self.step_state, self.distance
+        return (TokenAlignment(self.token_alignment_weight, layers, *form),)
 
 
 @dataclass(frozen=True)
-class TokenAlignment(Term):
-    """1 - cos(f(h_S), h_T), summed over the tokens of completions."""
-
-    layers: tuple[int, int]  # (student's, teacher's)
-    maps: Maps = "separate"
+class TokenAlignment(TrajectoryTerm):
+    """1 - cos(f(h_S), h_T), averaged over pairs of layers and summed over the tokens of completions."""
 
     name: ClassVar[str] = "token_alignment"
     setting: ClassVar[str] = "loss.token_alignment_weight"
 
     @property
     def reads(self) -> Reads:
-        student, teacher = self.layers
-        return Reads(student_tokens=(student,), teacher_tokens=(teacher,))
+        students, teachers = map(layers_of, zip(*self.layers, strict=True))
+        return Reads(student_tokens=students, teacher_tokens=teachers)
 
     def init_params(self, key: Array, student_width: int, teacher_width: int) -> Params:
-        return init_state_map(key, self.maps, student_width, teacher_width)
+        return init_state_map(key, self.maps, self.layers, student_width, teacher_width)
 
     def param_axes(self) -> dict[str, tuple[str, ...]]:
-        return {} if self.maps == "none" else {"f": AXES}
+        return {} if self.maps == "none" else {"f": map_axes(self.layers)}
 
     def denominator(self, batch: Batch) -> Array:
         return jnp.sum(completion_tokens(batch)).astype(jnp.float32)
 
     def sums(self, outputs: Outputs, params: Params, coefficients: Coefficients) -> tuple[Array, Metrics]:
-        student, teacher, batch = outputs
-        states = student.token_states[self.layers[0]], teacher.token_states[self.layers[1]]
-        mask_BL = completion_tokens(batch)
-        total = jnp.sum(boundary_losses(*states, mask_BL, state_map(params)))
-        return total, {"distill/token_alignment": Mean(total, jnp.sum(mask_BL).astype(jnp.float32))}
+        mask_BL = completion_tokens(outputs.batch)
+        states = outputs.student.token_states, outputs.teacher.token_states
+        total = jnp.zeros(())
+        for student, teacher, f in matched(*states, self.layers, state_map(params)):
+            total += jnp.sum(boundary_losses(student, teacher, mask_BL, f, self.distance))
+        share = total / len(self.layers)
+        return share, {"distill/token_alignment": Mean(share, jnp.sum(mask_BL).astype(jnp.float32))}

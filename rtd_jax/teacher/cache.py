@@ -10,7 +10,7 @@ folders are joined by moving their shards into one folder: a reader sees the uni
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import numpy as np
 
 from rtd_jax.base.files import json_digest, read_record, reading, write_record
 from rtd_jax.base.records import shaped
-from rtd_jax.base.types import Array, Batch, TeacherOutputs, TopK
+from rtd_jax.base.types import Batch, TeacherOutputs, TopK
 from rtd_jax.models.fingerprint import Fingerprint
 from rtd_jax.teacher.identity import SERVED, Identity
 from rtd_jax.teacher.records import decode_record, packed_chains
@@ -54,7 +54,8 @@ class CacheWriter:
             if kept != identity.layers:
                 raise ValueError(
                     f"the teacher cache {folder} has the states of layers {list(kept)}, this run would add those of "
-                    f"{list(identity.layers)}; set loss.hidden_layer and cache.layers alike, or write another cache"
+                    f"{list(identity.layers)}; set loss.hidden_layer, loss.layers and cache.layers alike, or write "
+                    "another cache"
                 )
             places = _places(folder)
             self._cache = json_digest(_manifest(folder)[0].stored())
@@ -100,14 +101,14 @@ class TeacherCache:
         """The identity as a hash: caches of equal fingerprints give equal outputs for equal chains."""
         teacher = self.identity.teacher
         earlier = replace(self.identity, teacher=getattr(teacher, "earlier", teacher))  # as older checkpoints have it
-        now, before = (json.dumps(asdict(x), sort_keys=True).encode() for x in (self.identity, earlier))
+        now, before = (json.dumps(x.read(), sort_keys=True).encode() for x in (self.identity, earlier))
         return Fingerprint(hashlib.sha256(now).hexdigest(), hashlib.sha256(before).hexdigest())
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
 
     def read(self, key: str) -> tuple[TopK, np.ndarray]:
-        """The predictions of P tokens ([P, M] and [P]) and the states [K, D] of the chain with this key.
+        """The predictions of P tokens ([P, M] and [P]) and the states [N, K, D] of the chain with this key.
 
         Raises:
           ValueError: there is no such chain, or its record is damaged.
@@ -143,31 +144,31 @@ class TeacherCache:
         shape = (*batch.tokens_BL.shape, self.identity.top_k)
         top = TopK(np.zeros(shape, np.int32), np.zeros(shape, np.float32), *np.zeros((2, *shape[:2]), np.float32))
         width = self.identity.width if has_states else 0
-        states_BCKD = np.zeros((*batch.boundary_mask_BCK.shape, width), jnp.dtype(dtype))
+        shape = (*batch.boundary_mask_BCK.shape, width)
+        states = {layer: np.zeros(shape, jnp.dtype(dtype)) for layer in self.identity.hidden_layers if has_states}
         for key, row, slot, mask_K, predicting_P in packed_chains(batch):
-            predictions, states_KD = self.read(key)
-            found, wanted = (len(predictions.tail_BL), len(states_KD)), (len(predicting_P), int(mask_K.sum()))
+            predictions, states_NKD = self.read(key)
+            found, wanted = (len(predictions.tail_BL), states_NKD.shape[1]), (len(predicting_P), int(mask_K.sum()))
             if found != wanted:
                 place = self._places[key]
                 raise ValueError(
                     f"{self._folder / place.shard}.array_record: record {place.row} has {found[0]} predicted tokens "
                     f"and {found[1]} boundaries, its chain {wanted[0]} and {wanted[1]}; {rewriting(place.shard)}"
                 )
-            if has_states:
+            for states_BCKD, states_KD in zip(states.values(), states_NKD, strict=True):
                 states_BCKD[row, slot, mask_K] = states_KD
             for array, values in zip(top, predictions, strict=True):
                 array[row, predicting_P] = values
-        states: dict[int, Array] = {self.identity.hidden_layer: states_BCKD} if has_states else {}
-        return TeacherOutputs(None, None, states, {}, None if states_only else top)
+        return TeacherOutputs(None, None, {**states}, {}, None if states_only else top)
 
 
-def read_identity(folder: Path, hidden_layer: int) -> Identity:
-    """The identity that the cache in a folder states, for a reader of one of its layers.
+def read_identity(folder: Path, hidden_layers: tuple[int, ...]) -> Identity:
+    """The identity that the cache in a folder states, for a reader of some of its layers.
 
     Raises:
       ValueError: the folder holds no cache, or one that this version cannot read.
     """
-    return replace(_manifest(folder)[0], hidden_layer=hidden_layer)
+    return replace(_manifest(folder)[0], hidden_layers=hidden_layers)
 
 
 def served_model(folder: Path) -> str:
@@ -202,7 +203,7 @@ def _manifest(folder: Path) -> tuple[Identity, int]:
     has_none = isinstance(identity, dict) and identity.get("states") == "none"
     if not isinstance(identity, dict) or not isinstance(layers, list) or bool(layers) == has_none:
         raise ValueError(f"{path} has no identity with its layers; {way_out}")
-    return shaped(Identity, {**identity, "hidden_layer": (layers or [0])[0]}, path, way_out), manifest["format"]
+    return shaped(Identity, {**identity, "hidden_layers": (layers or [0])[:1]}, path, way_out), manifest["format"]
 
 
 def _places(folder: Path) -> dict[str, Place]:
@@ -218,7 +219,8 @@ def check_identity(folder: Path, identity: Identity) -> Identity:
       ValueError: the folder holds no cache, or one of another identity or without this layer; the message says what
         differs.
     """
-    before, now = _manifest(folder)[0].stored(), identity.stored()
+    of_old = {"step_state": "end"}  # what is left out
+    before, now = of_old | _manifest(folder)[0].stored(), of_old | identity.stored()
     changed = [name for name in now if name != "layers" and before.get(name) != now[name]]
     if changed:
         name = changed[0]
@@ -228,9 +230,10 @@ def check_identity(folder: Path, identity: Identity) -> Identity:
             f"{now[name]!r}{more}; use the settings it was written with, or write another with launch/cache_teacher.py"
         )
     layers = before.get("layers")
-    if not isinstance(layers, list) or (identity.layers and identity.hidden_layer not in layers):
+    missing = [layer for layer in identity.hidden_layers if not isinstance(layers, list) or layer not in layers]
+    if not isinstance(layers, list) or (identity.layers and missing):
         raise ValueError(
             f"the teacher cache {folder} has the states of layers {layers}, this run matches hidden_layer "
-            f"{identity.hidden_layer}; choose one of them, or write another cache with launch/cache_teacher.py"
+            f"{missing[0]}; choose one of them, or write another cache with launch/cache_teacher.py"
         )
     return replace(identity, layers=tuple(layers))

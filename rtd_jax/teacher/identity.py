@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rtd_jax.base.settings import LAYER, check_distinct, check_ranges
+from rtd_jax.base.types import StepState
 
 SERVED = "served:"  # what `Identity.teacher` begins with where a server's model of this name was asked
 AS_SERVED = "as served"  # `Identity.teacher_dtypes` of a teacher whose server does not tell them
@@ -39,15 +40,16 @@ class Identity:
     tokenizer: str  # fingerprint
     vocab_size: int
     width: int  # of the teacher's states
-    hidden_layer: int  # whose states this reader takes; one of `layers`
+    hidden_layers: tuple[int, ...]  # whose states this reader takes; some of `layers`
     temperature: float  # of the soft loss; the bucket's mass is kept at temperature 1 and at this one
     top_k: int
     predictions: Literal["compact", "float32"]
     states: Storage
-    layers: tuple[int, ...] = ()  # whose states are kept, ascending; () means `hidden_layer` alone, or none
+    layers: tuple[int, ...] = ()  # whose states are kept, ascending; () means the `hidden_layers`, or none
+    step_state: StepState = "end"  # of which tokens the state of a step is made
 
     def __post_init__(self) -> None:
-        kept = () if self.states == "none" else tuple(self.layers) or (self.hidden_layer,)
+        kept = () if self.states == "none" else tuple(self.layers) or tuple(sorted(set(self.hidden_layers)))
         object.__setattr__(self, "layers", kept)
         if list(self.layers) != sorted(set(self.layers)) or min(self.layers, default=0) < 0:
             raise ValueError(f"layers is {list(self.layers)}; expected different layers from 0, ascending")
@@ -60,7 +62,17 @@ class Identity:
             raise ValueError(f"temperature is {self.temperature}; expected a positive number")
 
     def stored(self) -> dict[str, Any]:
-        """The part that the manifest holds: everything but `hidden_layer`, which each reader chooses."""
+        """The part that the manifest holds: everything but `hidden_layers`, which each reader chooses.
+
+        What the state of a step is came later: where it is left out, it is the one at the step's end.
+        """
         values = asdict(self) | {"layers": list(self.layers)}
-        del values["hidden_layer"]
+        del values["hidden_layers"]
+        if self.step_state == "end":
+            del values["step_state"]
         return values
+
+    def read(self) -> dict[str, Any]:
+        """What this reader gets: the part in the manifest, and the layers that it chose."""
+        chosen = list(self.hidden_layers)
+        return self.stored() | {"hidden_layer": chosen[0] if len(chosen) == 1 else chosen}

@@ -2,7 +2,7 @@
 
 A record's key is the SHA-256 of the chain's token ids, boundaries and loss weights. Batch size, packing and mesh
 therefore do not matter, and a chain from another text, template, tokenizer or segmentation is not found. A record
-holds the predictions of the tokens whose loss counts, and the states of each stored layer at all boundaries. A cache
+holds the predictions of the tokens whose loss counts, and each stored layer's states of all steps. A cache
 whose `states` are "none" has predictions alone.
 
 The compact storage sorts the ids of a token's predictions and keeps their differences in byte planes, which zstd's
@@ -103,9 +103,9 @@ def encode_record(top: TopK, states_NKD: np.ndarray, settings: CacheSettings | I
 
 
 def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
-    """The predictions, by ascending id, and the states of `hidden_layer`, float32 [K, D]; as precise as the storage.
+    """The predictions, by ascending id, and the states of `hidden_layers`, float32 [N, K, D]; as precise as the storage.
 
-    A cache without states gives [K, 0].
+    A cache without states gives [0, K, D].
 
     Raises:
       ValueError: these are not the bytes of a record of this identity.
@@ -142,17 +142,18 @@ def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
     gaps_PM = sum(plane(f"gaps{i}", np.uint8, entries).astype(np.int32) << 8 * i for i in range(4))
     ids_PM = np.cumsum(gaps_PM, axis=-1, dtype=np.int32)
     shape = boundaries, identity.width
-    layer = identity.layers.index(identity.hidden_layer) if identity.layers else None
-    if layer is None:
-        states_KD = np.zeros((boundaries, 0), np.float32)
-    elif identity.states == "int8":
-        states_KD = plane(f"states{layer}", np.int8, shape) * plane(f"scales{layer}", np.float32, (boundaries, 1))
-    else:
-        states_KD = plane(f"states{layer}", jnp.dtype(identity.states), shape).astype(np.float32)
-    if not all(np.all(np.isfinite(array)) for array in (log_probs_PM, tails_P2, states_KD)):
+    wanted = [identity.layers.index(layer) for layer in identity.hidden_layers] if identity.layers else []
+    states_NKD = np.zeros((len(wanted), *shape), np.float32)
+    for states_KD, layer in zip(states_NKD, wanted, strict=True):
+        if identity.states == "int8":
+            scales_K1 = plane(f"scales{layer}", np.float32, (boundaries, 1))
+            states_KD[:] = plane(f"states{layer}", np.int8, shape) * scales_K1
+        else:
+            states_KD[:] = plane(f"states{layer}", jnp.dtype(identity.states), shape).astype(np.float32)
+    if not all(np.all(np.isfinite(array)) for array in (log_probs_PM, tails_P2, states_NKD)):
         raise ValueError("it has numbers that are not finite")
     if ids_PM.size and not 0 <= ids_PM.min() <= ids_PM.max() < identity.vocab_size:
         raise ValueError(
             f"it has token ids from {ids_PM.min()} to {ids_PM.max()} of a vocabulary of {identity.vocab_size}"
         )
-    return TopK(ids_PM, log_probs_PM, tails_P2[:, 0], tails_P2[:, 1]), states_KD
+    return TopK(ids_PM, log_probs_PM, tails_P2[:, 0], tails_P2[:, 1]), states_NKD

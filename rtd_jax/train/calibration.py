@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rtd_jax.base.means import Mean
 from rtd_jax.base.types import Batch, StudentOutputs
+from rtd_jax.methods.maps import TrajectoryTerm
 from rtd_jax.methods.term import Outputs, Term
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.train.update import TeacherSource, teacher_on
@@ -28,18 +29,18 @@ def make_self_comparison(
 
     The two batches hold the same chains in the same rows, one a row; rows may be of different lengths.
     """
-    layers = tuple(zip(term.reads.student_boundaries, term.reads.teacher_boundaries, strict=True))
+    assert isinstance(term, TrajectoryTerm), "the yardstick compares states of steps"
+    alone = term.of_teacher_alone()
 
     @jax.jit
     def measure(on_plain: TeacherSource, plain: Batch, on_prefixed: TeacherSource, prefixed: Batch) -> Mean:
-        target = teacher_on(teacher, on_plain, plain, term.reads)
-        other = teacher_on(teacher, on_prefixed, prefixed, term.reads)
-        states = {student_layer: other.boundary_states[layer] for student_layer, layer in layers}
+        target = teacher_on(teacher, on_plain, plain, alone.reads)
+        other = teacher_on(teacher, on_prefixed, prefixed, alone.reads)
         both = plain._replace(boundary_mask_BCK=plain.boundary_mask_BCK & prefixed.boundary_mask_BCK)
         nothing = jnp.zeros(())  # a term on boundary states reads neither final states nor a head
-        outputs = Outputs(StudentOutputs(nothing, nothing, states, {}), target, both)
-        total, _ = term.sums(outputs, {}, term.coefficients())
-        return Mean(total, term.denominator(both))
+        outputs = Outputs(StudentOutputs(nothing, nothing, other.boundary_states, {}), target, both)
+        total, _ = alone.sums(outputs, {}, alone.coefficients())
+        return Mean(total, alone.denominator(both))
 
     return measure
 

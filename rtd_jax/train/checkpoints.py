@@ -187,6 +187,17 @@ def check_path(path: Path) -> None:
         raise ValueError(f"{path} has a backslash, which is read as a slash; choose a path without one")
 
 
+def _rename_settings(settings: dict[str, Any]) -> None:
+    """Gives settings of earlier versions the names that they have now, where these mean the same."""
+    loss = settings.get("loss")
+    if isinstance(loss, dict) and "transition_form" in loss:
+        if loss["transition_form"] == "direction":
+            del loss["transition_form"]
+        elif not loss.get("alignment_weight"):  # which would now be squared too
+            del loss["transition_form"]
+            loss["distance"] = "squared"
+
+
 def read_meta(path: Path) -> dict[str, Any]:
     """The `meta` of a checkpoint, with the keys of `Meta` and perhaps others.
 
@@ -204,6 +215,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         content = read_record(file, FORMAT, way_out, undigested=(WITHOUT_DIGESTS,))
         known = {name: content[name] for name in Meta.__dataclass_fields__ if name in content}
         meta = content | asdict(shaped(Meta, known, file, way_out))
+        _rename_settings(meta["settings"])
     except ValueError as error:
         if isinstance(error.__cause__, OSError):  # which says nothing about its content
             raise

@@ -11,6 +11,7 @@ from rtd_jax.base.sharding import MeshSettings
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings
 from rtd_jax.methods import LossSettings
+from rtd_jax.methods.maps import layers_of
 from rtd_jax.methods.own_chains import OnPolicySettings, RewardSettings
 from rtd_jax.methods.term import Objective, Setup
 from rtd_jax.models.config import LlamaConfig
@@ -259,7 +260,7 @@ class Recipe:
         elif self.on_policy.fraction == 1.0 and self.loss.alpha:
             unread["loss.alpha"] = "on_policy.fraction is 1: all chains are the student's own, without labels"
         if not self.loss.teaches():
-            names = [f"loss.{name}" for name in ("anchor_prompt", "projections", "transition_form")]
+            names = [f"loss.{name}" for name in ("anchor_prompt", "projections", "distance")]
             names += ["loss.divergence", "loss.beta"]
             if not self.teacher.cache:
                 names.append("loss.temperature")
@@ -340,7 +341,7 @@ def cache_identity(recipe: Recipe, teacher: OpenModel) -> Identity:
       ValueError: the recipe names a layer that the teacher does not have, or the folder holds the cache of a server,
         and the recipe does not say so.
     """
-    layer = teacher.config.layer_index(recipe.loss.hidden_layer)
+    chosen = layers_of(sorted(recipe.loss.teacher_layers(teacher.config)))
     try:
         others = [teacher.config.layer_index(other) for other in recipe.cache.layers]
     except ValueError as error:
@@ -351,12 +352,13 @@ def cache_identity(recipe: Recipe, teacher: OpenModel) -> Identity:
         tokenizer=teacher.tokenizer_fingerprint,
         vocab_size=teacher.vocab_size,
         width=teacher.config.width,
-        hidden_layer=layer,
+        hidden_layers=chosen,
         temperature=recipe.loss.temperature,
         top_k=min(recipe.cache.top_k, teacher.vocab_size),
         predictions=recipe.cache.predictions,
         states=recipe.cache.states if recipe.has_states else "none",
-        layers=tuple(sorted({layer, *others})),
+        layers=tuple(sorted({*chosen, *others})),
+        step_state=recipe.loss.step_state,
     )
 
 

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings, make_mesh, param_shardings, row_sharding
-from rtd_jax.base.types import Params
+from rtd_jax.base.types import Params, StepState
 from rtd_jax.data.formats import TextFormat
-from rtd_jax.methods.maps import state_map, transition_map
+from rtd_jax.methods.maps import last_map, state_map, transition_map
 from rtd_jax.methods.term import Setup
 from rtd_jax.models.fingerprint import weights_fingerprint
 from rtd_jax.models.from_hf import resolve
@@ -39,7 +39,8 @@ class LoadedModel:
       text: the form of text that it was trained on; None where its folder does not say.
       f, g: the run's maps for states and for transitions, [S, D]; the identity where it has none. Unset for a Hugging
         Face folder, as are the attributes below.
-      layers: the (student, teacher) layers that the maps join.
+      layers: the (student, teacher) layers that the maps join; the last pair, where a run has several.
+      step_state: of which tokens the states are made that the maps join.
       teacher_fingerprint: of the run's teacher.
     """
 
@@ -53,6 +54,7 @@ class LoadedModel:
     f: np.ndarray | None = None
     g: np.ndarray | None = None
     layers: tuple[int, int] | None = None
+    step_state: StepState = "end"
     teacher_fingerprint: str = ""
 
     def fingerprint(self) -> str:
@@ -151,7 +153,7 @@ def _load_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh:
         params = jax.jit(quantize_params)(params)
     elif dtype != "float32":
         params = jax.tree.map(lambda x: x.astype(dtype), params)
-    maps = state_map(restored), transition_map(restored)
+    maps = last_map(state_map(restored)), last_map(transition_map(restored))
     f, g = (np.eye(config.width) if x is None else np.asarray(x) for x in maps)
     return LoadedModel(
         name=f"{path.parents[2].name}, stage {path.name}",
@@ -163,6 +165,7 @@ def _load_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh:
         text=recipe.data.text,
         f=f,
         g=g,
-        layers=recipe.loss.matched_layers(Setup(config, teacher.config, config.vocab_size)),
+        layers=recipe.loss.matched_layers(Setup(config, teacher.config, config.vocab_size))[-1],
+        step_state=recipe.loss.step_state,
         teacher_fingerprint=meta["fingerprints"].get("teacher", ""),
     )

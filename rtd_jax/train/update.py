@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from rtd_jax.base.means import Mean, Metrics
 from rtd_jax.base.sharding import row_sharding
-from rtd_jax.base.types import Array, Batch, Params, StudentOutputs, TeacherOutputs
+from rtd_jax.base.types import Array, Batch, Params, StepState, StudentOutputs, TeacherOutputs
 from rtd_jax.methods.term import Coefficients, Objective, Outputs, Reads, Term, reads_of, weighted_sum
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.teacher.online import student_outputs, teacher_outputs
@@ -124,11 +124,11 @@ def teacher_on(teacher: LlamaModel | None, source: TeacherSource | None, batch: 
         return jax.lax.stop_gradient(source)
     assert teacher is not None, "without a teacher an update takes its outputs"
     assert source is not None
-    return teacher_outputs(teacher, source, batch, reads.teacher_boundaries, reads.teacher_tokens)
+    return teacher_outputs(teacher, source, batch, reads.teacher_boundaries, reads.teacher_tokens, reads.step_state)
 
 
 def _student_on(student: LlamaModel, params: Params, batch: Batch, reads: Reads) -> StudentOutputs:
-    return student_outputs(student, params, batch, reads.student_boundaries, reads.student_tokens)
+    return student_outputs(student, params, batch, reads.student_boundaries, reads.student_tokens, reads.step_state)
 
 
 def _moved(
@@ -146,15 +146,16 @@ def _moved(
 
 
 def make_boundary_reader(
-    student: LlamaModel, teacher: LlamaModel | None, layers: tuple[int, int]
+    student: LlamaModel, teacher: LlamaModel | None, layers: tuple[int, int], step_state: StepState = "end"
 ) -> Callable[[Params, TeacherSource, Batch], tuple[Array, Array]]:
-    """Builds (params, teacher, batch) -> states at the boundaries of two layers, [B, C, K, S] and [B, C, K, D].
+    """Builds (params, teacher, batch) -> states of steps in two layers, [B, C, K, S] and [B, C, K, D].
 
     Args:
       teacher: given as in `make_train_step`; of cached outputs only the boundary states are read.
       layers: (student's, teacher's).
+      step_state: of which tokens the state of a step is made (`base.boundaries.step_states`).
     """
-    reads = Reads(student_boundaries=layers[:1], teacher_boundaries=layers[1:])
+    reads = Reads(student_boundaries=layers[:1], teacher_boundaries=layers[1:], step_state=step_state)
 
     @jax.jit
     def read(params: Params, source: TeacherSource, batch: Batch) -> tuple[Array, Array]:

@@ -18,6 +18,7 @@ from rtd_jax.base.console import print_table, printable
 from rtd_jax.base.files import finite_report, null_notes, write_json, write_jsonl
 from rtd_jax.base.lock import one_writer
 from rtd_jax.base.settings import LAYER, SEED, check_filled, check_ranges
+from rtd_jax.base.types import StepState
 from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings, load_traces
@@ -57,6 +58,7 @@ class DiagnoseSettings:
     compute_dtype: FloatDtype = "float32"  # of products and hidden states
     teacher_layer: int = -1  # 0 embeddings, i output of layer i, -1 final normed state
     student_layer: int = -1  # as --teacher_layer
+    step_state: StepState = "end"  # a step's state: at its last token, the mean over its tokens or its conclusion's
     maps: Literal["auto", "saved", "fitted", "identity"] = "auto"  # f and g; auto: saved where they fit, else fitted
     chat: bool = False  # the tokenizer's chat template
     prompt_template: str = ""  # holds {prompt}; "" is the run's own, or the format's default
@@ -106,7 +108,7 @@ def diagnose(settings: DiagnoseSettings, note: Callable[[str], None] = print) ->
     teacher, cache = None, None
     if settings.cache:
         teacher = load_model(settings.teacher, compute_dtype=settings.compute_dtype, weights=False)
-        cache = open_cache(settings.cache, teacher, settings.teacher_layer)
+        cache = open_cache(settings.cache, teacher, settings.teacher_layer, settings.step_state)
     note(f"loading {'' if teacher else f'{settings.teacher} and '}{settings.student}")
     teacher = teacher or load_model(settings.teacher, settings.teacher_dtype, settings.compute_dtype)
     student = load_model(settings.student, settings.student_dtype, settings.compute_dtype)
@@ -200,9 +202,10 @@ class Pair:
         cache: TeacherCache | None = None,
     ) -> tuple[dict[str, Any], str]:
         """The drift along chains that both read (see `drift.measure`), and a sentence on where the maps come from."""
-        student_CKS, mask_CK = boundary_states(self.student, encoded[0], self.settings.student_layer)
+        form = self.settings.step_state
+        student_CKS, mask_CK = boundary_states(self.student, encoded[0], self.settings.student_layer, form)
         if cache is None:
-            teacher_CKD, _ = boundary_states(self.teacher, encoded[1], self.settings.teacher_layer)
+            teacher_CKD, _ = boundary_states(self.teacher, encoded[1], self.settings.teacher_layer, form)
         else:
             teacher_CKD, _ = cached_states(cache, encoded[1])
         states = BoundaryStates(student_CKS, teacher_CKD, mask_CK)
@@ -234,6 +237,8 @@ class Pair:
             unfit = "the student is not a stage checkpoint, so it has no projections of its own"
         elif student.layers != layers:
             unfit = f"they join the layers {student.layers} of student and teacher, not {layers}"
+        elif student.step_state != settings.step_state:
+            unfit = f"they join states of steps made by step_state {student.step_state!r}, not {settings.step_state!r}"
         elif student.teacher_fingerprint != teacher.fingerprint():
             unfit = "they lead to another teacher"
         if settings.maps == "saved" and unfit:

@@ -64,10 +64,19 @@ def make_on_policy_sampler(experiment: Experiment) -> Sampler:
         prompts = [prompt_of(chain) for chain, _ in chosen]
         written = writer.write(state, prompts, rng)
         ended = [writer.has_ended(ids) for ids in written]
-        ends = find([trace for _, trace in chosen], [texts(ids) for ids in written], ended)
+        pieces = [texts(ids) for ids in written]
+        ends = find([trace for _, trace in chosen], pieces, ended)
         chains = [
-            drawn_chain(prompt, (*ids, *(end if is_whole else ())), of_steps, data.row_length, slots - 1, whole=True)
-            for prompt, ids, is_whole, of_steps in zip(prompts, written, ended, ends, strict=True)
+            drawn_chain(
+                prompt,
+                (*ids, *(end if is_whole else ())),
+                of_steps,
+                data.row_length,
+                slots - 1,
+                whole=True,
+                texts=of_ids,
+            )
+            for prompt, ids, is_whole, of_steps, of_ids in zip(prompts, written, ended, ends, pieces, strict=True)
         ]
         batches, left_out = [], 0
         for start in range(0, count, wanted):

@@ -18,7 +18,7 @@ from rtd_jax.base.sharding import row_sharding, row_ways, to_host
 from rtd_jax.data.by_length import round_up
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.formats import stop_token_ids
-from rtd_jax.data.trace import Span, is_answer_line
+from rtd_jax.data.trace import Span, conclusion_of, is_answer_line
 from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate
 from rtd_jax.eval.decoding.placement import for_writing
 from rtd_jax.train.curriculum import Stage
@@ -146,6 +146,7 @@ def drawn_chain(
     max_steps: int,
     *,
     whole: bool = False,
+    texts: Sequence[str] = (),
 ) -> EncodedChain:
     """What the student wrote, as a chain: its own ids, and a boundary at the end of each finished step.
 
@@ -157,10 +158,25 @@ def drawn_chain(
       row_length: tokens of a row; what is beyond is left out, and a step that ends there too.
       max_steps: later steps are left out.
       whole: whether all written tokens have weight.
+      texts: of each written id, for the steps' conclusions; without them these are the steps' last tokens.
     """
     steps = [len(prompt) + end for end in ends if len(prompt) + end < row_length][:max_steps]
     tokens = np.asarray([*prompt, *written], np.int32)[:row_length]
     weights = np.zeros(len(tokens), np.float32)
     if whole or steps:
         weights[len(prompt) : None if whole else steps[-1] + 1] = 1.0
-    return EncodedChain(tokens, len(prompt), np.array([len(prompt) - 1, *steps], np.int32), weights, "drawn")
+    boundaries = np.array([len(prompt) - 1, *steps], np.int32)
+    conclusions = None
+    if texts:
+        conclusions = np.zeros(len(tokens), np.int32)
+        for number, (before, end) in enumerate(pairwise(boundaries.tolist()), start=1):
+            first = before + 1
+            own = texts[first - len(prompt) : end + 1 - len(prompt)]
+            conclusions[[first + token for token in concluding(own)]] = number
+    return EncodedChain(tokens, len(prompt), boundaries, weights, "drawn", conclusions)
+
+
+def concluding(texts: Sequence[str]) -> list[int]:
+    """Which tokens of a step, given the text of each, state what comes out of it; the last where no text is left."""
+    start, end = conclusion_of("".join(texts).rstrip() or " ")
+    return list(dict.fromkeys(places_of(texts)[start:end])) or [len(texts) - 1]

@@ -22,8 +22,9 @@ from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, first_of_eac
 from rtd_jax.eval.judge.judge import RULES
 from rtd_jax.eval.ready import check_evaluation
 from rtd_jax.eval.scoring import ScoringSettings
+from rtd_jax.methods.maps import TrajectoryTerm
 from rtd_jax.methods.own_chains import JUDGE
-from rtd_jax.methods.term import Objective, Term
+from rtd_jax.methods.term import Objective
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.from_hf import resolve
 from rtd_jax.models.model import LlamaModel
@@ -69,9 +70,9 @@ class Experiment:
         return vocab_size(self.tokenizer)
 
     @property
-    def yardstick(self) -> Term:
+    def yardstick(self) -> TrajectoryTerm:
         """The term whose value on validation chains can end a stage."""
-        assert self.objective.yardstick is not None
+        assert isinstance(self.objective.yardstick, TrajectoryTerm)
         return self.objective.yardstick
 
     @property

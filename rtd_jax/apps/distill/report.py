@@ -18,7 +18,7 @@ from rtd_jax.data.trace import Trace
 from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure, transitions
 from rtd_jax.eval.evaluate import first_of_each_depth
 from rtd_jax.eval.own_chains import own_chains
-from rtd_jax.methods.maps import state_map, transition_map
+from rtd_jax.methods.maps import last_map, state_map, transition_map
 from rtd_jax.train.update import make_boundary_reader
 
 RESAMPLES = 200  # for the intervals of the drift section
@@ -88,10 +88,12 @@ def _drift(
     steps_right: Sequence[Sequence[bool | None]],
     failed: np.ndarray,
 ) -> dict[str, Any]:
-    """`measure` on chains that both models read, with the run's own maps f and g where they were trained."""
-    reads = experiment.yardstick.reads
-    layers = reads.student_boundaries[0], reads.teacher_boundaries[0]
-    read = make_boundary_reader(experiment.student, experiment.teacher, layers)
+    """`measure` on chains that both models read, with the run's own maps f and g where they were trained.
+
+    Of several pairs of layers the last is measured.
+    """
+    term = experiment.yardstick
+    read = make_boundary_reader(experiment.student, experiment.teacher, term.layers[-1], term.step_state)
     parts = []
     for batch in experiment.batches(chains):
         source, placed = experiment.on_devices(batch, states_only=True)
@@ -101,7 +103,7 @@ def _drift(
     maps: dict[str, Sequence[Map]] = {}
     for name in ("f", "g"):
         if name in trained:
-            own = trained[name]
+            own = last_map(trained[name])
             maps[name] = [None if own is None else np.asarray(to_host(own))] * len(chains)
         else:
             maps[name] = cross_fitted(transitions(states) if name == "g" else states, seed=0)

@@ -129,7 +129,7 @@ def _batch(recipe: Recipe, mesh: Mesh, rows: int, boundaries: int) -> Batch | No
     length, chains = recipe.data.row_length, recipe.data.chains_per_row
     tokens, weights = (_rows(mesh, dtype, rows, length) for dtype in (jnp.int32, jnp.float32))
     places, mask = (_rows(mesh, dtype, rows, chains, boundaries) for dtype in (jnp.int32, jnp.bool_))
-    return Batch(tokens, tokens, tokens, weights, places, mask)
+    return Batch(tokens, tokens, tokens, weights, places, mask, tokens)
 
 
 def _rows(mesh: Mesh, dtype: Any, *shape: int) -> Any:
