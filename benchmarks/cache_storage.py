@@ -172,7 +172,7 @@ def formats(records: Sequence[bytes], folder: Path) -> str:
 
 def reading(chains: Sequence[EncodedChain], records: Sequence[tuple[str, bytes]], folder: Path) -> str:
     """How fast the loader turns records into the arrays of an update."""
-    identity = Identity("t", "d", "x", VOCAB, WIDTH, 80, 4.0, K, CACHE.predictions, CACHE.states)
+    identity = Identity("t", "d", "x", VOCAB, WIDTH, (80,), 4.0, K, CACHE.predictions, CACHE.states)
     CacheWriter(folder, identity).write(records)
     cache = TeacherCache(folder, identity)
     update = [chains[i % len(chains)] for i in range(UPDATE)]

@@ -6,42 +6,48 @@ python benchmarks/coherence_floor.py --teacher=<folder> --schema=gsm8k --locatio
 
 Each transition is answered by the mean direction of other chains' transitions at its place. A student whose states say
 no more than that reaches this loss through g, so what lies below is all that the loss can teach about reasoning.
-Writes a section of docs/coherence.md.
+Writes two sections of docs/coherence.md: the ends of steps in each layer, and in the last layer every `loss.step_state`
+with every `loss.distance`.
 """
 
 import argparse
+from typing import get_args
 
 import numpy as np
 from measure import ROOT, markdown_table, write_section
 
+from rtd_jax.base.types import StepState
 from rtd_jax.data.encoding import encode_traces
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings, load_traces
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT
 from rtd_jax.eval.states import boundary_states
 from rtd_jax.losses import coherence
+from rtd_jax.losses.trajectory import Distance
 from rtd_jax.train.saved_models import load_model
 
 BUNDLED = ROOT / "rtd_jax" / "bundled" / "tiny_teacher"
 DEPTHS = range(1, 7)
 
 
-def floor(states_CKD: np.ndarray) -> float:
-    """Coherence loss of states that move by the mean direction of each place, the same in every chain.
+def floor(states_CKD: np.ndarray, distance: Distance = "cosine") -> float:
+    """Coherence loss of states that make the same transition at each place in every chain.
 
-    Directions are means of unit transitions over the even chains for the odd ones, and the other way round.
+    The transition is made of the even chains' for the odd ones, and the other way round: the mean of their directions,
+    or, for the squared distance, the one of least relative error, their mean under weights 1 / |delta|^2.
 
     Args:
-      states_CKD: the prompt's end and every step's, of chains of one depth.
+      states_CKD: the prompt's and every step's, of chains of one depth.
     """
     steps_CJD = np.diff(states_CKD, axis=1)
-    steps_CJD /= np.linalg.norm(steps_CJD, axis=-1, keepdims=True) + 1e-12
+    weights_CJ1 = 1 / (np.linalg.norm(steps_CJD, axis=-1, keepdims=True) + 1e-12) ** (1 if distance == "cosine" else 2)
     losses = []
     for half in (0, 1):
         held_CKD = states_CKD[half::2]
-        moved_KD = np.pad(steps_CJD[1 - half :: 2].mean(0).cumsum(0), ((1, 0), (0, 0)))
-        blind_CKD = np.broadcast_to(moved_KD, held_CKD.shape)
-        losses.append(coherence(blind_CKD, held_CKD, np.ones(held_CKD.shape[:2], bool)))
+        others, weights = steps_CJD[1 - half :: 2], weights_CJ1[1 - half :: 2]
+        moves_JD = (others * weights).sum(0) / weights.sum(0)
+        blind_CKD = np.broadcast_to(np.pad(moves_JD.cumsum(0), ((1, 0), (0, 0))), held_CKD.shape)
+        losses.append(coherence(blind_CKD, held_CKD, np.ones(held_CKD.shape[:2], bool), distance=distance))
     return float(np.mean(losses))
 
 
@@ -70,8 +76,18 @@ def main() -> None:
         cells = [f"{floor(states_CKD[depth_C == depth, : depth + 1]):.2f}" for depth in depths]
         rows.append([f"{layer}, normed" if layer == count else layer, *cells])
         print(*rows[-1], flush=True)
-    table = markdown_table(["layer", *(f"{depth} step{'s' * (depth > 1)}" for depth in depths)], rows)
-    write_section(ROOT / "docs" / "coherence.md", args.schema, f"{len(kept)} chains.\n\n{table}")
+    steps = [f"{depth} step{'s' * (depth > 1)}" for depth in depths]
+    document = ROOT / "docs" / "coherence.md"
+    write_section(document, args.schema, f"{len(kept)} chains.\n\n{markdown_table(['layer', *steps], rows)}")
+    rows = []
+    for step_state in get_args(StepState):
+        states_CKD, _ = boundary_states(loaded, chains, step_state=step_state)
+        for distance in get_args(Distance):
+            cells = (f"{floor(states_CKD[depth_C == depth, : depth + 1], distance):.2f}" for depth in depths)
+            rows.append([f"{step_state}, {distance}", *cells])
+            print(*rows[-1], flush=True)
+    table = markdown_table(["step_state, distance", *steps], rows)
+    write_section(document, f"{args.schema}_states", f"The last layer:\n\n{table}")
 
 
 if __name__ == "__main__":

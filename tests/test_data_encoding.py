@@ -130,8 +130,21 @@ def test_plain_chain_by_hand(tiny):
     ]
     assert chain.prompt_length == 10
     assert chain.boundaries.tolist() == [9, 23]
+    assert np.flatnonzero(chain.conclusions).tolist() == [21]  # the last number of the step, 13
     assert chain.loss_weights.tolist() == [0.0] * 10 + [1.0] * 17
     assert (chain.tokens.dtype, chain.boundaries.dtype, chain.loss_weights.dtype) == (np.int32, np.int32, np.float32)
+
+
+def test_the_conclusion_of_a_step_is_its_last_number_on_tokens_of_its_own(bpe):
+    steps = ("3 + 4 = 7.", "7 + 20 = 27 pens", "So there are 1,234 pens", "That is all.")
+    trace = Trace.of_steps("How many?", steps, "27", "#### 27")
+    chain = encode_trace(bpe, trace, text_format=PLAIN)
+    assert chain.conclusions.max() == len(steps)
+    for number, said in enumerate(("7", "27", "1,234", "all"), start=1):
+        own = np.flatnonzero(chain.conclusions == number)
+        assert (np.diff(own) == 1).all()
+        assert said in bpe.decode(chain.tokens[own])
+        assert chain.boundaries[number - 1] < own[0] <= own[-1] <= chain.boundaries[number]
 
 
 def test_chat_is_what_the_template_renders_with_one_bos(bpe):

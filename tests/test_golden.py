@@ -83,7 +83,7 @@ METHODS = {
     "rtd": (),
     "rtd_cached": (*CACHED, "teacher.cache={cache}"),
     "rtd_micro_batches": ("micro_batches=2", "loss.projections=shared"),
-    "rtd_no_map": ("loss.transition_form=difference", "loss.projections=none", "curriculum.enabled=False"),
+    "rtd_no_map": ("loss.distance=squared", "loss.projections=none", "curriculum.enabled=False"),
     "rtd_all_tokens": ("loss.alignment_weight=0.0", "loss.token_alignment_weight=0.3"),
     "intermediate_kd": (*KD, "loss.intermediate_weight=1.0"),
     "step_reward": (*KD, "loss.reward_weight=0.3", "reward.model={reward}/model", *FEW_ROLLOUTS),

@@ -285,10 +285,11 @@ def test_a_number_of_things_is_whole(name, argument, value):
         _calls(**{argument: value})[name](_states(0, 2, 3, WIDTH), _states(1, WIDTH, VOCAB))
 
 
-def test_another_form_of_transitions_is_refused():
+@pytest.mark.parametrize("loss", [alignment, coherence])
+def test_another_distance_is_refused(loss):
     states = _states(0, 2, 3, WIDTH)
-    with pytest.raises(ValueError, match="form is 'distance'; use one of direction, difference"):
-        coherence(states, states, jnp.ones((2, 3), bool), form="distance")
+    with pytest.raises(ValueError, match="distance is 'cosines'; use one of cosine, squared"):
+        loss(states, states, jnp.ones((2, 3), bool), distance="cosines")
 
 
 @pytest.mark.parametrize("loss", [alignment, coherence])

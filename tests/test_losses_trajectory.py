@@ -22,27 +22,27 @@ def test_coherence_by_hand():
     np.testing.assert_allclose(coherence(student, teacher, mask), np.mean(expected), atol=1e-7)
 
 
-def test_lengths_count_in_the_difference_of_transitions():
+def test_lengths_count_in_the_squared_distance_of_transitions():
     # Student deltas (2, 0), (0, 1); teacher deltas (1, 0), (3, 4): errors 1 / 1 and (9 + 9) / 25.
     student = jnp.array([[0.0, 0.0], [2.0, 0.0], [2.0, 1.0]])
     teacher = jnp.array([[5.0, 5.0], [6.0, 5.0], [9.0, 9.0]])
     mask = jnp.ones(3, bool)
-    found = transition_losses(student, teacher, mask, form="difference")
+    found = transition_losses(student, teacher, mask, distance="squared")
     np.testing.assert_allclose(found, [1.0, 18 / 25], rtol=1e-6)
-    half = transition_losses(student, teacher, mask, jnp.diag(jnp.array([0.5, 1.0])), "difference")
+    half = transition_losses(student, teacher, mask, jnp.diag(jnp.array([0.5, 1.0])), "squared")
     np.testing.assert_allclose(half, [0.0, 18 / 25], rtol=1e-6)
     # Masked and still teachers: nothing, and no NaN in the gradient.
     still, masked = jnp.zeros((3, 2)), jnp.array([True, True, False])
     dirty = jnp.where(masked[:, None], student, jnp.nan)
 
     def total(states, targets, keep):
-        return jnp.sum(transition_losses(states, targets, keep, form="difference"))
+        return jnp.sum(transition_losses(states, targets, keep, distance="squared"))
 
     np.testing.assert_array_equal(jax.grad(total)(student, still, mask), 0.0)
     gradient = jax.grad(total)(dirty, teacher, masked)
     assert np.all(np.isfinite(gradient))
     np.testing.assert_array_equal(gradient[2], 0.0)
-    np.testing.assert_array_equal(transition_losses(student, still, mask, form="difference"), 0.0)
+    np.testing.assert_array_equal(transition_losses(student, still, mask, distance="squared"), 0.0)
 
 
 def test_alignment_by_hand():
@@ -52,6 +52,25 @@ def test_alignment_by_hand():
     mask = jnp.ones(3, bool)
     np.testing.assert_allclose(boundary_losses(student, teacher, mask), [1.0, 0.0, 2.0], atol=1e-7)
     np.testing.assert_allclose(alignment(student, teacher, mask), 1.0, atol=1e-7)
+
+
+def test_lengths_count_in_the_squared_distance_of_states():
+    # (2, 0) to (1, 0): 1 / 1; (0, 1) to (3, 4): (9 + 9) / 25.
+    student, teacher = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [3.0, 4.0]])
+    mask = jnp.ones(2, bool)
+    found = boundary_losses(student, teacher, mask, distance="squared")
+    np.testing.assert_allclose(found, [1.0, 18 / 25], rtol=1e-6)
+    np.testing.assert_allclose(alignment(student, teacher, mask, distance="squared"), (1 + 18 / 25) / 2, rtol=1e-6)
+    half = boundary_losses(student, teacher, mask, jnp.diag(jnp.array([0.5, 1.0])), "squared")
+    np.testing.assert_allclose(half, [0.0, 18 / 25], rtol=1e-6)
+    for scale in (1e-30, 1e30):
+        states = scale * student, scale * teacher, mask
+        np.testing.assert_allclose(boundary_losses(*states, distance="squared"), found, rtol=1e-5)
+    # Masked slots may hold NaN, and a teacher without length has no direction and no unit.
+    dirty = jnp.array([[2.0, 0.0], [jnp.nan, 1.0]])
+    gradient = jax.grad(lambda x: alignment(x, dirty, jnp.array([True, False]), distance="squared"))(dirty)
+    np.testing.assert_array_equal(gradient, 0.0)
+    np.testing.assert_array_equal(boundary_losses(student, jnp.zeros((2, 2)), mask, distance="squared"), 0.0)
 
 
 def test_mean_is_over_chains_not_over_transitions():

@@ -104,7 +104,7 @@ def test_what_is_learned_does_not_depend_on_the_other_terms():
 
 
 def test_a_cache_serves_no_term_on_the_students_own_chains():
-    own = Objective((*objective().terms, Alignment(1.0, (FINAL, FINAL), text="own")))
+    own = Objective((*objective().terms, Alignment(1.0, ((FINAL, FINAL),), text="own")))
     model = LlamaModel(CONFIG)
     with pytest.raises(ValueError, match=r"no outputs on chains that the student draws: set on_policy\.fraction"):
         make_train_step(model, None, optax.sgd(1.0), own)
@@ -113,4 +113,4 @@ def test_a_cache_serves_no_term_on_the_students_own_chains():
 
 def test_terms_of_one_name_are_a_mistake():
     with pytest.raises(AssertionError, match="told apart by their keys"):
-        Objective((Alignment(1.0, (1, 1)), Alignment(2.0, (2, 2))))
+        Objective((Alignment(1.0, ((1, 1),)), Alignment(2.0, ((2, 2),))))

@@ -131,7 +131,7 @@ def test_the_bundled_classifier_knows_its_teacher_by_the_earlier_form():
 
 def test_a_cache_and_the_checkpoints_that_read_it_are_known_by_the_earlier_form():
     folder = ARTEFACTS / "cache"
-    stored = read_identity(folder, hidden_layer=4)
+    stored = read_identity(folder, hidden_layers=(4,))
     cache = TeacherCache(folder, dataclasses.replace(stored, teacher=weights_fingerprint(BUNDLED / "tiny_teacher")))
     assert cache.fingerprint == TeacherCache(folder, stored).fingerprint  # what a checkpoint has recorded
     assert str(cache.fingerprint) != str(TeacherCache(folder, stored).fingerprint)

@@ -339,7 +339,7 @@ def test_every_key_is_printed_with_value_origin_and_meaning():
         (["data.steps_cache=x"], ["data.steps_cache=x is not read: data.segmentation is 'annotated', no classifier"]),
         (["data.train.location=x"], ["data.train.location=x is not read: schema is 'synthetic'"]),
         (["data.validation_fraction=0.5"], ["data.validation_fraction=0.5 is not read: data.validation is given"]),
-        (["loss.coherence_weight=0", "loss.transition_form=difference"], []),  # validation reads it
+        (["loss.coherence_weight=0", "loss.distance=squared"], []),  # validation reads it
         (["loss.beta=0.1"], ["loss.beta=0.1 is not read: loss.divergence is 'forward_kl'"]),
         (["loss.beta=0.1", "loss.divergence=jsd"], []),
         (

@@ -37,7 +37,7 @@ EXACT = CacheSettings(VOCAB, "float32", "float32")
 
 
 def identity(settings: CacheSettings, vocab_size: int, width: int) -> Identity:
-    return Identity("t", "d", "k", vocab_size, width, 2, 4.0, settings.top_k, settings.predictions, settings.states)
+    return Identity("t", "d", "k", vocab_size, width, (2,), 4.0, settings.top_k, settings.predictions, settings.states)
 
 
 def outputs_of(predicted: int, k: int, vocab_size: int, boundaries: int, width: int, seed: int = 0):
@@ -61,7 +61,7 @@ def test_float32_storage_gives_every_bit_back():
     np.testing.assert_array_equal(found.log_probs_BLM, np.take_along_axis(top.log_probs_BLM, order, -1))
     np.testing.assert_array_equal(found.tail_BL, top.tail_BL)
     np.testing.assert_array_equal(found.soft_tail_BL, top.soft_tail_BL)
-    np.testing.assert_array_equal(found_states, states)
+    np.testing.assert_array_equal(found_states, states[None])
 
 
 def test_compact_storage_rounds_as_it_says_and_takes_at_most_330_bytes_per_token():
@@ -244,6 +244,28 @@ def test_a_shard_without_its_list_of_keys_is_written_again(tmp_path):
         np.testing.assert_array_equal(cache.read(key)[1], decode_record(record, own)[1])
 
 
+def test_a_cache_of_means_over_steps_in_two_layers_gives_what_the_teacher_does(teacher, tmp_path):
+    few = dataclasses.replace(recipe(teacher).data, train=source("train", 40))
+    base = cached(teacher, tmp_path, data=few)
+    means = dataclasses.replace(base, loss=dataclasses.replace(base.loss, layers="1:1,-1:2", step_state="mean"))
+    cache_teacher(means, tmp_path)
+    chains = load_splits(few, tiny_tokenizer())[0].encoded[:6]
+    config = load_config(teacher)
+    model, params = LlamaModel(config, "float32"), load_params(teacher, config, dtype="float32")
+    slots = max(len(chain.boundaries) for chain in chains)
+    (batch, *_) = fixed_batches(chains, 4, 288, 2, slots)
+    found = opened(means).outputs(batch, states_only=True)
+    wanted = teacher_outputs(model, params, jax.tree.map(jnp.asarray, batch), (1, 2), step_state="mean")
+    mask = batch.boundary_mask_BCK
+    for layer in (1, 2):
+        states = found.boundary_states[layer][mask]
+        np.testing.assert_allclose(states, wanted.boundary_states[layer][mask], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="with another step_state: 'mean', this run has 'end'"):
+        opened(base)
+    with pytest.raises(ValueError, match="with another step_state: 'mean', this run has 'result'"):
+        opened(dataclasses.replace(means, loss=dataclasses.replace(means.loss, step_state="result")))
+
+
 def opened(recipe) -> TeacherCache:
     identity = cache_identity(recipe, open_model(recipe.teacher, make_mesh(recipe.mesh)))
     return TeacherCache(Path(recipe.teacher.cache), identity)
@@ -270,7 +292,7 @@ def test_a_cache_of_several_layers_serves_recipes_that_match_any_of_them(teacher
         tokens_BL = chain.tokens[None]
         rows = tokens_BL, np.arange(len(chain), dtype=np.int32)[None], np.ones_like(tokens_BL)
         _, (inner_BLD,) = model.hidden(params, *rows, layers=(1,))
-        np.testing.assert_allclose(inner.read(key)[1], inner_BLD[0, chain.boundaries], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(inner.read(key)[1][0], inner_BLD[0, chain.boundaries], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"has the states of layers \[1, 2\], this run matches hidden_layer 0"):
         opened(matching(0))
     with pytest.raises(ValueError, match=r"of layers \[1, 2\], this run would add those of \[2\]"):

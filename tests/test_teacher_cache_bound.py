@@ -60,7 +60,7 @@ def lists(folder: Path) -> list[Path]:
 
 
 def other_teacher():
-    return type(OWN)(**OWN.stored() | {"teacher": "another"}, hidden_layer=2)
+    return type(OWN)(**OWN.stored() | {"teacher": "another"}, hidden_layers=(2,))
 
 
 def test_without_its_manifest_a_cache_is_signed_for_its_own_teacher_alone(tmp_path):
@@ -87,7 +87,7 @@ def test_without_its_manifest_a_cache_is_signed_for_its_own_teacher_alone(tmp_pa
 )
 def test_shards_of_another_cache_are_refused_by_name(tmp_path, change):
     own = written(tmp_path / "own", records_of(3))
-    theirs = type(OWN)(**OWN.stored() | change, hidden_layer=2)
+    theirs = type(OWN)(**OWN.stored() | change, hidden_layers=(2,))
     other = written(tmp_path / "other", records_of(5, seed=1)[3:], own=theirs)
     for path in other.glob("shard-*"):
         shutil.copy(path, own)

@@ -101,7 +101,7 @@ def test_two_processes_write_shards_of_their_own_and_a_reader_sees_the_union(con
     assert keys == wanted_keys  # no chain twice, none missing
 
     stored = read_json(whole / "manifest.json")["identity"]
-    identity = Identity(**stored, hidden_layer=stored["layers"][0])
+    identity = Identity(**stored, hidden_layers=tuple(stored["layers"][:1]))
     readers = [TeacherCache(path, identity) for path in (folder, whole)]
     for key in keys[::5]:
         (top, states), (own_top, own_states) = (reader.read(key) for reader in readers)

@@ -78,6 +78,18 @@ def test_a_drawn_chain_has_its_own_ids_and_a_boundary_at_the_end_of_each_line():
     assert chain.loss_weights.tolist() == [0.0] * 3 + [1.0] * (ends[1] - 2) + [0.0] * (len(chain) - ends[1] - 1)
 
 
+def test_the_conclusions_of_a_drawn_chain_are_those_of_the_same_text_as_data():
+    steps = ["March 3 found: <<5+3=8>>8.", "April 4 lost: <<8-4=4>>4.", "May won"]
+    trace = Trace.of_steps("How many pens does Lily have?", steps, "4", "#### 4")
+    (wanted,), _ = encode_traces(TOKENIZER, [trace], TINY_FORMAT, row_length=96)
+    prompt, written = np.split(wanted.tokens, [wanted.prompt_length])
+    pieces = [TOKENIZER.decode([i]) for i in written]
+    ends = wanted.boundaries[1:] - wanted.prompt_length
+    chain = drawn_chain(prompt.tolist(), written.tolist(), ends.tolist(), 96, 9, whole=True, texts=pieces)
+    np.testing.assert_array_equal(chain.conclusions, wanted.conclusions)
+    assert set(chain.conclusions.tolist()) == {0, 1, 2, 3}
+
+
 def test_only_finished_steps_before_the_answer_count():
     text = "March 3 found: <<5+3=8>>8.\nApril 4"
     assert chain_of(text, ended=False)[0].depth == 1  # cut off by the limit: nobody knows how the line would end

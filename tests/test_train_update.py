@@ -56,17 +56,17 @@ def objective(mesh=None, teacher: LlamaModel = TEACHER, **changes) -> Objective:
 
 
 def maps(key, student_width: int, teacher_width: int, kind="separate"):
-    widths = (kind, student_width, teacher_width)
-    return init_state_map(key, *widths) | init_transition_map(key, *widths)
+    sizes = (kind, ((2, 2),), student_width, teacher_width)
+    return init_state_map(key, *sizes) | init_transition_map(key, *sizes)
 
 
 AXES = objective().param_axes()
 WEIGHTS = objective().coefficients()
 
 
-def fresh_state():
+def fresh_state(wanted: Objective | None = None):
     key = jax.random.PRNGKey(0)
-    params = {"student": STUDENT.init(key), **objective().init_params(key, 16, 32)}
+    params = {"student": STUDENT.init(key), **(wanted or objective()).init_params(key, 16, 32)}
     return create_state(params, OPTIMIZER, key)
 
 
@@ -84,12 +84,13 @@ def after_updates(
     count = abs(mesh_settings.data * mesh_settings.fsdp * mesh_settings.tensor)
     mesh = make_mesh(mesh_settings, jax.devices()[:count])
     data = host_rows(data, host_share(mesh))  # all rows, unless there are several processes
-    state, teacher_params = jax.device_get((fresh_state(), TEACHER_PARAMS))
-    shardings = state_shardings(jax.eval_shape(lambda: state), OPTIMIZER, mesh, AXES, settings.offload_optimizer)
+    wanted = objective(mesh, **changes)
+    state, teacher_params = jax.device_get((fresh_state(wanted), TEACHER_PARAMS))
+    axes = wanted.param_axes()
+    shardings = state_shardings(jax.eval_shape(lambda: state), OPTIMIZER, mesh, axes, settings.offload_optimizer)
     state = jax.device_put(state, shardings)
     teacher = make_model(placement, TEACHER.config, mesh)
     teacher_params = jax.device_put(teacher_params, weight_shardings(placement, teacher, mesh))
-    wanted = objective(mesh, **changes)
     step = make_train_step(STUDENT, teacher, OPTIMIZER, wanted, settings, mesh)
     metrics = {}
     for _ in range(updates):
@@ -193,6 +194,19 @@ def test_every_term_adds_up_over_micro_batches():
         np.testing.assert_allclose(of_parts[name].value(), of_whole[name].value(), rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("step_state", ["mean", "result"])
+def test_states_of_several_tokens_and_layers_give_the_same_update_on_any_split(step_state):
+    changes = {"step_state": step_state, "layers": "1:1,1:2,2:2", "distance": "squared"}
+    expected, metrics = after_updates(MeshSettings(1, 1, 1), updates=2, **changes)
+    assert expected.params["f"].shape == (3, 16, 32)
+    for sizes, data, count in (((2, 2, 2), PACKED, 1), ((1, 1, 1), PACKED, 2), ((1, 1, 1), UNPACKED, 1)):
+        settings = replace(UPDATE, micro_batches=count)
+        state, found = after_updates(MeshSettings(*sizes), data, settings, 2, **changes)
+        assert_same_update(state, expected)
+        for name in ("distill/alignment", "distill/coherence"):
+            np.testing.assert_allclose(found[name].value(), metrics[name].value(), rtol=1e-4, err_msg=name)
+
+
 def test_packing_does_not_change_the_update(single):
     state, _ = after_updates(MeshSettings(1, 1, 1), data=UNPACKED)
     assert_same_update(state, single[0])
@@ -230,19 +244,32 @@ def test_cached_updates_donate_the_state_only_and_read_states_at_every_token_now
             make_train_step(STUDENT, None, OPTIMIZER, objective(**{name: 1.0}))
 
 
-@pytest.mark.parametrize("form", ["direction", "difference"])
-def test_thresholds_are_measured_by_the_loss_that_is_validated(form):
+@pytest.mark.parametrize("distance", ["cosine", "squared"])
+def test_thresholds_are_measured_by_the_loss_that_is_validated(distance):
     """The teacher against itself under another context, as `make_term_eval` would compare it with a student."""
-    measure = make_self_comparison(TEACHER, objective(transition_form=form).yardstick)
+    measure = make_self_comparison(TEACHER, objective(distance=distance).yardstick)
     plain, other = (jax.tree.map(jnp.asarray, UNPACKED) for _ in range(2))
     other = other._replace(tokens_BL=(other.tokens_BL + 1) % VOCAB)
     found = measure(TEACHER_PARAMS, plain, TEACHER_PARAMS, other)
     states = [teacher_outputs(TEACHER, TEACHER_PARAMS, x, (2,)).boundary_states[2] for x in (other, plain)]
     mask = transition_boundaries(plain.boundary_mask_BCK, anchor_prompt=True)
-    expected = coherence(*states, mask, form=form)
+    expected = coherence(*states, mask, distance=distance)
     np.testing.assert_allclose(found.value(), expected, rtol=1e-5)
-    both = [coherence(*states, mask, form=x) for x in ("direction", "difference")]
+    both = [coherence(*states, mask, distance=x) for x in ("cosine", "squared")]
     assert float(both[0]) != float(both[1])
+
+
+def test_thresholds_of_several_layers_compare_each_of_the_teachers_with_itself():
+    """One layer of the student may be matched with two of the teacher; the threshold knows the teacher's only."""
+    measure = make_self_comparison(TEACHER, objective(layers="1:1,1:2", step_state="mean").yardstick)
+    plain, other = (jax.tree.map(jnp.asarray, UNPACKED) for _ in range(2))
+    other = other._replace(tokens_BL=(other.tokens_BL + 1) % VOCAB)
+    found = measure(TEACHER_PARAMS, plain, TEACHER_PARAMS, other)
+    of_other, of_plain = (
+        teacher_outputs(TEACHER, TEACHER_PARAMS, x, (1, 2), step_state="mean").boundary_states for x in (other, plain)
+    )
+    wanted = np.mean([coherence(of_other[layer], of_plain[layer], plain.boundary_mask_BCK) for layer in (1, 2)])
+    np.testing.assert_allclose(found.value(), wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("hidden_layer", [2, 1])
@@ -346,7 +373,7 @@ def test_one_map_for_both_gets_both_gradients_and_none_is_the_identity():
         maps(key, 16, 32, "none")
 
     # Lengths of transitions change the coherence loss, and what it asks of the student.
-    _, with_lengths = update(TEACHER, TEACHER_PARAMS, maps(key, 16, 32), transition_form="difference")
+    _, with_lengths = update(TEACHER, TEACHER_PARAMS, maps(key, 16, 32), distance="squared")
     _, directions = update(TEACHER, TEACHER_PARAMS, maps(key, 16, 32))
     assert float(with_lengths["distill/coherence"].value()) != float(directions["distill/coherence"].value())
 

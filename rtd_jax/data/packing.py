@@ -7,6 +7,7 @@ so that boundary positions can be read off the packed row wherever a chain lies 
 from collections.abc import Sequence
 
 import grain
+import jax
 import numpy as np
 
 from rtd_jax.base.types import Batch
@@ -115,8 +116,8 @@ def fixed_batches(
     packed += [{name: np.zeros_like(value) for name, value in packed[0].items()}] * (-len(packed) % rows)
     stacked = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
     whole = to_batch(stacked, chains_per_row, max_boundaries)
-    batches = zip(*(np.split(array, len(packed) // rows) for array in whole), strict=True)
-    return [host_rows(Batch(*arrays), share) for arrays in batches]
+    count = len(packed) // rows
+    return [host_rows(host_rows(whole, (i, count)), share) for i in range(count)]
 
 
 def one_batch(
@@ -140,7 +141,7 @@ def host_rows(batch: Batch, share: tuple[int, int]) -> Batch:
     """The rows of a global batch that one process feeds. `share` is (index, count) of equal, contiguous parts."""
     index, count = share
     rows = len(batch.tokens_BL) // count
-    return Batch(*(array[index * rows : (index + 1) * rows] for array in batch))
+    return jax.tree.map(lambda array: array[index * rows : (index + 1) * rows], batch)
 
 
 def check_fit(

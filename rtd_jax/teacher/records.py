@@ -103,7 +103,7 @@ def encode_record(top: TopK, states_NKD: np.ndarray, settings: CacheSettings | I
 
 
 def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
-    """The predictions, by ascending id, and the states of `hidden_layers`, float32 [N, K, D]; as precise as the storage.
+    """The predictions, by ascending id, and the states of `hidden_layers`, float32 [N, K, D]; as precise as stored.
 
     A cache without states gives [0, K, D].
 
