@@ -33,11 +33,13 @@ def test_the_published_objective_reads_final_states_at_boundaries_and_prediction
 
 def test_every_method_has_a_term_and_a_weight_that_switches_it_on():
     weights = {"token_alignment_weight": 0.1, "intermediate_weight": 0.2, "reward_weight": 0.3}
+    weights |= {"look_ahead_weight": 0.4}
     found = {term.name: term.weight for term in objective(**weights).terms}
     assert found == {
         "kd": 1.0,
         "alignment": 0.3,
         "coherence": 0.5,
+        "look_ahead": 0.4,
         "token_alignment": 0.1,
         "intermediate": 0.2,
         "reward": 0.3,
@@ -95,7 +97,9 @@ def test_labels_take_the_place_of_a_teacher_that_teaches_nothing_but_the_maps_st
 def test_what_is_learned_does_not_depend_on_the_other_terms():
     key = jax.random.PRNGKey(0)
     alone = objective().init_params(key, 16, 24)
-    beside = objective(intermediate_weight=1.0, token_alignment_weight=1.0).init_params(key, 16, 24)
+    beside = objective(intermediate_weight=1.0, token_alignment_weight=1.0, look_ahead_weight=1.0).init_params(
+        key, 16, 24
+    )
     assert beside["regressors"].shape == (4, 16, 24)
     for name in ("f", "g"):
         np.testing.assert_array_equal(alone[name], beside[name])

@@ -9,6 +9,7 @@ from rtd_jax.base.boundaries import step_states
 from rtd_jax.base.types import Batch, StudentOutputs, TeacherOutputs
 from rtd_jax.losses import alignment, coherence, mean_states
 from rtd_jax.methods import LossSettings
+from rtd_jax.methods.look_ahead import LookAhead
 from rtd_jax.methods.term import Outputs, Reads, Setup, reads_of
 from rtd_jax.models.config import LlamaConfig
 
@@ -132,6 +133,32 @@ def test_a_term_on_several_layers_is_the_mean_over_them_each_by_its_own_map(proj
         )
         np.testing.assert_allclose(total / term.denominator(batch), wanted, rtol=1e-5)
         np.testing.assert_allclose(metrics[f"distill/{term.name}"].value(), wanted, rtol=1e-5)
+
+
+def test_look_ahead_compares_where_a_step_begins_with_the_teachers_state_of_the_step():
+    batch = two_chains()
+    objective = LossSettings(look_ahead_weight=0.5, step_state="mean", distance="squared").objective(SETUP)
+    (term,) = (term for term in objective.terms if isinstance(term, LookAhead))
+    assert term.reads == Reads((), (2,), (4,), (), step_state="mean")
+    params = term.init_params(jax.random.PRNGKey(0), STUDENT.width, TEACHER.width)
+    keys = jax.random.split(jax.random.PRNGKey(1), 2)
+    tokens = jax.random.normal(keys[0], (1, 12, STUDENT.width))
+    states = jax.random.normal(keys[1], (*batch.boundary_mask_BCK.shape, TEACHER.width))
+    nothing = jnp.zeros(())
+    outputs = Outputs(
+        StudentOutputs(nothing, nothing, {}, {2: tokens}), TeacherOutputs(None, None, {4: states}, {}), batch
+    )
+    total, metrics = term.sums(outputs, params, term.coefficients())
+    head, found = np.asarray(params["ahead"]), []
+    for chain, begins in enumerate(([1, 4], [7])):  # the last token before each step
+        errors = [
+            np.sum((tokens[0, place] @ head - states[0, chain, i + 1]) ** 2) / np.sum(states[0, chain, i + 1] ** 2)
+            for i, place in enumerate(begins)
+        ]
+        found.append(np.mean(errors))
+    np.testing.assert_allclose(total, np.sum(found), rtol=1e-5)
+    np.testing.assert_allclose(metrics["distill/look_ahead"].value(), np.mean(found), rtol=1e-5)
+    assert float(term.denominator(batch)) == 2.0
 
 
 def test_the_keys_of_one_pair_are_unread_where_several_are_named():

@@ -48,7 +48,7 @@ LEGAL = {
         "JudgeSettings": "limit judge_requests_per_minute judge_retries",  # all rows; no limit; none
         "LabelledSettings": "seed",  # and limit, of rows in files
         "LossSettings": "reward_weight intermediate_weight token_alignment_weight coherence_weight alignment_weight "
-        "alpha beta hidden_layer student_hidden_layer",
+        "look_ahead_weight alpha beta hidden_layer student_hidden_layer",
         "Method": "alignment coherence place",
         "OnPolicySettings": "fraction",  # none
         "OpenAISettings": "requests_per_minute retries",  # no limit; none

@@ -176,7 +176,7 @@ def test_any_number_of_micro_batches_gives_the_same_update(single, count):
 
 def test_every_term_adds_up_over_micro_batches():
     """Regressors of several layers and states at every token, too: what a term learns must take part in the sums."""
-    weights = {"intermediate_weight": 0.5, "token_alignment_weight": 0.3}
+    weights = {"intermediate_weight": 0.5, "token_alignment_weight": 0.3, "look_ahead_weight": 0.2}
     key = jax.random.PRNGKey(0)
     wanted = objective(**weights)
 
@@ -188,7 +188,7 @@ def test_every_term_adds_up_over_micro_batches():
         return jax.device_get((state.params, metrics))
 
     (whole, of_whole), (parts, of_parts) = after(1), after(2)
-    assert set(whole) == {"student", "f", "g", "regressors"}
+    assert set(whole) == {"student", "f", "g", "regressors", "ahead"}
     chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-6)
     for name in of_whole:
         np.testing.assert_allclose(of_parts[name].value(), of_whole[name].value(), rtol=1e-4, err_msg=name)

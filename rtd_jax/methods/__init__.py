@@ -10,6 +10,7 @@ from rtd_jax.methods.alignment import AlignmentSettings
 from rtd_jax.methods.coherence import CoherenceSettings
 from rtd_jax.methods.intermediate import IntermediateSettings
 from rtd_jax.methods.kd import KDSettings, Labels
+from rtd_jax.methods.look_ahead import LookAheadSettings
 from rtd_jax.methods.step_reward import StepRewardSettings
 from rtd_jax.methods.term import MethodSettings, Objective, Setup, Term
 from rtd_jax.methods.token_alignment import TokenAlignmentSettings
@@ -20,6 +21,7 @@ class LossSettings(
     KDSettings,
     AlignmentSettings,
     CoherenceSettings,
+    LookAheadSettings,
     TokenAlignmentSettings,
     IntermediateSettings,
     StepRewardSettings,

@@ -31,7 +31,7 @@ def init_map(key: Array, student_width: int, teacher_width: int) -> Array:
     return jax.nn.initializers.lecun_normal()(jnp.asarray(key), (student_width, teacher_width), jnp.float32)
 
 
-def _init_maps(key: Array, pairs: Pairs, student_width: int, teacher_width: int) -> Array:
+def init_maps(key: Array, pairs: Pairs, student_width: int, teacher_width: int) -> Array:
     """[S, D], or [P, S, D] for several pairs of layers."""
     if len(pairs) == 1:
         return init_map(key, student_width, teacher_width)
@@ -56,14 +56,14 @@ def init_state_map(key: Array, maps: Maps, pairs: Pairs, student_width: int, tea
                 f"{teacher_width}: states of different widths need a map; use 'separate' or 'shared'"
             )
         return {}
-    return {"f": _init_maps(jax.random.split(key)[0], pairs, student_width, teacher_width)}
+    return {"f": init_maps(jax.random.split(key)[0], pairs, student_width, teacher_width)}
 
 
 def init_transition_map(key: Array, maps: Maps, pairs: Pairs, student_width: int, teacher_width: int) -> Params:
     """{"g": ..}; {"f": ..} where one map serves both; or nothing. Raises ValueError as `init_state_map`."""
     if maps != "separate":
         return init_state_map(key, maps, pairs, student_width, teacher_width)
-    return {"g": _init_maps(jax.random.split(key)[1], pairs, student_width, teacher_width)}
+    return {"g": init_maps(jax.random.split(key)[1], pairs, student_width, teacher_width)}
 
 
 def state_map(params: Params) -> Array | None:
