@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.trace import Span, Trace, spans_of
 
-_CLASSIFIER = "classifier:"
+_CLASSIFIER, _STRIDE = "classifier:", "stride:"
 
 
 def recut(traces: Sequence[Trace], segmentation: str) -> list[Trace]:
@@ -17,16 +20,19 @@ def recut(traces: Sequence[Trace], segmentation: str) -> list[Trace]:
 
     'annotated' leaves the steps that the data's schema gave: marked ones, or in `prose` those of its rules. 'random' is
     a control (see `random_spans`). 'classifier:<folder>' leaves the steps too: a classifier needs its teacher, so it
-    has cut the chains before (see `steps/detector.py`).
+    has cut the chains before (see `steps/detector.py`). So does 'stride:<tokens>', which cuts what is encoded
+    (`in_windows`).
 
     Raises:
       ValueError: there is no such segmentation.
     """
     if segmentation == "random":
         return [replace(trace, spans=random_spans(trace)) for trace in traces]
-    if segmentation == "annotated" or classifier_folder(segmentation) is not None:
+    if segmentation == "annotated" or stride_of(segmentation) or classifier_folder(segmentation) is not None:
         return list(traces)
-    raise ValueError(f"data.segmentation is {segmentation!r}; use 'annotated', 'random' or 'classifier:<folder>'")
+    raise ValueError(
+        f"data.segmentation is {segmentation!r}; use 'annotated', 'random', 'stride:<tokens>' or 'classifier:<folder>'"
+    )
 
 
 def random_spans(trace: Trace) -> tuple[Span, ...]:
@@ -45,6 +51,40 @@ def random_spans(trace: Trace) -> tuple[Span, ...]:
     digest = hashlib.sha256(f"{trace.prompt}\0{trace.completion}".encode()).digest()
     chosen = sorted(random.Random(int.from_bytes(digest)).sample(wrong, trace.depth))
     return spans_of(trace.body[: chosen[-1]], chosen)
+
+
+def stride_of(segmentation: str) -> int:
+    """The tokens of a window that a segmentation names; 0 for a segmentation without windows.
+
+    Raises:
+      ValueError: it names no number of tokens.
+    """
+    if not segmentation.startswith(_STRIDE):
+        return 0
+    tokens = segmentation.removeprefix(_STRIDE)
+    if not re.fullmatch(r"[1-9]\d{0,5}", tokens):
+        raise ValueError(f"segmentation is {segmentation!r}; say how many tokens a window has, e.g. 'stride:16'")
+    return int(tokens)
+
+
+def in_windows(chains: Sequence[EncodedChain], stride: int) -> list[EncodedChain]:
+    """The chains with a boundary after every `stride` tokens of the completion, and at its last, in place of steps.
+
+    Trajectories without step detection: nothing of what the text says decides where a boundary is. A window's
+    conclusion is its last token.
+    """
+    return [
+        replace(
+            chain, boundaries=window_ends(chain.prompt_length, len(chain), stride).astype(np.int32), conclusions=None
+        )
+        for chain in chains
+    ]
+
+
+def window_ends(prompt_length: int, length: int, stride: int) -> np.ndarray:
+    """The last token of the prompt and of each window behind it, of a chain of `length` tokens."""
+    ends = np.arange(prompt_length - 1, length, stride)
+    return ends if ends[-1] == length - 1 else np.append(ends, length - 1)
 
 
 def classifier_folder(segmentation: str) -> Path | None:

@@ -17,6 +17,7 @@ from rtd_jax.methods.term import Objective, Setup
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.decoder import AttentionKernel, Remat
 from rtd_jax.models.open import FloatDtype, ModelSettings, OpenModel
+from rtd_jax.steps.select import stride_of
 from rtd_jax.teacher.cache import served_model
 from rtd_jax.teacher.identity import AS_SERVED, SERVED, CacheSettings, Identity
 from rtd_jax.teacher.served.predictions import ServingSettings
@@ -85,7 +86,7 @@ class DataSettings:
     validation: SourceSettings | None = None  # None: `validation_fraction` of the training traces, chosen by hash
     validation_fraction: float = 0.05  # of the training traces, where `validation` is not given
     text: TextFormat = field(default_factory=TextFormat)
-    segmentation: str = "annotated"  # steps: "annotated" (by the schema), "random" (a control), "classifier:<folder>"
+    segmentation: str = "annotated"  # steps: of the schema; or "classifier:<folder>", "stride:<tokens>", "random"
     steps_cache: str = "runs/steps"  # folder that keeps the steps a classifier found; "" finds them again each time
     row_length: int = 1024  # tokens
     chains_per_row: int = 8  # at most; 1 switches packing off
@@ -95,6 +96,7 @@ class DataSettings:
         check_ranges(self, row_length="[2, 1e7]", chains_per_row="[1, 1e5]")
         check_ranges(self, validation_fraction="(0, 1)", max_dropped_fraction="[0, 1]")
         check_filled(self, "segmentation")
+        stride_of(self.segmentation)
 
     def unread_settings(self) -> dict[str, str]:
         unread = {} if self.validation is None else {"validation_fraction": "data.validation is given"}
@@ -177,6 +179,12 @@ class Recipe:
             raise ValueError(
                 "evaluation.drift_own needs the teacher online: what the student writes is in no cache; set "
                 "evaluation.drift_own=False, or teacher.cache=''"
+            )
+        if self.evaluation.drift_problems and self.teacher.cache and stride_of(self.data.segmentation):
+            raise ValueError(
+                f"evaluation.drift_problems measures drift by steps, but with data.segmentation "
+                f"{self.data.segmentation!r} the teacher's cache has the states of windows; set "
+                "evaluation.drift_problems=0, or teacher.cache=''"
             )
 
     def _check_states(self) -> None:

@@ -4,21 +4,22 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.base.files import check_writable
 from rtd_jax.base.types import Params
 from rtd_jax.data.by_length import round_up
-from rtd_jax.data.encoding import EncodedChain, encode_traces
-from rtd_jax.data.formats import solved_examples
+from rtd_jax.data.encoding import EncodedChain, EncodingReport, encode_traces
+from rtd_jax.data.formats import TextFormat, solved_examples
 from rtd_jax.data.sources import load_traces
 from rtd_jax.data.trace import Trace, problem_key
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import OpenModel
 from rtd_jax.steps.classifier import load_classifier
 from rtd_jax.steps.detector import Detector
-from rtd_jax.steps.select import classifier_folder, recut
+from rtd_jax.steps.select import classifier_folder, in_windows, recut, stride_of
 from rtd_jax.train.curriculum import Stage
 from rtd_jax.train.recipe import DataSettings, Recipe
 
@@ -28,7 +29,7 @@ class Chains:
     """The chains of a split that fit into a row, as traces and encoded, in the same order.
 
     The steps of the traces are those that a person or a classifier marked; they decide the depth. Random boundaries (a
-    control) are in the encoded chains only.
+    control) and windows of so many tokens are in the encoded chains only.
     """
 
     traces: tuple[Trace, ...]
@@ -74,16 +75,27 @@ def load_splits(
 
 def encode_split(traces: Sequence[Trace], data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Chains:
     """Encodes traces and leaves out those longer than a row. Raises ValueError where they are too many."""
-    encoded, report = encode_traces(
-        tokenizer,
-        recut(traces, data.segmentation),
-        data.text,
-        row_length=data.row_length,
-        max_dropped_fraction=data.max_dropped_fraction,
+    encoded, report = encode_cut(
+        tokenizer, traces, data, row_length=data.row_length, max_dropped_fraction=data.max_dropped_fraction
     )
     dropped = set(report.dropped)
     kept = tuple(trace for i, trace in enumerate(traces) if i not in dropped)
     return Chains(kept, tuple(encoded), len(dropped))
+
+
+def encode_cut(
+    tokenizer: PreTrainedTokenizerBase,
+    traces: Sequence[Trace],
+    data: DataSettings,
+    *,
+    text: TextFormat | None = None,
+    **options: Any,
+) -> tuple[list[EncodedChain], EncodingReport]:
+    """`encode_traces`, with the boundaries that `data.segmentation` names, and the recipe's form of text or another."""
+    chosen, form = recut(traces, data.segmentation), data.text if text is None else text
+    encoded, report = encode_traces(tokenizer, chosen, form, **options)
+    stride = stride_of(data.segmentation)
+    return in_windows(encoded, stride) if stride else encoded, report
 
 
 def prefixed_chains(
@@ -114,8 +126,9 @@ def prefixed_chains(
     for keys, members in groups.items():
         context = solved_examples(text, [(pool[key].prompt, pool[key].completion) for key in keys])
         behind = replace(text, context=text.context + context)
-        chosen = recut([traces[i] for i in members], recipe.data.segmentation)
-        encoded |= zip(members, encode_traces(tokenizer, chosen, behind, row_length=2**31 - 1)[0], strict=True)
+        chosen = [traces[i] for i in members]
+        chains, _ = encode_cut(tokenizer, chosen, recipe.data, text=behind, row_length=2**31 - 1)
+        encoded |= zip(members, chains, strict=True)
     return [encoded[i] for i in range(len(traces))]
 
 

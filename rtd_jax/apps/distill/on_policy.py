@@ -23,6 +23,7 @@ from rtd_jax.data.packing import host_rows, one_batch, packed_rows, token_featur
 from rtd_jax.data.prose import prose_steps
 from rtd_jax.data.trace import Trace, is_answer_line
 from rtd_jax.eval.decoding import Sampling
+from rtd_jax.steps.select import stride_of, window_ends
 from rtd_jax.train.curriculum import Stage
 from rtd_jax.train.state import TrainState
 
@@ -132,6 +133,12 @@ def step_finder(experiment: Experiment) -> StepFinder:
             for i, (of_ids, has_ended) in enumerate(zip(texts, ended, strict=True))
         ]
 
+    def by_stride(traces: Sequence[Trace], texts: Sequence[Sequence[str]], ended: Sequence[bool]) -> list[list[int]]:
+        return [window_ends(0, len(of_ids), stride)[1:].tolist() for of_ids in texts]
+
+    stride = stride_of(experiment.recipe.data.segmentation)
+    if stride:
+        return by_stride
     return {"lines": by_lines, "prose": by_rules, "classifier": by_classifier}[experiment.recipe.on_policy.steps]
 
 

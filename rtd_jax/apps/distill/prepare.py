@@ -179,7 +179,11 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         validation=validation,
         problems=tuple(problems),
         stages=plan,
-        max_boundaries=1 + max(t.depth for chains in (train, validation) for t in chains.traces),
+        max_boundaries=max(
+            max(1 + trace.depth, len(chain.boundaries))  # drift is measured by steps, whatever the loss is
+            for split in (train, validation)
+            for trace, chain in zip(split.traces, split.encoded, strict=True)
+        ),
         fingerprints={
             "teacher": teacher_fingerprint(recipe, teacher),
             "cache": "" if cache is None else cache.fingerprint,
