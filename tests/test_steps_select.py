@@ -30,7 +30,9 @@ def test_steps_of_one_word_leave_no_wrong_place():
 
 def test_a_segmenter_that_does_not_exist_is_refused_by_name():
     assert recut(generate(2), "annotated") == generate(2)
-    with pytest.raises(ValueError, match="'anotated'; use 'annotated', 'random' or 'classifier:<folder>'"):
+    with pytest.raises(
+        ValueError, match="'anotated'; use 'annotated', 'random', 'stride:<tokens>' or 'classifier:<folder>'"
+    ):
         recut(generate(2), "anotated")
 
 

@@ -1,0 +1,70 @@
+"""What is the state of a step? Trajectory losses on means over steps, in several layers, with squared distances.
+
+    python launch/study.py --config=configs/study_states.py    # word problems and rides in a lift; run again to continue
+
+All depths at once, so that no curriculum hides what the losses do. The states are few enough for a teacher cache:
+one of each step in each layer. `--config.only="('kd','alignment_states')"` makes some of the runs.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.study_tiny import ALIGNED, COHERENT, KD, as_config, methods, only
+from configs.study_tiny import get_config as study_tiny
+from rtd_jax.apps.study.recipe import Method
+
+STATES = ("loss.step_state=mean", "loss.layers=evenly:4", "loss.distance=squared", "loss.projections=none")
+ALIGNMENT = (*KD[1:], "loss.alignment_weight=3.0", *STATES)  # KD's first three: no alignment, no coherence, no stages
+COHERENCE = (KD[0], KD[2], "loss.coherence_weight=3.0", *STATES)
+
+
+def states() -> dict[str, Method]:
+    """The methods by name."""
+    found = only(methods(), ("kd", "rtd_no_curriculum", "intermediate_kd"))
+    found["intermediate_strong"] = Method((*KD, "loss.intermediate_weight=3.0"), "rival")
+    found["alignment_states"] = Method(
+        ALIGNMENT,
+        "part",
+        {
+            "kd": "does it help to follow the means of steps?",
+            "intermediate_strong": "is a state of each step as good as one of every token?",
+            "alignment_ends": "is the mean over a step better than its end?",
+            "alignment_windows": "are steps better than random windows?",
+            "alignment_stride": "are steps better than windows of 12 tokens?",
+        },
+        caption="alignment of the means of steps",
+        **ALIGNED,
+        pictured=True,
+    )
+    found["alignment_ends"] = Method((*ALIGNMENT, "loss.step_state=end"))
+    found["alignment_results"] = Method((*ALIGNMENT, "loss.step_state=result"))
+    found["alignment_windows"] = Method((*ALIGNMENT, "data.segmentation=random"))
+    found["alignment_stride"] = Method((*ALIGNMENT, "data.segmentation=stride:12"))
+    found["coherence_states"] = Method(
+        COHERENCE,
+        "part",
+        {
+            "kd": "do transitions between means help by themselves?",
+            "coherence_stride": "are steps better than windows?",
+        },
+        caption="coherence of the means of steps",
+        **COHERENT,
+        pictured=True,
+    )
+    found["coherence_stride"] = Method((*COHERENCE, "data.segmentation=stride:12"))
+    found["both_states"] = Method(
+        (KD[2], "loss.alignment_weight=1.0", "loss.coherence_weight=1.0", *STATES), "part", **ALIGNED, **COHERENT
+    )
+    found["look_ahead"] = Method(
+        (*KD, "loss.look_ahead_weight=1.0", *STATES),
+        "part",
+        {"kd": "does it help to predict a step from where it begins?"},
+    )
+    return found
+
+
+def get_config() -> ConfigDict:
+    c, lift = study_tiny("conditions"), study_tiny("lift")
+    c.seeds = (0, 1, 2, 3, 4)  # of params and data order; the same for every method
+    c.tasks.lift, c.about.lift = lift.tasks.lift, lift.about.lift
+    c.methods = as_config(states())  # by name: overrides, role, components and what it is compared with
+    return c
