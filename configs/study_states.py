@@ -1,6 +1,6 @@
 """What is the state of a step? Trajectory losses on means over steps, in several layers, with squared distances.
 
-    python launch/study.py --config=configs/study_states.py    # word problems and rides in a lift; run again to continue
+    python launch/study.py --config=configs/study_states.py    # word problems, rides in a lift; run again to continue
 
 All depths at once, so that no curriculum hides what the losses do. The states are few enough for a teacher cache:
 one of each step in each layer. `--config.only="('kd','alignment_states')"` makes some of the runs.
@@ -8,7 +8,7 @@ one of each step in each layer. `--config.only="('kd','alignment_states')"` make
 
 from ml_collections import ConfigDict
 
-from configs.study_tiny import ALIGNED, COHERENT, KD, as_config, methods, only
+from configs.study_tiny import KD, as_config, methods, only
 from configs.study_tiny import get_config as study_tiny
 from rtd_jax.apps.study.recipe import Method
 
@@ -32,7 +32,7 @@ def states() -> dict[str, Method]:
             "alignment_stride": "are steps better than windows of 12 tokens?",
         },
         caption="alignment of the means of steps",
-        **ALIGNED,
+        alignment=3.0,
         pictured=True,
     )
     found["alignment_ends"] = Method((*ALIGNMENT, "loss.step_state=end"))
@@ -44,15 +44,15 @@ def states() -> dict[str, Method]:
         "part",
         {
             "kd": "do transitions between means help by themselves?",
-            "coherence_stride": "are steps better than windows?",
+            "coherence_stride": "are steps better than windows of 12 tokens?",
         },
         caption="coherence of the means of steps",
-        **COHERENT,
+        coherence=3.0,
         pictured=True,
     )
     found["coherence_stride"] = Method((*COHERENCE, "data.segmentation=stride:12"))
     found["both_states"] = Method(
-        (KD[2], "loss.alignment_weight=1.0", "loss.coherence_weight=1.0", *STATES), "part", **ALIGNED, **COHERENT
+        (KD[2], "loss.alignment_weight=1.0", "loss.coherence_weight=1.0", *STATES), "part", alignment=1.0, coherence=1.0
     )
     found["look_ahead"] = Method(
         (*KD, "loss.look_ahead_weight=1.0", *STATES),
