@@ -86,7 +86,9 @@ def test_a_batch_by_hand():
         [[True, True, False, False], [False] * 4],
         [[False] * 4] * 2,
     ]
-    assert [array.dtype for array in batch] == [np.int32, np.int32, np.int32, np.float32, np.int32, np.bool_]
+    assert batch.conclusions_BL.tolist() == [[0, 0, 1, 0, 0, 1, 2], [0, 0, 1, 0, 0, 0, 0], [0] * 7]
+    whole = np.int32
+    assert [array.dtype for array in batch] == [whole, whole, whole, np.float32, whole, np.bool_, whole]
 
 
 @pytest.mark.parametrize("count", [1, 7, 90])
@@ -132,7 +134,9 @@ def test_rows_are_fixed_in_shape_and_hold_no_more_chains_than_allowed(chains):
     most = 0
     for _ in range(10):
         batch = next(stream)
-        assert [array.shape for array in batch] == [(ROWS, LENGTH)] * 4 + [(ROWS, CHAINS, BOUNDARIES)] * 2
+        assert [array.shape for array in batch] == [(ROWS, LENGTH)] * 4 + [(ROWS, CHAINS, BOUNDARIES)] * 2 + [
+            (ROWS, LENGTH)
+        ]
         assert batch.chain_ids_BL[:, 0].all(), "every row of a training batch has a chain"
         most = max(most, batch.chain_ids_BL.max())
     assert most == CHAINS
@@ -263,5 +267,6 @@ def test_to_batch_ignores_what_a_row_does_not_have():
         "tokens_positions": np.zeros((2, 3), np.int32),
         "loss_weights": np.zeros((2, 3), np.float32),
         "boundary_numbers": np.zeros((2, 3), np.int32),
+        "conclusions": np.zeros((2, 3), np.int32),
     }
     assert not any(array.any() for array in to_batch(packed, 2, 2))

@@ -76,7 +76,7 @@ def test_without_its_manifest_a_cache_is_signed_for_its_own_teacher_alone(tmp_pa
     assert (folder / "manifest.json").read_bytes() == before
 
     copied = Path(shutil.copytree(OLD, tmp_path / "old"))
-    own = read_identity(copied, 4)
+    own = read_identity(copied, (4,))
     (copied / "manifest.json").unlink()
     with pytest.raises(ValueError, match="is of format 2 and does not say which cache it belongs to"):
         CacheWriter(copied, own)
@@ -119,7 +119,7 @@ def test_shards_of_one_identity_are_joined_by_moving_them(tmp_path):
 
 def test_the_earlier_format_is_read_and_added_to(tmp_path):
     folder = Path(shutil.copytree(OLD, tmp_path / "cache"))
-    own = read_identity(folder, 4)
+    own = read_identity(folder, (4,))
     read_all(folder, own)
     top, states = outputs_of(3, own.top_k, own.vocab_size, 2, own.width)
     before = (folder / "manifest.json").read_bytes()
@@ -171,7 +171,7 @@ def test_json_of_another_shape_is_refused_by_name(tmp_path, of, signed):
     """Even where the digest fits, as nothing but a program that writes it wrongly would leave it."""
     if of.startswith("old"):
         folder = Path(shutil.copytree(OLD, tmp_path / "cache"))
-        own = read_identity(folder, 4)
+        own = read_identity(folder, (4,))
     else:
         folder, own = written(tmp_path / "cache", records_of(3)), OWN
     path = lists(folder)[0] if of.endswith("shard") else folder / "manifest.json"
@@ -313,7 +313,7 @@ def test_a_folder_may_have_any_name(tmp_path, name):
 def test_checksums_of_the_earlier_format_still_hold(tmp_path):
     """They are taken over the record alone."""
     folder = Path(shutil.copytree(OLD, tmp_path / "cache"))
-    own = read_identity(folder, 4)
+    own = read_identity(folder, (4,))
     cache = TeacherCache(folder, own)
     key, place = next(iter(cache._places.items()))
     assert place.start == 0

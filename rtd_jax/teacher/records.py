@@ -105,7 +105,7 @@ def encode_record(top: TopK, states_NKD: np.ndarray, settings: CacheSettings | I
 def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
     """The predictions, by ascending id, and the states of `hidden_layers`, float32 [N, K, D]; as precise as stored.
 
-    A cache without states gives [0, K, D].
+    A cache without states gives [0, K, 0].
 
     Raises:
       ValueError: these are not the bytes of a record of this identity.
@@ -143,13 +143,15 @@ def decode_record(record: bytes, identity: Identity) -> tuple[TopK, np.ndarray]:
     ids_PM = np.cumsum(gaps_PM, axis=-1, dtype=np.int32)
     shape = boundaries, identity.width
     wanted = [identity.layers.index(layer) for layer in identity.hidden_layers] if identity.layers else []
-    states_NKD = np.zeros((len(wanted), *shape), np.float32)
-    for states_KD, layer in zip(states_NKD, wanted, strict=True):
+    states = []
+    for layer in wanted:
         if identity.states == "int8":
-            scales_K1 = plane(f"scales{layer}", np.float32, (boundaries, 1))
-            states_KD[:] = plane(f"states{layer}", np.int8, shape) * scales_K1
+            states.append(
+                plane(f"states{layer}", np.int8, shape) * plane(f"scales{layer}", np.float32, (boundaries, 1))
+            )
         else:
-            states_KD[:] = plane(f"states{layer}", jnp.dtype(identity.states), shape).astype(np.float32)
+            states.append(plane(f"states{layer}", jnp.dtype(identity.states), shape).astype(np.float32))
+    states_NKD = np.stack(states) if states else np.zeros((0, boundaries, 0), np.float32)
     if not all(np.all(np.isfinite(array)) for array in (log_probs_PM, tails_P2, states_NKD)):
         raise ValueError("it has numbers that are not finite")
     if ids_PM.size and not 0 <= ids_PM.min() <= ids_PM.max() < identity.vocab_size:
