@@ -134,9 +134,8 @@ def test_rows_are_fixed_in_shape_and_hold_no_more_chains_than_allowed(chains):
     most = 0
     for _ in range(10):
         batch = next(stream)
-        assert [array.shape for array in batch] == [(ROWS, LENGTH)] * 4 + [(ROWS, CHAINS, BOUNDARIES)] * 2 + [
-            (ROWS, LENGTH)
-        ]
+        tokens, slots = (ROWS, LENGTH), (ROWS, CHAINS, BOUNDARIES)
+        assert [array.shape for array in batch] == [*[tokens] * 4, slots, slots, tokens]
         assert batch.chain_ids_BL[:, 0].all(), "every row of a training batch has a chain"
         most = max(most, batch.chain_ids_BL.max())
     assert most == CHAINS
