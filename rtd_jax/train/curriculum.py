@@ -22,8 +22,10 @@ class CurriculumSettings:
     # are solved, or either.
     FOR_COHERENCE: ClassVar = ("threshold_factor", "calibration_shots")
     FOR_SOLVED: ClassVar = ("solved_share", "teacher_solves")
-    FOR_EITHER: ClassVar = ("validate_every", "validation_chains", "min_updates")
-    FOR_EITHER += ("plateau_patience", "plateau_tolerance")
+    FOR_EITHER: ClassVar = (
+        *("validate_every", "validation_chains", "min_updates"),
+        *("plateau_patience", "plateau_tolerance"),
+    )
     enabled: bool = True  # False: one stage with all depths at once (the article's ablation)
     depths: tuple[int, ...] = (1, 2, 3, 4, 5)  # reasoning steps, one stage each; the last is open (5 means 5 and more)
     mixture: Literal["replay", "equal"] = "replay"  # of depths in a stage; equal: those up to its own have equal shares
@@ -70,9 +72,10 @@ class CurriculumSettings:
         why = f"curriculum.ends_by is {self.ends_by!r}"
         if self.ends_by == "solved" and self.measures is None:
             why = "curriculum.enabled is False, and the one stage trains to the last update"
-        for measured, names in (("coherence", self.FOR_COHERENCE), ("solved", self.FOR_SOLVED)):
-            if self.measures != measured:
-                unread |= dict.fromkeys(names, why)
+        if self.measures != "coherence":
+            unread |= dict.fromkeys(self.FOR_COHERENCE, why)
+        if self.measures != "solved":
+            unread |= dict.fromkeys(self.FOR_SOLVED, why)
         if self.measures is None:
             unread |= dict.fromkeys(self.FOR_EITHER, why)
         if self.ends_by == "share":
@@ -132,9 +135,7 @@ class StageRecord:
     """What happened in a stage; written into its checkpoint and into report.json."""
 
     depth: str
-    threshold: (
-        float | None
-    )  # ends the stage: coherence at or below it, or chains solved at or above; None where none does
+    threshold: float | None  # ends the stage: a coherence loss of at most, or a share of chains solved of at least
     teacher_coherence: float | None  # the teacher against itself under another context; threshold = factor x this
     budget: int  # updates
     updates: int = 0
