@@ -9,8 +9,8 @@ from rtd_jax.base.settings import check_ranges
 
 EndsBy = Literal["coherence", "solved", "share"]
 EndedBy = Literal["threshold", "plateau", "budget"]
-# Training problems of a stage: with fewer a run says that its stages may do harm. Some 40 did on the word problems of
-# docs/study.md, the 500 and more of its cups did not; nothing between was tried.
+# Training problems of a stage: with fewer a run says that its stages may do harm. In docs/study.md some 40 did on the
+# word problems, and with 500 on the cups no harm was certain; nothing between was tried.
 FEW_PROBLEMS = 100
 
 
@@ -218,8 +218,8 @@ def few_problems(problems: Mapping[str, int], settings: CurriculumSettings) -> s
         return ""
     stage = min(problems, key=lambda name: problems[name])
     return (
-        f"curriculum stage {stage} has {problems[stage]} training problems: with some 40 a stage the curriculum did "
-        "great harm (docs/study.md); set curriculum.enabled=False to train on all depths at once"
+        f"curriculum stage {stage} has {problems[stage]} training problems; stages of some 40 did great harm in "
+        "docs/study.md: set curriculum.enabled=False to train on all depths at once"
     )
 
 
