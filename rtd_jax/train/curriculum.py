@@ -94,7 +94,7 @@ class CurriculumSettings:
 
 @dataclass(frozen=True)
 class Stage:
-    """Depths `low` to `high`, both included; the last stage is open (`high` is None). Earlier depths are replayed."""
+    """Depths `low` to `high`, both included; the last stage is open (`high` is None). See `Chains.mixture` too."""
 
     index: int
     low: int

@@ -305,6 +305,11 @@ class Recipe:
         return not self.teacher.cache or (self.cache.states != "none" and not self.is_served)
 
     @property
+    def calibrates(self) -> bool:
+        """Whether the teacher's states are compared under two contexts, for the thresholds of the coherence loss."""
+        return self.has_states and self.curriculum.measures == "coherence"
+
+    @property
     def rows_at_once(self) -> int:
         """Rows of a micro-batch. Validation and scoring take no more at one time, so they fit where an update does."""
         return self.batch_size // self.micro_batches

@@ -253,9 +253,7 @@ def _stage_problems(recipe: Recipe, plan: Sequence[Stage], validation: Chains) -
 def _check_cached(recipe: Recipe, teacher: OpenModel, cache: TeacherCache, train: Chains, validation: Chains) -> None:
     """Raises ValueError where the cache lacks a chain that the run will read: days later, perhaps."""
     chains = [*train.encoded, *validation.encoded]
-    # The others are compared by their states.
-    is_compared = recipe.has_states and recipe.curriculum.measures == "coherence"
-    for stage in stages(recipe.curriculum) if is_compared else ():
+    for stage in stages(recipe.curriculum) if recipe.calibrates else ():
         held_out = validation.of_stage(stage, recipe.curriculum.validation_chains)
         chains += prefixed_chains(recipe, teacher.tokenizer, train.traces, held_out.traces)
     missing = [x for x in chains if chain_key(x.tokens, x.boundaries, x.loss_weights) not in cache]
