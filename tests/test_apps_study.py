@@ -513,6 +513,7 @@ def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, 
         (study_tiny, "smoke"),
         (study_tiny, "conditions"),
         (study_tiny, "lift"),
+        (study_tiny, "curricula"),
         (study_on_policy, ""),
     ],
     ids=lambda x: x if isinstance(x, str) else x.__name__.split(".")[-1],
@@ -546,8 +547,8 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
     of = {study_8b: "gsm8k", study_on_policy: "taught_student"}.get(config, "lift" if arg == "lift" else "few_problems")
     whole = {job.name: job for job in build(StudyRecipe, config.get_config().to_dict()).jobs(tmp_path)}
     shared = [job for job in recipe.jobs(tmp_path) if job.name in whole]
-    if arg in ("conditions", "lift"):  # what these have in common with the whole study are the same runs
-        assert len(shared) == 5 * {"conditions": 6, "lift": 4}[arg]
+    if arg in ("conditions", "lift", "curricula"):  # what these have in common with the whole study are the same runs
+        assert len(shared) == 5 * {"conditions": 6, "lift": 4, "curricula": 2 * 4}[arg]
         assert all(job == whole[job.name] for job in shared)
     assert recipes[of, "kd"].loss.alignment_weight == 0.0
     if arg == "conditions":
@@ -556,6 +557,12 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
         assert (both.alignment_weight, both.coherence_weight) == (0.3, 2.0)
         assert recipes[of, "coherence_no_map"].loss.projections == "none"
         assert not any(recipe.curriculum.enabled for recipe in recipes.values())
+        return
+    if arg == "curricula":
+        ends = {name: (r.curriculum.ends_by, r.curriculum.mixture) for (task, name), r in recipes.items() if task == of}
+        assert ends["kd_curriculum_share"] == ("share", "equal")
+        assert ends["kd_curriculum_solved"] == ends["rtd_curriculum_solved"] == ("solved", "equal")
+        assert ends["rtd"] == ("coherence", "replay")
         return
     if arg == "lift" or config is study_on_policy:
         assert not any(recipe.curriculum.enabled for recipe in recipes.values())

@@ -335,6 +335,38 @@ def test_every_key_is_printed_with_value_origin_and_meaning():
         (["cache.top_k=3", "teacher.cache=x", "evaluation.teacher=False"], []),
         (["curriculum.enabled=False", "curriculum.replay=0.5"], ["curriculum.replay=0.5 is not read"]),
         (["curriculum.enabled=False", "curriculum.validate_every=5"], []),
+        (["curriculum.ends_by=solved", "curriculum.solved_share=0.5", "curriculum.validate_every=5"], []),
+        (
+            ["curriculum.ends_by=solved", "curriculum.threshold_factor=2"],
+            ["curriculum.threshold_factor=2.0 is not read: curriculum.ends_by is 'solved'"],
+        ),
+        (
+            ["curriculum.ends_by=share", "curriculum.min_updates=5", "curriculum.spend_budget=False"],
+            [
+                "curriculum.min_updates=5 is not read: curriculum.ends_by is 'share'",
+                "curriculum.spend_budget=False is not read: curriculum.ends_by is 'share'",
+            ],
+        ),
+        (
+            ["curriculum.teacher_solves=1"],
+            ["curriculum.teacher_solves=1.0 is not read: curriculum.ends_by is"],
+        ),
+        (
+            ["curriculum.mixture=equal", "curriculum.replay=0.5"],
+            ["curriculum.replay=0.5 is not read: curriculum.mixture is 'equal'"],
+        ),
+        (["curriculum.enabled=False", "curriculum.mixture=equal"], ["curriculum.mixture=equal is not read"]),
+        (
+            ["curriculum.enabled=False", "curriculum.ends_by=solved", "curriculum.validate_every=5"],
+            ["curriculum.validate_every=5 is not read: curriculum.enabled is False"],
+        ),
+        (  # chains are solved whatever the loss has of the teacher
+            [
+                *("loss.alpha=0", "loss.alignment_weight=0", "loss.coherence_weight=0"),
+                *("curriculum.ends_by=solved", "curriculum.validate_every=5"),
+            ],
+            [],
+        ),
         (["evaluation.curve_problems=5"], ["evaluation.curve_problems=5 is not read: evaluation.every is 0"]),
         (["data.steps_cache=x"], ["data.steps_cache=x is not read: data.segmentation is 'annotated', no classifier"]),
         (["data.train.location=x"], ["data.train.location=x is not read: schema is 'synthetic'"]),

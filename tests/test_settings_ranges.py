@@ -35,8 +35,8 @@ LEGAL = {
         "BoundaryRecipe": "layers examples",
         "CacheSettings": "layers",
         # 0 switches a threshold, a context of examples, a wait or a rule off.
-        "CurriculumSettings": "replay threshold_factor calibration_shots min_updates plateau_patience "
-        "plateau_tolerance",
+        "CurriculumSettings": "replay threshold_factor calibration_shots solved_share teacher_solves min_updates "
+        "plateau_patience plateau_tolerance",
         "DataSettings": "max_dropped_fraction",
         "DiagnoseSettings": "limit teacher_layer student_layer seed",
         # All problems; none; greedy; the first problem; no limit; none.

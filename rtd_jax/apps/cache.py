@@ -64,7 +64,7 @@ def cache_teacher(recipe: Recipe, _: Path) -> Path:
     writer = CacheWriter(folder, identity)
     train, validation = load_splits(recipe.data, teacher.tokenizer, make_detector(recipe, teacher))
     prefixed: list[EncodedChain] = []
-    for stage in stages(recipe.curriculum) if recipe.has_states else ():
+    for stage in stages(recipe.curriculum) if recipe.calibrates else ():
         held_out = validation.of_stage(stage, recipe.curriculum.validation_chains)
         prefixed += prefixed_chains(recipe, teacher.tokenizer, train.traces, held_out.traces)
     missing = _missing((*train.encoded, *validation.encoded), writer), _missing(prefixed, writer)

@@ -87,11 +87,9 @@ class ChainEvaluator:
         Raises:
           ValueError: there are no problems, one cannot be judged, or a text does not fit its tokenizer.
         """
-        for trace in problems:  # before minutes of decoding
-            check_reference(trace)
         if texts is None:
-            texts = [render(self.tokenizer, trace.prompt, trace.completion, self.text) for trace in problems]
-        records = score_texts(problems, *self._solutions(model, params, texts, progress))
+            texts = self._texts(problems)
+        records = self.solutions(model, params, problems, texts, progress=progress)
         references = score_references(
             model,
             params,
@@ -110,6 +108,28 @@ class ChainEvaluator:
         for record in records:
             record |= references[record["problem"]] | how
         return make_report(records, self.open_from), records
+
+    def solutions(
+        self,
+        model: LlamaModel,
+        params: Params,
+        problems: Sequence[Trace],
+        texts: Sequence[Rendered] | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> list[Record]:
+        """What one model writes freely, scored; reference texts are not read by it. Arguments and errors as above.
+
+        Returns:
+          One record per solution as in `chains.score_texts`.
+        """
+        for trace in problems:  # before minutes of decoding
+            check_reference(trace)
+        texts = self._texts(problems) if texts is None else texts
+        return score_texts(problems, *self._solutions(model, params, texts, progress))
+
+    def _texts(self, problems: Sequence[Trace]) -> list[Rendered]:
+        return [render(self.tokenizer, trace.prompt, trace.completion, self.text) for trace in problems]
 
     @property
     def _sharding(self) -> NamedSharding | None:

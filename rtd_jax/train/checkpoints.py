@@ -84,7 +84,7 @@ class Meta:
     def __post_init__(self) -> None:
         for record in self.records:
             try:
-                StageRecord.from_dict(asdict(build(StageRecord, record, "records")))
+                StageRecord.from_dict(build(StageRecord, record, "records").to_dict())
             except (KeyError, TypeError) as error:
                 raise ValueError(f"records has {record}, which is no record of a stage ({error})") from error
         position, curve = (parse_json(getattr(self, name), name) for name in ("iterator", "curve"))

@@ -165,13 +165,18 @@ class Recipe:
             self._check_reward()
         self._check_states()
         self._check_drift()
+        if self.teacher.cache and self.curriculum.solves_with_teacher:
+            raise ValueError(
+                "curriculum.ends_by is 'solved', for which the teacher solves validation problems, but it is read from "
+                "teacher.cache, which cannot; set curriculum.teacher_solves to the share that it solves (1 where the "
+                "chains are its own), curriculum.ends_by='share', or teacher.cache=''"
+            )
         if self.on_policy.fraction:
             self._check_on_policy()
         if not self.loss.teaches() and self.curriculum.by_coherence:
             raise ValueError(
                 "the loss has nothing of the teacher in it, so no coherence loss can end a stage: set "
-                "curriculum.enabled=False, or curriculum.threshold_factor=0 and plateau_patience=0 for stages of equal "
-                "length"
+                "curriculum.enabled=False, or curriculum.ends_by='solved', or 'share' for stages of equal length"
             )
 
     def _check_drift(self) -> None:
@@ -274,7 +279,7 @@ class Recipe:
                 names.append("loss.temperature")
             if not self.teacher.cache and not self.evaluation.drift_problems:
                 names += ["loss.hidden_layer", "loss.student_hidden_layer"]
-            names += [f"curriculum.{name}" for name in self.curriculum.READ_BY_VALIDATION]
+            names += self._read_by_validation()
             unread |= dict.fromkeys(names, "the loss has nothing of the teacher in it")
         if not self.teacher.cache:
             names = ["cache", *(f"teacher.{name}" for name in ("server", "served_model", "serving"))]
@@ -285,13 +290,18 @@ class Recipe:
             names = ["cache.states", "cache.layers", "teacher.param_dtype", "teacher.compute_dtype"]
             unread |= dict.fromkeys(names, "the teacher is a server's (teacher.served_model)")
         if not self.has_states and self.loss.teaches():
-            names = [f"curriculum.{name}" for name in self.curriculum.READ_BY_VALIDATION]
-            unread |= dict.fromkeys(names, "the teacher's cache has no states to validate with")
+            unread |= dict.fromkeys(self._read_by_validation(), "the teacher's cache has no states to validate with")
         names = [] if self.data.segmentation.startswith("classifier:") else ["attention", "sharding", "offload"]
         unread |= {f"teacher.{name}": "the teacher is read from teacher.cache" for name in names}
         if self.evaluation.teacher:
             unread["evaluation.teacher"] = "the teacher is read from teacher.cache, which cannot solve problems"
         return unread
+
+    def _read_by_validation(self) -> list[str]:
+        """Keys that nothing reads where the coherence loss cannot be measured."""
+        settings = self.curriculum
+        names = (*settings.FOR_COHERENCE, *settings.FOR_EITHER) if settings.measures == "coherence" else ()
+        return [f"curriculum.{name}" for name in names]
 
     @property
     def is_served(self) -> bool:
@@ -302,6 +312,11 @@ class Recipe:
     def has_states(self) -> bool:
         """Whether hidden states of the teacher can be read: online, or from a cache that has them."""
         return not self.teacher.cache or (self.cache.states != "none" and not self.is_served)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the teacher's states are compared under two contexts, for the thresholds of the coherence loss."""
+        return self.has_states and self.curriculum.measures == "coherence"
 
     @property
     def rows_at_once(self) -> int:

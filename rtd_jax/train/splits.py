@@ -20,7 +20,7 @@ from rtd_jax.models.open import OpenModel
 from rtd_jax.steps.classifier import load_classifier
 from rtd_jax.steps.detector import Detector
 from rtd_jax.steps.select import classifier_folder, in_windows, recut, stride_of
-from rtd_jax.train.curriculum import Stage
+from rtd_jax.train.curriculum import CurriculumSettings, Stage, stages
 from rtd_jax.train.recipe import DataSettings, Recipe
 
 
@@ -44,6 +44,20 @@ class Chains:
     def before(self, stage: Stage) -> "Chains":
         """The chains that are less deep than a stage's."""
         return self._only([i for i, trace in enumerate(self.traces) if trace.depth < stage.low])
+
+    def mixture(self, stage: Stage, settings: CurriculumSettings) -> list[tuple["Chains", float]]:
+        """The groups of chains that a stage trains on, its own first, and the share of the drawn chains of each.
+
+        With `mixture="equal"` a group has the depths of one stage up to this one, in the data's own proportions where
+        these are several, and every group the same share.
+        """
+        if settings.mixture == "equal":
+            groups = [self.of_stage(other) for other in stages(settings)[stage.index :: -1]]
+            return [(group, 1.0 / len(groups)) for group in groups]
+        earlier = self.before(stage)
+        replay = settings.replay if earlier.traces else 0.0
+        own = (self.of_stage(stage), 1.0 - replay)
+        return [own, (earlier, replay)] if replay else [own]
 
     def _only(self, chosen: Sequence[int]) -> "Chains":
         return Chains(tuple(self.traces[i] for i in chosen), tuple(self.encoded[i] for i in chosen))

@@ -9,6 +9,7 @@ from rtd_jax.apps.distill.own_chains import (
     Drawn,
     Sampler,
     Writer,
+    draw_problems,
     drawn_chain,
     prompt_of,
     rng_of,
@@ -36,7 +37,7 @@ StepFinder = Callable[[Sequence[Trace], Sequence[Sequence[str]], Sequence[bool]]
 def make_on_policy_sampler(experiment: Experiment) -> Sampler:
     """Builds the function that draws chains from the current student for updates until new ones are due.
 
-    Problems are drawn as the data's chains are: of the stage, and a share of earlier stages. Each update gets as many
+    Problems are drawn as the data's chains are, from the depths of `curriculum.mixture`. Each update gets as many
     chains as the data would put into its rows. What does not fit, because the student wrote more than the data do, is
     left out and counted.
     """
@@ -52,15 +53,11 @@ def make_on_policy_sampler(experiment: Experiment) -> Sampler:
 
     def draw(state: TrainState, stage: Stage) -> Drawn:
         rng = rng_of(state)
-        pool, earlier = experiment.train.of_stage(stage), experiment.train.before(stage)
-        wanted = round(recipe.own_rows * chains_a_row(pool.encoded, data.row_length, data.chains_per_row))
+        groups = experiment.train.mixture(stage, recipe.curriculum)
+        of_stage, _ = groups[0]
+        wanted = round(recipe.own_rows * chains_a_row(of_stage.encoded, data.row_length, data.chains_per_row))
         count = settings.updates_per_refresh * wanted
-        again = rng.binomial(count, recipe.curriculum.replay) if earlier.encoded else 0
-        chosen = [
-            (chains.encoded[i], chains.traces[i])
-            for chains, number in ((pool, count - again), (earlier, again))
-            for i in rng.choice(len(chains.encoded), number, replace=len(chains.encoded) < number)
-        ]
+        chosen = draw_problems(groups, count, rng)
         chosen = [chosen[i] for i in rng.permutation(count)]
         prompts = [prompt_of(chain) for chain, _ in chosen]
         written = writer.write(state, prompts, rng)

@@ -18,10 +18,11 @@ from rtd_jax.base.sharding import row_sharding, row_ways, to_host
 from rtd_jax.data.by_length import round_up
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.formats import stop_token_ids
-from rtd_jax.data.trace import Span, conclusion_of, is_answer_line
+from rtd_jax.data.trace import Span, Trace, conclusion_of, is_answer_line
 from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate
 from rtd_jax.eval.decoding.placement import for_writing
 from rtd_jax.train.curriculum import Stage
+from rtd_jax.train.splits import Chains
 from rtd_jax.train.state import TrainState
 
 
@@ -79,6 +80,22 @@ def rng_of(state: TrainState) -> np.random.Generator:
     """Random numbers of the update that comes next."""
     words = np.asarray(to_host(state.rng)).ravel().tolist()
     return np.random.default_rng([*words, int(state.step)])
+
+
+def draw_problems(
+    groups: Sequence[tuple[Chains, float]], count: int, rng: np.random.Generator
+) -> list[tuple[EncodedChain, Trace]]:
+    """`count` chains of the groups, group after group; how many of each is drawn by its share.
+
+    No chain is drawn twice where its group has enough.
+    """
+    # From the last group to the first, whose number is what is left.
+    counts = rng.multinomial(count, [share for _, share in reversed(groups)])[::-1]
+    return [
+        (chains.encoded[i], chains.traces[i])
+        for (chains, _), number in zip(groups, counts, strict=True)
+        for i in rng.choice(len(chains.encoded), number, replace=len(chains.encoded) < number)
+    ]
 
 
 def prompt_of(chain: EncodedChain) -> list[int]:

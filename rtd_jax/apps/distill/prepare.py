@@ -17,7 +17,7 @@ from rtd_jax.data.encoding import EncodedChain, chains_fingerprint
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.sources import load_traces
 from rtd_jax.data.tokenizer_match import compare_tokenizers, vocab_size
-from rtd_jax.data.trace import Trace
+from rtd_jax.data.trace import Trace, problem_key
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, first_of_each_depth
 from rtd_jax.eval.judge.judge import RULES
 from rtd_jax.eval.ready import check_evaluation
@@ -33,7 +33,7 @@ from rtd_jax.steps.detector import Detector
 from rtd_jax.teacher.cache import TeacherCache
 from rtd_jax.teacher.records import chain_key
 from rtd_jax.teacher.reward_head import RewardModel, load_head
-from rtd_jax.train.curriculum import Stage, stages
+from rtd_jax.train.curriculum import Stage, few_problems, stages
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe, cache_identity, teacher_fingerprint
 from rtd_jax.train.splits import Chains, encode_split, load_splits, make_detector, prefixed_chains
@@ -137,6 +137,10 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
     problems = _test_problems(recipe, teacher, detector)
     plan = tuple(stages(recipe.curriculum))
     _check_chains(recipe, plan, {"training": train, "validation": validation}, note)
+    of_stages = {stage.name: train.of_stage(stage).traces for stage in plan}
+    problems_of = {name: len({problem_key(trace.prompt) for trace in traces}) for name, traces in of_stages.items()}
+    if warning := few_problems(problems_of, recipe.curriculum):
+        note(warning)
     cache, reward = None, None
     if recipe.teacher.cache:
         cache = TeacherCache(Path(recipe.teacher.cache).expanduser(), cache_identity(recipe, teacher))
@@ -149,14 +153,21 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
             folder = Path(recipe.reward.model).expanduser()
             reward = load_head(folder, teacher.fingerprint, teacher.tokenizer_fingerprint, recipe.data.text.identity)
     is_run = not recipe.teacher.cache and bool(
-        recipe.loss.teaches() or reward is not None or recipe.evaluation.teacher or recipe.evaluation.drift_problems
+        recipe.loss.teaches()
+        or reward is not None
+        or recipe.evaluation.teacher
+        or recipe.evaluation.drift_problems
+        or recipe.curriculum.solves_with_teacher
     )
-    models = {"student": config} | ({"teacher": teacher.config} if recipe.evaluation.teacher and is_run else {})
+    is_solver = is_run and (recipe.evaluation.teacher or recipe.curriculum.solves_with_teacher)
+    models = {"student": config} | ({"teacher": teacher.config} if is_solver else {})
     evaluator, settings = make_evaluator(recipe, teacher.tokenizer, mesh), recipe.evaluation
     check_evaluation(evaluator, problems, models, "evaluation.")
     for count in (settings.curve_problems if settings.every else 0, settings.drift_problems):
         if count:  # validation problems are solved as well
             check_evaluation(evaluator, first_of_each_depth(validation.traces, count), models, "evaluation.")
+    if recipe.curriculum.measures == "solved":
+        check_evaluation(evaluator, _stage_problems(recipe, plan, validation), models, "evaluation.")
     objective = recipe.objective(config, teacher.config, teacher.vocab_size, mesh)
     if cache is not None and objective.reads_teacher and jax.process_count() == 1:  # others may each have a part
         _check_cached(recipe, teacher, cache, train, validation)
@@ -230,10 +241,24 @@ def _test_problems(recipe: Recipe, teacher: OpenModel, detector: Detector | None
     return first_of_each_depth(fitting, recipe.evaluation.problems_per_depth)
 
 
+def _stage_problems(recipe: Recipe, plan: Sequence[Stage], validation: Chains) -> list[Trace]:
+    """The validation problems of all stages. Raises ValueError for one without an answer."""
+    count = recipe.curriculum.validation_chains
+    problems = [trace for stage in plan for trace in validation.of_stage(stage, count).traces]
+    for trace in problems:
+        if not trace.answer:
+            raise ValueError(
+                f"{trace.source or 'a validation problem'} has no answer, but curriculum.ends_by is 'solved': whether "
+                "its chain is right could not be told. Leave such rows out of data.validation, or set "
+                "curriculum.ends_by='share'"
+            )
+    return problems
+
+
 def _check_cached(recipe: Recipe, teacher: OpenModel, cache: TeacherCache, train: Chains, validation: Chains) -> None:
     """Raises ValueError where the cache lacks a chain that the run will read: days later, perhaps."""
     chains = [*train.encoded, *validation.encoded]
-    for stage in stages(recipe.curriculum) if recipe.has_states else ():  # the others are compared by their states
+    for stage in stages(recipe.curriculum) if recipe.calibrates else ():
         held_out = validation.of_stage(stage, recipe.curriculum.validation_chains)
         chains += prefixed_chains(recipe, teacher.tokenizer, train.traces, held_out.traces)
     missing = [x for x in chains if chain_key(x.tokens, x.boundaries, x.loss_weights) not in cache]

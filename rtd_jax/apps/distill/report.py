@@ -8,7 +8,7 @@ import numpy as np
 
 from rtd_jax.apps.distill.prepare import Experiment
 from rtd_jax.apps.report.page import write_report
-from rtd_jax.apps.report.tables import depth_table, number
+from rtd_jax.apps.report.tables import depth_table, number, stage_table
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import read_jsonl
 from rtd_jax.base.sharding import to_host
@@ -119,17 +119,7 @@ def print_report(report: dict[str, Any], workdir: Path) -> None:
     names = [name for name in ("student", "teacher") if name in report]
     for name in names:
         print_table(f"Accuracy by reasoning depth: {name} (± one standard error)", *depth_table(report[name]))
-    stages = [
-        (
-            stage["depth"],
-            stage["updates"],
-            number(stage["threshold"], digits=4),
-            number(stage["coherence"], digits=4),
-            stage["ended_by"],
-        )
-        for stage in report["stages"]
-    ]
-    print_table("Curriculum", ["stage", "updates", "threshold", "coherence", "ended by"], stages)
+    print_table("Curriculum", *stage_table(report["stages"]))
     perplexities = ", ".join(f"{name} {number(report[name]['perplexity'])}" for name in names)
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report["seconds"].items())
     print(f"perplexity: {perplexities}.  {report['wall_seconds']:.0f} s in all: {spent}.")

@@ -122,7 +122,7 @@ def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path)
     """Evaluates student and teacher on the test problems: the content of report.json. Writes generations.jsonl."""
     recipe = experiment.recipe
     report: dict[str, Any] = {
-        "stages": [dataclasses.asdict(record) for record in run.records],
+        "stages": [record.to_dict() for record in run.records],
         "updates": int(run.state.step),
         "tokens": {"data": run.data_tokens, "own": run.own_tokens},
         "perplexity": {},

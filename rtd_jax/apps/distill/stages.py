@@ -4,7 +4,6 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from rtd_jax.apps.distill.on_policy import make_on_policy_sampler
 from rtd_jax.apps.distill.own_chains import Sampler
 from rtd_jax.apps.distill.prepare import Experiment
 from rtd_jax.apps.distill.step_rewards import make_reward_sampler
+from rtd_jax.apps.distill.validation import make_measure
 from rtd_jax.base import signals
 from rtd_jax.base.console import Display
 from rtd_jax.base.means import Metrics
@@ -20,15 +20,13 @@ from rtd_jax.base.sharding import host_share
 from rtd_jax.base.types import Batch
 from rtd_jax.data.loader import BatchLoader, NoRows
 from rtd_jax.eval.evaluate import first_of_each_depth
-from rtd_jax.train.calibration import make_self_comparison, mean_over
 from rtd_jax.train.checkpoints import Checkpoints
 from rtd_jax.train.clock import Clock
-from rtd_jax.train.curriculum import StageRecord, reason_to_end, record_validation, stage_budget
+from rtd_jax.train.curriculum import StageRecord, open_record, reason_to_end, record_validation, stage_budget
 from rtd_jax.train.loop import Loop, stopped_after
 from rtd_jax.train.metrics import MetricsLog, check_finite
-from rtd_jax.train.splits import Chains, prefixed_chains, row_length_of
 from rtd_jax.train.state import TrainState
-from rtd_jax.train.update import TeacherSource, make_term_eval
+from rtd_jax.train.update import TeacherSource
 
 MIDRUN = "looks"  # as report.json has always called the evaluations on the way
 # Timer sections excluded from the training time.
@@ -61,7 +59,7 @@ class Run:
     def meta(self, experiment: Experiment) -> dict[str, Any]:
         """What a checkpoint holds besides the state."""
         return {
-            "records": [asdict(record) for record in self.records],
+            "records": [record.to_dict() for record in self.records],
             "iterator": json.dumps(self.iterator),  # as text: orbax would turn its integers into arrays
             "line": json.dumps(self.line),
             "curve": json.dumps(self.curve),
@@ -88,13 +86,10 @@ class Trainer:
     ) -> None:
         self._experiment, self._recipe, self._run = experiment, experiment.recipe, run
         self._checkpoints, self._log, self._display = checkpoints, log, display
-        self._evaluate = None
-        if experiment.objective.validates:
-            self._evaluate = make_term_eval(experiment.student, experiment.teacher, experiment.yardstick)
+        self._measure = make_measure(experiment)
         self._draw = _sampler(experiment)
         # Of the stage that is trained:
         self._stage = experiment.stages[0]
-        self._validation: list[Batch] = []
         self._own_chains: Iterator[tuple[Any, tuple[int, int]]] | None = None  # and tokens; one update after the other
         self._loop: Loop | None = None
 
@@ -110,22 +105,21 @@ class Trainer:
         for number, stage in enumerate(experiment.stages[finished:], start=finished + 1):
             self._stage = stage
             with run.clock.span("calibration"):
-                held_out = experiment.validation.of_stage(stage, self._recipe.curriculum.validation_chains)
-                self._validation = experiment.batches(held_out.encoded, self._recipe.data.chains_per_row)
+                if self._measure is not None:
+                    self._measure.begin(stage)
                 if len(run.records) < number:
-                    run.records.append(self._open_record(held_out))
+                    run.records.append(self._open_record())
             record = run.records[-1]
             self._display.note(
                 f"stage {stage.name}: {len(experiment.train.of_stage(stage).traces)} chains, budget {record.budget} "
-                f"updates, threshold {record.threshold:.4f} (teacher against itself {record.teacher_coherence:.4f})"
+                f"updates, {_aim(record)}"
             )
             with run.clock.span(UPDATES):
                 self._train_stage()
             with run.clock.span("checkpoints"):
                 self._checkpoints.save_stage(number, run.state, run.meta(experiment))
             self._display.note(
-                f"stage {stage.name} ended by {record.ended_by} after {record.updates} updates: coherence "
-                f"{_number(record.coherence)}, threshold {record.threshold:.4f}"
+                f"stage {stage.name} ended by {record.ended_by} after {record.updates} updates{_reached(record)}"
             )
             if signals.asked():
                 raise stopped_after(int(run.state.step))
@@ -182,20 +176,19 @@ class Trainer:
         return record.ended_by is not None
 
     def _validate_if_due(self, loop: Loop) -> None:
-        """After every so many updates and at the end of the budget: the coherence loss on validation chains."""
-        record, experiment = self._run.records[-1], self._experiment
+        """After every so many updates and at the end of the budget: what can end the stage, on validation chains."""
+        record, measure = self._run.records[-1], self._measure
         is_last = record.updates >= record.budget
         is_due = record.updates > 0 and (is_last or record.updates % self._recipe.curriculum.validate_every == 0)
-        is_done = bool(record.validations) and record.validations[-1][0] == record.updates
-        if not is_due or is_done or self._evaluate is None:
+        if not is_due or record.is_validated or measure is None:
             return
         loop.settle()
         with self._run.clock.span("validation"):
-            batches = (experiment.on_devices(batch, states_only=True) for batch in self._validation)
-            coherence = mean_over(partial(self._evaluate, loop.state.params), batches)
-        check_finite({"validation coherence": coherence}, loop.update, loop.place)
-        record_validation(record, coherence)
-        loop.write({"validation/coherence": coherence, "validation/threshold": record.threshold})
+            value = measure.of_student(loop.state.params)
+        check_finite({f"validation {measure.name}": value}, loop.update, loop.place)
+        record_validation(record, value)
+        threshold = {} if record.threshold is None else {"validation/threshold": record.threshold}
+        loop.write({f"validation/{measure.name}": value} | threshold)
 
     def _evaluate_if_due(self, loop: Loop) -> None:
         """After every so many updates and after the last: accuracy on validation problems, by depth."""
@@ -244,36 +237,20 @@ class Trainer:
         drawing, updates = (seconds.get(name, 0.0) for name in (DRAWING, UPDATES))
         return drawing / max(drawing + updates, 1e-9)
 
-    def _open_record(self, held_out: Chains) -> StageRecord:
-        experiment, recipe, coherence = self._experiment, self._recipe, 0.0
-        if experiment.objective.validates:
-            # The teacher against itself, behind solved training examples. One chain a row, so that both readings hold
-            # the same chain in the same place.
-            prefixed = prefixed_chains(recipe, experiment.tokenizer, experiment.train.traces, held_out.traces)
-            plain = experiment.batches(held_out.encoded)
-            other = experiment.batches(prefixed, row_length=row_length_of(prefixed))
-            readings = (
-                tuple(x for batch in pair for x in experiment.on_devices(batch, states_only=True))
-                for pair in zip(plain, other, strict=True)
-            )
-            coherence = mean_over(make_self_comparison(experiment.teacher, experiment.yardstick), readings)
-        return StageRecord(
-            depth=self._stage.name,
-            threshold=recipe.curriculum.threshold_factor * coherence,
-            teacher_coherence=coherence,
-            budget=stage_budget(recipe.total_updates, int(self._run.state.step), self._stage, len(experiment.stages)),
-        )
+    def _open_record(self) -> StageRecord:
+        recipe, measure = self._recipe, self._measure
+        teacher = None if measure is None else measure.of_teacher()
+        done, count = int(self._run.state.step), len(self._experiment.stages)
+        budget = stage_budget(recipe.total_updates, done, self._stage, count)
+        return open_record(self._stage, recipe.curriculum, teacher, budget)
 
     def _loader(self) -> BatchLoader | NoRows:
-        """The stage's own chains, and a share of the earlier stages'."""
+        """The chains of the stage's depths, mixed as `curriculum.mixture` says."""
         recipe, train = self._recipe, self._experiment.train
         if not recipe.data_rows:
             return NoRows()
-        earlier = [chain for chain in train.encoded if chain.depth < self._stage.low]
-        replay = recipe.curriculum.replay if earlier else 0.0
-        own = (train.of_stage(self._stage).encoded, 1.0 - replay)
         return BatchLoader(
-            [own, (earlier, replay)] if replay else [own],
+            [(chains.encoded, share) for chains, share in train.mixture(self._stage, recipe.curriculum)],
             rows=recipe.data_rows,
             row_length=recipe.data.row_length,
             chains_per_row=recipe.data.chains_per_row,
@@ -287,7 +264,8 @@ class Trainer:
         shown = {short: f"{means[name]:.4f}" for name, short in SHOWN.items() if name in means}
         if self._draw is not None:
             shown["drawing"] = f"{100 * self._drawing_share():.0f}% of the time"
-        shown["validation"] = f"{_number(record.coherence)} / {record.threshold:.4f}"
+        if self._measure is not None:
+            shown["validation"] = f"{_number(record.measured)} / {_number(record.threshold)}"
         return shown | {"tokens/s": f"{speed:,.0f}"}
 
 
@@ -296,6 +274,26 @@ def _sampler(experiment: Experiment) -> Sampler | None:
     if experiment.recipe.loss.reward_weight:
         return make_reward_sampler(experiment)
     return make_on_policy_sampler(experiment) if experiment.recipe.own_rows else None
+
+
+def _aim(record: StageRecord) -> str:
+    """What ends a stage, in words."""
+    if record.ends_by == "share":
+        return "its share of all"
+    if record.ends_by == "solved":
+        return (
+            f"threshold {_number(record.threshold)} of the validation problems solved (the teacher "
+            f"{_number(record.teacher_solved)})"
+        )
+    return f"threshold {_number(record.threshold)} (teacher against itself {_number(record.teacher_coherence)})"
+
+
+def _reached(record: StageRecord) -> str:
+    """What was measured when a stage ended, in words."""
+    if record.ends_by == "share":
+        return ""
+    name = "chains solved" if record.ends_by == "solved" else record.ends_by
+    return f": {name} {_number(record.measured)}, threshold {_number(record.threshold)}"
 
 
 def _number(value: float | None) -> str:

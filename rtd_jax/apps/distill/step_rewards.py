@@ -1,6 +1,7 @@
 """Rewards of the student's own chains, step by step, made ready for the policy term."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,6 +13,7 @@ from rtd_jax.apps.distill.own_chains import (
     Drawn,
     Sampler,
     Writer,
+    draw_problems,
     drawn_chain,
     prompt_of,
     rng_of,
@@ -50,10 +52,14 @@ def make_reward_sampler(experiment: Experiment) -> Sampler:
     texts, decode = texts_of(experiment.tokenizer)
 
     def draw(state: TrainState, stage: Stage) -> Drawn:
-        rng, pool = rng_of(state), experiment.train.of_stage(stage)
-        chosen = rng.choice(len(pool.encoded), settings.prompts, replace=len(pool.encoded) < settings.prompts)
-        problems = [i for i in chosen for _ in range(settings.samples)]
-        prompts = [prompt_of(pool.encoded[i]) for i in problems]
+        rng, curriculum = rng_of(state), experiment.recipe.curriculum
+        # Of the stage's own depths, or of all that an equal mixture has; nothing is replayed.
+        groups = experiment.train.mixture(stage, replace(curriculum, replay=0.0))
+        chosen = draw_problems(groups, settings.prompts, rng)
+        if len(groups) > 1:  # group after group otherwise
+            chosen = [chosen[i] for i in rng.permutation(len(chosen))]
+        problems = [problem for problem in chosen for _ in range(settings.samples)]
+        prompts = [prompt_of(chain) for chain, _ in problems]
         written = writer.write(state, prompts, rng)
         ended = [writer.has_ended(ids) for ids in written]
         cuts = [
@@ -68,8 +74,8 @@ def make_reward_sampler(experiment: Experiment) -> Sampler:
         if settings.by_judge:
             steps = [step_texts(ids, ends, decode) for ids, (ends, _) in zip(written, cuts, strict=True)]
             found = [
-                judged_rewards(pool.traces[problem], texts, states_answer, has_ended)
-                for problem, texts, (_, states_answer), has_ended in zip(problems, steps, cuts, ended, strict=True)
+                judged_rewards(trace, texts, states_answer, has_ended)
+                for (_, trace), texts, (_, states_answer), has_ended in zip(problems, steps, cuts, ended, strict=True)
             ]
             judged = at_boundaries([rewards for rewards, _ in found], chains, slots, settings.rows, share)
             means["reward/chain_right"] = float(np.mean([is_right for _, is_right in found]))

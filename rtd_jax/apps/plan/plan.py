@@ -57,7 +57,7 @@ class Plans:
 
 
 def plan(recipe: Recipe, target: Target) -> Plans:
-    """Compiles the recipe's update, validation and decoding for the target.
+    """Compiles the recipe's update, validation by the coherence loss, and decoding for the target.
 
     The update is compiled twice where the method allows it: with the teacher online and with its outputs from a cache.
 
@@ -72,7 +72,7 @@ def plan(recipe: Recipe, target: Target) -> Plans:
     decoder = "student" if abstract.teacher is None else "teacher"
     source = validated.source if abstract.teacher is None else abstract.source
     programs = {"update": traced(abstract.step, *abstract.arguments)}
-    if abstract.objective.yardstick is not None:
+    if abstract.objective.yardstick is not None and recipe.curriculum.measures == "coherence":
         validation = make_term_eval(abstract.student, abstract.teacher, abstract.objective.yardstick)
         programs["validation"] = traced(validation, abstract.state.params, source, validated.batch)
     programs[f"decoding ({decoder})"] = _decoding(recipe, abstract)

@@ -12,7 +12,7 @@ from rtd_jax.apps.report import article, pictures
 from rtd_jax.apps.report.drawing import Draw, write_figure, write_page
 from rtd_jax.apps.report.examples import examples
 from rtd_jax.apps.report.pictures import Evaluation
-from rtd_jax.apps.report.tables import depth_table, group_table, interval, percent, total_lines
+from rtd_jax.apps.report.tables import depth_table, group_table, interval, percent, stage_table, total_lines
 from rtd_jax.base.files import read_jsonl
 
 CAPTIONS = {
@@ -31,6 +31,7 @@ CAPTIONS = {
     "follow. Depth is not held fixed here; the table has the values within depth.",
     "loss": "Means between log lines. Vertical lines: a stage ends.",
     "coherence": "Coherence loss on the stage's validation chains; dashed: the teacher-calibrated threshold.",
+    "solved": "Of the stage's validation problems; dashed: the threshold, a share of what the teacher solves.",
 }
 
 
@@ -65,6 +66,7 @@ def write_report(
         depth_table=depth_table,
         total_lines=total_lines,
         group_table=group_table,
+        stage_table=stage_table,
         title=report["title"],
         verdict=report.get("verdict"),
         lines=[line for name, models in sections.items() for line in gap_lines(models, name)],
@@ -103,8 +105,10 @@ def _pictures(
     if metrics is not None and metrics.is_file():
         lines = [line for _, line in read_jsonl(metrics)]
         yield "training_loss", "Training losses by stage", CAPTIONS["loss"], pictures.training_losses(lines)
-        title, draw = "Validation coherence by stage", pictures.validation_coherence(lines)
+        title, draw = "Validation coherence by stage", pictures.validation(lines, "coherence", "coherence loss")
         yield "training_coherence", title, CAPTIONS["coherence"], draw
+        title, draw = "Chains solved on validation by stage", pictures.validation(lines, "solved", "share solved")
+        yield "training_solved", title, CAPTIONS["solved"], draw
 
 
 def gap_lines(models: Mapping[str, Evaluation], section: str = "") -> list[str]:

@@ -149,9 +149,14 @@ def training_losses(lines: Lines) -> Draw | None:
     return draw
 
 
-def validation_coherence(lines: Lines) -> Draw | None:
-    """The coherence loss on validation chains against a run's updates, with the threshold of each stage."""
-    points = [line for line in lines if line.get("validation/coherence")]
+def validation(lines: Lines, name: str, label: str) -> Draw | None:
+    """What was measured on validation chains against a run's updates, with the threshold of each stage.
+
+    Args:
+      name: in the log, behind "validation/". The coherence loss has a logarithmic axis, on which 0 has no place.
+    """
+    key, is_log = f"validation/{name}", name == "coherence"
+    points = [line for line in lines if (line.get(key) if is_log else line.get(key) is not None)]
     if not points:
         return None
 
@@ -159,12 +164,10 @@ def validation_coherence(lines: Lines) -> Draw | None:
         for i, stage in enumerate(dict.fromkeys(line["stage"] for line in points)):
             in_stage = [line for line in points if line["stage"] == stage]
             x = [line["update"] for line in in_stage]
-            axes.plot(
-                x, [line["validation/coherence"] for line in in_stage], **series_style(colours, i, f"stage {stage}")
-            )
-            colour = colours[SERIES[i % 4]]
-            axes.plot(x, [line["validation/threshold"] for line in in_stage], "--", color=colour, alpha=0.7)
-        _label_updates(axes, lines, colours, "coherence loss")
+            axes.plot(x, [line[key] for line in in_stage], **series_style(colours, i, f"stage {stage}"))
+            thresholds = [line.get("validation/threshold", math.nan) for line in in_stage]  # some stages have none
+            axes.plot(x, thresholds, "--", color=colours[SERIES[i % 4]], alpha=0.7)
+        _label_updates(axes, lines, colours, label, "log" if is_log else "linear")
 
     return draw
 
@@ -223,8 +226,8 @@ def _label_steps(axes: Axes, label: str) -> None:
     axes.legend()
 
 
-def _label_updates(axes: Axes, lines: Lines, colours: Colours, label: str) -> None:
-    axes.set(xlabel="update", ylabel=label, yscale="log")
+def _label_updates(axes: Axes, lines: Lines, colours: Colours, label: str, scale: str = "log") -> None:
+    axes.set(xlabel="update", ylabel=label, yscale=scale)
     for before, line in itertools.pairwise(lines):
         if "stage" in line and line["stage"] != before.get("stage"):
             axes.axvline(before["update"], color=colours["faint"], linewidth=0.8, linestyle=":")

@@ -1,6 +1,6 @@
 """Evaluations as tables of text, printed or on the page. They show what the lists of `rtd_jax.eval.metrics` hold."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,18 @@ def depth_table(evaluation: Evaluation) -> TextTable:
         for depth, chains in evaluation["chain_accuracy"].items()
     ]
     return ["depth", "texts", *map(_head, columns)], rows
+
+
+def stage_table(stages: Sequence[Mapping[str, Any]]) -> TextTable:
+    """A row for every stage of a run: what was measured to end it, the threshold, the last value, and what ended it."""
+    names = {"solved": "chains solved", "share": "nothing: equal shares"}
+    rows = []
+    for stage in stages:
+        ends_by = stage.get("ends_by", "coherence")
+        value = stage["solved" if ends_by == "solved" else "coherence"]
+        figures = (number(x, digits=4) for x in (stage["threshold"], value))
+        rows.append([stage["depth"], str(stage["updates"]), names.get(ends_by, ends_by), *figures, stage["ended_by"]])
+    return ["stage", "updates", "measured", "threshold", "at the end", "ended by"], rows
 
 
 def total_lines(evaluation: Evaluation) -> list[str]:
