@@ -14,6 +14,10 @@ from rtd_jax.apps.study.recipe import Method
 
 STATES = ("loss.step_state=mean", "loss.layers=evenly:4", "loss.distance=squared", "loss.projections=none")
 ALIGNMENT = (*KD[1:], "loss.alignment_weight=3.0", *STATES)  # KD's first three: no alignment, no coherence, no stages
+NEW_SKILL = (
+    *("kd", "intermediate_kd", "intermediate_strong", "alignment_states", "alignment_windows"),
+    *("coherence_states", "coherence_stride"),
+)
 COHERENCE = (KD[0], KD[2], "loss.coherence_weight=3.0", *STATES)
 
 
@@ -65,6 +69,8 @@ def states() -> dict[str, Method]:
 def get_config() -> ConfigDict:
     c, lift = study_tiny("conditions"), study_tiny("lift")
     c.seeds = (0, 1, 2, 3, 4)  # of params and data order; the same for every method
-    c.tasks.lift, c.about.lift = lift.tasks.lift, lift.about.lift
+    c.tasks.lift = lift.tasks.lift  # where the skill is new
+    c.about.lift = lift.about.lift  # for the report
+    c.task_methods.lift = NEW_SKILL  # the others say what matters, not whether it does
     c.methods = as_config(states())  # by name: overrides, role, components and what it is compared with
     return c

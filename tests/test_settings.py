@@ -137,6 +137,7 @@ VALUES = {
     "role": ("control", "part"),
     "compared_with": ("{'kd': 'why?'}",),
     "about": ("{'gsm8k': 'x'}",),
+    "loss.layers": ("evenly:2", "1:2,2:4"),
     "task_methods": ("{'taught_student': ('kd',)}",),
     "only": ("('kd',)", "('rtd',)"),
     **{
