@@ -14,11 +14,11 @@ from rtd_jax.apps.study.recipe import Method
 
 STATES = ("loss.step_state=mean", "loss.layers=evenly:4", "loss.distance=squared", "loss.projections=none")
 ALIGNMENT = (*KD[1:], "loss.alignment_weight=3.0", *STATES)  # KD's first three: no alignment, no coherence, no stages
+COHERENCE = (KD[0], KD[2], "loss.coherence_weight=3.0", *STATES)
 NEW_SKILL = (
     *("kd", "intermediate_kd", "intermediate_strong", "alignment_states", "alignment_windows"),
     *("coherence_states", "coherence_stride"),
-)
-COHERENCE = (KD[0], KD[2], "loss.coherence_weight=3.0", *STATES)
+)  # methods where the skill is new
 
 
 def states() -> dict[str, Method]:
