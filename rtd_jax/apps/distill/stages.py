@@ -245,18 +245,8 @@ class Trainer:
         return drawing / max(drawing + updates, 1e-9)
 
     def _open_record(self, held_out: Chains) -> StageRecord:
-        experiment, recipe, coherence = self._experiment, self._recipe, 0.0
-        if experiment.objective.validates:
-            # The teacher against itself, behind solved training examples. One chain a row, so that both readings hold
-            # the same chain in the same place.
-            prefixed = prefixed_chains(recipe, experiment.tokenizer, experiment.train.traces, held_out.traces)
-            plain = experiment.batches(held_out.encoded)
-            other = experiment.batches(prefixed, row_length=row_length_of(prefixed))
-            readings = (
-                tuple(x for batch in pair for x in experiment.on_devices(batch, states_only=True))
-                for pair in zip(plain, other, strict=True)
-            )
-            coherence = mean_over(make_self_comparison(experiment.teacher, experiment.yardstick), readings)
+        experiment, recipe = self._experiment, self._recipe
+        coherence = teacher_coherence(experiment, held_out)
         return StageRecord(
             depth=self._stage.name,
             threshold=recipe.curriculum.threshold_factor * coherence,
@@ -289,6 +279,21 @@ class Trainer:
             shown["drawing"] = f"{100 * self._drawing_share():.0f}% of the time"
         shown["validation"] = f"{_number(record.coherence)} / {record.threshold:.4f}"
         return shown | {"tokens/s": f"{speed:,.0f}"}
+
+
+def teacher_coherence(experiment: Experiment, held_out: Chains) -> float:
+    """The coherence loss of the teacher against itself behind solved training examples; 0 where nothing validates."""
+    if not experiment.objective.validates:
+        return 0.0
+    # One chain a row, so that both readings hold the same chain in the same place.
+    prefixed = prefixed_chains(experiment.recipe, experiment.tokenizer, experiment.train.traces, held_out.traces)
+    plain = experiment.batches(held_out.encoded)
+    other = experiment.batches(prefixed, row_length=row_length_of(prefixed))
+    readings = (
+        tuple(x for batch in pair for x in experiment.on_devices(batch, states_only=True))
+        for pair in zip(plain, other, strict=True)
+    )
+    return mean_over(make_self_comparison(experiment.teacher, experiment.yardstick), readings)
 
 
 def _sampler(experiment: Experiment) -> Sampler | None:
