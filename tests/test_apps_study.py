@@ -33,7 +33,7 @@ from rtd_jax.apps.study.claims import (
 from rtd_jax.apps.study.finished import read_outcome
 from rtd_jax.apps.study.recipe import Method, StudyRecipe
 from rtd_jax.apps.study.report import markdown, study_report
-from rtd_jax.apps.study.runner import Job, Preparation, prepare_once, run_jobs
+from rtd_jax.apps.study.runner import Job, Preparation, groups_of, prepare_once, run_jobs
 from rtd_jax.apps.study.statistics import (
     Difference,
     Outcome,
@@ -47,6 +47,7 @@ from rtd_jax.apps.study.study import study as write_study
 from rtd_jax.base.lock import locked
 from rtd_jax.base.settings import build
 from rtd_jax.eval.estimates import Estimate, over_seeds
+from rtd_jax.train.ensemble import NO_ENSEMBLE
 from rtd_jax.train.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -399,6 +400,71 @@ def test_a_workdir_of_another_study_is_refused_before_anything_starts(fake_train
     # The same settings were written otherwise before: such runs go on.
     monkeypatch.setitem(runner.EARLIER_TEXTS, fake_train.name, hashlib.sha256(text).hexdigest())
     run_jobs([job], fake_train, 1, tmp_path / "compiled")
+
+
+def jobs_of(tmp_path, methods, seeds):
+    """Jobs as a study has them."""
+    recipe = StudyRecipe("base.py", {"task": ()}, dict.fromkeys(methods, ()), seeds, baseline=methods[0])
+    return recipe.jobs(tmp_path)
+
+
+def test_runs_that_differ_in_their_seed_share_a_process_and_go_on_as_they_were_begun(tmp_path):
+    jobs = jobs_of(tmp_path, ("kd", "rtd"), (0, 1, 2, 3, 4))
+
+    def shared(ensemble=3):
+        return [(group.jobs[0].method, [job.seed for job in group.jobs]) for group in groups_of(jobs, ensemble)]
+
+    assert shared() == [("kd", [0, 1, 2]), ("rtd", [0, 1, 2]), ("kd", [3, 4]), ("rtd", [3, 4])]
+    assert shared(0) == shared(1) == [(method, [seed]) for seed in range(5) for method in ("kd", "rtd")]
+    kd = tmp_path / "runs" / "task" / "kd"
+    (kd / "seed_1").mkdir(parents=True)
+    (kd / "seed_1" / "report.json").touch()
+    (kd / "seed_2" / "checkpoints").mkdir(parents=True)  # begun by itself
+    assert shared()[:3] == [("kd", [0, 3, 4]), ("rtd", [0, 1, 2]), ("kd", [2])]
+    begun = kd / "ensemble_3"
+    begun.mkdir()
+    (begun / "seeds.json").write_text("[3, 0]")
+    assert shared()[0] == ("kd", [0, 3, 4])  # it had not come to a checkpoint
+    (begun / "checkpoints").mkdir()
+    assert shared()[:2] == [("kd", [3, 0]), ("rtd", [0, 1, 2])]
+    assert ("kd", [4]) in shared()
+    (kd / "seed_0").mkdir()
+    (kd / "seed_0" / "report.json").touch()  # it was killed among its reports
+    assert ("kd", [3, 0]) in shared()
+
+
+def test_an_ensemble_is_one_process_and_what_cannot_be_one_has_a_process_each(fake_train, tmp_path, capsys):
+    """The study says why; what fails in an ensemble is named run by run."""
+    script = Path(runner.PROGRAM[1])
+    script.write_text(
+        "import json, pathlib, sys\n"
+        "flags = dict(flag.lstrip('-').split('=', 1) for flag in sys.argv[2:])\n"
+        "workdir, folders = pathlib.Path(flags['workdir']), None\n"
+        "if sys.argv[1] == 'train': folders = [workdir]\n"
+        "elif workdir.name == 'rtd':\n"
+        "    print('error: stages end when their run is ready')\n"
+        f"    sys.exit({NO_ENSEMBLE})\n"
+        "else: folders = [workdir / f'seed_{x}' for x in json.loads('[' + flags['config.seeds'][1:-1] + ']')]\n"
+        "for folder in folders:\n"
+        "    if pathlib.Path('broken').exists() and folder.name == 'seed_1': sys.exit(2)\n"
+        "    report = {'student': {'chain_accuracy': {'all': {'mean': 0.25}}}}\n"
+        "    (folder / 'report.json').write_text(json.dumps(report))\n"
+        "    (folder / 'command').write_text(' '.join(sys.argv[1:]))\n"
+    )
+    jobs = jobs_of(tmp_path, ("kd", "rtd"), (0, 1))
+    run_jobs(jobs, fake_train, 1, tmp_path / "compiled", 2)
+    commands = {f"{job.method} {job.seed}": (job.workdir / "command").read_text() for job in jobs}
+    assert commands["kd 0"] == commands["kd 1"]
+    assert "--config.seed=0 --config.seeds=(0,1)" in commands["kd 0"]
+    assert commands["rtd 1"].startswith("train ")
+    said = capsys.readouterr().out
+    assert "[2/4] task kd seeds 0, 1: chain accuracy 25.0%" in said
+    assert "task rtd seeds 0, 1: a process each. stages end when their run is ready\n" in said
+    assert "[4/4] task rtd seed 1" in said
+    more = jobs_of(tmp_path / "more", ("kd",), (0, 1))
+    (tmp_path / "broken").touch()
+    with pytest.raises(ValueError, match=r"1 of 2 runs failed, first task kd seed 1: .*kd/ensemble_0/log.txt"):
+        run_jobs(more, fake_train, 1, tmp_path / "compiled", 8)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

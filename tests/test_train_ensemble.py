@@ -1,8 +1,11 @@
 """Members of an ensemble are the single runs of their seeds: at the start to the bit, and after updates to rounding."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -13,11 +16,16 @@ from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.distill.run import train
 from rtd_jax.apps.distill.stages import Run
 from rtd_jax.apps.study.finished import read_outcome
+from rtd_jax.base.means import Mean
+from rtd_jax.base.sharding import MeshSettings, make_mesh
+from rtd_jax.methods.own_chains import OnPolicySettings
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.curriculum import CurriculumSettings
+from rtd_jax.train.ensemble import NO_ENSEMBLE, make_ensemble_step, put_members, put_state
 from rtd_jax.train.optimizer import OptimizerSettings
 from rtd_jax.train.recipe import EvaluationSettings, StudentSettings
+from rtd_jax.train.state import TrainState
 
 SEEDS = (0, 3, 4, 7)
 AT_ONCE = CurriculumSettings(enabled=False, validate_every=2, validation_chains=8)
@@ -79,8 +87,8 @@ def test_members_learn_what_single_runs_of_their_seeds_learn(finished, tmp_path,
         experiment, state = prepare(members.member(seed), lambda _: None)
         run = Run(state, Clock())
         alike(lines(member), trained(experiment, run, single))
-        save_pretrained(single, experiment.student.config, run.state.params["student"])
-        ours, theirs = (load_file(folder / "model.safetensors") for folder in (member / "student", single))
+        save_pretrained(single / "student", experiment.student.config, run.state.params["student"])
+        ours, theirs = (load_file(folder / "student" / "model.safetensors") for folder in (member, single))
         for name in theirs:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=2e-6, err_msg=name)
 
@@ -101,6 +109,104 @@ def test_a_member_leaves_what_its_own_run_would_have_left(finished, tmp_path, mo
     alike(ours, theirs)
     found = read_outcome("task", "kd", seed, member, (f"seed={seed}",))
     assert found.correct.tolist() == read_outcome("task", "kd", seed, single).correct.tolist()
+
+
+def test_a_killed_ensemble_goes_on_with_the_same_bits(finished, tmp_path, monkeypatch):
+    """From a rolling checkpoint, and, where it was killed while it wrote reports, for the members that have none."""
+    monkeypatch.setattr("rtd_jax.apps.distill.prepare.make_mesh", one_device_mesh)
+    workdir, members = finished
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    again = replace(members, checkpoint_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("rtd_jax.apps.distill.ensemble.Ensemble.report", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_ensemble(again, tmp_path)
+    shutil.rmtree(tmp_path / "ensemble_0" / "checkpoints" / "stages")
+    for seed in SEEDS:  # as lines stand when the process ends between two updates
+        (tmp_path / f"seed_{seed}" / "metrics.jsonl").open("a").write('{"update": 3, "lo')
+    train_ensemble(again, tmp_path)
+    for seed in SEEDS:
+        ours, theirs = (folder / f"seed_{seed}" for folder in (tmp_path, workdir))
+        assert lines(ours) == lines(theirs)
+        a, b = (load_file(folder / "student" / "model.safetensors") for folder in (ours, theirs))
+        for name in b:
+            np.testing.assert_array_equal(a[name], b[name])
+    first, other = (tmp_path / f"seed_{seed}" / "report.json" for seed in (0, 3))
+    kept, text = first.stat().st_mtime_ns, other.read_text()
+    other.unlink()
+    train_ensemble(again, tmp_path)
+    assert first.stat().st_mtime_ns == kept
+    assert json.loads(other.read_text())["student"] == json.loads(text)["student"]
+
+
+def test_a_member_that_diverges_is_left_out_and_the_others_go_on(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("rtd_jax.apps.distill.prepare.make_mesh", one_device_mesh)
+    members = ensemble_of(teacher, seeds=(0, 1))
+
+    def spoilt(*args):
+        states = initial_states(*args)
+        return states._replace(params=jax.tree.map(lambda x: x.at[1].set(np.nan), states.params))
+
+    monkeypatch.setattr("rtd_jax.apps.distill.ensemble.initial_states", spoilt)
+    for _ in range(2):  # the second time from the checkpoint
+        with pytest.raises(
+            ValueError, match=r"1 of 2 members failed, first .*/seed_1: .* non-finite at update 1 \(stage 1"
+        ):
+            train_ensemble(members, tmp_path)
+        assert (tmp_path / "seed_0" / "report.json").exists()
+        assert not (tmp_path / "seed_1" / "report.json").exists()
+    assert len(lines(tmp_path / "seed_0")) > len(lines(tmp_path / "seed_1")) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"curriculum": CurriculumSettings(depths=(1, 2))}, "a stage of the curriculum ends when its own run is ready"),
+        ({"on_policy": OnPolicySettings(0.5, updates_per_refresh=2)}, "on_policy.fraction is not 0"),
+        ({"micro_batches": 2}, "micro_batches is 2"),
+    ],
+)
+def test_runs_that_cannot_be_one_program_are_refused_by_name_before_anything_is_loaded(
+    teacher, tmp_path, capfd, changes, said
+):
+    with pytest.raises(SystemExit) as refused:
+        train_ensemble(ensemble_of(teacher, **changes), tmp_path)
+    assert refused.value.code == NO_ENSEMBLE
+    (line,) = capfd.readouterr().err.splitlines()
+    assert said in line
+    assert "one by one with the train command" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_of_other_runs_are_refused(teacher, tmp_path):
+    (tmp_path / "seed_3" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="seed_3 has the checkpoints of a run that was no part of this ensemble"):
+        train_ensemble(ensemble_of(teacher), tmp_path)
+    with pytest.raises(ValueError, match="seeds is empty"):
+        train_ensemble(ensemble_of(teacher, seeds=()), tmp_path)
+
+
+def test_members_spread_over_devices_are_updated_as_on_one():
+    """Two members a device, in a loop or side by side: the same numbers, each where its device has it."""
+
+    def update(state, source, batch, coefficients):
+        params = state.params - coefficients * (state.params - batch) + source
+        return TrainState(state.step + 1, params, state.opt_state, state.rng), {"loss": Mean(jnp.sum(params), 1.0)}
+
+    state = TrainState(jnp.zeros((), jnp.int32), jnp.arange(16.0).reshape(8, 2), {}, jnp.zeros((8, 2), jnp.uint32))
+    expected = jax.vmap(lambda params, batch: params - 0.5 * (params - batch))(state.params, jnp.arange(8.0))
+    for devices, together in ((4, None), (4, 2), (1, 8), (3, 5)):  # three do not divide eight members
+        mesh = make_mesh(MeshSettings(data=-1, fsdp=1), jax.devices()[:devices])
+        step = make_ensemble_step(update, mesh, together)
+        own = put_members((jnp.arange(8.0), jnp.zeros(8)), mesh)
+        after, metrics = step(put_state(jax.tree.map(jnp.copy, state), mesh), None, *own, 0.5)
+        np.testing.assert_allclose(after.params, expected)
+        np.testing.assert_allclose(metrics["loss"].sum, expected.sum(axis=1))
+        assert int(after.step) == 1
+        assert after.params.addressable_shards[0].data.shape[0] == (2 if devices == 4 else 8)
 
 
 def alike(ours, theirs, place=""):

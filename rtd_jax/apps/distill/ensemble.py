@@ -152,7 +152,9 @@ def _train_ensemble(recipe: EnsembleRecipe, workdir: Path, own: Path) -> list[Pa
         check_same_settings(latest, recipe)
     for folder in folders:
         check_outputs(folder, "student")
-        for name in ("checkpoints", *(["report.json"] if latest is None else [])):
+        if latest is not None and (folder / "report.json").exists():
+            continue
+        for name in ("checkpoints", "report.json"):
             if (folder / name).exists():
                 raise ValueError(
                     f"{folder} has the {name} of a run that was no part of this ensemble; choose another --workdir, or "
