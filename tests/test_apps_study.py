@@ -4,6 +4,7 @@ import ast
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -42,6 +43,8 @@ from rtd_jax.apps.study.statistics import (
     seeds_to_find,
     share_interval,
     share_of_gain_lost,
+    solving_ratio,
+    updates_to_solve,
 )
 from rtd_jax.apps.study.study import study as write_study
 from rtd_jax.base.lock import locked
@@ -242,6 +245,80 @@ def test_the_report_says_what_was_found(tmp_path):
     assert page.count("<figure") == len(report.pictures) == 4
     assert f"<td>{claim}</td>" in page
     assert (tmp_path / "chains_task.png").stat().st_size > 1000
+
+
+def solving(method, seed, *shares, every=100):
+    """A run whose curve has these shares of its deep chains right, every 100 updates."""
+    rows = [
+        {"update": every * i, "seconds": 1.0, "chain_accuracy": {"1": 1.0, "4": x, "6": x, "all": 0.9}}
+        for i, x in enumerate(shares, start=1)
+    ]
+    return replace(outcome(method, seed, [1, 0]), curve=tuple(rows))
+
+
+def test_updates_to_solve_are_those_of_the_first_evaluation_with_the_share_and_censored_without():
+    run = solving("kd", 0, 0.1, 0.5, 0.4, 0.9)
+    assert [updates_to_solve(run, share, 4) for share in (0.1, 0.5, 0.9, 0.95)] == [100, 200, 400, math.inf]
+    assert updates_to_solve(run, 0.93, 1) == 400  # with the shallow ones: 2.8 of 3
+    assert updates_to_solve(run, 0.5, 7) is None  # nobody looked at such chains
+    assert updates_to_solve(outcome("kd", 0, [1, 0]), 0.5, 4) is None
+
+
+def test_the_ratio_of_updates_is_restricted_to_the_budget_and_the_sign_test_is_not():
+    """Ratios 1/2, 1/4 and, of a baseline that never gets there, 200 to its 400 updates; the fourth pair is unsolved."""
+    kd = [
+        solving("kd", 0, 0, 1, 1, 1),
+        solving("kd", 1, 0, 0, 0, 1),
+        solving("kd", 2, 0, 0, 0, 0),
+        solving("kd", 3, 0, 0, 0, 0),
+    ]
+    rtd = [
+        solving("rtd", 0, 1, 1, 1, 1),
+        solving("rtd", 1, 1, 1, 1, 1),
+        solving("rtd", 2, 0, 1, 1, 1),
+        solving("rtd", 3, 0, 0, 0, 0),
+    ]
+    found = solving_ratio(rtd, [*kd[::-1], solving("kd", 9, 1)], 0.5, 4)
+    logarithms = np.log([1 / 2, 1 / 4, 1 / 2, 1])
+    expected = over_seeds(logarithms)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        tuple(np.exp([expected.value, expected.low, expected.high]))
+    )
+    assert (found.n, found.faster, found.slower, found.p_value) == (4, 3, 0, 0.25)  # 2 x (1/2)^3
+    back = solving_ratio(kd, rtd, 0.5, 4)
+    assert back.value == pytest.approx(1 / found.value)
+    assert (back.faster, back.slower) == (0, 3)
+    # A longer run is looked at only as long as the other was there: solved after 500 of its 600, it lost to 400.
+    late = solving_ratio([solving("rtd", 1, 0, 0, 0, 0, 1, 1)], kd, 0.5, 4)
+    assert (late.value, late.slower) == (1.0, 1)
+    never = solving_ratio(kd[2:], rtd[3:], 0.5, 4)
+    assert (never.value, never.n, never.p_value) == (1.0, 1, None)
+    assert solving_ratio(kd, rtd[:0], 0.5, 4) is None
+
+
+def test_the_report_has_updates_to_solve_where_the_recipe_asks_for_them():
+    runs = [solving("kd", 0, 0, 1), solving("kd", 1, 0, 0), solving("rtd", 0, 1, 1), solving("rtd", 1, 1, 1)]
+    recipe = StudyRecipe("base", {"task": ()}, {name: METHODS[name] for name in ("kd", "rtd")}, (0, 1))
+    before = study_report(recipe, runs)
+    assert "Updates until" not in markdown(before)
+    assert "updates_to_solve" not in before.numbers["task"]
+    asked = study_report(replace(recipe, solved_share=0.5), runs)
+    text = markdown(asked)
+    assert "### Updates until 50% of the validation chains of 4 steps and more are right" in text
+    assert "| kd | 1 of 2 | more than 200 | - | - | - | - |" in text
+    assert "| rtd | 2 of 2 | 100 | 0.50 [0.50, 0.50] | 2 | 0 | 0.500 |" in text
+    numbers = asked.numbers["task"]["updates_to_solve"]["methods"]
+    assert numbers["kd"]["by_seed"] == {"0": 200, "1": None}
+    assert numbers["rtd"]["ratio"]["ratio"] == pytest.approx(0.5)
+    json.dumps(asked.numbers, allow_nan=False)
+    unsolved = study_report(replace(recipe, solved_share=0.5), [solving("kd", 0, 0), solving("rtd", 0, 0)])
+    assert "| rtd | 0 of 1 | more than 100 | - | 0 | 0 | - |" in markdown(unsolved)  # not 1.00 [1.00, 1.00]
+
+
+def test_the_report_says_that_members_of_an_ensemble_share_its_time():
+    kd, rtd, _ = study_runs()
+    assert "one program" not in markdown(reported([*kd, *rtd]))
+    assert "trained as one program share its time" in markdown(reported([*kd, *(replace(x, members=3) for x in rtd)]))
 
 
 def test_the_report_says_how_stages_ended_and_what_was_solved_by_then():

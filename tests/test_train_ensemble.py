@@ -24,7 +24,7 @@ from rtd_jax.train.clock import Clock
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.ensemble import NO_ENSEMBLE, make_ensemble_step, put_members, put_state
 from rtd_jax.train.optimizer import OptimizerSettings
-from rtd_jax.train.recipe import EvaluationSettings, StudentSettings
+from rtd_jax.train.recipe import EvaluationSettings, LossSettings, StudentSettings
 from rtd_jax.train.state import TrainState
 
 SEEDS = (0, 3, 4, 7)
@@ -69,7 +69,9 @@ MEASURED = EvaluationSettings(
 @pytest.fixture(scope="module")
 def finished(teacher, tmp_path_factory):
     """The folder of an ensemble of four members that had three updates, and its recipe."""
-    workdir, members = tmp_path_factory.mktemp("members"), ensemble_of(teacher, optimizer=SMOOTH, evaluation=MEASURED)
+    loss = LossSettings(chunk_length=32, intermediate_weight=0.5)  # reads all that a teacher gives
+    workdir = tmp_path_factory.mktemp("members")
+    members = ensemble_of(teacher, optimizer=SMOOTH, evaluation=MEASURED, loss=loss)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rtd_jax.apps.distill.prepare.make_mesh", one_device_mesh)
         reports = train_ensemble(members, workdir)

@@ -367,7 +367,7 @@ class Ensemble:
                 table, places = make_table(teacher, experiment.teacher_params, both, reads)
             except ValueError as error:
                 raise NoEnsemble(str(error)) from error
-        update = make_update(self._student, None, experiment.optimizer, objective, recipe.update)
+        update = make_update(self._student, teacher, experiment.optimizer, objective, recipe.update)
         step = make_ensemble_step(update, mesh, recipe.side_by_side or None)
         coefficients = objective.coefficients()
 
