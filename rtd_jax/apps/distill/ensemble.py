@@ -277,8 +277,8 @@ class Ensemble:
             return
         recipe, experiment = self._recipe, self._experiment
         with self._clock.span("teacher"):
-            step = self._make_step()
-        loader = MembersLoader([self._loader(member.recipe.seed) for member in self.members])
+            step = self.make_step()
+        loader = MembersLoader([self.loader(member.recipe.seed) for member in self.members])
         if self._iterator is not None:
             loader.set_state(self._iterator)
         loop = EnsembleLoop(
@@ -340,7 +340,7 @@ class Ensemble:
     def _params(self, member: int) -> Params:
         return of_member(self.state.params, member, self._experiment.mesh)
 
-    def _loader(self, seed: int) -> BatchLoader:
+    def loader(self, seed: int) -> BatchLoader:
         """The data in the order that the run of this seed has them."""
         recipe = self._recipe
         return BatchLoader(
@@ -352,7 +352,7 @@ class Ensemble:
             seed=seed * 1000 + self._stage.index,
         )
 
-    def _make_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    def make_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """The update of all members: (state, batches on the host) -> (state, metrics)."""
         recipe, experiment, mesh = self._recipe, self._experiment, self._experiment.mesh
         teacher = experiment.teacher
