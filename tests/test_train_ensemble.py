@@ -150,17 +150,17 @@ def test_a_member_that_diverges_is_left_out_and_the_others_go_on(teacher, tmp_pa
 
     def spoilt(*args):
         states = initial_states(*args)
-        return states._replace(params=jax.tree.map(lambda x: x.at[1].set(np.nan), states.params))
+        return states._replace(params=jax.tree.map(lambda x: x.at[0].set(np.nan), states.params))
 
     monkeypatch.setattr("rtd_jax.apps.distill.ensemble.initial_states", spoilt)
     for _ in range(2):  # the second time from the checkpoint
         with pytest.raises(
-            ValueError, match=r"1 of 2 members failed, first .*/seed_1: .* non-finite at update 1 \(stage 1"
+            ValueError, match=r"1 of 2 members failed, first .*/seed_0: .* non-finite at update 1 \(stage 1"
         ):
             train_ensemble(members, tmp_path)
-        assert (tmp_path / "seed_0" / "report.json").exists()
-        assert not (tmp_path / "seed_1" / "report.json").exists()
-    assert len(lines(tmp_path / "seed_0")) > len(lines(tmp_path / "seed_1")) == 0
+        assert (tmp_path / "seed_1" / "report.json").exists()
+        assert not (tmp_path / "seed_0" / "report.json").exists()
+    assert len(lines(tmp_path / "seed_1")) > len(lines(tmp_path / "seed_0")) == 0
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,15 @@ def test_runs_that_cannot_be_one_program_are_refused_by_name_before_anything_is_
     assert said in line
     assert "one by one with the train command" in line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_table_of_the_teacher_that_is_too_large_is_no_ensemble(teacher, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("rtd_jax.apps.distill.prepare.make_mesh", one_device_mesh)
+    monkeypatch.setattr("rtd_jax.train.teacher_table.MOST_BYTES", 1000)
+    with pytest.raises(SystemExit) as refused:
+        train_ensemble(ensemble_of(teacher), tmp_path)
+    assert refused.value.code == NO_ENSEMBLE
+    assert "outputs on the first 1 training chains" in capfd.readouterr().err
 
 
 def test_folders_of_other_runs_are_refused(teacher, tmp_path):

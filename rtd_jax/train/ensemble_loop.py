@@ -51,12 +51,22 @@ class EnsembleLoop(Loop):
             self._sums[name] = (total_R + added_R, count_R + counted_R)
             values[name] = added_R / np.maximum(counted_R, 1e-30)
         broken_R = np.any(~np.isfinite(list(values.values())), axis=0)
-        for member in set(np.flatnonzero(broken_R).tolist()) - self.failures.keys():
-            try:
-                check_finite({name: float(value_R[member]) for name, value_R in values.items()}, update, self.place)
-            except ValueError as error:
-                self.failures[member] = str(error)
-                self.display.note(f"member {member} is left out: {error}")
+        for member in np.flatnonzero(broken_R).tolist():
+            self.check_member(member, {name: float(value_R[member]) for name, value_R in values.items()}, update)
+
+    def check_member(self, member: int, values: dict[str, float], update: int) -> None:
+        """Leaves a member out where one of the values is not finite.
+
+        Raises:
+          ValueError: it was the last one.
+        """
+        if member in self.failures:
+            return
+        try:
+            check_finite(values, update, self.place)
+        except ValueError as error:
+            self.failures[member] = str(error)
+            self.display.note(f"member {member} is left out: {error}")
         if len(self.failures) == len(self.logs):
             raise ValueError(f"all members of the ensemble failed, the first of them so: {self.failures[0]}")
 

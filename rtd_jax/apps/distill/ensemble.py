@@ -367,6 +367,7 @@ class Ensemble:
                 table, places = make_table(teacher, experiment.teacher_params, both, reads)
             except ValueError as error:
                 raise NoEnsemble(str(error)) from error
+            table = jax.device_put(table, replicated(mesh))
         update = make_update(self._student, teacher, experiment.optimizer, objective, recipe.update)
         step = make_ensemble_step(update, mesh, recipe.side_by_side or None)
         coefficients = objective.coefficients()
@@ -410,11 +411,9 @@ class Ensemble:
 
     def _validate_if_due(self, loop: EnsembleLoop) -> None:
         """After every so many updates and at the end: the coherence loss of all members on validation chains."""
-        record, recipe = self.members[0].record, self._recipe
-        is_due = loop.update > 0 and (
-            loop.update % recipe.curriculum.validate_every == 0 or loop.update >= record.budget
-        )
-        is_done = bool(record.validations) and record.validations[-1][0] == loop.update
+        records, every = [member.record for member in self.members], self._recipe.curriculum.validate_every
+        is_due = loop.update > 0 and (loop.update % every == 0 or loop.update >= records[0].budget)
+        is_done = any(record.validations and record.validations[-1][0] == loop.update for record in records)
         if not is_due or is_done or self._coherence is None:
             return
         loop.settle()
@@ -423,10 +422,12 @@ class Ensemble:
             for group in self._validation:
                 mean = jax.device_get(self._coherence(loop.state.params, group))
                 total_R, count_R = total_R + mean.sum, count_R + mean.count
-        for i, member in enumerate(self.members):
+        for i, record in enumerate(records):
             coherence = float(total_R[i] / max(count_R[i], 1.0))
-            record_validation(member.record, coherence)
-            loop.write_member(i, {"validation/coherence": coherence, "validation/threshold": member.record.threshold})
+            loop.check_member(i, {"validation coherence": coherence}, loop.update)
+            if i not in loop.failures:  # no checkpoint could be read whose records have a NaN
+                record_validation(record, coherence)
+                loop.write_member(i, {"validation/coherence": coherence, "validation/threshold": record.threshold})
 
     def _evaluate_if_due(self, loop: EnsembleLoop) -> None:
         """After every so many updates and after the last: accuracy of each member on validation problems, by depth."""

@@ -250,7 +250,9 @@ def _begun_ensembles(alike: Sequence[Job]) -> list[tuple[Job, ...]]:
     for job in alike:
         folder = ensemble_folder(job)
         if (folder / "checkpoints").exists() and (folder / SEEDS).exists():
-            seeds = read_json(folder / SEEDS)
+            seeds = read_json(folder / SEEDS, f"delete {folder}")
+            if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
+                raise ValueError(f"{folder / SEEDS} is not what a study writes, a list of seeds; delete {folder}")
             if set(seeds) <= by_seed.keys():
                 found.append(tuple(by_seed[seed] for seed in seeds))
     return found
