@@ -266,6 +266,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c = defaults(StudyRecipe)
     c.base = "configs/rtd_tiny.py"  # config of every run
     c.parallel = 2  # runs side by side, on equal shares of the cores; 0: only the report of finished runs
+    c.solved_share = 0.5  # of deep validation chains: where learning is sudden, accuracy at one budget is a coin toss
     c.seeds = (0,) if smoke else (0, 1, 2, 3, 4)  # of params and data order; the same for every method
 
     # Made once, where a run asks for it: a command of `python -m rtd_jax` and its flags; {name} is its folder.

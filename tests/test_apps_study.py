@@ -4,6 +4,7 @@ import ast
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -33,7 +34,7 @@ from rtd_jax.apps.study.claims import (
 from rtd_jax.apps.study.finished import read_outcome
 from rtd_jax.apps.study.recipe import Method, StudyRecipe
 from rtd_jax.apps.study.report import markdown, study_report
-from rtd_jax.apps.study.runner import Job, Preparation, prepare_once, run_jobs
+from rtd_jax.apps.study.runner import Job, Preparation, groups_of, prepare_once, run_jobs
 from rtd_jax.apps.study.statistics import (
     Difference,
     Outcome,
@@ -42,11 +43,14 @@ from rtd_jax.apps.study.statistics import (
     seeds_to_find,
     share_interval,
     share_of_gain_lost,
+    solving_ratio,
+    updates_to_solve,
 )
 from rtd_jax.apps.study.study import study as write_study
 from rtd_jax.base.lock import locked
 from rtd_jax.base.settings import build
 from rtd_jax.eval.estimates import Estimate, over_seeds
+from rtd_jax.train.ensemble import NO_ENSEMBLE
 from rtd_jax.train.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,6 +247,80 @@ def test_the_report_says_what_was_found(tmp_path):
     assert (tmp_path / "chains_task.png").stat().st_size > 1000
 
 
+def solving(method, seed, *shares, every=100):
+    """A run whose curve has these shares of its deep chains right, every 100 updates."""
+    rows = [
+        {"update": every * i, "seconds": 1.0, "chain_accuracy": {"1": 1.0, "4": x, "6": x, "all": 0.9}}
+        for i, x in enumerate(shares, start=1)
+    ]
+    return replace(outcome(method, seed, [1, 0]), curve=tuple(rows))
+
+
+def test_updates_to_solve_are_those_of_the_first_evaluation_with_the_share_and_censored_without():
+    run = solving("kd", 0, 0.1, 0.5, 0.4, 0.9)
+    assert [updates_to_solve(run, share, 4) for share in (0.1, 0.5, 0.9, 0.95)] == [100, 200, 400, math.inf]
+    assert updates_to_solve(run, 0.93, 1) == 400  # with the shallow ones: 2.8 of 3
+    assert updates_to_solve(run, 0.5, 7) is None  # nobody looked at such chains
+    assert updates_to_solve(outcome("kd", 0, [1, 0]), 0.5, 4) is None
+
+
+def test_the_ratio_of_updates_is_restricted_to_the_budget_and_the_sign_test_is_not():
+    """Ratios 1/2, 1/4 and, of a baseline that never gets there, 200 to its 400 updates; the fourth pair is unsolved."""
+    kd = [
+        solving("kd", 0, 0, 1, 1, 1),
+        solving("kd", 1, 0, 0, 0, 1),
+        solving("kd", 2, 0, 0, 0, 0),
+        solving("kd", 3, 0, 0, 0, 0),
+    ]
+    rtd = [
+        solving("rtd", 0, 1, 1, 1, 1),
+        solving("rtd", 1, 1, 1, 1, 1),
+        solving("rtd", 2, 0, 1, 1, 1),
+        solving("rtd", 3, 0, 0, 0, 0),
+    ]
+    found = solving_ratio(rtd, [*kd[::-1], solving("kd", 9, 1)], 0.5, 4)
+    logarithms = np.log([1 / 2, 1 / 4, 1 / 2, 1])
+    expected = over_seeds(logarithms)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        tuple(np.exp([expected.value, expected.low, expected.high]))
+    )
+    assert (found.n, found.faster, found.slower, found.p_value) == (4, 3, 0, 0.25)  # 2 x (1/2)^3
+    back = solving_ratio(kd, rtd, 0.5, 4)
+    assert back.value == pytest.approx(1 / found.value)
+    assert (back.faster, back.slower) == (0, 3)
+    # A longer run is looked at only as long as the other was there: solved after 500 of its 600, it lost to 400.
+    late = solving_ratio([solving("rtd", 1, 0, 0, 0, 0, 1, 1)], kd, 0.5, 4)
+    assert (late.value, late.slower) == (1.0, 1)
+    never = solving_ratio(kd[2:], rtd[3:], 0.5, 4)
+    assert (never.value, never.n, never.p_value) == (1.0, 1, None)
+    assert solving_ratio(kd, rtd[:0], 0.5, 4) is None
+
+
+def test_the_report_has_updates_to_solve_where_the_recipe_asks_for_them():
+    runs = [solving("kd", 0, 0, 1), solving("kd", 1, 0, 0), solving("rtd", 0, 1, 1), solving("rtd", 1, 1, 1)]
+    recipe = StudyRecipe("base", {"task": ()}, {name: METHODS[name] for name in ("kd", "rtd")}, (0, 1))
+    before = study_report(recipe, runs)
+    assert "Updates until" not in markdown(before)
+    assert "updates_to_solve" not in before.numbers["task"]
+    asked = study_report(replace(recipe, solved_share=0.5), runs)
+    text = markdown(asked)
+    assert "### Updates until 50% of the validation chains of 4 steps and more are right" in text
+    assert "| kd | 1 of 2 | more than 200 | - | - | - | - |" in text
+    assert "| rtd | 2 of 2 | 100 | 0.50 [0.50, 0.50] | 2 | 0 | 0.500 |" in text
+    numbers = asked.numbers["task"]["updates_to_solve"]["methods"]
+    assert numbers["kd"]["by_seed"] == {"0": 200, "1": None}
+    assert numbers["rtd"]["ratio"]["ratio"] == pytest.approx(0.5)
+    json.dumps(asked.numbers, allow_nan=False)
+    unsolved = study_report(replace(recipe, solved_share=0.5), [solving("kd", 0, 0), solving("rtd", 0, 0)])
+    assert "| rtd | 0 of 1 | more than 100 | - | 0 | 0 | - |" in markdown(unsolved)  # not 1.00 [1.00, 1.00]
+
+
+def test_the_report_says_that_members_of_an_ensemble_share_its_time():
+    kd, rtd, _ = study_runs()
+    assert "one program" not in markdown(reported([*kd, *rtd]))
+    assert "trained as one program share its time" in markdown(reported([*kd, *(replace(x, members=3) for x in rtd)]))
+
+
 def test_the_report_says_how_stages_ended_and_what_was_solved_by_then():
     def stage(depth, threshold, loss, ended_by, updates):
         return {"depth": depth, "threshold": threshold, "coherence": loss, "ended_by": ended_by, "updates": updates}
@@ -399,6 +477,72 @@ def test_a_workdir_of_another_study_is_refused_before_anything_starts(fake_train
     # The same settings were written otherwise before: such runs go on.
     monkeypatch.setitem(runner.EARLIER_TEXTS, fake_train.name, hashlib.sha256(text).hexdigest())
     run_jobs([job], fake_train, 1, tmp_path / "compiled")
+
+
+def jobs_of(tmp_path, methods, seeds):
+    """Jobs as a study has them."""
+    recipe = StudyRecipe("base.py", {"task": ()}, dict.fromkeys(methods, ()), seeds, baseline=methods[0])
+    return recipe.jobs(tmp_path)
+
+
+def test_runs_that_differ_in_their_seed_share_a_process_and_go_on_as_they_were_begun(tmp_path):
+    jobs = jobs_of(tmp_path, ("kd", "rtd"), (0, 1, 2, 3, 4))
+
+    def shared(ensemble=3):
+        return [(group.jobs[0].method, [job.seed for job in group.jobs]) for group in groups_of(jobs, ensemble)]
+
+    assert shared() == [("kd", [0, 1, 2]), ("rtd", [0, 1, 2]), ("kd", [3, 4]), ("rtd", [3, 4])]
+    assert shared(0) == shared(1) == [(method, [seed]) for seed in range(5) for method in ("kd", "rtd")]
+    kd = tmp_path / "runs" / "task" / "kd"
+    (kd / "seed_1").mkdir(parents=True)
+    (kd / "seed_1" / "report.json").touch()
+    (kd / "seed_2" / "checkpoints").mkdir(parents=True)  # begun by itself
+    assert shared()[:3] == [("kd", [0, 3, 4]), ("rtd", [0, 1, 2]), ("kd", [2])]
+    begun = kd / "ensemble_3"
+    begun.mkdir()
+    (begun / "seeds.json").write_text("[3, 0]")
+    assert shared()[0] == ("kd", [0, 3, 4])  # it had not come to a checkpoint
+    (begun / "checkpoints").mkdir()
+    assert shared()[:2] == [("kd", [3, 0]), ("rtd", [0, 1, 2])]
+    assert ("kd", [4]) in shared()
+    (kd / "seed_0").mkdir()
+    (kd / "seed_0" / "report.json").touch()  # it was killed among its reports
+    assert ("kd", [3, 0]) in shared()
+
+
+def test_an_ensemble_is_one_process_and_what_cannot_be_one_has_a_process_each(fake_train, tmp_path, capsys):
+    """The study says why; what fails in an ensemble is named run by run."""
+    script = Path(runner.PROGRAM[1])
+    script.write_text(
+        "import json, pathlib, sys\n"
+        "flags = dict(flag.lstrip('-').split('=', 1) for flag in sys.argv[2:])\n"
+        "workdir, folders = pathlib.Path(flags['workdir']), None\n"
+        "if sys.argv[1] == 'train': folders = [workdir]\n"
+        "elif workdir.name == 'rtd':\n"
+        "    print('error: stages end when their run is ready')\n"
+        f"    sys.exit({NO_ENSEMBLE})\n"
+        "else: folders = [workdir / f'seed_{x}' for x in json.loads('[' + flags['config.seeds'][1:-1] + ']')]\n"
+        "for folder in folders:\n"
+        "    if pathlib.Path('broken').exists() and folder.name == 'seed_1': sys.exit(2)\n"
+        "    report = {'student': {'chain_accuracy': {'all': {'mean': 0.25}}}}\n"
+        "    (folder / 'report.json').write_text(json.dumps(report))\n"
+        "    (folder / 'command').write_text(' '.join(sys.argv[1:]))\n"
+    )
+    jobs = jobs_of(tmp_path, ("kd", "rtd"), (0, 1))
+    run_jobs(jobs, fake_train, 1, tmp_path / "compiled", 2)
+    commands = {f"{job.method} {job.seed}": (job.workdir / "command").read_text() for job in jobs}
+    assert commands["kd 0"] == commands["kd 1"]
+    assert "--config.seeds=(0,1)" in commands["kd 0"]
+    assert "--config.seed=" not in commands["kd 0"]
+    assert commands["rtd 1"].startswith("train ")
+    said = capsys.readouterr().out
+    assert "[2/4] task kd seeds 0, 1: chain accuracy 25.0%" in said
+    assert "task rtd seeds 0, 1: a process each. stages end when their run is ready\n" in said
+    assert "[4/4] task rtd seed 1" in said
+    more = jobs_of(tmp_path / "more", ("kd",), (0, 1))
+    (tmp_path / "broken").touch()
+    with pytest.raises(ValueError, match=r"1 of 2 runs failed, first task kd seed 1: .*kd/ensemble_0/log.txt"):
+        run_jobs(more, fake_train, 1, tmp_path / "compiled", 8)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

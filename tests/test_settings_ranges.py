@@ -63,7 +63,7 @@ LEGAL = {
         "SourceSettings": "limit seed",  # all rows of files; generated problems need a number
         "ServingSettings": "retries",  # none
         "StudentSettings": "width mlp_width heads kv_heads head_dim",  # not given
-        "StudyRecipe": "seeds parallel",  # only the report
+        "StudyRecipe": "seeds parallel ensemble solved_share",  # only the report; a process each; not asked
     },
     -1: {
         **dict.fromkeys(("BoundaryRecipe", "CacheSettings", "RewardModelRecipe"), "layers"),  # the last layer

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
+import jax
+import numpy as np
 
 from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain, chains_fingerprint
@@ -82,6 +84,28 @@ class BatchLoader:
                 "restore those settings, or start a new run"
             )
         self._iterator.set_state(dict(state["iterator"]))
+
+
+class MembersLoader:
+    """The batches of the members of an ensemble, stacked: [R, B, ...]. Each member has a loader with its own order."""
+
+    def __init__(self, loaders: Sequence[BatchLoader]) -> None:
+        self._loaders = loaders
+
+    def __iter__(self) -> "MembersLoader":
+        return self
+
+    def __next__(self) -> Batch:
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *(next(loader) for loader in self._loaders))
+
+    def get_state(self) -> dict[str, Any]:
+        """The positions of all members, as JSON."""
+        return {"members": [loader.get_state() for loader in self._loaders]}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError where a position was taken from another stream."""
+        for loader, position in zip(self._loaders, state["members"], strict=True):
+            loader.set_state(position)
 
 
 class NoRows:

@@ -18,7 +18,7 @@ from rtd_jax.base.console import Display
 from rtd_jax.base.means import Metrics
 from rtd_jax.base.sharding import host_share
 from rtd_jax.base.signals import Stopped, stopped
-from rtd_jax.data.loader import BatchLoader, NoRows
+from rtd_jax.data.loader import BatchLoader, MembersLoader, NoRows
 from rtd_jax.train.metrics import MetricsLog, check_finite
 from rtd_jax.train.state import TrainState
 
@@ -38,7 +38,7 @@ class Loop:
     """
 
     state: TrainState
-    loader: BatchLoader | NoRows
+    loader: BatchLoader | MembersLoader | NoRows
     step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     mesh: Mesh
     where: tuple[str, Any]
@@ -50,7 +50,7 @@ class Loop:
     update: int = field(init=False)  # updates done or dispatched, over the whole run
     _pending: tuple[int, Metrics] | None = field(init=False, default=None)
     # Since the last line of the log:
-    _sums: dict[str, tuple[float, float]] = field(init=False, default_factory=dict)  # (sum, count) of each metric
+    _sums: dict[str, tuple[Any, Any]] = field(init=False, default_factory=dict)  # (sum, count) of each metric
     _tokens: int = field(init=False, default=0)
     _started: float = field(init=False, default_factory=time.perf_counter)
 

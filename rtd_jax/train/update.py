@@ -40,6 +40,18 @@ def make_train_step(
     settings: UpdateSettings = UpdateSettings(),
     mesh: Mesh | None = None,
 ) -> TrainStep:
+    """Builds the update as a program of its own, which donates the state. Arguments and errors as in `make_update`."""
+    return jax.jit(make_update(student, teacher, optimizer, objective, settings, mesh), donate_argnums=0)
+
+
+def make_update(
+    student: LlamaModel,
+    teacher: LlamaModel | None,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    settings: UpdateSettings = UpdateSettings(),
+    mesh: Mesh | None = None,
+) -> TrainStep:
     """Builds the update. The teacher's params are an argument: closed over, they would be copied into the program.
 
     Without a `teacher` the argument in their place is its outputs on the batch (`TeacherOutputs` with `top_k`), rows
@@ -113,7 +125,7 @@ def make_train_step(
             state = jax.lax.with_sharding_constraint(state, state_shardings(state, optimizer, mesh, axes))
         return _moved(state, optimizer, mesh, axes, offload=True) if settings.offload_optimizer else state, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return step
 
 
 def teacher_on(teacher: LlamaModel | None, source: TeacherSource | None, batch: Batch, reads: Reads) -> TeacherOutputs:

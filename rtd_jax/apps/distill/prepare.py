@@ -55,7 +55,9 @@ class Experiment:
     reward: RewardModel | None  # None where no reward is learned from, or the judge gives it
     detector: Detector | None  # of steps in the data's chains; None where the schema marks them
     student: LlamaModel
+    teacher_config: LlamaConfig  # its sizes, also where its weights are not loaded
     objective: Objective
+    optimizer: optax.GradientTransformation
     step: TrainStep
     train: Chains
     validation: Chains
@@ -184,7 +186,9 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         reward=reward,
         detector=detector,
         student=student,
+        teacher_config=teacher.config,
         objective=objective,
+        optimizer=optimizer,
         step=make_train_step(student, model, optimizer, objective, recipe.update, mesh),
         train=train,
         validation=validation,

@@ -69,7 +69,7 @@ def train(recipe: Recipe, workdir: Path) -> Path:
             student, params = experiment.student, run.state.params["student"]
             tokenizer, text = experiment.tokenizer, recipe.data.text
             save_pretrained(workdir / "student", student.config, params, tokenizer=tokenizer, text=text)
-            report = _evaluate(experiment, run, display, workdir)
+            report = evaluate_run(experiment, run, display, workdir)
     if own_before is not None:
         report["drift"]["own_before"] = own_before
     report["settings"] = settings  # a study looks whether a report is of the run that it asked for
@@ -94,14 +94,7 @@ def _starting_point(experiment: Experiment, state: TrainState, clock: Clock, lat
         return Run(state, clock)
     path = latest or Path(resume_from).expanduser().absolute()
     meta = read_meta(path)
-    own = () if latest is None else ("data", "cache", "reward")  # another run may have had other ones
-    for name in ("teacher", "tokenizer", "student_config", *own):
-        before, now = str(meta["fingerprints"].get(name, "")), experiment.fingerprints[name]
-        if before != now:
-            raise ValueError(
-                f"{path} was made with another {name.replace('_', ' ')} (fingerprint {before[:12]}, now {now[:12]}); "
-                "restore it, or start afresh in another --workdir"
-            )
+    check_same_origin(path, meta, experiment, is_own=latest is not None)
     run = Run.from_meta(restore_state(path, state), clock, meta)
     if latest is None:
         if run.iterator is not None:
@@ -118,8 +111,35 @@ def _starting_point(experiment: Experiment, state: TrainState, clock: Clock, lat
     return run
 
 
-def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path) -> dict[str, Any]:
-    """Evaluates student and teacher on the test problems: the content of report.json. Writes generations.jsonl."""
+def check_same_origin(path: Path, meta: dict[str, Any], experiment: Experiment, *, is_own: bool) -> None:
+    """Raises ValueError where a checkpoint was made with another teacher, tokenizer or student, or with other data.
+
+    Args:
+      is_own: whether it is of the same run; another run may have had other data.
+    """
+    for name in ("teacher", "tokenizer", "student_config", *(("data", "cache", "reward") if is_own else ())):
+        before, now = str(meta["fingerprints"].get(name, "")), experiment.fingerprints[name]
+        if before != now:
+            raise ValueError(
+                f"{path} was made with another {name.replace('_', ' ')} (fingerprint {before[:12]}, now {now[:12]}); "
+                "restore it, or start afresh in another --workdir"
+            )
+
+
+# What the evaluation of a model gives: its part of report.json, and a record for each problem.
+Evaluated = tuple[dict[str, Any], list[dict[str, Any]]]
+
+
+def evaluate_run(
+    experiment: Experiment, run: Run, display: Display, workdir: Path, known: dict[str, Evaluated] | None = None
+) -> dict[str, Any]:
+    """Evaluates student and teacher on the test problems: the content of report.json. Writes generations.jsonl.
+
+    Args:
+      known: what is known of models that are the same for several runs, by their names in the report. The teacher is
+        added to it.
+    """
+    known = {} if known is None else known
     recipe = experiment.recipe
     report: dict[str, Any] = {
         "stages": [record.to_dict() for record in run.records],
@@ -135,7 +155,10 @@ def _evaluate(experiment: Experiment, run: Run, display: Display, workdir: Path)
     generations: list[dict[str, Any]] = []
     for name, (model, params) in models.items():
         note = decoding_notes(display.note, name)
-        report[name], records = experiment.evaluator(model, params, experiment.problems, progress=note)
+        found = known.get(name) or experiment.evaluator(model, params, experiment.problems, progress=note)
+        if name == "teacher":
+            known[name] = found
+        report[name], records = found
         for key in ("chain_accuracy", "step_accuracy", "perplexity"):
             report[key][name] = report[name][key]
         generations += [{"model": name, **finite_report(record)[0]} for record in records]

@@ -363,9 +363,14 @@ def points_with_p(found: Difference | None) -> str:
 
 def p_value(found: Difference | None) -> str:
     """The p-value as text, "-" where there is none."""
-    if found is None or found.p_value is None:
+    return p_text(None if found is None else found.p_value)
+
+
+def p_text(value: float | None) -> str:
+    """A p-value as text, "-" for None."""
+    if value is None:
         return "-"
-    return f"{found.p_value:.3f}" if found.p_value >= 0.001 else "< 0.001"
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def p_and_seeds(found: Difference | None) -> tuple[str, str]:

@@ -58,6 +58,7 @@ class _Report:
     curve: tuple[_Look, ...] = ()
     drift: dict[str, Any] | None = None
     tokens: dict[str, int] | None = None  # predicted tokens that were trained on, by where the chains came from
+    ensemble: dict[str, Any] | None = None  # the seeds of the ensemble that it was trained in
     settings: dict[str, Any] | None = None  # of the run; None where an earlier version wrote the report
 
 
@@ -119,6 +120,7 @@ def read_outcome(task: str, method: str, seed: int, workdir: Path, overrides: Se
         tuple(content.get("curve", ())),
         tuple(content["stages"]),
         None if report.tokens is None else sum(report.tokens.values()),
+        len((report.ensemble or {}).get("seeds", ())) or 1,
     )
 
 

@@ -71,8 +71,10 @@ class StudyRecipe:
     ]  # overrides of the base config alone make a method that is reported and not compared
     seeds: tuple[int, ...]  # of params and data order; the same for every method
     baseline: str = "kd"  # what differences are taken to
-    parallel: int = 1  # runs side by side on equal shares of the cores; 0: only the report of finished runs
+    parallel: int = 1  # processes side by side on equal shares of the cores; 0: only the report of finished runs
+    ensemble: int = 0  # runs of one method, with different seeds, that one process trains as one program; 0: one run
     deep: int = 4  # steps from which a problem counts as deep in the summary
+    solved_share: float = 0.0  # of deep validation chains right: how many updates runs need to get there; 0: not asked
     report: str = ""  # where the report is written besides <workdir>/study.md; "" nowhere
     prepare: dict[str, Overrides] = field(default_factory=dict)  # {"cache": ("cache_teacher", "--config=..", ..)}
     only: tuple[str, ...] = ()  # methods that are run; () runs all
@@ -82,7 +84,8 @@ class StudyRecipe:
 
     def __post_init__(self) -> None:
         check_filled(self, "base")
-        check_ranges(self, seeds=SEED, parallel="[0, 1e4]", deep="[1, 1000]")
+        check_ranges(self, seeds=SEED, parallel="[0, 1e4]", ensemble="[0, 1e4]", deep="[1, 1000]")
+        check_ranges(self, solved_share="[0, 1]")
         check_distinct(self, "seeds", "only")
         if self.baseline not in self.methods:
             raise ValueError(f"baseline is {self.baseline!r}; it must be one of the methods {', '.join(self.methods)}")

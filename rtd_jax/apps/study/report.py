@@ -1,6 +1,7 @@
 """The report of a study: sections of tables, pictures, and the same numbers as JSON. Every line is computed."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,7 +67,7 @@ def study_report(recipe: StudyRecipe, outcomes: Sequence[Outcome]) -> Report:
         found = {name: [o for o in outcomes if (o.task, o.method) == (task, name)] for name in shown}
         found = {name: runs for name, runs in found.items() if runs}
         tasks[task] = TaskRuns(found, methods, recipe.baseline, recipe.deep)
-        _add_task(report, task, recipe.about.get(task, ""), tasks[task])
+        _add_task(report, task, recipe, tasks[task])
     between = claims.smaller_gain(tasks, recipe.smaller_than)
     if between:
         report.sections += [Section("Between tasks", 2), _claims("A smaller student", "claim", between)]
@@ -84,7 +85,8 @@ def markdown(report: Report) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _add_task(report: Report, task: str, about: str, runs: TaskRuns) -> None:
+def _add_task(report: Report, task: str, recipe: StudyRecipe, runs: TaskRuns) -> None:
+    about = recipe.about.get(task, "")
     table = _accuracy_table(runs)
     differences: dict[str, Difference | None] = {}
     if runs.baseline in runs.outcomes:
@@ -117,6 +119,7 @@ def _add_task(report: Report, task: str, about: str, runs: TaskRuns) -> None:
         _means(means),
         drift.likeness(runs),
         drift.on_own_chains(runs),
+        _solving(runs, recipe.solved_share),
         _time(runs),
         _stages(runs),
     ]
@@ -137,6 +140,8 @@ def _add_task(report: Report, task: str, about: str, runs: TaskRuns) -> None:
         ],
         "means": means,
     }
+    if recipe.solved_share:
+        report.numbers[task]["updates_to_solve"] = _solving_numbers(runs, recipe.solved_share)
 
 
 def _accuracy_table(runs: TaskRuns) -> Table:
@@ -231,6 +236,58 @@ def _means(means: Mapping[str, dict[str, float]]) -> Section:
     return Section("What else was measured (means over seeds)", head=head, rows=rows)
 
 
+def _solving(runs: TaskRuns, share: float) -> Section:
+    """How many updates each method needs until a share of the deep validation chains is right."""
+    rows = []
+    for name, found in _updates_to_solve(runs, share).items():
+        budget = max(outcome.curve[-1]["update"] for outcome in runs.finished(name) if outcome.curve)
+        middle = float(np.median(list(found.values())))
+        ratio = statistics.solving_ratio(runs.finished(name), runs.finished(runs.baseline), share, runs.deep)
+        compared = ("-",) * 4
+        if name != runs.baseline and ratio is not None:
+            ends = claims.with_interval(ratio, ".2f", scale=1) if ratio.faster + ratio.slower else "-"
+            compared = (ends, f"{ratio.faster}", f"{ratio.slower}", claims.p_text(ratio.p_value))
+        solved = sum(math.isfinite(update) for update in found.values())
+        rows.append(
+            (
+                name,
+                f"{solved} of {len(found)}",
+                f"{middle:.0f}" if math.isfinite(middle) else f"more than {budget}",
+                *compared,
+            )
+        )
+    title = f"Updates until {100 * share:g}% of the validation chains of {runs.deep} steps and more are right"
+    text = (
+        f"The first evaluation during the run that has them, and the ratio to `{runs.baseline}` under the same seed: "
+        "the geometric mean over seeds, below 1 where the method is faster, with Student's t of the logarithms. A run "
+        "that does not get there counts as if it did at its end, so such ratios are nearer to 1 than the true ones, "
+        "and two runs that both do not are equal. The sign test is exact in spite of this: it takes the pairs in which "
+        "one run came before the other."
+    )
+    head = ("method", "runs", "median", f"updates, to `{runs.baseline}`'s", "first", "second", "p (sign test)")
+    return Section(title, 3, [text], head, rows)
+
+
+def _solving_numbers(runs: TaskRuns, share: float) -> dict[str, Any]:
+    """What `_solving` shows, as JSON; null where a run did not get there."""
+    numbers: dict[str, Any] = {}
+    for name, found in _updates_to_solve(runs, share).items():
+        ratio = statistics.solving_ratio(runs.finished(name), runs.finished(runs.baseline), share, runs.deep)
+        by_seed = {str(seed): int(update) if math.isfinite(update) else None for seed, update in found.items()}
+        numbers[name] = {"by_seed": by_seed, "ratio": None if ratio is None else ratio.json_row()}
+    return {"share": share, "methods": numbers}
+
+
+def _updates_to_solve(runs: TaskRuns, share: float) -> dict[str, dict[int, float]]:
+    """`statistics.updates_to_solve` of each method that was evaluated while it trained, by seed; {} without a share."""
+    found: dict[str, dict[int, float]] = {}
+    for name, outcomes in runs.outcomes.items() if share else ():
+        times = {outcome.seed: statistics.updates_to_solve(outcome, share, runs.deep) for outcome in outcomes}
+        known = {seed: time for seed, time in sorted(times.items()) if time is not None}
+        found |= {name: known} if known else {}
+    return found
+
+
 def _time(runs: TaskRuns) -> Section:
     """When curves reach their plateau, and where each method is when the baseline has finished."""
     limits = {outcome.seed: outcome.curve[-1]["seconds"] for outcome in runs.finished(runs.baseline) if outcome.curve}
@@ -249,6 +306,8 @@ def _time(runs: TaskRuns) -> Section:
         "the same seed had finished; a method that was not through then stood in the middle of its learning-rate "
         "schedule. Times hold for runs side by side on shared cores, and include compilation."
     )
+    if any(outcome.members > 1 for outcomes in runs.outcomes.values() for outcome in outcomes):
+        text += " Runs that were trained as one program share its time equally."
     head = ("method", "at the end", "updates to settle", "seconds to settle", f"when {runs.baseline} had finished")
     return Section("Accuracy against updates and time (means over seeds)", 3, [text], head, rows)
 

@@ -1,4 +1,6 @@
-"""Many training runs, each a process of its own: side by side, and continued where they stopped when killed.
+"""Many training runs, side by side in processes, and continued where they stopped when killed.
+
+A process trains one run, or an ensemble: runs that differ in their seed alone, as one program.
 
 Every process is `python -m rtd_jax <command>` of the package that this module belongs to, installed or not, started in
 the current working directory: relative paths of configs and data mean the same to it as to the study.
@@ -10,16 +12,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from rtd_jax.base import signals
 from rtd_jax.base.files import read_json, read_object, write_json
 from rtd_jax.base.lock import owner
+from rtd_jax.train.ensemble import NO_ENSEMBLE
 
 PROGRAM = (sys.executable, "-m", "rtd_jax")
 POLL_SECONDS = 0.5
+SEEDS = "seeds.json"  # in the folder of an ensemble: those of its members
 PATIENCE = 60.0  # seconds for what a killed study left running
 # SHA-256 of the text that a base config had before configs were built from the settings' defaults. It gave the same
 # settings, so runs that were begun with it are continued.
@@ -47,9 +51,42 @@ class Job:
     def report(self) -> Path:
         return self.workdir / "report.json"
 
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one process: a run by itself, or an ensemble."""
+
+    jobs: tuple[Job, ...]
+
+    @property
+    def name(self) -> str:
+        first = self.jobs[0]
+        seeds = ", ".join(str(job.seed) for job in self.jobs)
+        return first.name if len(self.jobs) == 1 else f"{first.task} {first.method} seeds {seeds}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the process has its log: the run's own folder, or that of the ensemble."""
+        return self.jobs[0].workdir if len(self.jobs) == 1 else ensemble_folder(self.jobs[0])
+
     @property
     def log(self) -> Path:
-        return self.workdir / "log.txt"
+        return self.folder / "log.txt"
+
+    def command(self, base: Path) -> list[str]:
+        """The command of `python -m rtd_jax` that trains or continues the runs."""
+        first = self.jobs[0]
+        overrides = [f"--config.{override}" for override in first.overrides]
+        if len(self.jobs) == 1:
+            return ["train", f"--config={base}", f"--workdir={first.workdir}", *overrides]
+        seeds = ",".join(str(job.seed) for job in self.jobs)
+        return [
+            "ensemble",
+            f"--config={base}",
+            f"--workdir={first.workdir.parent}",
+            *overrides,
+            f"--config.seeds=({seeds})",
+        ]
 
 
 @dataclass(frozen=True)
@@ -63,6 +100,11 @@ class Preparation:
     @property
     def record(self) -> Path:
         return self.folder.with_suffix(".json")
+
+
+def ensemble_folder(first: Job) -> Path:
+    """The folder of the ensemble whose first member this is."""
+    return first.workdir.parent / f"ensemble_{first.seed}"
 
 
 def prepare_once(preparations: Sequence[Preparation]) -> None:
@@ -105,8 +147,11 @@ def prepare_once(preparations: Sequence[Preparation]) -> None:
         print(f"prepared {preparation.name} in {time.monotonic() - started:.0f} s", flush=True)
 
 
-def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, compiled: Path) -> None:
-    """Runs the jobs that are not finished, `parallel` at a time, each on its own share of the cores.
+def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, compiled: Path, ensemble: int = 0) -> None:
+    """Runs the jobs that are not finished, in `parallel` processes at a time, each on its own share of the cores.
+
+    With `ensemble`, up to so many runs of one method and task are trained by one process, as one program. Where a
+    method cannot be trained so, which a line says, each of its runs has a process of its own.
 
     A job that was begun is continued by the trainer itself; one that has a report is not run again. Programs that one
     job compiled are kept in the folder `compiled` for the others: a method is the same program under every seed.
@@ -116,60 +161,124 @@ def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, compiled: Path) -> 
         ran), with the place of their logs.
     """
     with signals.stoppable():
-        _run_jobs(jobs, base, parallel, compiled)
+        _run_jobs(jobs, base, parallel, compiled, ensemble)
 
 
-def _run_jobs(jobs: Sequence[Job], base: Path, parallel: int, compiled: Path) -> None:
+def _run_jobs(jobs: Sequence[Job], base: Path, parallel: int, compiled: Path, ensemble: int) -> None:
     claim_jobs(jobs, base)
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= parallel <= len(cores):
         raise ValueError(f"parallel is {parallel}, but there are {len(cores)} cores; use 1 to {len(cores)}")
-    waiting = [job for job in jobs if not job.report.exists()]
-    total = len(waiting)
+    waiting = groups_of(jobs, ensemble)
+    total = left = sum(not job.report.exists() for job in jobs)
     print(f"{len(jobs)} runs, {len(jobs) - total} of them finished; {parallel} at a time", flush=True)
-    running: dict[int, tuple[Job, subprocess.Popen, float]] = {}  # by share of the cores
-    failed: list[tuple[Job, str]] = []  # and how they ended
-    _wait_for([job.workdir for job in waiting])
+    running: dict[int, tuple[Group, subprocess.Popen, float]] = {}  # by share of the cores
+    failed: list[tuple[Job, Path, str]] = []  # their logs, and how they ended
+    _wait_for([job.workdir for job in jobs if not job.report.exists()])
     started = time.monotonic()
     try:
         while waiting or running:
             for share in range(parallel):
                 if share not in running and waiting:
-                    job = waiting.pop(0)
-                    process = _start_job(job, base, set(cores[share::parallel]), compiled)
-                    running[share] = (job, process, time.monotonic())
+                    group = waiting.pop(0)
+                    process = _start_group(group, base, set(cores[share::parallel]), compiled)
+                    running[share] = (group, process, time.monotonic())
             time.sleep(POLL_SECONDS)
-            for share, (job, process, since) in list(running.items()):
+            for share, (group, process, since) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[share]
                 _stop([process])  # it has ended: this closes its pipe
-                if process.returncode == 0 and job.report.exists():
-                    outcome = _chain_accuracy(job)
+                if process.returncode == NO_ENSEMBLE and len(group.jobs) > 1:
+                    waiting[:0] = [Group((job,)) for job in group.jobs if not job.report.exists()]
+                    print(f"{group.name}: a process each. {_last_line(group.log)}", flush=True)
+                    continue
+                left = _jobs_left(waiting, running)
+                lost = [job for job in group.jobs if not job.report.exists()]
+                if process.returncode != 0 or lost:
+                    failed += [(job, group.log, _ended(process)) for job in lost or group.jobs]
+                    outcome = f"{_ended(process).upper()}, see {group.log}"
                 else:
-                    failed.append((job, _ended(process)))
-                    outcome = f"{_ended(process).upper()}, see {job.log}"
-                left = len(waiting) + len(running)
+                    outcome = _chain_accuracy(group)
                 now, done = time.monotonic(), total - left
                 eta = (now - started) / done * left / 60
-                print(f"[{done}/{total}] {job.name}: {outcome}, {now - since:.0f} s; ETA {eta:.0f} min", flush=True)
+                print(f"[{done}/{total}] {group.name}: {outcome}, {now - since:.0f} s; ETA {eta:.0f} min", flush=True)
     finally:
         _stop([process for _, process, _ in running.values()])
     if failed:
-        job, how = failed[0]
+        job, log, how = failed[0]
         raise ValueError(
-            f"{len(failed)} of {total} runs failed, first {job.name}: its log is {job.log} (it {how}). The others are "
+            f"{len(failed)} of {total} runs failed, first {job.name}: its log is {log} (it {how}). The others are "
             "finished; run the same command again to repeat the failed ones"
         )
 
 
-def _chain_accuracy(job: Job) -> str:
-    """What a run's report says, in words; whether it is whole is checked where all of them are read."""
-    try:
-        mean = read_object(job.report)["student"]["chain_accuracy"]["all"]["mean"]
-        return f"chain accuracy {100 * mean:.1f}%"
-    except (ValueError, KeyError, TypeError):
-        return f"its report cannot be read, see {job.report}"
+def groups_of(jobs: Sequence[Job], ensemble: int) -> list[Group]:
+    """The jobs that are not finished, by process, in the order of their first ones.
+
+    A run that was begun by itself goes on by itself, and an ensemble that was begun goes on with the same members.
+
+    Args:
+      ensemble: most runs of an ensemble; 0 and 1 make none.
+    """
+    groups: list[Group] = []
+    taken: set[Job] = set()
+    for job in jobs:
+        if job in taken or job.report.exists():
+            continue
+        chosen: tuple[Job, ...] = (job,)
+        if ensemble > 1 and not _is_begun(job):
+            alike = [other for other in jobs if (other.task, other.method) == (job.task, job.method)]
+            begun = _begun_ensembles(alike)
+            free = [other for other in alike if not (other.report.exists() or _is_begun(other) or other in taken)]
+            new = [other for other in free if not any(other in members for members in begun)][:ensemble]
+            chosen = next((members for members in begun if job in members), tuple(new))
+        taken |= set(chosen)
+        groups.append(Group(chosen))
+    return groups
+
+
+def _is_begun(job: Job) -> bool:
+    """Whether a process of its own has trained this run for a while."""
+    return (job.workdir / "checkpoints").exists()
+
+
+def _begun_ensembles(alike: Sequence[Job]) -> list[tuple[Job, ...]]:
+    """The members of each ensemble of these jobs that was trained for a while."""
+    by_seed = {job.seed: job for job in alike}
+    found = []
+    for job in alike:
+        folder = ensemble_folder(job)
+        if (folder / "checkpoints").exists() and (folder / SEEDS).exists():
+            seeds = read_json(folder / SEEDS, f"delete {folder}")
+            if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
+                raise ValueError(f"{folder / SEEDS} is not what a study writes, a list of seeds; delete {folder}")
+            if set(seeds) <= by_seed.keys():
+                found.append(tuple(by_seed[seed] for seed in seeds))
+    return found
+
+
+def _jobs_left(waiting: Sequence[Group], running: Mapping[int, tuple[Group, subprocess.Popen, float]]) -> int:
+    """How many runs are not finished."""
+    groups = [*waiting, *(group for group, *_ in running.values())]
+    return sum(not job.report.exists() for group in groups for job in group.jobs)
+
+
+def _last_line(log: Path) -> str:
+    """The last line of a log, without the mark of an error."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+    return " ".join(lines).removeprefix("error: ")
+
+
+def _chain_accuracy(group: Group) -> str:
+    """What the runs' reports say, in words; whether they are whole is checked where all of them are read."""
+    means = []
+    for job in group.jobs:
+        try:
+            means.append(float(read_object(job.report)["student"]["chain_accuracy"]["all"]["mean"]))
+        except (ValueError, KeyError, TypeError):
+            return f"its report cannot be read, see {job.report}"
+    return f"chain accuracy {100 * sum(means) / len(means):.1f}%"
 
 
 def claim_jobs(jobs: Sequence[Job], base: Path) -> None:
@@ -208,9 +317,10 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _start_job(job: Job, base: Path, cores: set[int], compiled: Path) -> subprocess.Popen:
-    command = ["train", f"--config={base}", f"--workdir={job.workdir}"]
-    command += [f"--config.{override}" for override in job.overrides]
+def _start_group(group: Group, base: Path, cores: set[int], compiled: Path) -> subprocess.Popen:
+    group.folder.mkdir(parents=True, exist_ok=True)
+    if len(group.jobs) > 1:
+        write_json(group.folder / SEEDS, [job.seed for job in group.jobs])
     environment = _environment() | {
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -219,7 +329,7 @@ def _start_job(job: Job, base: Path, cores: set[int], compiled: Path) -> subproc
     all_cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)  # the child inherits it; set in the child it would come after its first threads
     try:
-        return _start(command, job.log, environment)
+        return _start(group.command(base), group.log, environment)
     finally:
         os.sched_setaffinity(0, all_cores)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from rtd_jax.base.types import Array
 from rtd_jax.eval.estimates import (
     CONFIDENCE,
     Estimate,
+    over_seeds,
     over_seeds_and_problems,
     percentile_interval,
     resampled_means,
@@ -47,6 +48,7 @@ class Outcome:
     curve: tuple[dict[str, Any], ...] = ()
     stages: tuple[dict[str, Any], ...] = ()  # see `rtd_jax.train.curriculum.StageRecord`
     tokens: int | None = None  # predicted tokens that it was trained on; None where an earlier version wrote the report
+    members: int = 1  # of the ensemble that it was trained in; its time is an equal share of the ensemble's
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,25 @@ class Difference(Estimate):
 
     p_value: float | None = None  # of a two-sided t-test over seeds; None where that is undefined
     seeds_needed: int | None = None  # see `seeds_to_find`; None where there is no p-value
+
+
+@dataclass(frozen=True)
+class SolvingRatio(Estimate):
+    """Updates to solve of a method over those of another, paired by seed; `n` counts the pairs. Below 1 is faster.
+
+    Attributes:
+      faster, slower: pairs in which the method came first, and second.
+      p_value: of a two-sided sign test over those; None where there are none.
+    """
+
+    faster: int = 0
+    slower: int = 0
+    p_value: float | None = None
+
+    def json_row(self) -> dict[str, Any]:
+        """How study.json writes it."""
+        names = {"value": "ratio", "n": "seeds"}
+        return {names.get(x.name, x.name): getattr(self, x.name) for x in fields(self) if x.name != "stderr"}
 
 
 def json_row(found: Estimate | None) -> dict[str, Any] | None:
@@ -147,6 +168,54 @@ def settled_at(outcome: Outcome) -> tuple[int, float]:
     best = max(at["chain_accuracy"]["all"] for at in outcome.curve)
     first = next(at for at in outcome.curve if at["chain_accuracy"]["all"] >= SETTLED * best)
     return first["update"], first["seconds"]
+
+
+def updates_to_solve(outcome: Outcome, share: float, deep: int) -> float | None:
+    """The first evaluation during the run, in updates, with at least `share` of the deep validation chains right.
+
+    Infinite where no evaluation has: the run is censored at its last one. None where none looked at deep chains.
+    """
+    found: list[tuple[int, float]] = []
+    for at in outcome.curve:
+        right = [x for depth, x in at["chain_accuracy"].items() if depth != "all" and int(depth.rstrip("+")) >= deep]
+        if right:
+            found.append((at["update"], float(np.mean(right))))
+    if not found:
+        return None
+    return next((float(update) for update, right in found if right >= share), math.inf)
+
+
+def solving_ratio(
+    outcomes: Sequence[Outcome], baseline: Sequence[Outcome], share: float, deep: int
+) -> SolvingRatio | None:
+    """How many times as many updates a method needs to solve a task as a baseline does; None without a common seed.
+
+    exp of the mean over seeds of log(min(T, B) / min(T', B)), with the times T and T' of `updates_to_solve` and the
+    updates B that both runs of the pair had; the interval is Student's t of the logarithms. So the ratio is that of
+    times restricted to the budget: a run that has not solved the task by then counts as if it did so at that moment. It
+    would have needed more, so where one of a pair has not the true ratio is further from 1; where neither has, they are
+    equal within the budget. The sign test asks only who came first, which the budget cannot change; pairs in which both
+    came at the same evaluation, or neither did, take no part in it.
+    """
+    others = {outcome.seed: outcome for outcome in baseline}
+    logarithms, order = [], []
+    for outcome in outcomes:
+        other = others.get(outcome.seed)
+        own = updates_to_solve(outcome, share, deep)
+        its = None if other is None else updates_to_solve(other, share, deep)
+        if other is None or own is None or its is None:
+            continue
+        budget = min(outcome.curve[-1]["update"], other.curve[-1]["update"])
+        own, its = (time if time <= budget else math.inf for time in (own, its))
+        logarithms.append(math.log(min(own, budget) / min(its, budget)))
+        order.append((own > its) - (own < its))
+    if not logarithms:
+        return None
+    found = over_seeds(logarithms)
+    faster, slower = order.count(-1), order.count(1)
+    p_value = float(stats.binomtest(faster, faster + slower).pvalue) if faster + slower else None
+    value, low, high = (math.exp(x) for x in (found.value, found.low, found.high))
+    return SolvingRatio(value, low, high, found.n, faster=faster, slower=slower, p_value=p_value)
 
 
 def accuracy_at(outcome: Outcome, seconds: float) -> float:

@@ -56,7 +56,7 @@ def _make_runs(recipe: StudyRecipe, jobs: Sequence[Job], base: Path, workdir: Pa
     try:
         if not all(job.report.exists() for job in jobs):
             prepare_once(recipe.preparations(workdir))
-        run_jobs(jobs, base, recipe.parallel, prepared_folder(workdir) / "compiled")
+        run_jobs(jobs, base, recipe.parallel, prepared_folder(workdir) / "compiled", recipe.ensemble)
     except Exception:  # but not a signal, which is to end this soon
         _write_report(recipe, jobs, workdir)
         raise
