@@ -17,7 +17,7 @@ from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.trajectory import boundary_losses, count_chains, transition_mask
 from rtd_jax.methods.maps import TrajectorySettings, TrajectoryTerm, init_maps, layers_of, map_axes, matched
-from rtd_jax.methods.term import Coefficients, Outputs, Reads, Setup
+from rtd_jax.methods.term import Coefficients, Outputs, Reads, Setup, Term
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LookAheadSettings(TrajectorySettings):
     def __post_init__(self) -> None:
         check_ranges(self, look_ahead_weight="[0, 1e6]")
 
-    def terms(self, setup: Setup) -> tuple["LookAhead", ...]:
+    def terms(self, setup: Setup) -> tuple[Term, ...]:
         if not self.look_ahead_weight:
             return ()
         form = self.matched_layers(setup), self.projections, self.step_state, self.distance

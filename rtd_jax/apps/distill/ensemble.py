@@ -134,8 +134,7 @@ def check_ensemble(recipe: EnsembleRecipe) -> None:
     draws = "each run draws chains of its own between updates"
     reasons = {
         "a stage of the curriculum ends when its own run is ready": len(stages(recipe.curriculum)) > 1,
-        "curriculum.ends_by is 'solved', and each run solves problems of its own": recipe.curriculum.measures
-        == "solved",
+        "curriculum.ends_by is 'solved', and runs solve alone": recipe.curriculum.measures == "solved",
         "curriculum.spend_budget is False, so runs end at different updates": not recipe.curriculum.spend_budget,
         f"loss.reward_weight is not 0, and {draws}": bool(recipe.loss.reward_weight),
         f"on_policy.fraction is not 0, and {draws}": bool(recipe.own_rows),
@@ -439,6 +438,7 @@ class Ensemble:
             loop.check_member(i, {"validation coherence": coherence}, loop.update)
             if i not in loop.failures:  # no checkpoint could be read whose records have a NaN
                 record_validation(record, coherence)
+                assert record.threshold is not None, "coherence has one"
                 loop.write_member(i, {"validation/coherence": coherence, "validation/threshold": record.threshold})
 
     def _evaluate_if_due(self, loop: EnsembleLoop) -> None:
