@@ -79,14 +79,10 @@ class Group:
         overrides = [f"--config.{override}" for override in first.overrides]
         if len(self.jobs) == 1:
             return ["train", f"--config={base}", f"--workdir={first.workdir}", *overrides]
+        shared = [override for override in overrides if not override.startswith("--config.seed=")]
         seeds = ",".join(str(job.seed) for job in self.jobs)
-        return [
-            "ensemble",
-            f"--config={base}",
-            f"--workdir={first.workdir.parent}",
-            *overrides,
-            f"--config.seeds=({seeds})",
-        ]
+        flags = [f"--config={base}", f"--workdir={first.workdir.parent}", *shared, f"--config.seeds=({seeds})"]
+        return ["ensemble", *flags]
 
 
 @dataclass(frozen=True)
