@@ -1,6 +1,7 @@
 """What is the state of a step? Trajectory losses on means over steps, in several layers, with squared distances.
 
     python launch/study.py --config=configs/study_states.py    # word problems, rides in a lift; run again to continue
+    python launch/study.py --config=configs/study_states.py:few_problems --config.ensemble=5   # the first alone, by five
 
 All depths at once, so that no curriculum hides what the losses do. The states are few enough for a teacher cache:
 one of each step in each layer. `--config.only="('kd','alignment_states')"` makes some of the runs.
@@ -8,7 +9,7 @@ one of each step in each layer. `--config.only="('kd','alignment_states')"` make
 
 from ml_collections import ConfigDict
 
-from configs.study_tiny import KD, as_config, methods, only
+from configs.study_tiny import KD, as_config, methods, only, words_of
 from configs.study_tiny import get_config as study_tiny
 from rtd_jax.apps.study.recipe import Method
 
@@ -66,11 +67,15 @@ def states() -> dict[str, Method]:
     return found
 
 
-def get_config() -> ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
+    words = words_of(arg, ("few_problems", "lift"))
     c, lift = study_tiny("conditions"), study_tiny("lift")
     c.seeds = (0, 1, 2, 3, 4)  # of params and data order; the same for every method
     c.tasks.lift = lift.tasks.lift  # where the skill is new
     c.about.lift = lift.about.lift  # for the report
     c.task_methods.lift = NEW_SKILL  # the others say what matters, not whether it does
+    for task in set(c.tasks) - words if words else ():
+        for group in (c.tasks, c.about, c.task_methods):
+            group.pop(task, None)
     c.methods = as_config(states())  # by name: overrides, role, components and what it is compared with
     return c
