@@ -1,7 +1,7 @@
 """What is the state of a step? Trajectory losses on means over steps, in several layers, with squared distances.
 
     python launch/study.py --config=configs/study_states.py    # word problems, rides in a lift; run again to continue
-    python launch/study.py --config=configs/study_states.py:few_problems --config.ensemble=5   # the first alone, by five
+    python launch/study.py --config=configs/study_states.py:few_problems --config.ensemble=5   # one; by five
 
 All depths at once, so that no curriculum hides what the losses do. The states are few enough for a teacher cache:
 one of each step in each layer. `--config.only="('kd','alignment_states')"` makes some of the runs.
@@ -74,8 +74,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.tasks.lift = lift.tasks.lift  # where the skill is new
     c.about.lift = lift.about.lift  # for the report
     c.task_methods.lift = NEW_SKILL  # the others say what matters, not whether it does
-    for task in set(c.tasks) - words if words else ():
-        for group in (c.tasks, c.about, c.task_methods):
-            group.pop(task, None)
+    for group in (c.tasks, c.about, c.task_methods):
+        for task in set(group) - words if words else ():
+            del group[task]
     c.methods = as_config(states())  # by name: overrides, role, components and what it is compared with
     return c
