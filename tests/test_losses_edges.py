@@ -230,11 +230,13 @@ def test_states_of_extreme_length_have_the_losses_of_ordinary_ones(scale, dtype)
         "boundary, map": lambda s, t: boundary_losses(s, t, mask, square),
         "transition": lambda s, t: transition_losses(s, t, mask),
         "transition, map": lambda s, t: transition_losses(s, t, mask, square),
-        "difference": lambda s, t: transition_losses(s, t, mask, square, "difference"),
+        "boundary, squared": lambda s, t: boundary_losses(s, t, mask, square, "squared"),
+        "transition, squared": lambda s, t: transition_losses(s, t, mask, square, "squared"),
         "hint": lambda s, t: hint_losses(s, t, mask, square),
     }
     for name, loss in losses.items():
-        both = [(scale, scale)] if name in ("difference", "hint") else [(scale, scale), (scale, 1.0), (1.0, scale)]
+        compares_lengths = "squared" in name or name == "hint"
+        both = [(scale, scale)] if compares_lengths else [(scale, scale), (scale, 1.0), (1.0, scale)]
         for of_student, of_teacher in both:
             states = scaled(student, of_student), scaled(teacher, of_teacher)
             expected = loss(scaled(states[0], 1 / of_student), scaled(states[1], 1 / of_teacher))
@@ -249,8 +251,9 @@ def test_masked_slots_may_be_infinite_in_either_model():
     student, teacher = (_states(seed, 2, 4, 8) for seed in (0, 1))
     for loss in (
         lambda s, t: jnp.sum(transition_losses(s, t, mask)),
-        lambda s, t: jnp.sum(transition_losses(s, t, mask, jnp.eye(8), "difference")),
+        lambda s, t: jnp.sum(transition_losses(s, t, mask, jnp.eye(8), "squared")),
         lambda s, t: jnp.sum(boundary_losses(s, t, mask, jnp.eye(8))),
+        lambda s, t: jnp.sum(boundary_losses(s, t, mask, jnp.eye(8), "squared")),
         lambda s, t: jnp.sum(hint_losses(s, t, mask, jnp.eye(8))),
     ):
         expected = jax.value_and_grad(loss)(student, teacher)
