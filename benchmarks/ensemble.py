@@ -17,7 +17,9 @@ import jax
 from measure import markdown_table
 
 from configs import rtd_tiny
-from rtd_jax.apps.distill.ensemble import Ensemble, EnsembleRecipe, initial_states
+from rtd_jax.apps.distill.ensemble import initial_states
+from rtd_jax.apps.distill.ensemble_recipe import EnsembleRecipe
+from rtd_jax.apps.distill.members import Ensemble
 from rtd_jax.apps.distill.prepare import Experiment, prepare
 from rtd_jax.base.settings import build, defaults
 from rtd_jax.data.loader import MembersLoader

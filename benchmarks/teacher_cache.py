@@ -38,7 +38,8 @@ from rtd_jax.teacher.cache import TeacherCache
 from rtd_jax.teacher.online import teacher_outputs
 from rtd_jax.teacher.predictions import top_k_predictions
 from rtd_jax.teacher.records import chain_key
-from rtd_jax.train.recipe import Recipe, cache_identity
+from rtd_jax.train.cache_identity import cache_identity
+from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import create_state
 from rtd_jax.train.update import make_train_step
 

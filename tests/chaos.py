@@ -71,10 +71,11 @@ from rtd_jax.teacher.cache import CacheWriter, TeacherCache
 from rtd_jax.teacher.identity import CacheSettings
 from rtd_jax.teacher.reward_head import RewardIdentity, init_head, load_head, save_head
 from rtd_jax.teacher.served.requests import Reply
+from rtd_jax.train.cache_identity import cache_identity
 from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_meta
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.metrics import MetricsLog
-from rtd_jax.train.recipe import Recipe, cache_identity
+from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.saved_models import load_model
 
 BUNDLED = Path(__file__).resolve().parents[1] / "rtd_jax" / "bundled"

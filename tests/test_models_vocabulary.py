@@ -17,7 +17,7 @@ from rtd_jax.data.tokenizer_match import vocab_size
 from rtd_jax.eval.choices import choice_log_likelihoods
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.models.open import load_tokenizer, open_model
-from rtd_jax.train.recipe import cache_identity
+from rtd_jax.train.cache_identity import cache_identity
 from rtd_jax.train.splits import load_splits
 
 ROWS = vocab_size(tiny_tokenizer())

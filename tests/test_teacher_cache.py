@@ -28,8 +28,8 @@ from rtd_jax.teacher.cache import CacheWriter, TeacherCache
 from rtd_jax.teacher.identity import CacheSettings, Identity
 from rtd_jax.teacher.online import teacher_outputs
 from rtd_jax.teacher.records import chain_key, decode_record, encode_record
+from rtd_jax.train.cache_identity import cache_identity
 from rtd_jax.train.optimizer import OptimizerSettings
-from rtd_jax.train.recipe import cache_identity
 from rtd_jax.train.splits import load_splits
 
 VOCAB = len(tiny_tokenizer())

@@ -37,9 +37,10 @@ from rtd_jax.models.open import open_model
 from rtd_jax.teacher.cache import TeacherCache
 from rtd_jax.teacher.identity import CacheSettings
 from rtd_jax.teacher.served.predictions import ServingSettings, _most_probable
+from rtd_jax.train.cache_identity import cache_identity
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.optimizer import OptimizerSettings
-from rtd_jax.train.recipe import LossSettings, Recipe, TeacherSettings, cache_identity
+from rtd_jax.train.recipe import LossSettings, Recipe, TeacherSettings
 
 BUNDLED = ROOT / "rtd_jax" / "bundled" / "tiny_teacher"
 K = 8

@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import one_device_mesh, recipe, trained, write_teacher
 
-from rtd_jax.apps.distill.ensemble import EnsembleRecipe, initial_states, train_ensemble
+from rtd_jax.apps.distill.ensemble import initial_states, train_ensemble
+from rtd_jax.apps.distill.ensemble_recipe import EnsembleRecipe
 from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.distill.run import train
 from rtd_jax.apps.distill.stages import Run

@@ -28,8 +28,9 @@ from rtd_jax.teacher.predictions import top_k_predictions
 from rtd_jax.teacher.records import chain_key, encode_record, packed_chains
 from rtd_jax.teacher.served.asking import Progress
 from rtd_jax.teacher.served.predictions import ask_for_predictions, check_served
+from rtd_jax.train.cache_identity import cache_identity
 from rtd_jax.train.curriculum import stages
-from rtd_jax.train.recipe import Recipe, cache_identity
+from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.splits import load_splits, make_detector, prefixed_chains, row_length_of
 
 

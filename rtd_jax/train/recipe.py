@@ -1,7 +1,6 @@
 """All settings of a training run, as one tree of frozen dataclasses. The files in configs/ say what differs."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from jax.sharding import Mesh
@@ -11,15 +10,13 @@ from rtd_jax.base.sharding import MeshSettings
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.sources import SourceSettings
 from rtd_jax.methods import LossSettings
-from rtd_jax.methods.maps import layers_of
 from rtd_jax.methods.own_chains import OnPolicySettings, RewardSettings
 from rtd_jax.methods.term import Objective, Setup
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.decoder import AttentionKernel, Remat
-from rtd_jax.models.open import FloatDtype, ModelSettings, OpenModel
+from rtd_jax.models.open import FloatDtype, ModelSettings
 from rtd_jax.steps.select import stride_of
-from rtd_jax.teacher.cache import served_model
-from rtd_jax.teacher.identity import AS_SERVED, SERVED, CacheSettings, Identity
+from rtd_jax.teacher.identity import CacheSettings
 from rtd_jax.teacher.served.predictions import ServingSettings
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.optimizer import OptimizerSettings
@@ -278,7 +275,7 @@ class Recipe:
             if not self.teacher.cache:
                 names.append("loss.temperature")
             if not self.teacher.cache and not self.evaluation.drift_problems:
-                names += ["loss.hidden_layer", "loss.student_hidden_layer"]
+                names += [f"loss.{name}" for name in ("hidden_layer", "student_hidden_layer", "layers", "step_state")]
             names += self._read_by_validation()
             unread |= dict.fromkeys(names, "the loss has nothing of the teacher in it")
         if not self.teacher.cache:
@@ -355,48 +352,3 @@ class Recipe:
         """
         setup = Setup(student, teacher, vocab_size, self.reward, mesh, self.on_policy, self.has_states)
         return self.loss.objective(setup)
-
-
-def cache_identity(recipe: Recipe, teacher: OpenModel) -> Identity:
-    """What a teacher cache must have been written with, for this recipe to read it.
-
-    Raises:
-      ValueError: the recipe names a layer that the teacher does not have, or the folder holds the cache of a server,
-        and the recipe does not say so.
-    """
-    chosen = layers_of(sorted(recipe.loss.teacher_layers(teacher.config)))
-    try:
-        others = [teacher.config.layer_index(other) for other in recipe.cache.layers]
-    except ValueError as error:
-        raise ValueError(f"cache.layers is {recipe.cache.layers}: {error}") from error
-    return Identity(
-        teacher=teacher_fingerprint(recipe, teacher),
-        teacher_dtypes=AS_SERVED if recipe.is_served else recipe.teacher.precision,
-        tokenizer=teacher.tokenizer_fingerprint,
-        vocab_size=teacher.vocab_size,
-        width=teacher.config.width,
-        hidden_layers=chosen,
-        temperature=recipe.loss.temperature,
-        top_k=min(recipe.cache.top_k, teacher.vocab_size),
-        predictions=recipe.cache.predictions,
-        states=recipe.cache.states if recipe.has_states else "none",
-        layers=tuple(sorted({*chosen, *others})),
-        step_state=recipe.loss.step_state,
-    )
-
-
-def teacher_fingerprint(recipe: Recipe, teacher: OpenModel) -> str:
-    """What the teacher is known by: the fingerprint of its weights, or "served:" and its name on a server.
-
-    Raises:
-      ValueError: there are no weights; or the recipe's cache was filled by a server, and the recipe does not say so.
-    """
-    if recipe.is_served:
-        return SERVED + recipe.teacher.served_model
-    served = served_model(Path(recipe.teacher.cache).expanduser()) if recipe.teacher.cache else ""
-    if served:
-        raise ValueError(
-            f"the teacher cache {recipe.teacher.cache} was filled by the server of a model {served!r}, and has no "
-            f"hidden states; set teacher.served_model={served} to train from it, by logit matching alone"
-        )
-    return teacher.fingerprint

@@ -48,7 +48,7 @@ COMMANDS = {
     "ensemble": Command(
         "Distills several students that differ in their seed alone, as one program. Run it again to resume.",
         "rtd_jax.apps.distill.ensemble:train_ensemble",
-        recipe="rtd_jax.apps.distill.ensemble:EnsembleRecipe",
+        recipe="rtd_jax.apps.distill.ensemble_recipe:EnsembleRecipe",
         example='--config=configs/rtd_tiny.py --config.curriculum.enabled=False --config.seeds="(0,1,2,3)"',
         resumes=True,
         saves=True,

@@ -33,9 +33,10 @@ from rtd_jax.steps.detector import Detector
 from rtd_jax.teacher.cache import TeacherCache
 from rtd_jax.teacher.records import chain_key
 from rtd_jax.teacher.reward_head import RewardModel, load_head
+from rtd_jax.train.cache_identity import cache_identity, teacher_fingerprint
 from rtd_jax.train.curriculum import Stage, few_problems, stages
 from rtd_jax.train.optimizer import make_optimizer
-from rtd_jax.train.recipe import Recipe, cache_identity, teacher_fingerprint
+from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.splits import Chains, encode_split, load_splits, make_detector, prefixed_chains
 from rtd_jax.train.state import TrainState, create_state, state_shardings
 from rtd_jax.train.student import initial_student, student_config, student_model
