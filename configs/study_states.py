@@ -40,10 +40,10 @@ def states() -> dict[str, Method]:
         alignment=3.0,
         pictured=True,
     )
-    found["alignment_ends"] = Method((*ALIGNMENT, "loss.step_state=end"))
-    found["alignment_results"] = Method((*ALIGNMENT, "loss.step_state=result"))
-    found["alignment_windows"] = Method((*ALIGNMENT, "data.segmentation=random"))
-    found["alignment_stride"] = Method((*ALIGNMENT, "data.segmentation=stride:12"))
+    found["alignment_ends"] = Method((*ALIGNMENT, "loss.step_state=end"), alignment=3.0)
+    found["alignment_results"] = Method((*ALIGNMENT, "loss.step_state=result"), alignment=3.0)
+    found["alignment_windows"] = Method((*ALIGNMENT, "data.segmentation=random"), alignment=3.0)
+    found["alignment_stride"] = Method((*ALIGNMENT, "data.segmentation=stride:12"), alignment=3.0)
     found["coherence_states"] = Method(
         COHERENCE,
         "part",
@@ -55,7 +55,7 @@ def states() -> dict[str, Method]:
         coherence=3.0,
         pictured=True,
     )
-    found["coherence_stride"] = Method((*COHERENCE, "data.segmentation=stride:12"))
+    found["coherence_stride"] = Method((*COHERENCE, "data.segmentation=stride:12"), coherence=3.0)
     found["both_states"] = Method(
         (KD[2], "loss.alignment_weight=1.0", "loss.coherence_weight=1.0", *STATES), "part", alignment=1.0, coherence=1.0
     )

@@ -5,7 +5,6 @@
     python launch/study.py --config=configs/study_tiny.py:conditions   # layer, anchor, maps, form and size of coherence
     python launch/study.py --config=configs/study_tiny.py:lift         # the lift on ten seeds, all depths at once
     python launch/study.py --config=configs/study_tiny.py:grid         # the two weights, all depths at once
-    python launch/study.py --config=configs/study_tiny.py:curricula    # what ends a stage, and which depths it holds
     python launch/study.py --config=configs/study_tiny.py:cached       # teacher's outputs from a cache, where possible
 
 What the runs share (chains, the reward model, other teachers, the cache) is made once, before them, in
@@ -215,53 +214,14 @@ def conditions() -> dict[str, Method]:
     return found
 
 
-# Curricula whose stages hold all depths up to their own equally, by what ends a stage.
-SOLVED = ("curriculum.ends_by=solved", "curriculum.mixture=equal")
-SHARES = ("curriculum.ends_by=share", "curriculum.mixture=equal")
-
-
-def curricula() -> dict[str, Method]:
-    """Is there a curriculum that does no harm? `kd_curriculum` has equal shares too, of stages that replay."""
-    found = only(methods(), ("kd", "rtd", "rtd_no_curriculum", "kd_curriculum"))
-    found["kd_curriculum_share"] = Method(
-        (*KD[:2], *SHARES),
-        compared_with={
-            "kd": "does a curriculum of equal shares help where stages hold all depths up to their own?",
-            "kd_curriculum": "is it better to hold all depths up to a stage's own than to replay some?",
-        },
-        **STAGED,
-    )
-    found["kd_curriculum_solved"] = Method(
-        (*KD[:2], *SOLVED),
-        compared_with={
-            "kd": "does a curriculum help whose stages end by chains solved?",
-            "kd_curriculum_share": "do chains solved end stages better than equal shares do?",
-        },
-        **STAGED,
-    )
-    found["rtd_curriculum_solved"] = Method(
-        SOLVED,
-        compared_with={
-            "rtd": "do chains solved end stages better than coherence does?",
-            "rtd_no_curriculum": "does the curriculum that ends by chains solved help RTD?",
-        },
-        **ALIGNED,
-        **COHERENT,
-        **STAGED,
-    )
-    return found
-
-
 def get_config(arg: str = "") -> ConfigDict:
-    alone = ("smoke", "grid", "conditions", "lift", "curricula")
+    alone = ("smoke", "grid", "conditions", "lift")
     words = words_of(arg, (*alone, "cached"))
     smoke = "smoke" in words
     if len(words.intersection(alone)) > 1:
         raise ValueError(f"{arg}: these are studies of their own; give one of the words")
-    if "cached" in words and words & {"conditions", "lift", "curricula"}:
-        raise ValueError(
-            f"{arg}: a cache has the bundled teacher's states of one layer, and solves nothing; give one of the words"
-        )
+    if "cached" in words and words & {"conditions", "lift"}:
+        raise ValueError(f"{arg}: a cache has the bundled teacher's states of one layer; give one of the words")
 
     c = defaults(StudyRecipe)
     c.base = "configs/rtd_tiny.py"  # config of every run
@@ -329,9 +289,6 @@ def get_config(arg: str = "") -> ConfigDict:
         c.about.few_problems += " The grid is without the curriculum, whose harm here would hide the weights'."
     elif "conditions" in words:
         every = conditions()
-    elif "curricula" in words:
-        every = curricula()
-        _add_lift(c, evaluation)  # which has problems enough for every stage
     elif "lift" in words:
         every = only(every, AT_ONCE)
         del c.tasks.few_problems, c.about.few_problems

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from configs import rtd_8b, rtd_tiny, study_8b, study_on_policy, study_tiny
+from configs import rtd_8b, rtd_tiny, study_8b, study_curricula, study_on_policy, study_states, study_tiny
 from rtd_jax.apps.report.sections import write_sections
 from rtd_jax.apps.study import runner
 from rtd_jax.apps.study.claims import (
@@ -657,8 +657,9 @@ def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, 
         (study_tiny, "smoke"),
         (study_tiny, "conditions"),
         (study_tiny, "lift"),
-        (study_tiny, "curricula"),
+        (study_curricula, ""),
         (study_on_policy, ""),
+        (study_states, ""),
     ],
     ids=lambda x: x if isinstance(x, str) else x.__name__.split(".")[-1],
 )
@@ -689,10 +690,11 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
     assert all(set(method.compared_with) <= known for method in every.values())
     assert len({method.place for method in every.values()}) == len(every)
     of = {study_8b: "gsm8k", study_on_policy: "taught_student"}.get(config, "lift" if arg == "lift" else "few_problems")
-    whole = {job.name: job for job in build(StudyRecipe, config.get_config().to_dict()).jobs(tmp_path)}
+    whole = {job.name: job for job in build(StudyRecipe, study_tiny.get_config().to_dict()).jobs(tmp_path)}
     shared = [job for job in recipe.jobs(tmp_path) if job.name in whole]
-    if arg in ("conditions", "lift", "curricula"):  # what these have in common with the whole study are the same runs
-        assert len(shared) == 5 * {"conditions": 6, "lift": 4, "curricula": 2 * 4}[arg]
+    common = {"conditions": 6, "lift": 4}.get(arg) or {study_curricula: 2 * 4, study_states: 3 + 1}.get(config)
+    if common:  # what these have in common with the whole study are the same runs
+        assert len(shared) == 5 * common
         assert all(job == whole[job.name] for job in shared)
     assert recipes[of, "kd"].loss.alignment_weight == 0.0
     if arg == "conditions":
@@ -702,7 +704,14 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
         assert recipes[of, "coherence_no_map"].loss.projections == "none"
         assert not any(recipe.curriculum.enabled for recipe in recipes.values())
         return
-    if arg == "curricula":
+    if config is study_states:
+        assert not any(recipe.curriculum.enabled for recipe in recipes.values())
+        forms = {name: (r.loss.step_state, r.loss.layers, r.loss.distance) for (_, name), r in recipes.items()}
+        assert forms["alignment_states"] == forms["coherence_stride"] == ("mean", "evenly:4", "squared")
+        assert forms["alignment_ends"] == ("end", "evenly:4", "squared")
+        assert forms["rtd_no_curriculum"] == ("end", "", "cosine")
+        return
+    if config is study_curricula:
         ends = {name: (r.curriculum.ends_by, r.curriculum.mixture) for (task, name), r in recipes.items() if task == of}
         assert ends["kd_curriculum_share"] == ("share", "equal")
         assert ends["kd_curriculum_solved"] == ends["rtd_curriculum_solved"] == ("solved", "equal")
