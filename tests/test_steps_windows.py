@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 
+from configs.rtd_tiny import get_config
+from rtd_jax.base.settings import build
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.generators.word_problems import generate
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.sources import SourceSettings
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
 from rtd_jax.steps.select import in_windows, recut, stride_of, window_ends
-from rtd_jax.train.recipe import DataSettings
+from rtd_jax.train.recipe import DataSettings, Recipe
 from rtd_jax.train.splits import encode_split
 
 
@@ -65,3 +67,15 @@ def test_other_segmentations_have_no_stride():
     assert [stride_of(x) for x in ("annotated", "random", "classifier:x", "stride:12")] == [0, 0, 0, 12]
     with pytest.raises(ValueError, match=r"use 'annotated', 'random', 'stride:<tokens>' or 'classifier:<folder>'"):
         recut([], "strides:3")
+
+
+def test_drift_by_steps_is_refused_of_a_cache_that_has_the_states_of_windows():
+    values = get_config()
+    values.update_from_flattened_dict(
+        {"data.segmentation": "stride:8", "teacher.cache": "x", "evaluation.drift_problems": 4}
+    )
+    values.evaluation.teacher = False
+    with pytest.raises(ValueError, match=r"the teacher's cache has the states of windows; set .*drift_problems=0"):
+        build(Recipe, values.to_dict())
+    values.evaluation.drift_problems = 0
+    assert build(Recipe, values.to_dict()).data.segmentation == "stride:8"

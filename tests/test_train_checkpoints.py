@@ -21,6 +21,7 @@ from rtd_jax.train.checkpoints import (
     check_same_settings,
     numbered,
     read_meta,
+    rename_settings,
     restore_params,
     restore_state,
 )
@@ -346,3 +347,17 @@ def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(workdir):
         check_same_settings(stage, SomeRecipe(newer=0.7))
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         check_same_settings(stage, SomeRecipe(seed=1))
+
+
+@pytest.mark.parametrize(
+    ("form", "alignment", "wanted"),
+    [
+        ("direction", 0.3, {}),
+        ("difference", 0.0, {"distance": "squared"}),
+        ("difference", 0.3, {"transition_form": "difference"}),  # the alignment would be squared too: not the same
+    ],
+)
+def test_settings_of_before_have_the_names_of_today_where_these_mean_the_same(form, alignment, wanted):
+    settings = {"loss": {"alignment_weight": alignment, "transition_form": form}}
+    rename_settings(settings)
+    assert settings == {"loss": {"alignment_weight": alignment} | wanted}

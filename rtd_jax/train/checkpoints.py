@@ -187,7 +187,7 @@ def check_path(path: Path) -> None:
         raise ValueError(f"{path} has a backslash, which is read as a slash; choose a path without one")
 
 
-def _rename_settings(settings: dict[str, Any]) -> None:
+def rename_settings(settings: dict[str, Any]) -> None:
     """Gives settings of earlier versions the names that they have now, where these mean the same."""
     loss = settings.get("loss")
     if isinstance(loss, dict) and "transition_form" in loss:
@@ -215,7 +215,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         content = read_record(file, FORMAT, way_out, undigested=(WITHOUT_DIGESTS,))
         known = {name: content[name] for name in Meta.__dataclass_fields__ if name in content}
         meta = content | asdict(shaped(Meta, known, file, way_out))
-        _rename_settings(meta["settings"])
+        rename_settings(meta["settings"])
     except ValueError as error:
         if isinstance(error.__cause__, OSError):  # which says nothing about its content
             raise
