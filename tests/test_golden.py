@@ -147,6 +147,7 @@ def run(*command: str) -> str:
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "PJRT_NPROC": str(os.cpu_count()),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

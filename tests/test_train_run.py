@@ -38,7 +38,8 @@ def command(config: Path, workdir: Path, *flags: str) -> list[str]:
 def environment(devices: int = 1) -> dict[str, str]:
     wait = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
     flags = f"--xla_force_host_platform_device_count={devices} {wait}"
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "HF_HUB_OFFLINE": "1"}
+    inherited = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}  # the command's own matter
+    return inherited | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "HF_HUB_OFFLINE": "1"}
 
 
 def run(config: Path, workdir: Path, *flags: str, devices: int = 1, status: int = 0) -> str:

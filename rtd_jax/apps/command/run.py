@@ -22,6 +22,7 @@ from rtd_jax.apps.command.parse import define_flags, parse_flags, read_flags, re
 from rtd_jax.apps.command.table import COMMANDS, Command, RunFlags, imported
 from rtd_jax.base import signals
 from rtd_jax.base.settings import build
+from rtd_jax.base.simulated_devices import give_threads
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,6 +56,7 @@ def run(name: str, argv: Sequence[str] | None = None) -> None:
 
 
 def _run_with_flags(name: str, argv: list[str]) -> None:
+    give_threads()
     command, values = COMMANDS[name], flags.FLAGS
     defined = define_flags(command, argv, values)
     if {"--help", "-help", "-h", "--helpshort"} & set(argv[1:]):
