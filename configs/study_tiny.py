@@ -257,7 +257,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "--workdir={lift_teacher}",
         "--config.train.schema=lift",
         "--config.test.schema=lift",
-        "--config.phases=({'updates': 1000, 'max_depth': 6, 'batch_size': 16, 'row_length': 160, 'chains_per_row': 4},)",  # noqa: E501
+        # With 1,000 updates it solved 99.7% on one machine, and on another 31% of the rides with four steps.
+        "--config.phases=({'updates': 2000, 'max_depth': 6, 'batch_size': 16, 'row_length': 160, 'chains_per_row': 4},)",  # noqa: E501
     )
     c.prepare.cache = (
         "cache_teacher",
