@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from rtd_jax.apps.report.drawing import Colours, Draw, series_style, write_figure, write_page
+from rtd_jax.apps.report.drawing import Colours, Draw, label_text, series_style, write_figure, write_page
 
 LINES = ("-", "--", ":", "-.")
 
@@ -36,6 +36,17 @@ class Picture:
     series: Mapping[str, Sequence[tuple[float, ...]]]
 
 
+@dataclass
+class Intervals:
+    """A point with its interval for each name, one under the other, and a line at 0. Values are (x, low, high)."""
+
+    name: str  # of the PNG beside the page
+    title: str
+    caption: str
+    x: str
+    rows: Mapping[str, tuple[float, float, float]]
+
+
 def markdown_of(section: Section) -> list[str]:
     """Lines of Markdown; the first column of a table is aligned to the left, the others to the right."""
     lines = [f"{'#' * section.level} {section.title}", ""]
@@ -50,14 +61,17 @@ def markdown_of(section: Section) -> list[str]:
 
 
 def write_sections(
-    out: Path, title: str, intro: Sequence[str], sections: Sequence[Section], pictures: Sequence[Picture]
+    out: Path, title: str, intro: Sequence[str], sections: Sequence[Section], pictures: Sequence[Picture | Intervals]
 ) -> Path:
     """Writes report.html and a PNG for each picture into `out`. Returns the page's path."""
-    figures = [write_figure(out, x.name, x.title, x.caption, _drawing(x)) for x in pictures]
+    figures = [
+        write_figure(out, x.name, x.title, x.caption, _intervals(x) if isinstance(x, Intervals) else _lines(x))
+        for x in pictures
+    ]
     return write_page(out, "sections.html.jinja", title=title, intro=intro, sections=sections, figures=figures)
 
 
-def _drawing(picture: Picture) -> Draw:
+def _lines(picture: Picture) -> Draw:
     def draw(axes: Axes, colours: Colours) -> None:
         for i, (name, points) in enumerate(picture.series.items()):
             x, y, *bounds = zip(*points, strict=True)
@@ -68,5 +82,22 @@ def _drawing(picture: Picture) -> Draw:
         axes.set(xlabel=picture.x, ylabel=picture.y)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize=8)
+
+    return draw
+
+
+def _intervals(picture: Intervals) -> Draw:
+    def draw(axes: Axes, colours: Colours) -> None:
+        places = range(len(picture.rows))
+        for place, (x, low, high) in zip(places, picture.rows.values(), strict=True):
+            colour = colours["c0"] if low > 0 else colours["c1"] if high < 0 else colours["faint"]
+            axes.plot([low, high], [place, place], color=colour, linewidth=2, solid_capstyle="round")
+            axes.plot([x], [place], color=colour, marker="o", markersize=5)
+        axes.axvline(0, color=colours["ink"], linewidth=0.8)
+        axes.set_yticks(places, [label_text(name) for name in picture.rows], fontsize=min(9, 160 / len(picture.rows)))
+        axes.invert_yaxis()  # the first name is at the top
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x", color=colours["faint"], alpha=0.25, linewidth=0.6)
+        axes.set(xlabel=picture.x)
 
     return draw

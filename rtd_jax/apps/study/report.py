@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rtd_jax.apps.report import article
-from rtd_jax.apps.report.sections import Picture, Section, markdown_of
+from rtd_jax.apps.report.sections import Intervals, Picture, Section, markdown_of
 from rtd_jax.apps.study import claims, drift, statistics
 from rtd_jax.apps.study.claims import TEACHER, Claim, TaskRuns, p_and_seeds, points
 from rtd_jax.apps.study.recipe import StudyRecipe
@@ -46,7 +46,7 @@ class Report:
     title: str = TITLE
     intro: tuple[str, ...] = INTRO
     sections: list[Section] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
+    pictures: list[Picture | Intervals] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
@@ -125,7 +125,7 @@ def _add_task(report: Report, task: str, recipe: StudyRecipe, runs: TaskRuns) ->
     ]
     report.sections.append(Section(task, 2, [about] if about else ()))
     report.sections += [section for section in sections if section.rows]
-    report.pictures += _pictures(task, table, runs)
+    report.pictures += [*_differences_pictured(task, differences, runs), *_pictures(task, table, runs)]
     report.numbers[task] = {
         "chain_accuracy": {name: {key: json_row(cell) for key, cell in row.items()} for name, row in table.items()},
         "differences": {name: json_row(found) for name, found in differences.items()},
@@ -356,7 +356,23 @@ def _shares_lost(table: Table, runs: TaskRuns) -> dict[str, float | None]:
     }
 
 
-def _pictures(task: str, table: Table, runs: TaskRuns) -> list[Picture]:
+def _differences_pictured(
+    task: str, differences: Mapping[str, Difference | None], runs: TaskRuns
+) -> list[Picture | Intervals]:
+    rows = {
+        name: (100 * found.value, 100 * found.low, 100 * found.high)
+        for name, found in differences.items()
+        if found is not None and found.n > 2  # the interval of two seeds would dwarf all others
+    }
+    if not rows:
+        return []
+    title = f"Against {runs.baseline} at {runs.deep} steps and more ({task})"
+    caption = "Chains right, in points, of methods with three seeds or more; 95% intervals over seeds and problems."
+    ordered = dict(sorted(rows.items(), key=lambda row: -row[1][0]))
+    return [Intervals(f"differences_{task}", title, caption, f"points more than {runs.baseline}", ordered)]
+
+
+def _pictures(task: str, table: Table, runs: TaskRuns) -> list[Picture | Intervals]:
     pictured = [name for name, method in runs.methods.items() if method.pictured]
     shown = [*sorted(pictured, key=lambda name: runs.methods[name].place), TEACHER]
     by_depth = {
@@ -369,7 +385,7 @@ def _pictures(task: str, table: Table, runs: TaskRuns) -> list[Picture]:
     title = f"Chain accuracy by depth ({task})"
     caption = "Every intermediate result and the answer right, free-running. Bands: 95% over seeds and problems."
     x, y = "reasoning steps of the problem", "chains right, %"
-    pictures = [Picture(f"chains_{task}", title, caption, x, y, by_depth)]
+    pictures: list[Picture | Intervals] = [Picture(f"chains_{task}", title, caption, x, y, by_depth)]
     evaluated = _runs_with_curves(runs)
     for key, x in (("update", "updates"), ("seconds", "seconds of training")):
         series = {name: _mean_curve(evaluated[name], key) for name in shown if name in evaluated}
