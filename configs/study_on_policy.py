@@ -8,6 +8,7 @@ All methods go on from one student, which KD has taught; what a student without 
 
 from ml_collections import ConfigDict
 
+from configs.study_states import ALIGNMENT
 from configs.study_tiny import ALIGNED, COHERENT, FEW, KD, MEASURED, as_config, methods, only
 from rtd_jax.apps.study.recipe import Method, StudyRecipe
 from rtd_jax.base.settings import defaults
@@ -50,6 +51,19 @@ def on_policy() -> dict[str, Method]:
             "kd_on_policy": "do intermediate layers help on the student's own chains?",
             "intermediate_kd": "are they better matched on own chains than on the teacher's?",
         },
+        pictured=True,
+    )
+    found["alignment_states"] = Method(ALIGNMENT, "part", alignment=3.0)
+    found["alignment_on_policy"] = Method(
+        (*ALIGNMENT, *ALL_DRAWN, "loss.divergence=forward_kl"),
+        "part",
+        {
+            "kd_on_policy_forward": "does it help to follow the means of steps on the student's own chains?",
+            "alignment_states": "is it better to follow them on own chains than on the teacher's?",
+            "intermediate_on_policy": "is a state of each step as good as one of every token, on own chains?",
+        },
+        caption="alignment of the means of steps, own chains, forward KL",
+        alignment=3.0,
         pictured=True,
     )
     return found
