@@ -243,7 +243,7 @@ def test_the_report_says_what_was_found(tmp_path):
     json.dumps(numbers, allow_nan=False)
     page = write_sections(tmp_path, report.title, report.intro, report.sections, report.pictures).read_text()
     assert page.count("<figure") == len(report.pictures) == 5
-    assert list(report.pictures[0].rows)[0] == "rtd"  # the largest difference to the baseline is at the top
+    assert next(iter(report.pictures[0].rows)) == "rtd"  # the largest difference to the baseline is at the top
     assert (tmp_path / "differences_task.png").stat().st_size > 1000
     assert f"<td>{claim}</td>" in page
     assert (tmp_path / "chains_task.png").stat().st_size > 1000

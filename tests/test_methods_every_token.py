@@ -78,6 +78,15 @@ def test_intermediate_is_the_mean_over_pairs_and_all_tokens_of_chains():
     np.testing.assert_allclose(grads.ravel(), [(1 - 2) / 4, (2 - 4) / 16], rtol=1e-6)
 
 
+def test_without_the_prompt_only_tokens_of_completions_are_matched():
+    teacher, student = jnp.full((1, 4, 1), 2.0), jnp.array([[[9.0], [1.0], [2.0], [9.0]]])  # prompt, two, padding
+    term = Intermediate(1.0, ((1, 1),), prompt=False)
+    total, metrics = term.sums(outputs([student], [teacher], ROW), {"regressors": jnp.ones((1, 1, 1))}, {})
+    assert term.denominator(ROW) == 2
+    np.testing.assert_allclose(total, 1 / 4, rtol=1e-6)  # 1 against 2
+    np.testing.assert_allclose(metrics["distill/intermediate"].value(), 1 / 8, rtol=1e-6)
+
+
 def test_token_alignment_is_the_cosine_distance_at_completion_tokens():
     student = jnp.array([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])
     teacher = jnp.array([[[-1.0, 0.0], [0.0, 1.0], [3.0, 4.0], [-1.0, 0.0]]])

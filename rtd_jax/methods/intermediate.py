@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from rtd_jax.base.boundaries import chain_tokens
+from rtd_jax.base.boundaries import chain_tokens, completion_tokens
 from rtd_jax.base.means import Mean, Metrics, masked_sum
 from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.types import Array, Batch, Params
@@ -29,19 +29,22 @@ class IntermediateSettings(MethodSettings):
 
     intermediate_weight: float = 0.0  # a baseline: intermediate layers matched at every token
     intermediate_layers: int = 4  # pairs of evenly spaced layers; read when intermediate_weight is not 0
+    intermediate_prompt: bool = True  # the tokens of prompts are matched too, not those of completions alone
 
     def __post_init__(self) -> None:
         check_ranges(self, intermediate_weight="[0, 1e6]", intermediate_layers="[1, 1000]")
 
     def unread_settings(self) -> dict[str, str]:
-        return {} if self.intermediate_weight else {"intermediate_layers": "loss.intermediate_weight is 0"}
+        names = () if self.intermediate_weight else ("intermediate_layers", "intermediate_prompt")
+        return dict.fromkeys(names, "loss.intermediate_weight is 0")
 
     def terms(self, setup: Setup) -> tuple[Term, ...]:
         if not self.intermediate_weight:
             return ()
         count = self.intermediate_layers
         students, teachers = (layers_to_match(config.layers, count) for config in (setup.student, setup.teacher))
-        return (Intermediate(self.intermediate_weight, tuple(zip(students, teachers, strict=True))),)
+        pairs = tuple(zip(students, teachers, strict=True))
+        return (Intermediate(self.intermediate_weight, pairs, self.intermediate_prompt),)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Intermediate(Term):
     """
 
     pairs: tuple[tuple[int, int], ...]  # (student's, teacher's) layer
+    prompt: bool = True  # whether the tokens of prompts take part
 
     name: ClassVar[str] = "intermediate"
     setting: ClassVar[str] = "loss.intermediate_weight"
@@ -69,14 +73,17 @@ class Intermediate(Term):
         return {"regressors": ("layers", *AXES)}
 
     def denominator(self, batch: Batch) -> Array:
-        return jnp.sum(chain_tokens(batch)).astype(jnp.float32)
+        return jnp.sum(self._tokens(batch)).astype(jnp.float32)
 
     def sums(self, outputs: Outputs, params: Params, coefficients: Coefficients) -> tuple[Array, Metrics]:
         student, teacher, batch = outputs
-        mask_BL, total = chain_tokens(batch), jnp.zeros(())
+        mask_BL, total = self._tokens(batch), jnp.zeros(())
         # The regressors are iterated over: `regressors[i]` cannot be differentiated into `accumulate`'s references.
         for (of_student, of_teacher), regressor_SD in zip(self.pairs, params["regressors"], strict=True):
             states = student.token_states[of_student], teacher.token_states[of_teacher]
             total += masked_sum(hint_losses(*states, mask_BL, regressor_SD), mask_BL)
         share = total / len(self.pairs)
         return share, {"distill/intermediate": Mean(share, jnp.sum(mask_BL).astype(jnp.float32))}
+
+    def _tokens(self, batch: Batch) -> Array:
+        return chain_tokens(batch) if self.prompt else completion_tokens(batch)
