@@ -242,8 +242,8 @@ def test_a_run_from_the_teachers_cache_and_one_that_begins_again_have_the_same_w
         for name in ours:
             if isinstance(ours[name], float):
                 np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    monkeypatch.setattr("rtd_jax.steps.soft.teacher_turns", other_turns)
     with pytest.raises(ValueError, match=r"data\.steps_cache '' is not the one with the turns it was cut by"):
-        monkeypatch.setattr("rtd_jax.steps.soft.teacher_turns", other_turns)
         prepare(soft_recipe(teacher, "", cache), lambda _: None)
 
 
