@@ -17,6 +17,7 @@ from rtd_jax.apps.plan.abstract import abstract_step
 from rtd_jax.base.boundaries import mean_states, step_states, window_weights
 from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings
+from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain, chains_fingerprint
 from rtd_jax.data.loader import BatchLoader
 from rtd_jax.data.packing import fixed_batches
@@ -82,16 +83,14 @@ def test_where_every_token_turns_alike_or_none_does_windows_are_those_of_a_strid
     np.testing.assert_allclose(cut.places[3:], (np.arange(length - 3) + 0.5) * count / (length - 3), rtol=1e-6)
 
 
-def two_chains(turns=None) -> tuple:
+def two_chains() -> tuple[Batch, list[EncodedChain]]:
     """A row with two chains, of prompts of 2 and 1 tokens, and padding; the batch and its chains."""
     chains = [soft(chain_of(11, 2), 3, 0), soft(chain_of(6, 1), 4, 1)]
-    if turns is not None:
-        chains[0] = in_soft_windows(chain_of(11, 2), turns, 3)
     (batch,) = fixed_batches(chains, 1, 20, 2, 5)
     return batch, chains
 
 
-def dense_weights(batch, chains) -> np.ndarray:
+def dense_weights(batch: Batch, chains: list[EncodedChain]) -> np.ndarray:
     """The normalised weights [C, K, L] by plain loops in float64; slot 0 has the prompt's end."""
     weights = np.zeros((*batch.boundary_mask_BCK.shape[1:], batch.tokens_BL.shape[1]))
     begin = 0
@@ -323,7 +322,9 @@ def test_what_soft_windows_cannot_do_is_refused(changes, message):
 
 def test_settings_that_soft_windows_read_are_not_said_to_be_unread():
     values = get_config()
-    values.update_from_flattened_dict({"data.segmentation": "soft:8", "teacher.cache": "x"})
+    values.update_from_flattened_dict(
+        {"data.segmentation": "soft:8", "teacher.cache": "x", "evaluation.drift_problems": 0}
+    )
     found = build(Recipe, values.to_dict())
     assert "steps_cache" not in found.data.unread_settings()
     assert "teacher.attention" not in found.unread_settings()  # the teacher is loaded where turns are missing

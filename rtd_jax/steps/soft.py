@@ -6,9 +6,9 @@ direction goes in them, not in tokens. The place of a token among n windows is
 
     s_t = n (w_P + ... + w_{t-1} + w_t / 2) / (w_P + ... + w_{L-1})
 
-and a window's state is a mean of all states of the completion, the more of a token's the nearer its place is to the
-window's middle (`base.boundaries.window_weights`). A boundary that is between two tokens so moves with the turns and
-does not jump. Where one token has to be named, a window ends at the last token whose place is not beyond it.
+and a window's state is a weighted mean of all states of the completion: a token weighs the more, the nearer its place
+is to the window's middle (`base.boundaries.window_weights`). So no window has an edge that could be in the wrong place.
+Where one token has to be named, a window ends at the last token whose place is not beyond it.
 """
 
 import functools
@@ -69,7 +69,7 @@ class SoftWindows:
         """The teacher's turn at each token of each completion, float16 [T] in [0, 2]. Errors as of `cut`."""
         readings = [_reading(chain) for chain in chains]
         if self.folder is None:
-            found = self._read(readings)
+            found = self._read(readings) if readings else []
         else:
             key = f"{self.fingerprint}:{self.described}:turns"
             found = kept_states(self.folder, key, readings, FINAL, self._read_alone, self.note, "turns")
