@@ -279,4 +279,4 @@ def test_to_batch_ignores_what_a_row_does_not_have():
         "boundary_numbers": np.zeros((2, 3), np.int32),
         "conclusions": np.zeros((2, 3), np.int32),
     }
-    assert not any(array.any() for array in to_batch(packed, 2, 2))
+    assert not any(array.any() for array in jax.tree.leaves(to_batch(packed, 2, 2)))

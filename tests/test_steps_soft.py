@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train_update import CHAINS, UPDATE, after_updates, assert_same_update
+from test_train_update import CHAINS, TEACHER, TEACHER_PARAMS, UPDATE, after_updates, assert_same_update
 from tiny_run import one_device_mesh, recipe, source, trained, write_teacher
 
 from configs.rtd_tiny import get_config
@@ -19,8 +19,9 @@ from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings
 from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain, chains_fingerprint
-from rtd_jax.data.loader import BatchLoader
+from rtd_jax.data.loader import BatchLoader, MembersLoader
 from rtd_jax.data.packing import fixed_batches
+from rtd_jax.methods.term import Reads
 from rtd_jax.steps.select import is_windows, reads_teacher, soft_of, stride_of, window_ends
 from rtd_jax.steps.soft import (
     SoftWindows,
@@ -31,11 +32,13 @@ from rtd_jax.steps.soft import (
     window_ends_at,
 )
 from rtd_jax.teacher.identity import CacheSettings
+from rtd_jax.teacher.online import teacher_outputs
 from rtd_jax.teacher.records import key_of
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.optimizer import OptimizerSettings
 from rtd_jax.train.recipe import LossSettings, Recipe
+from rtd_jax.train.teacher_table import make_table, outputs_at
 
 
 def chain_of(length: int, prompt_length: int) -> EncodedChain:
@@ -178,6 +181,25 @@ def test_soft_windows_give_the_same_update_on_any_split():
         assert_same_update(state, expected)
         for name in ("distill/alignment", "distill/coherence"):
             np.testing.assert_allclose(found[name].value(), metrics[name].value(), rtol=1e-4, err_msg=name)
+
+
+def test_an_ensembles_table_has_the_states_of_soft_windows_whatever_row_a_chain_is_in():
+    chains = [soft(chain, 12, i) for i, chain in enumerate(CHAINS)]
+    slots = max(len(chain.boundaries) for chain in chains)
+    (once,) = fixed_batches(chains, 16, 128, 1, slots)
+    reads = Reads((), (), (1, 2), (), step_state="mean")
+    table, places = make_table(TEACHER, TEACHER_PARAMS, [(once, once)], reads)
+    loaders = [BatchLoader([(chains, 1.0)], 4, 256, 2, slots, seed) for seed in (0, 1)]
+    stacked = next(MembersLoader(loaders))
+    assert stacked.places_BL.shape == (2, 4, 256)
+    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
+    found = outputs_at(table, places.of(batch)).boundary_states
+    wanted = teacher_outputs(TEACHER, TEACHER_PARAMS, batch, (1, 2), step_state="mean").boundary_states
+    for layer in (1, 2):
+        of_both = (np.asarray(states[layer])[batch.boundary_mask_BCK] for states in (found, wanted))
+        np.testing.assert_allclose(*of_both, rtol=1e-4, atol=1e-5)
+    with pytest.raises(KeyError):
+        places.of(batch._replace(places_BL=batch.places_BL / 2))
 
 
 @pytest.fixture(scope="module")
