@@ -18,7 +18,7 @@ ALIGNMENT = (*KD[1:], "loss.alignment_weight=3.0", *STATES)  # KD's first three:
 COHERENCE = (KD[0], KD[2], "loss.coherence_weight=3.0", *STATES)
 NEW_SKILL = (
     *("kd", "intermediate_kd", "intermediate_strong", "alignment_states", "alignment_windows"),
-    *("coherence_states", "coherence_stride"),
+    *("coherence_states", "coherence_stride", "coherence_soft"),
 )  # methods where the skill is new
 
 
@@ -35,6 +35,7 @@ def states() -> dict[str, Method]:
             "alignment_ends": "is the mean over a step better than its end?",
             "alignment_windows": "are steps better than random windows?",
             "alignment_stride": "are steps better than windows of 12 tokens?",
+            "alignment_soft": "are steps better than soft windows?",
         },
         caption="alignment of the means of steps",
         alignment=3.0,
@@ -44,18 +45,29 @@ def states() -> dict[str, Method]:
     found["alignment_results"] = Method((*ALIGNMENT, "loss.step_state=result"), alignment=3.0)
     found["alignment_windows"] = Method((*ALIGNMENT, "data.segmentation=random"), alignment=3.0)
     found["alignment_stride"] = Method((*ALIGNMENT, "data.segmentation=stride:12"), alignment=3.0)
+    found["alignment_soft"] = Method(
+        (*ALIGNMENT, "data.segmentation=soft:12"),
+        compared_with={"alignment_stride": "does it help to cut where the teacher turns?"},
+        alignment=3.0,
+    )
     found["coherence_states"] = Method(
         COHERENCE,
         "part",
         {
             "kd": "do transitions between means help by themselves?",
             "coherence_stride": "are steps better than windows of 12 tokens?",
+            "coherence_soft": "are steps better than soft windows?",
         },
         caption="coherence of the means of steps",
         coherence=3.0,
         pictured=True,
     )
     found["coherence_stride"] = Method((*COHERENCE, "data.segmentation=stride:12"), coherence=3.0)
+    found["coherence_soft"] = Method(
+        (*COHERENCE, "data.segmentation=soft:12"),
+        compared_with={"coherence_stride": "does it help to cut where the teacher turns?"},
+        coherence=3.0,
+    )
     found["both_states"] = Method(
         (KD[2], "loss.alignment_weight=1.0", "loss.coherence_weight=1.0", *STATES), "part", alignment=1.0, coherence=1.0
     )

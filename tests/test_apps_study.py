@@ -710,6 +710,8 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
         assert not any(recipe.curriculum.enabled for recipe in recipes.values())
         forms = {name: (r.loss.step_state, r.loss.layers, r.loss.distance) for (_, name), r in recipes.items()}
         assert forms["alignment_states"] == forms["coherence_stride"] == ("mean", "evenly:4", "squared")
+        cuts = {name: r.data.segmentation for (_, name), r in recipes.items()}
+        assert cuts["alignment_soft"] == cuts["coherence_soft"] == "soft:12"
         assert forms["alignment_ends"] == ("end", "evenly:4", "squared")
         assert forms["rtd_no_curriculum"] == ("end", "", "cosine")
         return

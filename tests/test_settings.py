@@ -369,7 +369,10 @@ def test_every_key_is_printed_with_value_origin_and_meaning():
             [],
         ),
         (["evaluation.curve_problems=5"], ["evaluation.curve_problems=5 is not read: evaluation.every is 0"]),
-        (["data.steps_cache=x"], ["data.steps_cache=x is not read: data.segmentation is 'annotated', no classifier"]),
+        (
+            ["data.steps_cache=x"],
+            ["data.steps_cache=x is not read: data.segmentation is 'annotated', which needs no teacher"],
+        ),
         (["data.train.location=x"], ["data.train.location=x is not read: schema is 'synthetic'"]),
         (["data.validation_fraction=0.5"], ["data.validation_fraction=0.5 is not read: data.validation is given"]),
         (["loss.coherence_weight=0", "loss.distance=squared"], []),  # validation reads it

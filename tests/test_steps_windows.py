@@ -65,7 +65,7 @@ def test_a_stride_that_is_no_number_of_tokens_is_refused(segmentation):
 
 def test_other_segmentations_have_no_stride():
     assert [stride_of(x) for x in ("annotated", "random", "classifier:x", "stride:12")] == [0, 0, 0, 12]
-    with pytest.raises(ValueError, match=r"use 'annotated', 'random', 'stride:<tokens>' or 'classifier:<folder>'"):
+    with pytest.raises(ValueError, match=r"use .* 'stride:<tokens>', 'soft:<tokens>' or 'classifier:<folder>'"):
         recut([], "strides:3")
 
 

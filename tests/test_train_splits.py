@@ -9,7 +9,7 @@ from rtd_jax.data.encoding import encode_traces
 from rtd_jax.data.formats import solved_examples
 from rtd_jax.data.sources import load_traces
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
-from rtd_jax.train.splits import prefixed_chains
+from rtd_jax.train.splits import encode_split, prefixed_chains
 
 
 def test_no_chain_of_the_calibration_sees_its_own_solution(tmp_path):
@@ -17,7 +17,8 @@ def test_no_chain_of_the_calibration_sees_its_own_solution(tmp_path):
     settings, tokenizer = recipe(tmp_path), tiny_tokenizer()
     train, other = load_traces(settings.data.train)[:4], load_traces(settings.data.validation)[0]
     repeated = dataclasses.replace(train[0], source="elsewhere", prompt=f" {train[0].prompt}")
-    chains = prefixed_chains(settings, tokenizer, [train[0], repeated, *train[1:]], [repeated, other])
+    held_out = encode_split([repeated, other], settings.data, tokenizer)
+    chains = prefixed_chains(settings, tokenizer, [train[0], repeated, *train[1:]], held_out)
 
     def behind(shot, trace):
         text = dataclasses.replace(TINY_FORMAT, context=solved_examples(TINY_FORMAT, [(shot.prompt, shot.completion)]))
@@ -28,4 +29,4 @@ def test_no_chain_of_the_calibration_sees_its_own_solution(tmp_path):
         list(behind(train[0], other)),
     ]
     with pytest.raises(ValueError, match="calibration_shots is 1, but the training data have 0 other"):
-        prefixed_chains(settings, tokenizer, [train[0], repeated], [repeated])
+        prefixed_chains(settings, tokenizer, [train[0], repeated], encode_split([repeated], settings.data, tokenizer))

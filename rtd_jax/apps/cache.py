@@ -25,13 +25,13 @@ from rtd_jax.models.open import open_model
 from rtd_jax.teacher.cache import CacheWriter
 from rtd_jax.teacher.identity import Identity
 from rtd_jax.teacher.predictions import top_k_predictions
-from rtd_jax.teacher.records import chain_key, encode_record, packed_chains
+from rtd_jax.teacher.records import encode_record, key_of, packed_chains
 from rtd_jax.teacher.served.asking import Progress
 from rtd_jax.teacher.served.predictions import ask_for_predictions, check_served
 from rtd_jax.train.cache_identity import cache_identity
 from rtd_jax.train.curriculum import stages
 from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.splits import load_splits, make_detector, prefixed_chains, row_length_of
+from rtd_jax.train.splits import load_splits, make_detector, make_windows, prefixed_chains, row_length_of
 
 
 def cache_teacher(recipe: Recipe, _: Path) -> Path:
@@ -63,11 +63,13 @@ def cache_teacher(recipe: Recipe, _: Path) -> Path:
     teacher = open_model(recipe.teacher, mesh, tell, has_weights=not recipe.is_served)
     identity = cache_identity(recipe, teacher)
     writer = CacheWriter(folder, identity)
-    train, validation = load_splits(recipe.data, teacher.tokenizer, make_detector(recipe, teacher))
+    train, validation = load_splits(
+        recipe.data, teacher.tokenizer, make_detector(recipe, teacher), make_windows(recipe, teacher)
+    )
     prefixed: list[EncodedChain] = []
     for stage in stages(recipe.curriculum) if recipe.calibrates else ():
         held_out = validation.of_stage(stage, recipe.curriculum.validation_chains)
-        prefixed += prefixed_chains(recipe, teacher.tokenizer, train.traces, held_out.traces)
+        prefixed += prefixed_chains(recipe, teacher.tokenizer, train.traces, held_out)
     missing = _missing((*train.encoded, *validation.encoded), writer), _missing(prefixed, writer)
     total = sum(map(len, missing))
     _check_same_everywhere(folder, missing)
@@ -108,7 +110,7 @@ def _ask_server(recipe: Recipe, identity: Identity, chains: Sequence[EncodedChai
     check_served(*asked)
     progress = Progress(len(chains), "chains")
     for start in range(0, len(chains), recipe.cache.chains_per_shard):
-        shard = {_key(chain): chain for chain in chains[start : start + recipe.cache.chains_per_shard]}
+        shard = {key_of(chain): chain for chain in chains[start : start + recipe.cache.chains_per_shard]}
         tops = ask_for_predictions(*asked, shard, identity.top_k, identity.vocab_size, progress.add)
         states_NKD = {key: np.zeros((0, len(chain.boundaries), 0)) for key, chain in shard.items()}
         writer.write([(key, encode_record(tops[key], states_NKD[key], identity)) for key in shard])
@@ -118,7 +120,7 @@ def _check_same_everywhere(folder: Path, missing: tuple[list[EncodedChain], ...]
     """Raises ValueError where processes do not miss the same chains. None of them writes before all have looked."""
     if jax.process_count() == 1:
         return
-    keys = "".join(_key(chain) for chains in missing for chain in chains)
+    keys = "".join(key_of(chain) for chains in missing for chain in chains)
     digest = np.frombuffer(hashlib.sha256(keys.encode()).digest(), np.uint8)
     if np.any(multihost_utils.process_allgather(digest) != digest):
         raise ValueError(
@@ -136,12 +138,8 @@ def _is_writer(mesh: Mesh) -> bool:
 
 def _missing(chains: Iterable[EncodedChain], writer: CacheWriter) -> list[EncodedChain]:
     """Chains that are missing from the cache, without duplicates."""
-    keyed = {_key(chain): chain for chain in chains}
+    keyed = {key_of(chain): chain for chain in chains}
     return [chain for key, chain in keyed.items() if key not in writer.keys]
-
-
-def _key(chain: EncodedChain) -> str:
-    return chain_key(chain.tokens, chain.boundaries, chain.loss_weights)
 
 
 def _forward(
@@ -182,7 +180,7 @@ def _records(
             try:
                 record = encode_record(top, states_BNCKD[row, :, slot][:, mask_K], identity)
             except ValueError as error:
-                source = next(chain.source for chain in chains if _key(chain) == key)
+                source = next(chain.source for chain in chains if key_of(chain) == key)
                 raise ValueError(
                     f"{source}: on this chain {error}, and a cache of them would teach nothing; check the teacher's "
                     "weights, and teacher.compute_dtype"

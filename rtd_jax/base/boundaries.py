@@ -20,13 +20,21 @@ def gather_boundaries(hidden_BLD: Array, boundary_positions_BCK: Array) -> Array
 
 
 def mean_states(hidden: Array, spans: Array) -> Array:
-    """Means of hidden states over sets of tokens: [..., L, D], bool [..., X, L] -> [..., X, D], of the states' type.
+    """Means of hidden states over sets of tokens: [..., L, D], [..., X, L] -> [..., X, D], of the states' type.
 
     Added in float32. A set without tokens gives 0.
+
+    Args:
+      spans: bool, the tokens of each set; or float, their weights, 0 or more, which need not add up to 1.
     """
-    sums = jnp.einsum("...xl,...ld->...xd", spans.astype(hidden.dtype), hidden, preferred_element_type=jnp.float32)
-    counts = jnp.sum(spans, axis=-1, dtype=jnp.float32)[..., None]
-    return (sums / jnp.maximum(counts, 1.0)).astype(hidden.dtype)
+    weights = spans.astype(hidden.dtype)
+    sums = jnp.einsum("...xl,...ld->...xd", weights, hidden, preferred_element_type=jnp.float32)
+    if spans.dtype == jnp.bool_:
+        totals = jnp.maximum(jnp.sum(spans, axis=-1, dtype=jnp.float32), 1.0)
+    else:  # counted as they were multiplied: rounded to the states' type
+        totals = jnp.sum(weights, axis=-1, dtype=jnp.float32)
+        totals = jnp.where(totals > 0.0, totals, 1.0)
+    return (sums / totals[..., None]).astype(hidden.dtype)
 
 
 @jax.named_scope("step_states")
@@ -35,9 +43,10 @@ def step_states(hidden_BLD: Array, batch: Batch, step_state: StepState = "end") 
 
     Args:
       step_state: "end" takes the state at the step's last token, "mean" the mean over the step's tokens, and "result"
-        the mean over the tokens of its conclusion (`data.encoding`). The prompt's is always that at its end: the mean
-        over a prompt would be one over instructions and solved examples, and over the first token, whose states are far
-        longer than all others.
+        the mean over the tokens of its conclusion (`data.encoding`). Where the batch has soft windows (`places_BL`),
+        "mean" is the mean over the whole completion under each window's weights (`window_weights`). The prompt's is
+        always that at its end: the mean over a prompt would be one over instructions and solved examples, and over the
+        first token, whose states are far longer than all others.
 
     Returns:
       Where a slot is masked, anything; the losses ignore it.
@@ -48,7 +57,10 @@ def step_states(hidden_BLD: Array, batch: Batch, step_state: StepState = "end") 
     ends_BCKD = gather_boundaries(hidden_BLD, batch.boundary_positions_BCK)
     if step_state == "end" or batch.boundary_positions_BCK.shape[-1] == 1:
         return ends_BCKD
-    spans_BCJL = step_tokens(batch) if step_state == "mean" else _conclusions(batch)
+    if step_state == "result":
+        spans_BCJL = _conclusions(batch)
+    else:
+        spans_BCJL = step_tokens(batch) if batch.places_BL is None else window_weights(batch)
     rows, chains, steps, length = spans_BCJL.shape
     means_BXD = mean_states(hidden_BLD, spans_BCJL.reshape(rows, chains * steps, length))
     means_BCJD = means_BXD.reshape(rows, chains, steps, hidden_BLD.shape[-1])
@@ -74,6 +86,26 @@ def step_tokens(batch: Batch) -> Array:
     place_L = jnp.arange(batch.tokens_BL.shape[1])
     ends, begins = batch.boundary_positions_BCK[..., 1:, None], batch.boundary_positions_BCK[..., :-1, None]
     return (place_L > begins) & (place_L <= ends) & batch.boundary_mask_BCK[..., 1:, None]
+
+
+def window_weights(batch: Batch) -> Array:
+    """Weight of each token in each soft window, float32 [B, C, K - 1, L]: 1 where it is largest, 0 on other chains.
+
+    exp(-2 (s - (j - 1/2))^2) for a token at place s and window j, over the largest of the window: a Gaussian around the
+    window's middle with a standard deviation of half a window. Every token of the completion takes part, so a window
+    has a state even where the teacher's direction jumps over it between two tokens.
+    """
+    chains, boundaries = batch.boundary_positions_BCK.shape[1:]
+    assert batch.places_BL is not None
+    middle_J1 = jnp.arange(boundaries - 1, dtype=jnp.float32)[:, None] + 0.5
+    exponents_BJL = -2.0 * jnp.square(batch.places_BL[:, None] - middle_J1)
+    is_completion_BCL = jnp.arange(batch.tokens_BL.shape[1]) > batch.boundary_positions_BCK[..., :1]
+    is_of_chain_BCL = batch.chain_ids_BL[:, None] == jnp.arange(1, chains + 1)[:, None]
+    own_BCJL = (is_of_chain_BCL & is_completion_BCL)[:, :, None] & batch.boundary_mask_BCK[..., 1:, None]
+    exponents_BCJL = jnp.where(own_BCJL, exponents_BJL[:, None], -jnp.inf)
+    # The largest is taken off first: far from all tokens, every weight would be 0 in float32.
+    lowest = float(jnp.finfo(jnp.float32).min)
+    return jnp.exp(exponents_BCJL - jnp.max(exponents_BCJL, axis=-1, keepdims=True, initial=lowest))
 
 
 def _conclusions(batch: Batch) -> Array:

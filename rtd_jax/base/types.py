@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     boundary_positions_BCK: Array  # int32, index into L; 0 where masked
     boundary_mask_BCK: Array  # bool
     conclusions_BL: Array | None = None  # int32: i on the tokens of the conclusion of a chain's step i, else 0
+    places_BL: Array | None = None  # float32: places of completion tokens among soft windows, else 0; None: no such
 
     @property
     def attention_ids_BL(self) -> Array | None:

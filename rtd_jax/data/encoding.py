@@ -31,6 +31,7 @@ class EncodedChain:
     loss_weights: np.ndarray  # float32 [L]; 1 on completion and closing, 0 on the prompt
     source: str = ""
     conclusions: np.ndarray | None = None  # int32 [L]; i on the tokens of step i's conclusion. None: each step's last
+    places: np.ndarray | None = None  # float32 [L]; see `steps.soft`, 0 on the prompt. None: steps with hard boundaries
 
     @property
     def depth(self) -> int:
@@ -109,10 +110,11 @@ def encode_traces(
 
 
 def chains_fingerprint(chains: Sequence[EncodedChain]) -> str:
-    """SHA-256 over ids, boundaries and weights of the chains in order: a data set as the model sees it."""
+    """SHA-256 over ids, boundaries, weights and places of the chains in order: a data set as the model sees it."""
     digest = hashlib.sha256()
     for chain in chains:
-        for array in (chain.tokens, chain.boundaries, chain.loss_weights):
+        places = () if chain.places is None else (chain.places,)
+        for array in (chain.tokens, chain.boundaries, chain.loss_weights, *places):
             digest.update(len(array).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -14,7 +14,7 @@ import numpy as np
 
 from rtd_jax.base.types import Batch
 from rtd_jax.data.encoding import EncodedChain, chains_fingerprint
-from rtd_jax.data.packing import check_fit, host_rows, pack, to_batch, token_features
+from rtd_jax.data.packing import check_fit, feature_names, host_rows, pack, to_batch, token_features
 
 Pool = tuple[Sequence[EncodedChain], float]  # chains, and the weight with which they are drawn
 
@@ -58,7 +58,8 @@ class BatchLoader:
         mixed = grain.MapDataset.mix(streams, [weight for _, weight in filled]) if len(streams) > 1 else streams[0]
         # Reader threads would not help: the chains are in memory, and packing only copies them.
         source = mixed.to_iter_dataset(grain.ReadOptions(num_threads=0))
-        self._iterator = iter(pack(source, rows, row_length, chains_per_row).batch(rows, drop_remainder=True))
+        names = feature_names([chain for chains, _ in filled for chain in chains])
+        self._iterator = iter(pack(source, rows, row_length, chains_per_row, names).batch(rows, drop_remainder=True))
         self._chains_per_row, self._max_boundaries, self._share = chains_per_row, max_boundaries, share
         parts = [f"{chains_fingerprint(chains)}*{weight!r}" for chains, weight in filled]
         parts.append(repr((rows, row_length, chains_per_row, seed)))

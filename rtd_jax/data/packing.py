@@ -17,15 +17,31 @@ Features = dict[str, np.ndarray]
 CHAIN_FEATURES = ("tokens", "loss_weights", "boundary_numbers", "conclusions")
 
 
+def feature_names(chains: Sequence[EncodedChain]) -> tuple[str, ...]:
+    """What `token_features` gives for these chains.
+
+    Raises:
+      ValueError: some of them have soft windows, and others steps.
+    """
+    soft = [chain.places is not None for chain in chains]
+    if any(soft) and not all(soft):
+        raise ValueError(
+            f"{sum(soft)} of {len(chains)} chains have places in soft windows, and {chains[soft.index(False)].source} "
+            "has none; give a batch chains of one kind"
+        )
+    return (*CHAIN_FEATURES, "places") if any(soft) else CHAIN_FEATURES
+
+
 def token_features(chain: EncodedChain) -> Features:
-    """Features of one length, [L] each: `tokens`, `loss_weights`, `boundary_numbers`, `conclusions`."""
+    """Features of one length, [L] each: those of `CHAIN_FEATURES`, and `places` where the chain has soft windows."""
     numbers = np.zeros(len(chain), np.int32)
     numbers[chain.boundaries] = np.arange(1, len(chain.boundaries) + 1)
     weights = chain.loss_weights.astype(np.float32)
     weights[0] = 0.0  # no token of its chain comes before it to predict it
     conclusions = np.maximum(numbers - 1, 0) if chain.conclusions is None else chain.conclusions
     tokens = chain.tokens.astype(np.int32)
-    return {"tokens": tokens, "loss_weights": weights, "boundary_numbers": numbers, "conclusions": conclusions}
+    features = {"tokens": tokens, "loss_weights": weights, "boundary_numbers": numbers, "conclusions": conclusions}
+    return features if chain.places is None else features | {"places": chain.places.astype(np.float32)}
 
 
 def pack(
@@ -92,6 +108,7 @@ def to_batch(packed: Features, chains_per_row: int, max_boundaries: int) -> Batc
         boundary_positions_BCK=positions_BCK,
         boundary_mask_BCK=mask_BCK,
         conclusions_BL=packed["conclusions"].astype(np.int32),
+        places_BL=packed["places"].astype(np.float32) if "places" in packed else None,
     )
 
 
@@ -152,7 +169,7 @@ def check_fit(
     max_boundaries: int,
     share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Raises ValueError where the chains do not go into such rows, or the rows cannot be shared among the processes."""
+    """Raises ValueError where the chains do not go into such rows together, or processes cannot share the rows."""
     index, count = share
     assert 0 <= index < count, share
     for name, value in (("rows", rows), ("chains_per_row", chains_per_row)):
@@ -162,6 +179,7 @@ def check_fit(
         raise ValueError(
             f"{rows} rows cannot be shared equally among {count} hosts; use {max(rows // count, 1) * count} rows"
         )
+    feature_names(chains)
     for chain in chains:
         if len(chain) > row_length:
             raise ValueError(f"{chain.source}: {len(chain)} tokens do not fit into a row of {row_length}")

@@ -16,11 +16,11 @@ from rtd_jax.base.sharding import put_same, row_sharding, row_ways, to_host
 from rtd_jax.base.types import Array, Batch, Params, StepState
 from rtd_jax.data.by_length import batches_by_length, rows_at_once
 from rtd_jax.data.encoding import EncodedChain
-from rtd_jax.data.packing import token_features
+from rtd_jax.data.packing import feature_names, token_features
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.teacher.cache import TeacherCache, read_identity
-from rtd_jax.teacher.records import chain_key
+from rtd_jax.teacher.records import key_of
 
 ROWS = 8  # at one time, rounded up to the devices
 LENGTH_MULTIPLE = 64  # tokens; rows are as long as their longest chain, rounded up to this
@@ -55,11 +55,11 @@ def boundary_states(
       step_state: of which tokens the state of a step is made (`base.boundaries.step_states`).
 
     Raises:
-      ValueError: there are no chains, or the layer does not exist.
+      ValueError: there are no chains, they are not of one kind, or the layer does not exist.
     """
     if not chains:
         raise ValueError("there are no chains to read; check the data and its row length")
-    layer = opened.model.config.layer_index(layer)
+    layer, names = opened.model.config.layer_index(layer), feature_names(chains)
     slots = max(len(chain.boundaries) for chain in chains)
     states: list[np.ndarray] = [np.empty(0)] * len(chains)
     rows = rows_at_once(ROWS, len(chains), row_ways(opened.mesh))
@@ -68,14 +68,16 @@ def boundary_states(
         positions_BL = np.broadcast_to(np.arange(ids_BL.shape[1], dtype=np.int32), ids_BL.shape)
         places_BK, mask_BK = np.zeros((rows, slots), np.int32), np.zeros((rows, slots), bool)
         conclusions_BL = np.zeros_like(ids_BL)
+        soft_BL = np.zeros(ids_BL.shape, np.float32) if "places" in names else None
         for row, i in enumerate(batch.indices):
-            count = len(chains[i].boundaries)
+            count, features = len(chains[i].boundaries), token_features(chains[i])
             places_BK[row, :count], mask_BK[row, :count] = chains[i].boundaries, True
-            conclusions_BL[row, : len(chains[i])] = token_features(chains[i])["conclusions"]
+            conclusions_BL[row, : len(chains[i])] = features["conclusions"]
+            if soft_BL is not None:
+                soft_BL[row, : len(chains[i])] = features["places"]
         weights_BL = np.zeros(ids_BL.shape, np.float32)  # nothing is learned
-        arrays = Batch(
-            batch.tokens_BL, positions_BL, ids_BL, weights_BL, places_BK[:, None], mask_BK[:, None], conclusions_BL
-        )
+        slots_BCK = places_BK[:, None], mask_BK[:, None]
+        arrays = Batch(batch.tokens_BL, positions_BL, ids_BL, weights_BL, *slots_BCK, conclusions_BL, soft_BL)
         placed = put_same(arrays, row_sharding(opened.mesh))
         states_BKD = to_host(_states(opened.model, opened.params, placed, layer=layer, step_state=step_state))
         for row, i in enumerate(batch.indices):
@@ -125,7 +127,7 @@ def open_cache(folder: str, teacher: ReadyModel, layer: int = -1, step_state: St
 
 def cached_key(chain: EncodedChain) -> str:
     """Where a teacher cache keeps what belongs to a chain."""
-    return chain_key(chain.tokens, chain.boundaries, chain.loss_weights)
+    return key_of(chain)
 
 
 def cached_states(cache: TeacherCache, chains: Sequence[EncodedChain]) -> tuple[np.ndarray, np.ndarray]:

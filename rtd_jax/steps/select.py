@@ -12,7 +12,7 @@ import numpy as np
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.trace import Span, Trace, spans_of
 
-_CLASSIFIER, _STRIDE = "classifier:", "stride:"
+_CLASSIFIER, _STRIDE, _SOFT = "classifier:", "stride:", "soft:"
 
 
 def recut(traces: Sequence[Trace], segmentation: str) -> list[Trace]:
@@ -20,18 +20,19 @@ def recut(traces: Sequence[Trace], segmentation: str) -> list[Trace]:
 
     'annotated' leaves the steps that the data's schema gave: marked ones, or in `prose` those of its rules. 'random' is
     a control (see `random_spans`). 'classifier:<folder>' leaves the steps too: a classifier needs its teacher, so it
-    has cut the chains before (see `steps/detector.py`). So does 'stride:<tokens>', which cuts what is encoded
-    (`in_windows`).
+    has cut the chains before (see `steps/detector.py`). So do 'stride:<tokens>' and 'soft:<tokens>', which cut what is
+    encoded (`in_windows`, `steps/soft.py`).
 
     Raises:
       ValueError: there is no such segmentation.
     """
     if segmentation == "random":
         return [replace(trace, spans=random_spans(trace)) for trace in traces]
-    if segmentation == "annotated" or stride_of(segmentation) or classifier_folder(segmentation) is not None:
+    if segmentation == "annotated" or is_windows(segmentation) or classifier_folder(segmentation) is not None:
         return list(traces)
     raise ValueError(
-        f"data.segmentation is {segmentation!r}; use 'annotated', 'random', 'stride:<tokens>' or 'classifier:<folder>'"
+        f"data.segmentation is {segmentation!r}; use 'annotated', 'random', 'stride:<tokens>', 'soft:<tokens>' or "
+        "'classifier:<folder>'"
     )
 
 
@@ -54,16 +55,39 @@ def random_spans(trace: Trace) -> tuple[Span, ...]:
 
 
 def stride_of(segmentation: str) -> int:
-    """The tokens of a window that a segmentation names; 0 for a segmentation without windows.
+    """The tokens of a window of a fixed length that a segmentation names; 0 for a segmentation without such windows.
 
     Raises:
       ValueError: it names no number of tokens.
     """
-    if not segmentation.startswith(_STRIDE):
+    return _tokens_of(_STRIDE, segmentation)
+
+
+def soft_of(segmentation: str) -> int:
+    """The tokens that a soft window has on average, as a segmentation names them; 0 for one without soft windows.
+
+    Raises:
+      ValueError: it names no number of tokens.
+    """
+    return _tokens_of(_SOFT, segmentation)
+
+
+def is_windows(segmentation: str) -> bool:
+    """Whether chains are cut into windows, which are no steps. Raises ValueError where no number of tokens is named."""
+    return bool(stride_of(segmentation) or soft_of(segmentation))
+
+
+def reads_teacher(segmentation: str) -> bool:
+    """Whether the teacher has to read the chains before they are cut. What it found is kept in `data.steps_cache`."""
+    return segmentation.startswith((_CLASSIFIER, _SOFT))
+
+
+def _tokens_of(kind: str, segmentation: str) -> int:
+    if not segmentation.startswith(kind):
         return 0
-    tokens = segmentation.removeprefix(_STRIDE)
+    tokens = segmentation.removeprefix(kind)
     if not re.fullmatch(r"[1-9]\d{0,5}", tokens):
-        raise ValueError(f"segmentation is {segmentation!r}; say how many tokens a window has, e.g. 'stride:16'")
+        raise ValueError(f"segmentation is {segmentation!r}; say how many tokens a window has, e.g. '{kind}16'")
     return int(tokens)
 
 

@@ -70,6 +70,7 @@ def kept_states(
     layers: Sequence[int],
     run: Callable[[Sequence[Reading]], list[np.ndarray]],
     note: Callable[[str], None],
+    name: str = "hidden states",
 ) -> list[np.ndarray]:
     """What `run` gives for the readings, in shards; a shard that `folder` holds already is read instead.
 
@@ -77,6 +78,7 @@ def kept_states(
       folder: has one safetensors file a shard, named by what determines its content.
       teacher: its fingerprint.
       run: readings -> states, as `token_states` gives them.
+      name: of what is read, in notes.
 
     Raises:
       ValueError: a file is damaged; the error names it.
@@ -100,7 +102,7 @@ def kept_states(
                 )
             with files.replacing(path) as temporary:
                 save_file({"states": states_TND}, temporary, {"sha256": _digest(states_TND)})
-            note(f"hidden states of {start + len(shard)} of {len(readings)} texts are in {folder}")
+            note(f"{name} of {start + len(shard)} of {len(readings)} texts are in {folder}")
         states += np.split(states_TND, np.cumsum([len(reading.ends_T) for reading in shard])[:-1])
     return states
 

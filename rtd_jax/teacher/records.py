@@ -1,6 +1,7 @@
 """One chain's record in a teacher cache: its key, and the teacher's predictions and states as bytes.
 
-A record's key is the SHA-256 of the chain's token ids, boundaries and loss weights. Batch size, packing and mesh
+A record's key is the SHA-256 of the chain's token ids, boundaries and loss weights, and of the places of its tokens
+in soft windows where it has such. Batch size, packing and mesh
 therefore do not matter, and a chain from another text, template, tokenizer or segmentation is not found. A record
 holds the predictions of the tokens whose loss counts, and each stored layer's states of all steps. A cache
 whose `states` are "none" has predictions alone.
@@ -22,18 +23,27 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from rtd_jax.base.types import Array, Batch, TopK
+from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.teacher.identity import CacheSettings, Identity
 
 _SQRT_STEP = np.float32(np.sqrt(32.0) / 255)  # nats^(1/2) between two codes of a log-probability; the lowest is -32
 _CODEC = pa.Codec("zstd", 9)
 
 
-def chain_key(tokens_L: Array, boundaries_K: Array, loss_weights_L: Array) -> str:
+def key_of(chain: EncodedChain) -> str:
+    """The key of an encoded chain's record."""
+    return chain_key(chain.tokens, chain.boundaries, chain.loss_weights, chain.places)
+
+
+def chain_key(tokens_L: Array, boundaries_K: Array, loss_weights_L: Array, places_L: Array | None = None) -> str:
     """SHA-256 of a chain as the model sees it. The first token's weight is left out, because nothing predicts it."""
     digest = hashlib.sha256()
     weights = np.asarray(loss_weights_L, np.float32).copy()
     weights[:1] = 0.0
-    for array in (np.asarray(tokens_L, np.int32), np.asarray(boundaries_K, np.int32), weights):
+    arrays = [np.asarray(tokens_L, np.int32), np.asarray(boundaries_K, np.int32), weights]
+    if places_L is not None:
+        arrays.append(np.asarray(places_L, np.float32))
+    for array in arrays:
         digest.update(len(array).to_bytes(8, "little") + array.tobytes())
     return digest.hexdigest()
 
@@ -57,7 +67,8 @@ def packed_chains(batch: Batch) -> Iterator[PackedChain]:
         columns = np.flatnonzero(batch.chain_ids_BL[row] == slot + 1)
         mask_K, weights_L = batch.boundary_mask_BCK[row, slot], batch.loss_weights_BL[row, columns]
         boundaries_K = batch.boundary_positions_BCK[row, slot, mask_K] - columns[0]
-        key = chain_key(batch.tokens_BL[row, columns], boundaries_K, weights_L)
+        places_L = None if batch.places_BL is None else batch.places_BL[row, columns]
+        key = chain_key(batch.tokens_BL[row, columns], boundaries_K, weights_L, places_L)
         yield PackedChain(key, row, slot, mask_K, columns[:-1][weights_L[1:] > 0])
 
 

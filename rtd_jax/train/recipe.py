@@ -15,7 +15,7 @@ from rtd_jax.methods.term import Objective, Setup
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.decoder import AttentionKernel, Remat
 from rtd_jax.models.open import FloatDtype, ModelSettings
-from rtd_jax.steps.select import stride_of
+from rtd_jax.steps.select import is_windows, reads_teacher, soft_of
 from rtd_jax.teacher.identity import CacheSettings
 from rtd_jax.teacher.served.predictions import ServingSettings
 from rtd_jax.train.curriculum import CurriculumSettings
@@ -83,8 +83,8 @@ class DataSettings:
     validation: SourceSettings | None = None  # None: `validation_fraction` of the training traces, chosen by hash
     validation_fraction: float = 0.05  # of the training traces, where `validation` is not given
     text: TextFormat = field(default_factory=TextFormat)
-    segmentation: str = "annotated"  # steps: of the schema; or "classifier:<folder>", "stride:<tokens>", "random"
-    steps_cache: str = "runs/steps"  # folder that keeps the steps a classifier found; "" finds them again each time
+    segmentation: str = "annotated"  # steps: the schema's; "classifier:<folder>", "stride:<n>", "soft:<n>" or "random"
+    steps_cache: str = "runs/steps"  # folder of what the teacher found in chains (classifier, soft); "" finds it again
     row_length: int = 1024  # tokens
     chains_per_row: int = 8  # at most; 1 switches packing off
     max_dropped_fraction: float = 0.0  # of chains longer than a row; more is an error
@@ -93,12 +93,12 @@ class DataSettings:
         check_ranges(self, row_length="[2, 1e7]", chains_per_row="[1, 1e5]")
         check_ranges(self, validation_fraction="(0, 1)", max_dropped_fraction="[0, 1]")
         check_filled(self, "segmentation")
-        stride_of(self.segmentation)
+        is_windows(self.segmentation)
 
     def unread_settings(self) -> dict[str, str]:
         unread = {} if self.validation is None else {"validation_fraction": "data.validation is given"}
-        if not self.segmentation.startswith("classifier:"):
-            unread["steps_cache"] = f"data.segmentation is {self.segmentation!r}, no classifier"
+        if not reads_teacher(self.segmentation):
+            unread["steps_cache"] = f"data.segmentation is {self.segmentation!r}, which needs no teacher"
         return unread
 
 
@@ -182,7 +182,7 @@ class Recipe:
                 "evaluation.drift_own needs the teacher online: what the student writes is in no cache; set "
                 "evaluation.drift_own=False, or teacher.cache=''"
             )
-        if self.evaluation.drift_problems and self.teacher.cache and stride_of(self.data.segmentation):
+        if self.evaluation.drift_problems and self.teacher.cache and is_windows(self.data.segmentation):
             raise ValueError(
                 f"evaluation.drift_problems measures drift by steps, but with data.segmentation "
                 f"{self.data.segmentation!r} the teacher's cache has the states of windows; set "
@@ -201,8 +201,9 @@ class Recipe:
         why = "cache.states is 'none'"
         if self.is_served:
             why = f"the server of teacher.served_model {self.teacher.served_model!r} gives no hidden states"
-            if self.data.segmentation.startswith("classifier:"):
-                changes["data.segmentation"] = "annotated"
+            if reads_teacher(self.data.segmentation):
+                tokens = soft_of(self.data.segmentation)
+                changes["data.segmentation"] = f"stride:{tokens}" if tokens else "annotated"
             if self.loss.temperature != 1:
                 changes["loss.temperature"] = 1
                 why += ", and the mass of the tokens that it leaves out is known at temperature 1 only"
@@ -248,6 +249,12 @@ class Recipe:
                 "on_policy.fraction and loss.reward_weight are both not 0, and each has its own way of drawing chains; "
                 "set one of them to 0"
             )
+        if tokens := soft_of(self.data.segmentation):
+            raise ValueError(
+                f"on_policy.fraction is not 0, but with data.segmentation {self.data.segmentation!r} the teacher would "
+                "have to read each chain that the student draws before it can be cut; use "
+                f"data.segmentation='stride:{tokens}', or on_policy.fraction=0"
+            )
         if self.on_policy.steps == "classifier" and not self.data.segmentation.startswith("classifier:"):
             raise ValueError(
                 f"on_policy.steps is 'classifier', but data.segmentation is {self.data.segmentation!r}; expected "
@@ -288,7 +295,7 @@ class Recipe:
             unread |= dict.fromkeys(names, "the teacher is a server's (teacher.served_model)")
         if not self.has_states and self.loss.teaches():
             unread |= dict.fromkeys(self._read_by_validation(), "the teacher's cache has no states to validate with")
-        names = [] if self.data.segmentation.startswith("classifier:") else ["attention", "sharding", "offload"]
+        names = [] if reads_teacher(self.data.segmentation) else ["attention", "sharding", "offload"]
         unread |= {f"teacher.{name}": "the teacher is read from teacher.cache" for name in names}
         if self.evaluation.teacher:
             unread["evaluation.teacher"] = "the teacher is read from teacher.cache, which cannot solve problems"

@@ -1,5 +1,6 @@
 """The training and validation chains of a recipe, cut into steps and encoded."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import OpenModel
 from rtd_jax.steps.classifier import load_classifier
 from rtd_jax.steps.detector import Detector
-from rtd_jax.steps.select import classifier_folder, in_windows, recut, stride_of
+from rtd_jax.steps.select import classifier_folder, in_windows, recut, soft_of, stride_of
+from rtd_jax.steps.soft import SoftWindows, behind_another_prompt
 from rtd_jax.train.curriculum import CurriculumSettings, Stage, stages
 from rtd_jax.train.recipe import DataSettings, Recipe
 
@@ -29,7 +31,7 @@ class Chains:
     """The chains of a split that fit into a row, as traces and encoded, in the same order.
 
     The steps of the traces are those that a person or a classifier marked; they decide the depth. Random boundaries (a
-    control) and windows of so many tokens are in the encoded chains only.
+    control) and windows, of so many tokens or soft ones, are in the encoded chains only.
     """
 
     traces: tuple[Trace, ...]
@@ -64,9 +66,13 @@ class Chains:
 
 
 def load_splits(
-    data: DataSettings, tokenizer: PreTrainedTokenizerBase, detector: Detector | None = None
+    data: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    detector: Detector | None = None,
+    windows: SoftWindows | None = None,
 ) -> tuple[Chains, Chains]:
-    """The training and validation chains, cut by the detector if there is one, and encoded."""
+    """The training and validation chains, encoded; cut by the detector before, or into soft windows afterwards."""
+    assert (windows is not None) == bool(soft_of(data.segmentation)), data.segmentation
     traces = load_traces(data.train)
     if data.validation is not None:
         held_out = load_traces(data.validation)
@@ -84,7 +90,13 @@ def load_splits(
             )
     if detector is not None:
         traces, held_out = detector.cut(traces), detector.cut(held_out)
-    return encode_split(traces, data, tokenizer), encode_split(held_out, data, tokenizer)
+    train, validation = encode_split(traces, data, tokenizer), encode_split(held_out, data, tokenizer)
+    if windows is None:
+        return train, validation
+    return (
+        replace(train, encoded=tuple(windows.cut(train.encoded))),
+        replace(validation, encoded=tuple(windows.cut(validation.encoded))),
+    )
 
 
 def encode_split(traces: Sequence[Trace], data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Chains:
@@ -105,7 +117,10 @@ def encode_cut(
     text: TextFormat | None = None,
     **options: Any,
 ) -> tuple[list[EncodedChain], EncodingReport]:
-    """`encode_traces`, with the boundaries that `data.segmentation` names, and the recipe's form of text or another."""
+    """`encode_traces`, with the boundaries that `data.segmentation` names, and the recipe's form of text or another.
+
+    But for soft windows, for which the teacher has to read what is encoded here: until then chains have their steps.
+    """
     chosen, form = recut(traces, data.segmentation), data.text if text is None else text
     encoded, report = encode_traces(tokenizer, chosen, form, **options)
     stride = stride_of(data.segmentation)
@@ -113,16 +128,17 @@ def encode_cut(
 
 
 def prefixed_chains(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Sequence[Trace], traces: Sequence[Trace]
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Sequence[Trace], held_out: Chains
 ) -> list[EncodedChain]:
-    """The chains of `traces` behind solved training examples, of any length: the other context of the calibration.
+    """The chains of `held_out` behind solved training examples, of any length: the other context of the calibration.
 
-    The examples are the first of the training chains; a chain whose own problem is among them has the next one.
+    The examples are the first of the training chains; a chain whose own problem is among them has the next one. Soft
+    windows are those of the chain as it is, so that the same ones are compared.
 
     Raises:
       ValueError: there are not as many other problems among the training chains.
     """
-    text, count = recipe.data.text, recipe.curriculum.calibration_shots
+    text, count, traces = recipe.data.text, recipe.curriculum.calibration_shots, held_out.traces
     pool: dict[str, Trace] = {}  # one more than are needed: where a chain's own problem is among them, it is left out
     for shot in train:
         if len(pool) <= count:
@@ -143,7 +159,10 @@ def prefixed_chains(
         chosen = [traces[i] for i in members]
         chains, _ = encode_cut(tokenizer, chosen, recipe.data, text=behind, row_length=2**31 - 1)
         encoded |= zip(members, chains, strict=True)
-    return [encoded[i] for i in range(len(traces))]
+    return [
+        encoded[i] if chain.places is None else behind_another_prompt(encoded[i], chain)
+        for i, chain in enumerate(held_out.encoded)
+    ]
 
 
 def row_length_of(chains: Sequence[EncodedChain]) -> int:
@@ -164,20 +183,47 @@ def make_detector(recipe: Recipe, teacher: OpenModel) -> Detector | None:
     name = f"the recipe's teacher {teacher.directory}"
     classifier.check_teacher(teacher.fingerprint, teacher.tokenizer_fingerprint, name)
 
-    def load() -> tuple[LlamaModel, Params]:
-        if recipe.teacher.cache and not teacher.is_loaded:
-            teacher.note("some chains have not been cut yet, so the teacher is loaded in spite of its cache")
-        return teacher.model, teacher.params
-
-    steps = Path(recipe.data.steps_cache).expanduser() if recipe.data.steps_cache else None
-    if steps is not None:
-        check_writable(steps, "--config.data.steps_cache")
     return Detector(
         classifier,
         teacher.tokenizer,
         teacher.mesh,
-        load,
+        functools.partial(_loaded, recipe, teacher),
         described=recipe.teacher.precision,
-        folder=steps,
+        folder=_steps_folder(recipe),
         note=teacher.note,
     )
+
+
+def make_windows(recipe: Recipe, teacher: OpenModel) -> SoftWindows | None:
+    """What cuts the recipe's chains into soft windows; None where they have steps, or windows of a fixed length.
+
+    Raises:
+      ValueError: the teacher's turns cannot be kept.
+    """
+    tokens = soft_of(recipe.data.segmentation)
+    if not tokens:
+        return None
+    return SoftWindows(
+        tokens,
+        teacher.fingerprint,
+        recipe.teacher.precision,
+        teacher.mesh,
+        functools.partial(_loaded, recipe, teacher),
+        folder=_steps_folder(recipe),
+        note=teacher.note,
+    )
+
+
+def _loaded(recipe: Recipe, teacher: OpenModel) -> tuple[LlamaModel, Params]:
+    if recipe.teacher.cache and not teacher.is_loaded:
+        teacher.note("some chains have not been cut yet, so the teacher is loaded in spite of its cache")
+    return teacher.model, teacher.params
+
+
+def _steps_folder(recipe: Recipe) -> Path | None:
+    """Where steps and turns are kept. Raises ValueError where nothing can be written there."""
+    if not recipe.data.steps_cache:
+        return None
+    folder = Path(recipe.data.steps_cache).expanduser()
+    check_writable(folder, "--config.data.steps_cache")
+    return folder

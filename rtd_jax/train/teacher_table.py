@@ -38,7 +38,7 @@ class Places(NamedTuple):
 
 
 class ChainPlaces:
-    """Finds chains in a table by their content: token ids and boundaries."""
+    """Finds chains in a table by their content: token ids, boundaries, and places in soft windows."""
 
     def __init__(self) -> None:
         self._found: dict[bytes, tuple[int, int]] = {}  # index of the first token, and of the chain
@@ -124,4 +124,6 @@ def _chains(batch: Batch) -> Iterator[tuple[bytes, int, int, slice]]:
         slot = int(ids_BL[row, begin]) - 1
         boundaries_K = (batch.boundary_positions_BCK[row, slot] - begin)[batch.boundary_mask_BCK[row, slot]]
         key = batch.tokens_BL[row, begin:end].tobytes() + b"/" + boundaries_K.tobytes()
+        if batch.places_BL is not None:
+            key += b"/" + batch.places_BL[row, begin:end].tobytes()
         yield key, row, slot, slice(begin, end)

@@ -30,14 +30,15 @@ from rtd_jax.models.from_hf import resolve
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import OpenModel, check_rows_of_ids, load_tokenizer, open_model
 from rtd_jax.steps.detector import Detector
+from rtd_jax.steps.select import soft_of
 from rtd_jax.teacher.cache import TeacherCache
-from rtd_jax.teacher.records import chain_key
+from rtd_jax.teacher.records import key_of
 from rtd_jax.teacher.reward_head import RewardModel, load_head
 from rtd_jax.train.cache_identity import cache_identity, teacher_fingerprint
 from rtd_jax.train.curriculum import Stage, few_problems, stages
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.splits import Chains, encode_split, load_splits, make_detector, prefixed_chains
+from rtd_jax.train.splits import Chains, encode_split, load_splits, make_detector, make_windows, prefixed_chains
 from rtd_jax.train.state import TrainState, create_state, state_shardings
 from rtd_jax.train.student import initial_student, student_config, student_model
 from rtd_jax.train.update import TeacherSource, TrainStep, make_train_step
@@ -136,7 +137,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
     config = _checked_config(recipe, teacher)
     note("reading and tokenising the chains")
     detector = make_detector(recipe, teacher)
-    train, validation = load_splits(recipe.data, teacher.tokenizer, detector)
+    train, validation = load_splits(recipe.data, teacher.tokenizer, detector, make_windows(recipe, teacher))
     problems = _test_problems(recipe, teacher, detector)
     plan = tuple(stages(recipe.curriculum))
     _check_chains(recipe, plan, {"training": train, "validation": validation}, note)
@@ -265,13 +266,16 @@ def _check_cached(recipe: Recipe, teacher: OpenModel, cache: TeacherCache, train
     chains = [*train.encoded, *validation.encoded]
     for stage in stages(recipe.curriculum) if recipe.calibrates else ():
         held_out = validation.of_stage(stage, recipe.curriculum.validation_chains)
-        chains += prefixed_chains(recipe, teacher.tokenizer, train.traces, held_out.traces)
-    missing = [x for x in chains if chain_key(x.tokens, x.boundaries, x.loss_weights) not in cache]
+        chains += prefixed_chains(recipe, teacher.tokenizer, train.traces, held_out)
+    missing = [x for x in chains if key_of(x) not in cache]
     if missing:
+        turns = ""
+        if soft_of(recipe.data.segmentation):
+            turns = f"; data.steps_cache {recipe.data.steps_cache!r} is not the one with the turns it was cut by"
         raise ValueError(
             f"teacher.cache {recipe.teacher.cache} has no record of {len(missing)} of {len(chains)} chains, the first "
             f"of {missing[0].source}: text, template, segmentation or curriculum settings are not those it was written "
-            "for, or it was not finished; run launch/cache_teacher.py with this recipe to add what is missing"
+            f"for, or it was not finished{turns}; run launch/cache_teacher.py with this recipe to add what is missing"
         )
 
 

@@ -19,7 +19,7 @@ from rtd_jax.eval.drift import BoundaryStates, Map, cross_fitted, measure, trans
 from rtd_jax.eval.evaluate import first_of_each_depth
 from rtd_jax.eval.own_chains import own_chains
 from rtd_jax.methods.maps import last_map, state_map, transition_map
-from rtd_jax.steps.select import stride_of
+from rtd_jax.steps.select import is_windows
 from rtd_jax.train.update import make_boundary_reader
 
 RESAMPLES = 200  # for the intervals of the drift section
@@ -39,7 +39,7 @@ def drift_section(experiment: Experiment, params: Params) -> dict[str, Any]:
     place = {id(trace): i for i, trace in enumerate(split.traces)}
     chains = [split.encoded[place[id(trace)]] for trace in problems]
     data = experiment.recipe.data
-    if stride_of(data.segmentation):  # steps are judged, not windows
+    if is_windows(data.segmentation):  # steps are judged, not windows
         chains, _ = encode_traces(experiment.tokenizer, problems, data.text, row_length=data.row_length)
     _, records = experiment.evaluator(experiment.student, params["student"], problems)
     is_trained = {"f": bool(loss.alignment_weight or loss.token_alignment_weight), "g": bool(loss.coherence_weight)}

@@ -58,7 +58,7 @@ class _Coherence:
     def of_teacher(self) -> float:
         """Of the teacher against itself behind solved training examples."""
         experiment, held_out = self._experiment, self._held_out
-        prefixed = prefixed_chains(experiment.recipe, experiment.tokenizer, experiment.train.traces, held_out.traces)
+        prefixed = prefixed_chains(experiment.recipe, experiment.tokenizer, experiment.train.traces, held_out)
         # One chain a row, so that both readings hold the same chain in the same place.
         plain = experiment.batches(held_out.encoded)
         other = experiment.batches(prefixed, row_length=row_length_of(prefixed))

@@ -15,6 +15,7 @@ from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.from_hf import load_config
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import make_model, weight_shardings
+from rtd_jax.steps.select import soft_of
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import TrainState, create_state, state_shardings
@@ -129,7 +130,8 @@ def _batch(recipe: Recipe, mesh: Mesh, rows: int, boundaries: int) -> Batch | No
     length, chains = recipe.data.row_length, recipe.data.chains_per_row
     tokens, weights = (_rows(mesh, dtype, rows, length) for dtype in (jnp.int32, jnp.float32))
     places, mask = (_rows(mesh, dtype, rows, chains, boundaries) for dtype in (jnp.int32, jnp.bool_))
-    return Batch(tokens, tokens, tokens, weights, places, mask, tokens)
+    soft = weights if soft_of(recipe.data.segmentation) else None
+    return Batch(tokens, tokens, tokens, weights, places, mask, tokens, soft)
 
 
 def _rows(mesh: Mesh, dtype: Any, *shape: int) -> Any:
