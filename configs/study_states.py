@@ -26,12 +26,18 @@ def states() -> dict[str, Method]:
     """The methods by name."""
     found = only(methods(), ("kd", "rtd_no_curriculum", "intermediate_kd"))
     found["intermediate_strong"] = Method((*KD, "loss.intermediate_weight=3.0"), "rival")
+    found["intermediate_completions"] = Method(
+        (*found["intermediate_strong"].overrides, "loss.intermediate_prompt=False"),
+        "rival",
+        {"intermediate_strong": "how much of every token's gain is in the prompt's tokens?"},
+    )
     found["alignment_states"] = Method(
         ALIGNMENT,
         "part",
         {
             "kd": "does it help to follow the means of steps?",
             "intermediate_strong": "is a state of each step as good as one of every token?",
+            "intermediate_completions": "is it as good as one of every token of the completion?",
             "alignment_ends": "is the mean over a step better than its end?",
             "alignment_windows": "are steps better than random windows?",
             "alignment_stride": "are steps better than windows of 12 tokens?",
