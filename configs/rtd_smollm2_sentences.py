@@ -19,10 +19,10 @@ def get_config() -> ConfigDict:
     c.student.layers = 6  # evenly spaced, of the teacher's 30
     c.student.remat = "full"  # keep one state per layer, recompute the rest
 
-    for split, limit in (("train", 6_000), ("validation", 600), ("test", 600)):
+    for split, limit in (("train", 4_000), ("validation", 600), ("test", 600)):
         c.data[split].schema = "synthetic"  # the generator
         c.data[split].split = split  # the generator's splits are disjoint
-        c.data[split].limit = limit  # problems, of 1 to 6 steps equally often
+        c.data[split].limit = limit  # problems, of 1 to 6 steps equally often; an ensemble keeps a megabyte for each
         c.data[split].wording = "natural"  # whole sentences
         c.data[split].keep_marks = False  # the <<48/2=24>> calculator marks
     c.data.text.kind = "chat"  # the tokenizer's own chat template
