@@ -89,7 +89,7 @@ def test_the_whole_study_in_small(tmp_path):
     assert "teacher not needed" in log
     assert "distill/soft_loss" not in metrics
     assert taught["stages"][0]["ends_by"] == "solved"
-    assert [update for update, _ in taught["stages"][0]["validations"]] == [2]
+    assert [update for update, _ in taught["stages"][0]["validations"]] == [2, 3]
     log, metrics, found = run(workdir / "runs" / "six" / "alignment_states" / "seed_0")
     assert metrics["distill/alignment"] > 0
     assert found["settings"]["teacher"]["path"] == str(workdir / "prepared" / "teacher" / "student")
