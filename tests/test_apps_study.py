@@ -19,7 +19,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from configs import rtd_8b, rtd_tiny, study_8b, study_curricula, study_on_policy, study_states, study_tiny
+from configs import (
+    rtd_8b,
+    rtd_smollm2_sentences,
+    rtd_tiny,
+    study_8b,
+    study_curricula,
+    study_on_policy,
+    study_smollm2,
+    study_states,
+    study_tiny,
+)
 from rtd_jax.apps.report.sections import write_sections
 from rtd_jax.apps.study import runner
 from rtd_jax.apps.study.claims import (
@@ -662,6 +672,8 @@ def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, 
         (study_curricula, ""),
         (study_on_policy, ""),
         (study_states, ""),
+        (study_smollm2, ""),
+        (study_smollm2, "six+cpu"),
     ],
     ids=lambda x: x if isinstance(x, str) else x.__name__.split(".")[-1],
 )
@@ -669,7 +681,7 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
     """Overrides as the command line applies them, and the settings that they give, for every method of every task."""
     recipe = build(StudyRecipe, config.get_config(*([arg] if arg else [])).to_dict())
     every = {name: recipe.method(name) for name in recipe.methods}
-    bases = {"configs/rtd_tiny.py": rtd_tiny, "configs/rtd_8b.py": rtd_8b}
+    bases = {f"configs/{x.__name__.split('.')[-1]}.py": x for x in (rtd_tiny, rtd_8b, rtd_smollm2_sentences)}
     recipes = {}
     for job in recipe.jobs(tmp_path):
         base = bases[recipe.base].get_config()
@@ -691,7 +703,8 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
     known = {"teacher", *every, *METHODS, "kd_plateau", "self_kd"}
     assert all(set(method.compared_with) <= known for method in every.values())
     assert len({method.place for method in every.values()}) == len(every)
-    of = {study_8b: "gsm8k", study_on_policy: "taught_student"}.get(config, "lift" if arg == "lift" else "few_problems")
+    of = {study_8b: "gsm8k", study_on_policy: "taught_student", study_smollm2: "six"}.get(config, "few_problems")
+    of = "lift" if arg == "lift" else of
     whole = {job.name: job for job in build(StudyRecipe, study_tiny.get_config().to_dict()).jobs(tmp_path)}
     shared = [job for job in recipe.jobs(tmp_path) if job.name in whole]
     common = {"conditions": 6, "lift": 4}.get(arg) or {study_curricula: 2 * 4, study_states: 3 + 1}.get(config)
@@ -714,6 +727,16 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
         assert cuts["alignment_soft"] == cuts["coherence_soft"] == "soft:12"
         assert forms["alignment_ends"] == ("end", "evenly:4", "squared")
         assert forms["rtd_no_curriculum"] == ("end", "", "cosine")
+        return
+    if config is study_smollm2:
+        layers = {task: r.student.layers for (task, _), r in recipes.items()}
+        assert layers == ({"six": 6} if arg else {"six": 6, "ten": 10, "fifteen": 15})
+        assert {r.teacher.path for r in recipes.values()} == {f"{tmp_path}/prepared/teacher/student"}
+        assert {(r.data.test.wording, r.data.test.keep_marks) for r in recipes.values()} == {("natural", False)}
+        computes = {(r.teacher.compute_dtype, r.student.compute_dtype) for r in recipes.values()}
+        assert computes == ({("float32",) * 2} if arg else {("bfloat16",) * 2})
+        matched = recipes[of, "alignment_states"].loss
+        assert (matched.step_state, matched.layers, matched.distance) == ("mean", "evenly:4", "squared")
         return
     if config is study_curricula:
         ends = {name: (r.curriculum.ends_by, r.curriculum.mixture) for (task, name), r in recipes.items() if task == of}

@@ -400,6 +400,7 @@ def test_old_traces_ask_for_nothing_and_keep_their_bytes(runs: Runs):
     assert now == before
     for manifest in manifests:  # says where the tokenizer lies
         manifest["selection"].pop("tokenizer")
+        assert manifest["problems"]["source"].pop("wording", "terse") == "terse"  # a setting that came later
         assert not manifest["selection"].pop("sound", False)
         assert not any(counts.pop("unsound", 0) for counts in manifest["counts"].values())
         manifest.pop("format")  # of today's, which has a digest of its content beside it

@@ -11,7 +11,7 @@ from typing import Any
 from rtd_jax.base.files import reading
 from rtd_jax.base.settings import SEED, check_distinct, check_filled, check_ranges
 from rtd_jax.data.generators import GENERATORS
-from rtd_jax.data.generators.streams import DEPTHS
+from rtd_jax.data.generators.streams import DEPTHS, Wording
 from rtd_jax.data.rows import ROWS_AT_ONCE, SUFFIXES, read_file, table_rows
 from rtd_jax.data.schemas import SCHEMAS
 from rtd_jax.data.schemas.schema import Row
@@ -68,6 +68,7 @@ class SourceSettings(RowSource):
     depths: tuple[int, ...] = ()  # keep only chains of these depths; () keeps all (generated: 1 to 6)
     levels: tuple[int, ...] = ()  # of math: keep only problems of these levels, 1 to 5; () keeps all
     seed: int = 0  # of generated problems
+    wording: Wording = "terse"  # of synthetic: a few words a fact, for tiny models; natural: whole sentences
 
     def __post_init__(self) -> None:
         self.check_source(_GENERATED, _WITH_TRACES)
@@ -83,7 +84,7 @@ class SourceSettings(RowSource):
         generated = self.schema in _GENERATED
         kinds = [GENERATORS[name] for name in self.schema.split("+")] if generated else [_WITH_TRACES[self.schema]]
         read = {name for kind in kinds for name in kind.options} | ({"seed"} if generated else set(PLACE))
-        options = (*PLACE, "keep_marks", "reasoning_field", "facts_only", "seed")
+        options = (*PLACE, "keep_marks", "reasoning_field", "facts_only", "seed", "wording")
         return {name: f"schema is {self.schema!r}" for name in options if name not in read}
 
     def options(self, names: Iterable[str]) -> dict[str, Any]:

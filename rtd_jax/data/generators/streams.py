@@ -5,12 +5,14 @@ import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from typing import Literal
 
 from rtd_jax.data.schemas.gsm8k import from_gsm8k
 from rtd_jax.data.trace import Trace
 
 SPLITS = ("train", "validation", "test")
 DEPTHS = (1, 2, 3, 4, 5, 6)  # reasoning steps, unless asked otherwise
+Wording = Literal["terse", "natural"]  # facts in a few words, as tiny models learn them; or sentences as people write
 _BUCKETS = 10  # of which one each for validation and test
 
 
@@ -28,6 +30,7 @@ class Generator:
       max_depth: reasoning steps of the deepest problem.
       words: every word that the generator can write.
       options: fields of `SourceSettings` that `generate` takes.
+      natural: makes a row of whole sentences of a row; None where there is no such form.
     """
 
     name: str
@@ -36,20 +39,34 @@ class Generator:
     max_depth: int
     words: Collection[str]
     options: tuple[str, ...] = ()
+    natural: Callable[[dict[str, str]], dict[str, str]] | None = None
 
     def generate(
-        self, count: int, depths: Sequence[int] = DEPTHS, split: str = "train", seed: int = 0, keep_marks: bool = True
+        self,
+        count: int,
+        depths: Sequence[int] = DEPTHS,
+        split: str = "train",
+        seed: int = 0,
+        keep_marks: bool = True,
+        wording: Wording = "terse",
     ) -> list[Trace]:
         """`count` distinct problems, depths in turn; a longer list starts with the shorter one.
 
         Args:
           keep_marks: leave the <<48/2=24>> in.
+          wording: of the same problems.
 
         Raises:
           ValueError: there is no such split or depth.
         """
-        rows = enumerate(self.rows(count, depths, split, seed), start=1)
-        return [from_gsm8k(row, f"{self.name}-{split}:{number}", keep_marks=keep_marks) for number, row in rows]
+        rows = self.rows(count, depths, split, seed)
+        if wording == "natural":
+            assert self.natural is not None, "the settings' options say which generators have the form"
+            rows = [self.natural(row) for row in rows]
+        return [
+            from_gsm8k(row, f"{self.name}-{split}:{number}", keep_marks=keep_marks)
+            for number, row in enumerate(rows, start=1)
+        ]
 
     def rows(
         self, count: int, depths: Sequence[int] = DEPTHS, split: str = "train", seed: int = 0

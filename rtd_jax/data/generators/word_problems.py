@@ -11,10 +11,13 @@ follows a month in shallow problems can do so in deep ones.
 
 Distractors tell what other people have or do. No number is stated twice in a problem, so that each fact can be found by
 its number: the chain is the difficulty, not the search.
+
+`rtd_jax.data.generators.natural` has the same problems in whole sentences.
 """
 
 import random
 
+from rtd_jax.data.generators.natural import in_sentences
 from rtd_jax.data.generators.streams import Generator, as_row
 
 MAX_DEPTH = 8
@@ -110,5 +113,6 @@ def _operation(rng: random.Random, value: int, numbers: list[int]) -> tuple[str,
             return sign, operand, result
 
 
-GENERATOR = Generator("synthetic", "synthetic 8", _problem, MAX_DEPTH, WORDS, options=("keep_marks",))
+OPTIONS = ("keep_marks", "wording")  # of its sources
+GENERATOR = Generator("synthetic", "synthetic 8", _problem, MAX_DEPTH, WORDS, OPTIONS, in_sentences)
 generate, generate_rows = GENERATOR.generate, GENERATOR.rows
