@@ -39,6 +39,7 @@ def states() -> dict[str, Method]:
             "intermediate_strong": "is a state of each step as good as one of every token?",
             "intermediate_completions": "is it as good as one of every token of the completion?",
             "alignment_ends": "is the mean over a step better than its end?",
+            "alignment_mapped": "do learned maps of states do harm where widths agree?",
             "alignment_windows": "are steps better than random windows?",
             "alignment_stride": "are steps better than windows of 12 tokens?",
             "alignment_soft": "are steps better than soft windows?",
@@ -49,6 +50,7 @@ def states() -> dict[str, Method]:
     )
     found["alignment_ends"] = Method((*ALIGNMENT, "loss.step_state=end"), alignment=3.0)
     found["alignment_results"] = Method((*ALIGNMENT, "loss.step_state=result"), alignment=3.0)
+    found["alignment_mapped"] = Method((*ALIGNMENT, "loss.projections=separate"), alignment=3.0)
     found["alignment_windows"] = Method((*ALIGNMENT, "data.segmentation=random"), alignment=3.0)
     found["alignment_stride"] = Method((*ALIGNMENT, "data.segmentation=stride:12"), alignment=3.0)
     found["alignment_soft"] = Method(

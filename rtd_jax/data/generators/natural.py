@@ -84,8 +84,8 @@ def _told(fact: str, kind: str, about: Mapping[str, str], rng: random.Random) ->
         forms = _HAS if other["verb"] == "has" else _DID_TOO
         return rng.choice(forms).format(**other.groupdict() | {"verb": _PAST.get(other["verb"], "")})
     if start := _START.fullmatch(fact):
-        return rng.choice(_STARTED[kind]).format(**about | {"n": start["n"], "shelf": start["shelf"]})
-    return rng.choice(_DONE if kind == "ledger" else _HELD).format(**about | _change(fact, about["thing"]))
+        return rng.choice(_STARTED[kind]).format(**{**about, "n": start["n"], "shelf": start["shelf"]})
+    return rng.choice(_DONE if kind == "ledger" else _HELD).format(**{**about, **_change(fact, about["thing"])})
 
 
 def _step(step: str, form: str, about: Mapping[str, str]) -> str:
@@ -93,7 +93,7 @@ def _step(step: str, form: str, about: Mapping[str, str]) -> str:
     found = _STEP.fullmatch(step)
     assert found is not None, step
     total = "{value} {sign} {operand} = {mark}{result}".format(**found.groupdict())
-    return form.format(**about | _change(f"{found['said']}.", about["thing"]) | {"sum": total})
+    return form.format(**{**about, **_change(f"{found['said']}.", about["thing"]), "sum": total})
 
 
 def _change(fact: str, thing: str) -> dict[str, str]:
