@@ -140,7 +140,7 @@ VALUES = {
     "only": ("('kd',)", "('rtd',)"),
     **{
         f"task_methods.{task}": ("('kd',)", "('rtd',)")
-        for task in ("cups", "larger_student", "lift", "smaller_student")
+        for task in ("cups", "larger_student", "lift", "smaller_student", "ten", "fifteen")
     },
     "phases": ("({'updates': 7, 'max_depth': 6, 'batch_size': 4, 'row_length': 64, 'chains_per_row': 1},)",),
 }
