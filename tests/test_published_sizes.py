@@ -40,7 +40,9 @@ SIZES = {  # config.json of the three checkpoints
 PARAMETERS = {"70b": 70_553_706_496, "8b": 8_030_261_248, "1b": 1_235_814_400}  # as the model cards count them
 
 
-@pytest.mark.parametrize(("recipe_name", "student_size"), [("rtd_8b", "8b"), ("rtd_recommended_8b", "8b"), ("rtd_1b", "1b")])
+@pytest.mark.parametrize(
+    ("recipe_name", "student_size"), [("rtd_8b", "8b"), ("rtd_recommended_8b", "8b"), ("rtd_1b", "1b")]
+)
 def test_the_published_step_traces_at_full_size(recipe_name, student_size):
     recipe = build(Recipe, importlib.import_module(f"configs.{recipe_name}").get_config().to_dict())
     teacher, student = (
