@@ -63,6 +63,17 @@ def test_two_problems_never_become_one_and_no_split_shares_one():
     assert in_sentences(row)["question"] != in_sentences(other)["question"]
 
 
+def test_one_thing_is_in_the_singular():
+    """As in "There is 3 - 2 = 1 coin on shelf two.", in every way of writing a step."""
+    steps = [step for row in ROWS for step in in_sentences(row)["answer"].splitlines()[:-1]]
+    ones = [step for step in steps if ">>1 " in step]
+    assert {step.split()[0] for step in ones} >= {"In", "After", "Shelf", "There"}
+    for step in steps:
+        result, things = re.search(r">>(\d+) (\w+)", step).groups()
+        assert things.endswith("s") == (result != "1"), step
+        assert step.startswith("There is ") == (step.startswith("There ") and result == "1"), step
+
+
 def test_sentences_are_chosen_by_the_problem_alone_and_there_are_several():
     state = random.getstate()
     forms = [in_sentences(row) for row in ROWS]

@@ -53,14 +53,14 @@ _HELD = (
 _HAS = ("{person} has {n} {thing}.", "{person} owns {n} {thing}.")
 _DID_TOO = ("Meanwhile, {person} {verb} {n} {thing}.", "{person}, on the other hand, {verb} {n} {thing}.")
 _LEDGER_STEPS = (
-    "In {month}, {hero} {did}, so {hero} had {sum} {thing}.",
-    "{hero} {did} in {month}, which makes {sum} {thing}.",
-    "After {month}, {hero} had {sum} {thing}.",
+    "In {month}, {hero} {did}, so {hero} had {sum}.",
+    "{hero} {did} in {month}, which makes {sum}.",
+    "After {month}, {hero} had {sum}.",
 )
 _SHELF_STEPS = (
-    "Shelf {shelf} holds {sum} {thing}.",
-    "There are {sum} {thing} on shelf {shelf}.",
-    "Shelf {shelf} holds {change} {thing} {than} shelf {before}, which makes {sum} {thing}.",
+    "Shelf {shelf} holds {sum}.",
+    "There are {sum} on shelf {shelf}.",
+    "Shelf {shelf} holds {change} {thing} {than} shelf {before}, which makes {sum}.",
 )
 
 
@@ -92,7 +92,10 @@ def _step(step: str, form: str, about: Mapping[str, str]) -> str:
     """A step of a chain as a sentence whose last number is what comes out of it."""
     found = _STEP.fullmatch(step)
     assert found is not None, step
-    total = "{value} {sign} {operand} = {mark}{result}".format(**found.groupdict())
+    is_one = found["result"] == "1"
+    things = about["thing"].removesuffix("s") if is_one else about["thing"]
+    total = "{value} {sign} {operand} = {mark}{result} {things}".format(**found.groupdict(), things=things)
+    form = form.replace("There are", "There is") if is_one else form
     return form.format(**{**about, **_change(f"{found['said']}.", about["thing"]), "sum": total})
 
 
