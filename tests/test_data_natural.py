@@ -74,6 +74,15 @@ def test_one_thing_is_in_the_singular():
         assert step.startswith("There is ") == (step.startswith("There ") and result == "1"), step
 
 
+def test_a_problem_does_not_begin_with_what_happened_meanwhile():
+    rows = [row for row in ROWS if "? Meanwhile " in row["question"]]
+    assert rows
+    for row in rows:
+        person, verb = row["question"].split("? Meanwhile ")[1].split()[:2]
+        done = {"buys": "bought", "finds": "found", "sells": "sold", "loses": "lost"}[verb]
+        assert in_sentences(row)["question"].startswith(f"{person} {done} ")
+
+
 def test_sentences_are_chosen_by_the_problem_alone_and_there_are_several():
     state = random.getstate()
     forms = [in_sentences(row) for row in ROWS]

@@ -15,7 +15,7 @@ stay disjoint. A chain keeps to one way of writing its steps.
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 _STEP = re.compile(r"(?P<said>.*): (?P<mark><<(?P<value>\d+)(?P<sign>[-+*/])(?P<operand>\d+)=\d+>>)(?P<result>\d+)\.")
 _LEDGER = re.compile(r"How many (?P<thing>\w+) does (?P<hero>\w+) have\?")
@@ -52,6 +52,7 @@ _HELD = (
 )
 _HAS = ("{person} has {n} {thing}.", "{person} owns {n} {thing}.")
 _DID_TOO = ("Meanwhile, {person} {verb} {n} {thing}.", "{person}, on the other hand, {verb} {n} {thing}.")
+_DID_FIRST = ("{person} {verb} {n} {thing}.",)  # nothing comes before that it could be beside
 _LEDGER_STEPS = (
     "In {month}, {hero} {did}, so {hero} had {sum}.",
     "{hero} {did} in {month}, which makes {sum}.",
@@ -72,16 +73,16 @@ def in_sentences(row: Mapping[str, str]) -> dict[str, str]:
     kind, found = ("ledger", _LEDGER.fullmatch(asked)) if " does " in asked else ("shelves", _SHELVES.fullmatch(asked))
     assert found is not None, asked
     about = found.groupdict()
-    told = [_told(fact, kind, about, rng) for fact in facts]
+    told = [_told(fact, kind, about, _DID_TOO if i else _DID_FIRST, rng) for i, fact in enumerate(facts)]
     question = " ".join([*told, rng.choice(_ASKED[kind]).format(**about)])
     form = rng.choice(_LEDGER_STEPS if kind == "ledger" else _SHELF_STEPS)
     return {"question": question, "answer": "\n".join([*(_step(step, form, about) for step in steps), answer])}
 
 
-def _told(fact: str, kind: str, about: Mapping[str, str], rng: random.Random) -> str:
-    """A fact of a problem as a sentence."""
+def _told(fact: str, kind: str, about: Mapping[str, str], did: Sequence[str], rng: random.Random) -> str:
+    """A fact of a problem as a sentence; `did` are the phrasings for what another person did."""
     if other := _OTHER.fullmatch(fact):
-        forms = _HAS if other["verb"] == "has" else _DID_TOO
+        forms = _HAS if other["verb"] == "has" else did
         return rng.choice(forms).format(**other.groupdict() | {"verb": _PAST.get(other["verb"], "")})
     if start := _START.fullmatch(fact):
         return rng.choice(_STARTED[kind]).format(**{**about, "n": start["n"], "shelf": start["shelf"]})
