@@ -299,6 +299,22 @@ def test_kept_turns_are_the_teachers_and_its_dtypes_and_one_process_reads_them(t
         windows.turns(chains[:1])
 
 
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_turns_that_are_not_finite_are_refused_by_chain_whether_they_are_kept_or_not(is_kept, tmp_path, monkeypatch):
+    """They would add up to no number, and the chain would silently be cut into windows of a stride."""
+
+    def turns(model, params, tokens_BL, mask_BL):
+        return jnp.where(tokens_BL == 9, jnp.nan, 1.0)[..., None, None].astype(jnp.float16)
+
+    monkeypatch.setattr("rtd_jax.steps.soft.teacher_turns", turns)
+    folder = tmp_path if is_kept else None
+    windows = SoftWindows(3, "teacher", "float32", one_device_mesh(), lambda: (None, {}), folder, note=lambda _: None)
+    chains = [dataclasses.replace(chain, source=f"text {len(chain)}") for chain in (chain_of(7, 2), chain_of(9, 4))]
+    assert len(windows.cut(chains[:1])) == 1
+    with pytest.raises(ValueError, match="text 9: the teacher's hidden states on this chain are not finite"):
+        windows.cut(chains)
+
+
 def test_behind_solved_examples_a_chain_keeps_its_windows():
     cut = soft(chain_of(12, 3), 4, 0)
     other = dataclasses.replace(

@@ -58,7 +58,8 @@ class SoftWindows:
         """The same chains in soft windows in place of their steps. A window's conclusion is its last token.
 
         Raises:
-          ValueError: the turns that are kept on disk are damaged, or several processes would have to read them.
+          ValueError: the turns that are kept on disk are damaged, several processes would have to read them, or the
+            teacher's states are not finite.
         """
         return [
             in_soft_windows(chain, turns_T, self.tokens)
@@ -90,7 +91,14 @@ class SoftWindows:
             placed = put_same((batch.tokens_BL, batch.mask_BL.astype(np.int32)), row_sharding(self.mesh))
             return teacher_turns(model, params, *placed)
 
-        return run_on_readings(turns_of, readings, self.mesh, self.batch_size)
+        found = run_on_readings(turns_of, readings, self.mesh, self.batch_size)
+        for reading, turns_T11 in zip(readings, found, strict=True):
+            if not np.all(np.isfinite(turns_T11)):
+                raise ValueError(
+                    f"{reading.text}: the teacher's hidden states on this chain are not finite, so it has no windows; "
+                    "check the teacher's weights, and teacher.compute_dtype"
+                )
+        return found
 
 
 def in_soft_windows(chain: EncodedChain, turns_T: np.ndarray, tokens: int) -> EncodedChain:
