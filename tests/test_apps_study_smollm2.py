@@ -50,6 +50,13 @@ def test_the_teacher_is_made_from_labels_alone_until_it_solves_the_problems(tmp_
     assert taught.data.test.wording == "natural"
 
 
+def test_on_two_cores_the_teacher_is_another_so_the_docstring_names_another_folder(tmp_path):
+    """A study refuses the folder of a preparation that another command made."""
+    made = [build(StudyRecipe, study_smollm2.get_config(arg).to_dict()).preparations(tmp_path) for arg in ("", "cpu")]
+    assert made[0] != made[1]
+    assert "study_smollm2.py:six+cpu --workdir=runs/study_smollm2_cpu" in study_smollm2.__doc__
+
+
 @pytest.mark.slow
 def test_the_whole_study_in_small(tmp_path):
     """One command: the teacher is fine-tuned, two methods train on what it says, and the report is written."""
