@@ -60,7 +60,6 @@ def on_policy() -> dict[str, Method]:
         {
             "kd_on_policy_forward": "does it help to follow the means of steps on the student's own chains?",
             "alignment_states": "is it better to follow them on own chains than on the teacher's?",
-            "intermediate_on_policy": "is a state of each step as good as one of every token, on own chains?",
         },
         caption="alignment of the means of steps, own chains, forward KL",
         alignment=3.0,
