@@ -55,7 +55,11 @@ def states() -> dict[str, Method]:
     found["alignment_stride"] = Method((*ALIGNMENT, "data.segmentation=stride:12"), alignment=3.0)
     found["alignment_soft"] = Method(
         (*ALIGNMENT, "data.segmentation=soft:12"),
-        compared_with={"alignment_stride": "does it help to cut where the teacher turns?"},
+        compared_with={
+            "kd": "does it help to follow soft windows, without finding steps?",
+            "alignment_stride": "are soft windows better than hard ones?",
+            "intermediate_strong": "are they as good as every token?",
+        },
         alignment=3.0,
     )
     found["coherence_states"] = Method(
