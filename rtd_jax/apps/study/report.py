@@ -10,8 +10,9 @@ import numpy as np
 
 from rtd_jax.apps.report import article
 from rtd_jax.apps.report.sections import Intervals, Picture, Section, markdown_of
-from rtd_jax.apps.study import claims, drift, statistics
+from rtd_jax.apps.study import claims, drift, pictures, statistics
 from rtd_jax.apps.study.claims import TEACHER, Claim, TaskRuns, p_and_seeds, points
+from rtd_jax.apps.study.pictures import Table
 from rtd_jax.apps.study.recipe import StudyRecipe
 from rtd_jax.apps.study.statistics import Difference, Outcome, json_row
 from rtd_jax.eval.estimates import Estimate
@@ -35,8 +36,6 @@ MEASURED = {  # attributes of an outcome: their titles, forms and units in the t
     "seconds": ("seconds of training", "{:.0f}", 1),
     "tokens": ("tokens trained on", "{:,.0f}", 1),
 }
-
-Table = dict[str, dict[str, Estimate]]  # {method: {depth bucket: chain accuracy}}
 
 
 @dataclass
@@ -125,7 +124,7 @@ def _add_task(report: Report, task: str, recipe: StudyRecipe, runs: TaskRuns) ->
     ]
     report.sections.append(Section(task, 2, [about] if about else ()))
     report.sections += [section for section in sections if section.rows]
-    report.pictures += [*_differences_pictured(task, differences, runs), *_pictures(task, table, runs)]
+    report.pictures += [*pictures.differences(task, differences, runs), *pictures.curves(task, table, runs)]
     report.numbers[task] = {
         "chain_accuracy": {name: {key: json_row(cell) for key, cell in row.items()} for name, row in table.items()},
         "differences": {name: json_row(found) for name, found in differences.items()},
@@ -292,7 +291,7 @@ def _time(runs: TaskRuns) -> Section:
     """When curves reach their plateau, and where each method is when the baseline has finished."""
     limits = {outcome.seed: outcome.curve[-1]["seconds"] for outcome in runs.finished(runs.baseline) if outcome.curve}
     rows = []
-    for name, found in _runs_with_curves(runs).items():
+    for name, found in pictures.runs_with_curves(runs).items():
         updates, seconds = np.mean([statistics.settled_at(outcome) for outcome in found], axis=0)
         at_limit = [
             statistics.accuracy_at(outcome, limits[outcome.seed]) for outcome in found if outcome.seed in limits
@@ -340,12 +339,6 @@ def _stages(runs: TaskRuns) -> Section:
     return Section(f"How the stages of `{runs.whole}` ended (means over seeds)", 3, [text], head, rows)
 
 
-def _runs_with_curves(runs: TaskRuns) -> dict[str, list[Outcome]]:
-    """The runs of each method that were evaluated while they trained."""
-    found = {name: [outcome for outcome in outcomes if outcome.curve] for name, outcomes in runs.outcomes.items()}
-    return {name: outcomes for name, outcomes in found.items() if outcomes}
-
-
 def _shares_lost(table: Table, runs: TaskRuns) -> dict[str, float | None]:
     if runs.whole is None or runs.baseline not in table:
         return {}
@@ -354,59 +347,6 @@ def _shares_lost(table: Table, runs: TaskRuns) -> dict[str, float | None]:
     return {
         name: statistics.share_of_gain_lost(deep[runs.whole], deep[name], deep[runs.baseline]) for name in ablations
     }
-
-
-def _differences_pictured(
-    task: str, differences: Mapping[str, Difference | None], runs: TaskRuns
-) -> list[Picture | Intervals]:
-    rows = {
-        name: (100 * found.value, 100 * found.low, 100 * found.high)
-        for name, found in differences.items()
-        if found is not None and found.n > 2  # the interval of two seeds would dwarf all others
-    }
-    if not rows:
-        return []
-    title = f"Against {runs.baseline} at {runs.deep} steps and more ({task})"
-    caption = "Chains right, in points, of methods with three seeds or more; 95% intervals over seeds and problems."
-    ordered = dict(sorted(rows.items(), key=lambda row: -row[1][0]))
-    return [Intervals(f"differences_{task}", title, caption, f"points more than {runs.baseline}", ordered)]
-
-
-def _pictures(task: str, table: Table, runs: TaskRuns) -> list[Picture | Intervals]:
-    pictured = [name for name, method in runs.methods.items() if method.pictured]
-    shown = [*sorted(pictured, key=lambda name: runs.methods[name].place), TEACHER]
-    by_depth = {
-        name: [
-            (int(key), *(100 * x for x in (v.value, v.low, v.high))) for key, v in table[name].items() if key.isdigit()
-        ]
-        for name in shown
-        if name in table
-    }
-    title = f"Chain accuracy by depth ({task})"
-    caption = "Every intermediate result and the answer right, free-running. Bands: 95% over seeds and problems."
-    x, y = "reasoning steps of the problem", "chains right, %"
-    pictures: list[Picture | Intervals] = [Picture(f"chains_{task}", title, caption, x, y, by_depth)]
-    evaluated = _runs_with_curves(runs)
-    for key, x in (("update", "updates"), ("seconds", "seconds of training")):
-        series = {name: _mean_curve(evaluated[name], key) for name in shown if name in evaluated}
-        if series:
-            caption = "On validation problems of all depths; means over seeds."
-            pictures.append(
-                Picture(f"curve_{key}_{task}", f"Chain accuracy against {x} ({task})", caption, x, y, series)
-            )
-    curves = drift.mean_cka_curves(runs)
-    lines = {name: list(curves[name].items()) for name in shown if len(curves.get(name, ())) > 1}
-    if lines:
-        caption = "Debiased, on the same validation chains at every step; means over seeds."
-        pictures.append(Picture(f"cka_{task}", f"CKA by step ({task})", caption, "step", "linear CKA", lines))
-    return pictures
-
-
-def _mean_curve(outcomes: Sequence[Outcome], x: str) -> list[tuple[float, ...]]:
-    """(x, chain accuracy in %) of each evaluation during the run that all seeds have."""
-    count = min(len(outcome.curve) for outcome in outcomes)
-    points_SEX = [[(at[x], 100 * at["chain_accuracy"]["all"]) for at in o.curve[:count]] for o in outcomes]
-    return [(float(at), float(percent)) for at, percent in np.mean(points_SEX, axis=0)]
 
 
 def _percent(found: Estimate) -> str:
