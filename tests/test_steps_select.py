@@ -30,9 +30,8 @@ def test_steps_of_one_word_leave_no_wrong_place():
 
 def test_a_segmenter_that_does_not_exist_is_refused_by_name():
     assert recut(generate(2), "annotated") == generate(2)
-    with pytest.raises(
-        ValueError, match="'anotated'; use 'annotated', 'random', 'stride:<tokens>' or 'classifier:<folder>'"
-    ):
+    known = "'annotated', 'random', 'stride:<tokens>', 'soft:<tokens>' or 'classifier:<folder>'"
+    with pytest.raises(ValueError, match=f"'anotated'; use {known}"):
         recut(generate(2), "anotated")
 
 
