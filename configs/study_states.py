@@ -1,6 +1,6 @@
 """What is the state of a step? Trajectory losses on means over steps, in several layers, with squared distances.
 
-    python launch/study.py --config=configs/study_states.py    # word problems, rides in a lift; run again to continue
+    python launch/study.py --config=configs/study_states.py    # word problems, cups, lift; run again to continue
     python launch/study.py --config=configs/study_states.py:few_problems --config.ensemble=5   # one; by five
 
 All depths at once, so that no curriculum hides what the losses do. The states are few enough for a teacher cache:
@@ -18,8 +18,8 @@ ALIGNMENT = (*KD[1:], "loss.alignment_weight=3.0", *STATES)  # KD's first three:
 COHERENCE = (KD[0], KD[2], "loss.coherence_weight=3.0", *STATES)
 NEW_SKILL = (
     *("kd", "intermediate_kd", "intermediate_strong", "alignment_states", "alignment_windows"),
-    *("coherence_states", "coherence_stride", "coherence_soft"),
-)  # methods where the skill is new
+    *("alignment_soft", "coherence_states", "coherence_stride", "coherence_soft"),
+)  # methods outside the word problems
 
 
 def states() -> dict[str, Method]:
@@ -92,12 +92,14 @@ def states() -> dict[str, Method]:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    words = words_of(arg, ("few_problems", "lift"))
-    c, lift = study_tiny("conditions"), study_tiny("lift")
+    words = words_of(arg, ("few_problems", "cups", "lift"))
+    c, families = study_tiny("conditions"), study_tiny()
     c.seeds = (0, 1, 2, 3, 4)  # of params and data order; the same for every method
-    c.tasks.lift = lift.tasks.lift  # where the skill is new
-    c.about.lift = lift.about.lift  # for the report
-    c.task_methods.lift = NEW_SKILL  # the others say what matters, not whether it does
+    c.tasks.cups = families.tasks.cups  # another kind of problem
+    c.tasks.lift = families.tasks.lift  # where the skill is new
+    for task in ("cups", "lift"):
+        c.about[task] = families.about[task]  # for the report
+        c.task_methods[task] = NEW_SKILL  # the others say what matters, not whether it does
     for group in (c.tasks, c.about, c.task_methods):
         for task in set(group) - words if words else ():
             del group[task]
