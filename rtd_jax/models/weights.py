@@ -61,6 +61,17 @@ class Weight:
         """Converts one layer's array to the layout of the checkpoint: the inverse of `from_hf`."""
         return array.transpose([self.param_axes.index(axis) for axis in self._flat]).reshape(self.hf_shape(config))
 
+    def to_matrix(self, array: jax.Array) -> jax.Array:
+        """One layer's array as [outputs, inputs], in the order of the checkpoint. Not for a norm."""
+        transposed = array.transpose([self.param_axes.index(axis) for axis in self._flat])
+        return transposed.reshape(int(np.prod(transposed.shape[: len(self.hf_axes[0])])), -1)
+
+    def from_matrix(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The inverse of `to_matrix`; `shape` is that of one layer's array."""
+        flat = self._flat
+        tensor = matrix.reshape([shape[self.param_axes.index(axis)] for axis in flat])
+        return tensor.transpose([flat.index(axis) for axis in self.param_axes])
+
     @property
     def _flat(self) -> tuple[str, ...]:
         return tuple(axis for group in self.hf_axes for axis in group)
