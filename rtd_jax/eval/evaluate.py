@@ -89,6 +89,7 @@ class ChainEvaluator:
         """
         if texts is None:
             texts = self._texts(problems)
+        model, params = model.deployed(params)
         records = self.solutions(model, params, problems, texts, progress=progress)
         references = score_references(
             model,

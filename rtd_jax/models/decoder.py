@@ -17,6 +17,8 @@ from jax.sharding import NamedSharding
 
 from rtd_jax.models.config import LlamaConfig, RopeConfig
 from rtd_jax.models.quantized import as_float
+from rtd_jax.models.schemes import Scheme, fake_rounded, fake_rounded_layer
+from rtd_jax.models.weights import EMBEDDING
 
 # What the forward pass stores of a layer for the backward pass: with "none" everything, so that nothing is recomputed;
 # with "full" the layer's input alone; with "dots" its input and the projections, but not the attention scores.
@@ -43,6 +45,7 @@ class Computation:
     activation_sharding: NamedSharding | None = None  # of the [B, L, D] states between layers
     attention: AttentionKernel = "auto"  # implementation of jax.nn.dot_product_attention; see `attention_kernel`
     streamed: bool = False  # layers stay in host memory, and each is copied to the device when it runs
+    quantization: Scheme | None = None  # compute with float weights as this would round them; gradients go through
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT_POLICIES:
@@ -289,10 +292,14 @@ class Llama(nnx.Module):
         """The stacked weights of the layers, and (x, one layer's weights, attend) -> (x after the layer, its cache)."""
         angles = rope_angles(self.computation.config, positions_BL)
         graphdef, layers = nnx.split(self.layers)
+        scheme = self.computation.quantization
 
         def run_layer(x_BLD: jax.Array, weights: nnx.State, attend: Attend) -> tuple[jax.Array, Any]:
             if self.computation.streamed:
                 weights = jax.device_put(weights, jax.memory.Space.Device)
+            if scheme is not None:
+                values = fake_rounded_layer(nnx.to_pure_dict(weights), scheme)
+                nnx.replace_by_pure_dict(weights, values)
             x_BLD, cache = nnx.merge(graphdef, weights)(x_BLD, angles, attend)
             return self._constrain(x_BLD), cache
 
@@ -307,7 +314,10 @@ class Llama(nnx.Module):
 
     def _embed(self, tokens_BL: jax.Array) -> jax.Array:
         # Rows are looked up before they are converted to floats. An int8 table has two parts: values and scales.
-        rows = jax.tree.map(lambda part: part[tokens_BL], self.embedding.get_value())
+        table = self.embedding.get_value()
+        if self.computation.quantization is not None:
+            table = fake_rounded(table, EMBEDDING, self.computation.quantization)
+        rows = jax.tree.map(lambda part: part[tokens_BL], table)
         return self._constrain(as_float(rows, self.computation.compute_dtype))
 
     def _constrain(self, x_BLD: jax.Array) -> jax.Array:

@@ -20,9 +20,8 @@ from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.quantized import INT8, quantize_weight
 from rtd_jax.models.to_hf import INDEX_FILE, TOKENIZER_FILES
 from rtd_jax.models.weight_files import few, open_file, open_tensor, tensor_files
-from rtd_jax.models.weights import TABLE, Weight, table
+from rtd_jax.models.weights import EMBEDDING, HEAD, Weight, table
 
-_EMBEDDING, _HEAD = TABLE[0], TABLE[-1]
 _ROWS_COMPARED = 4096  # of two matrices at one time
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -103,8 +102,8 @@ def load_params(
             return open_tensor(handles[files[name]], files[name], name, weight.hf_shape(config))
 
         readers = {name: reader(name, weight) for weight in rows for name in weight.names(config)}
-        if config.tied_embeddings and _HEAD.name in files:
-            _check_equal(files[_HEAD.name], reader(_HEAD.name, _HEAD), readers[_EMBEDDING.name], config)
+        if config.tied_embeddings and HEAD.name in files:
+            _check_equal(files[HEAD.name], reader(HEAD.name, HEAD), readers[EMBEDDING.name], config)
         chosen = range(config.layers) if layers is None else layers
         finite: dict[str, jax.Array] = {}
         params = unflatten_dict(
@@ -183,7 +182,7 @@ def _check_equal(file: Path, head: Any, embedding: Any, config: LlamaConfig) -> 
         rows = slice(start, min(start + _ROWS_COMPARED, config.vocab_size))
         if not np.array_equal(head[rows].astype(np.float32), embedding[rows].astype(np.float32), equal_nan=True):
             raise ValueError(
-                f"{file}: {_HEAD.name} is not the embedding, but config.json says tie_word_embeddings: true; set "
+                f"{file}: {HEAD.name} is not the embedding, but config.json says tie_word_embeddings: true; set "
                 "tie_word_embeddings to false to use this head, or remove it from the file to use the embedding"
             )
 

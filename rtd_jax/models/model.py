@@ -1,5 +1,6 @@
 """The public interface of a Llama: pure functions of its params, as methods of a hashable description."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,11 @@ from flax import nnx
 from qwix import QArray
 
 from rtd_jax.base.types import Array, Params
+from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.decoder import Computation, KVCache, Llama
 from rtd_jax.models.quantized import INT8, as_float, quantize_params
+from rtd_jax.models.schemes import Scheme, as_params, fake_rounded, rounded
+from rtd_jax.models.weights import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class LlamaModel(Computation):
     def head(self, params: Params) -> jax.Array:
         """The matrix from hidden states to logits, [D, V], in the dtype of the params (of int8: `compute_dtype`)."""
         head = params["embedding"] if self.config.tied_embeddings else params["head"]
+        if self.quantization is not None:
+            head = fake_rounded(head, EMBEDDING if self.config.tied_embeddings else HEAD, self.quantization)
         if isinstance(head, QArray):
             head = as_float(head, self.compute_dtype)
         return head.T if self.config.tied_embeddings else head
@@ -77,6 +83,12 @@ class LlamaModel(Computation):
         """hidden @ head, float32 [..., V]. For a few states in evaluation; in training the loss applies the head."""
         head_DV = self.head(params).astype(hidden.dtype)
         return jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
+
+    def deployed(self, params: Params) -> tuple["LlamaModel", Params]:
+        """The model without its `quantization`, and the params that it computes with, rounded once for all uses."""
+        if self.quantization is None:
+            return self, params
+        return dataclasses.replace(self, quantization=None), _rounded_once(params, self.config, self.quantization)
 
     def prefill(
         self, params: Params, tokens_BL: Array, lengths_B: Array, cache_length: int
@@ -127,6 +139,11 @@ def chain_mask(chain_ids_BL: Array) -> jax.Array:
     length = ids_BL.shape[1]
     same_BLL = ids_BL[:, :, None] == ids_BL[:, None, :]
     return (same_BLL & jnp.tri(length, dtype=bool)[None])[:, None]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _rounded_once(params: Params, config: LlamaConfig, scheme: Scheme) -> Params:
+    return as_params(rounded(params, scheme), config)
 
 
 @functools.lru_cache(maxsize=64)

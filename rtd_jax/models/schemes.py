@@ -3,9 +3,9 @@
     w ~ (q - z) * s,  one s (and z) for each row of [outputs, inputs] and each group of `group_size` inputs
 
 Groups lie along the axes that a product sums over, as in GPTQ (Frantar et al. 2022, arXiv:2210.17323) and in what
-serving engines read. The rounding itself is qwix's: the scale of a group is its largest magnitude over the largest value
-of the type (of integers half a step more, which is 7.5 for 4 bits). `models/quantized.py` has the plainer int8 of a
-frozen teacher.
+serving engines read. The rounding itself is qwix's: the scale of a group is its largest magnitude over the largest
+value of the type (of integers half a step more, which is 7.5 for 4 bits). `models/quantized.py` has the plainer int8 of
+a frozen teacher.
 """
 
 import functools
@@ -22,14 +22,16 @@ from qwix import QArray
 
 from rtd_jax.base.types import Params
 from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.weights import TABLE, Weight, axis_sizes, table
+from rtd_jax.models.weights import ROWS, Weight, axis_sizes, table
 
 QType = Literal["int8", "int4", "int3", "int2", "nf4", "fp8"]
 BITS: dict[QType, int] = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "nf4": 4, "fp8": 8}
 _QWIX: dict[QType, Any] = {"int8": jnp.int8, "int4": jnp.int4, "fp8": jnp.float8_e4m3fn}  # others by their names
 _ASYMMETRIC = ("int8", "int4")
+# On the largest magnitude of a group. Without it, that weight would lie half-way between two integers, and the last bit
+# of a division, which depends on what XLA fuses, would choose: what is trained and what is saved could differ.
+_MARGIN = 1.00001
 _OUTSIDE = (("embedding",), ("head",))
-_ROWS = {weight.path: weight for weight in TABLE}
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def round_matrix(array_OI: jax.Array, scheme: Scheme) -> QArray:
         _QWIX.get(scheme.qtype, scheme.qtype),
         channelwise_axes=(0,),
         tiled_axes={1: group},
-        calibration_method="absmax" if scheme.symmetric else "minmax",
+        calibration_method=f"absmax,{_MARGIN}" if scheme.symmetric else "minmax",
     )
 
 
@@ -98,7 +100,7 @@ def rounded(params: Params, scheme: Scheme) -> Params:
     """
 
     def one(path: tuple[str, ...], array: jax.Array) -> Any:
-        weight = _ROWS[path]
+        weight = ROWS[path]
         if not scheme.covers(weight):
             return array
         return _over_layers(weight, lambda layer: round_matrix(weight.to_matrix(layer), scheme))(array)
@@ -113,24 +115,35 @@ def as_params(params: Params, config: LlamaConfig) -> Params:
     def one(path: tuple[str, ...], array: Any) -> jax.Array:
         if not isinstance(array, QArray):
             return array
-        weight = _ROWS[path]
+        weight = ROWS[path]
         shape = tuple(sizes[axis] for axis in weight.param_axes)
-        return _over_layers(weight, lambda layer: weight.from_matrix(qwix.dequantize(layer), shape))(array)
+        return _over_layers(weight, lambda layer: as_layer(layer, weight, shape))(array)
 
     return unflatten_dict({path: one(path, array) for path, array in flatten_dict(params).items()})
 
 
-def fake_rounded(array: jax.Array, weight: Weight, scheme: Scheme | None) -> jax.Array:
+def as_layer(matrix: QArray, weight: Weight, shape: tuple[int, ...]) -> jax.Array:
+    """One layer's array from its rounded matrix, float32 of `shape`. Traceable."""
+    return weight.from_matrix(qwix.dequantize(matrix), shape)
+
+
+def fake_rounded(array: jax.Array, weight: Weight, scheme: Scheme) -> jax.Array:
     """One layer's array as the rounded model has it, with the gradient of the array itself (straight through).
 
-    Bengio et al. 2013 (arXiv:1308.3432); for weights, Jacob et al. 2017 (arXiv:1712.05877). float32 where it is rounded.
+    Bengio et al. 2013 (arXiv:1308.3432); for weights, Jacob et al. 2017 (arXiv:1712.05877). float32 if it is rounded.
     """
-    if scheme is None or not scheme.covers(weight):
+    if not scheme.covers(weight):
         return array
     array = array.astype(jnp.float32)
-    values = weight.from_matrix(qwix.dequantize(round_matrix(weight.to_matrix(array), scheme)), array.shape)
+    values = as_layer(round_matrix(weight.to_matrix(array), scheme), weight, array.shape)
     # In this order the value is the rounded one to the last bit: array + (values - array) would not be.
     return jax.lax.stop_gradient(values) + (array - jax.lax.stop_gradient(array))
+
+
+def fake_rounded_layer(weights: Params, scheme: Scheme) -> Params:
+    """`fake_rounded` for each array of one layer."""
+    rows = {path: ROWS["layers", *path] for path in flatten_dict(weights)}
+    return unflatten_dict({path: fake_rounded(x, rows[path], scheme) for path, x in flatten_dict(weights).items()})
 
 
 def _over_layers(weight: Weight, function: Callable) -> Callable:

@@ -98,6 +98,9 @@ TABLE: tuple[Weight, ...] = (
     _row("head", "lm_head", "embed vocab", "vocab embed"),
 )
 
+EMBEDDING, HEAD = TABLE[0], TABLE[-1]
+ROWS = {weight.path: weight for weight in TABLE}
+
 
 def table(config: LlamaConfig) -> tuple[Weight, ...]:
     """The rows for a model of this config: without the head where the embedding is tied."""

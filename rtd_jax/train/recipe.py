@@ -15,6 +15,7 @@ from rtd_jax.methods.term import Objective, Setup
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.decoder import AttentionKernel, Remat
 from rtd_jax.models.open import FloatDtype, ModelSettings
+from rtd_jax.models.schemes import QType, Scheme
 from rtd_jax.steps.select import is_windows, reads_teacher, soft_of
 from rtd_jax.teacher.identity import CacheSettings
 from rtd_jax.teacher.served.predictions import ServingSettings
@@ -59,9 +60,14 @@ class StudentSettings:
     compute_dtype: FloatDtype = "bfloat16"  # of matrix products and hidden states
     attention: AttentionKernel = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's
     remat: Remat = "none"  # what the backward pass recomputes; "full" keeps one state per layer
+    quantization: Literal["none", QType] = "none"  # train through matrices rounded to this, and save them rounded
+    group_size: int = 128  # inputs that share a scale; 0: all of an output channel
+    symmetric: bool = True  # no zero points; False for int8 and int4 only
+    quantize_head: bool = False  # round the embedding and the head too
 
     def __post_init__(self) -> None:
-        check_ranges(self, **dict.fromkeys(SIZES, "[0, 1e6]"))
+        check_ranges(self, **dict.fromkeys(SIZES, "[0, 1e6]"), group_size="[0, 1e6]")
+        _ = self.scheme  # refuses what does not exist
         needed = {"pretrained": ("path",), "teacher_layers": ("layers",), "random": SIZES}[self.init]
         given = [name for name in ("path", *SIZES) if getattr(self, name)]
         missing = [name for name in needed if name not in given]
@@ -72,6 +78,18 @@ class StudentSettings:
                 f"init={self.init!r} "
                 + (f"needs {needs}" if missing else f"does not read {', '.join(unused)}; leave them out")
             )
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the student is rounded; None where it is not."""
+        if self.quantization == "none":
+            return None
+        return Scheme(self.quantization, self.group_size, self.symmetric, self.quantize_head)
+
+    def unread_settings(self) -> dict[str, str]:
+        if self.quantization != "none":
+            return {}
+        return dict.fromkeys(("group_size", "symmetric", "quantize_head"), "student.quantization is 'none'")
 
 
 @dataclass(frozen=True)

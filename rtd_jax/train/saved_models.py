@@ -148,7 +148,7 @@ def _load_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh:
     abstract: Params = {"student": model.abstract_params(), **learned}
     axes = {"student": logical_axes(abstract["student"]), **objective.param_axes()}
     restored = restore_params(path, abstract, param_shardings(abstract, axes, mesh))
-    params = restored["student"]
+    model, params = replace(model, quantization=recipe.student.scheme).deployed(restored["student"])
     if dtype == INT8:
         params = jax.jit(quantize_params)(params)
     elif dtype != "float32":

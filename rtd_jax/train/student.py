@@ -30,13 +30,20 @@ def student_config(student: StudentSettings, teacher: LlamaConfig) -> LlamaConfi
 
 
 def student_model(settings: StudentSettings, config: LlamaConfig, mesh: Mesh) -> LlamaModel:
-    """The student without its weights."""
+    """The student without its weights. Raises ValueError where it cannot be quantised as the settings say."""
+    scheme = settings.scheme
+    if scheme is not None:
+        try:
+            scheme.check(config)
+        except ValueError as error:
+            raise ValueError(f"student.{error}") from error
     return LlamaModel(
         config,
         settings.compute_dtype,
         settings.remat,
         activation_sharding=row_sharding(mesh),
         attention=settings.attention,
+        quantization=scheme,
     )
 
 

@@ -23,6 +23,10 @@ def for_writing(model: LlamaModel, params: Params, mesh: Mesh) -> tuple[LlamaMod
     Args:
       params: of the model; shapes with shardings give shapes with shardings.
     """
+    if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
+        model = dataclasses.replace(model, quantization=None)
+    else:
+        model, params = model.deployed(params)
     placed = dataclasses.replace(model, activation_sharding=activation_sharding(mesh, TENSOR))
     if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
         shapes = jax.eval_shape(lambda params: _cast(params, model.compute_dtype), params)
