@@ -116,7 +116,15 @@ def trained_text(path: str) -> TextFormat | None:
     stage = stage_checkpoint(path)
     if stage is None:
         return read_text_format(resolve(path))
-    return build(Recipe, read_meta(stage)["settings"], "settings").data.text
+    return trained_recipe(stage).data.text
+
+
+def trained_recipe(stage: Path) -> Recipe:
+    """The recipe of the run that a stage checkpoint is of. Raises ValueError where it is not a distillation's."""
+    try:
+        return build(Recipe, read_meta(stage)["settings"], "settings")
+    except ValueError as error:
+        raise ValueError(f"{stage} is no checkpoint of a distillation that this version reads: {error}") from error
 
 
 def stage_checkpoint(path: str) -> Path | None:
@@ -129,11 +137,7 @@ def stage_checkpoint(path: str) -> Path | None:
 
 
 def _load_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh: Mesh) -> LoadedModel:
-    meta = read_meta(path)
-    try:
-        recipe = build(Recipe, meta["settings"], "settings")
-    except ValueError as error:
-        raise ValueError(f"{path} is no checkpoint of a distillation that this version reads: {error}") from error
+    meta, recipe = read_meta(path), trained_recipe(path)
     try:
         teacher = open_model(recipe.teacher, mesh)
         config = student_config(recipe.student, teacher.config)

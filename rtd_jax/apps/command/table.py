@@ -109,6 +109,12 @@ COMMANDS = {
         flags="rtd_jax.apps.diagnose.diagnose:DiagnoseSettings",
         example="--teacher=rtd_jax/bundled/tiny_teacher --student=runs/rtd_tiny --data=synthetic",
     ),
+    "compress": Command(
+        "Makes a student smaller, by rounding its weights to a few bits or by pruning, and says what that costs.",
+        "rtd_jax.apps.compress.compress:compress",
+        flags="rtd_jax.apps.compress.compress:CompressSettings",
+        example="--student=runs/rtd_tiny --scheme=int4 --group_size=32 --out=runs/rtd_tiny_int4",
+    ),
     "reward_model": Command(
         "Trains a process reward model on labelled steps.",
         "rtd_jax.apps.reward_model:train_reward_model",

@@ -26,7 +26,6 @@ from rtd_jax.base.types import Batch, Params, TeacherOutputs
 from rtd_jax.data.loader import BatchLoader, MembersLoader
 from rtd_jax.eval.evaluate import first_of_each_depth
 from rtd_jax.methods.term import reads_of
-from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.train.checkpoints import Checkpoints, read_meta, restore_state
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.curriculum import (
@@ -42,6 +41,7 @@ from rtd_jax.train.loop import Loop, stopped_after
 from rtd_jax.train.metrics import MetricsLog
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import TrainState
+from rtd_jax.train.student import save_student
 from rtd_jax.train.teacher_table import make_table
 from rtd_jax.train.update import make_term_eval, make_update, teacher_on
 
@@ -170,9 +170,8 @@ class Ensemble:
             state = self.state._replace(params=of_member(self.state.params, i, self._experiment.mesh), opt_state=())
             run = Run(state, self._clock, [member.record], curve=member.curve, data_tokens=member.tokens)
             experiment = dataclasses.replace(self._experiment, recipe=member.recipe)
-            text, config = member.recipe.data.text, experiment.student.config
-            student = state.params["student"]
-            save_pretrained(member.folder / "student", config, student, tokenizer=experiment.tokenizer, text=text)
+            student, text = state.params["student"], member.recipe.data.text
+            save_student(member.folder, experiment.student, student, experiment.tokenizer, text)
             report = evaluate_run(experiment, run, display, member.folder, known)
             if before[i] is not None:
                 report["drift"]["own_before"] = before[i]

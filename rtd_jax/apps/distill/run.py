@@ -19,13 +19,13 @@ from rtd_jax.base.lock import one_writer
 from rtd_jax.base.types import Params
 from rtd_jax.eval.evaluate import decoding_notes
 from rtd_jax.models.model import LlamaModel
-from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_meta, restore_state
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.metrics import MetricsLog
 from rtd_jax.train.outputs import check_outputs, check_saves
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import TrainState
+from rtd_jax.train.student import save_student
 
 
 @one_writer(lambda recipe, workdir: workdir)
@@ -67,8 +67,7 @@ def train(recipe: Recipe, workdir: Path) -> Path:
         display.note("writing the student as a Hugging Face folder, then evaluating by greedy decoding")
         with clock.span("evaluation"):
             student, params = experiment.student, run.state.params["student"]
-            tokenizer, text = experiment.tokenizer, recipe.data.text
-            save_pretrained(workdir / "student", student.config, params, tokenizer=tokenizer, text=text)
+            save_student(workdir, student, params, experiment.tokenizer, recipe.data.text)
             report = evaluate_run(experiment, run, display, workdir)
     if own_before is not None:
         report["drift"]["own_before"] = own_before

@@ -9,6 +9,7 @@ from typing import Literal
 
 from rtd_jax.apps.study.runner import Job, Preparation
 from rtd_jax.base.settings import SEED, check_distinct, check_filled, check_ranges
+from rtd_jax.train.recipe import SIZES
 
 Overrides = tuple[str, ...]  # of a config, as on the command line but without "--config.": "loss.alpha=0.7"
 Role = Literal[
@@ -41,12 +42,18 @@ class Method:
     alignment: float = 0.0  # weight of the boundary alignment
     coherence: float = 0.0  # weight of the coherence loss
     curriculum: bool = False
+    begins_with: str = ""  # another method: every run begins with that one's student of the same task and seed
+    compress: Overrides = ()  # "scheme=int4": flags of `compress`, by which that student is made smaller, not trained
     caption: str = ""  # in words: of a baseline or rival what it does, of a condition what it changes
     pictured: bool = False  # whether the report's pictures have a line for it
     place: int = 0  # order of claims, questions and lines in pictures; a ConfigDict does not keep the order of its keys
 
     def __post_init__(self) -> None:
         check_ranges(self, alignment="[0, 1e6]", coherence="[0, 1e6]", place="[-1e6, 1e6]")
+        if self.compress and not self.begins_with:
+            raise ValueError("compress needs begins_with, the method whose students are made smaller")
+        if self.compress and self.overrides:
+            raise ValueError("compress and overrides are both given; a run is compressed or trained")
 
     @property
     def components(self) -> tuple[bool, bool, bool]:
@@ -103,6 +110,10 @@ class StudyRecipe:
         if len(whole) > 1:
             raise ValueError(f"methods {' and '.join(whole)} have the role 'whole'; a study is about one of them")
         _check_names("only", self.only, "method", self.methods)
+        for name in self.methods:
+            if other := self.method(name).begins_with:
+                _check_names(f"methods.{name}.begins_with", (other,), "method", self.methods)
+        self._check_circles()
         for task, names in self.task_methods.items():
             _check_names(f"task_methods.{task}", names, "method", self.methods)
         _check_names("task_methods", self.task_methods, "task", self.tasks)
@@ -120,16 +131,30 @@ class StudyRecipe:
     def jobs(self, workdir: Path) -> list[Job]:
         """All runs, seed by seed, so that an unfinished study compares all methods on the seeds that it has."""
         return [
-            Job(
-                task,
-                method,
-                seed,
-                self._filled((*self._overrides(task, method), f"seed={seed}"), workdir),
-                workdir.absolute() / "runs" / task / method / f"seed_{seed}",
-            )
-            for seed in self.seeds
-            for task, method in self._tasks_and_methods()
+            self._job(task, method, seed, workdir) for seed in self.seeds for task, method in self._tasks_and_methods()
         ]
+
+    def _job(self, task: str, name: str, seed: int, workdir: Path) -> Job:
+        def folder(method: str) -> Path:
+            return workdir.absolute() / "runs" / task / method / f"seed_{seed}"
+
+        method, overrides = self.method(name), self._filled((*self._overrides(task, name), f"seed={seed}"), workdir)
+        if not method.begins_with:
+            return Job(task, name, seed, overrides, folder(name))
+        first = folder(method.begins_with)
+        if method.compress:
+            return Job(task, name, seed, (*method.compress, f"student={first}"), folder(name), first, "compress")
+        sizes = tuple(f"student.{size}=0" for size in SIZES)  # the student's own
+        begin = (*sizes, "student.init=pretrained", f"student.path={first / 'student'}")
+        return Job(task, name, seed, (*overrides, *begin), folder(name), first)
+
+    def _check_circles(self) -> None:
+        """Raises ValueError where methods begin with one another's students."""
+        begins = {name: {self.method(name).begins_with} - {""} for name in self.methods}
+        try:
+            list(TopologicalSorter(begins).static_order())
+        except CycleError as error:
+            raise ValueError(f"the methods {', '.join(sorted(set(error.args[1])))} begin with one another") from error
 
     def preparations(self, workdir: Path) -> list[Preparation]:
         """What the runs ask for, each after what it asks for itself.

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from rtd_jax.base import signals
 from rtd_jax.base.files import read_json, read_object, write_json
@@ -40,8 +41,10 @@ class Job:
     task: str
     method: str
     seed: int
-    overrides: tuple[str, ...]  # "loss.alpha=0.7"
+    overrides: tuple[str, ...]  # "loss.alpha=0.7"; of `compress` its flags
     workdir: Path
+    after: Path | None = None  # folder of the run whose student it begins with
+    kind: Literal["train", "compress"] = "train"  # command of `python -m rtd_jax`
 
     @property
     def name(self) -> str:
@@ -76,6 +79,9 @@ class Group:
     def command(self, base: Path) -> list[str]:
         """The command of `python -m rtd_jax` that trains or continues the runs."""
         first = self.jobs[0]
+        if first.kind == "compress":
+            flags = (*first.overrides, f"out={first.workdir / 'student'}", f"report={first.workdir}")
+            return ["compress", *(f"--{flag}" for flag in flags)]
         overrides = [f"--config.{override}" for override in first.overrides]
         if len(self.jobs) == 1:
             return ["train", f"--config={base}", f"--workdir={first.workdir}", *overrides]
@@ -175,10 +181,16 @@ def _run_jobs(jobs: Sequence[Job], base: Path, parallel: int, compiled: Path, en
     try:
         while waiting or running:
             for share in range(parallel):
-                if share not in running and waiting:
-                    group = waiting.pop(0)
+                ready = next((group for group in waiting if _is_ready(group)), None)
+                if share not in running and ready is not None:
+                    group = ready
+                    waiting.remove(group)
                     process = _start_group(group, base, set(cores[share::parallel]), compiled)
                     running[share] = (group, process, time.monotonic())
+            if waiting and not running:  # what is left begins with students that there are not
+                lost = [job for group in waiting for job in group.jobs]
+                failed += [(job, _log_before(job), "begins with a run that is not finished") for job in lost]
+                break
             time.sleep(POLL_SECONDS)
             for share, (group, process, since) in list(running.items()):
                 if process.poll() is None:
@@ -223,7 +235,7 @@ def groups_of(jobs: Sequence[Job], ensemble: int) -> list[Group]:
         if job in taken or job.report.exists():
             continue
         chosen: tuple[Job, ...] = (job,)
-        if ensemble > 1 and not _is_begun(job):
+        if ensemble > 1 and job.after is None and not _is_begun(job):  # an ensemble begins with one student
             alike = [other for other in jobs if (other.task, other.method) == (job.task, job.method)]
             begun = _begun_ensembles(alike)
             free = [other for other in alike if not (other.report.exists() or _is_begun(other) or other in taken)]
@@ -232,6 +244,16 @@ def groups_of(jobs: Sequence[Job], ensemble: int) -> list[Group]:
         taken |= set(chosen)
         groups.append(Group(chosen))
     return groups
+
+
+def _is_ready(group: Group) -> bool:
+    """Whether the runs that the group's begin with are finished."""
+    return all(job.after is None or (job.after / "report.json").exists() for job in group.jobs)
+
+
+def _log_before(job: Job) -> Path:
+    """The log of the run that another begins with."""
+    return (job.after or job.workdir) / "log.txt"
 
 
 def _is_begun(job: Job) -> bool:

@@ -1,0 +1,1 @@
+"""Students made smaller: rounded to a few bits, or pruned, and what that costs at each depth of reasoning."""
