@@ -245,7 +245,7 @@ class LlamaConfig:
 
         Raises:
           ValueError: another architecture, a value that is missing, impossible or contradicts another one, or what this
-            decoder does not compute (biases, other activations, other rope types, quantised weights).
+            decoder does not compute (biases, other activations, other rope types).
         """
         if hf.get("model_type") != "llama":
             raise ValueError(f"model_type is {hf.get('model_type')!r}, expected 'llama'; use a Llama checkpoint")
@@ -260,11 +260,6 @@ class LlamaConfig:
                 raise ValueError(f"{key} is {hf[key]!r}; only Llamas without biases are supported")
         if hf.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
             raise ValueError(f"hidden_act is {hf['hidden_act']!r}; only 'silu' is supported")
-        if hf.get("quantization_config"):
-            raise ValueError(
-                "the checkpoint is quantised (quantization_config); use the original float weights, or dequantise it "
-                "and save it again with transformers"
-            )
         if hf.get("transformers_weights") not in (None, "model.safetensors"):
             raise ValueError(
                 f"transformers_weights is {hf['transformers_weights']!r}; only weights in model.safetensors, or in the "

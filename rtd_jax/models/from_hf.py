@@ -18,6 +18,8 @@ from rtd_jax.base.files import read_object
 from rtd_jax.base.types import Params
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.quantized import INT8, quantize_weight
+from rtd_jax.models.quantized_folders import read_storage
+from rtd_jax.models.quantized_tensors import QuantizedTensor, storage_of
 from rtd_jax.models.to_hf import INDEX_FILE, TOKENIZER_FILES
 from rtd_jax.models.weight_files import few, open_file, open_tensor, tensor_files
 from rtd_jax.models.weights import EMBEDDING, HEAD, Weight, table
@@ -56,11 +58,16 @@ def resolve(name_or_dir: str | Path, *, has_weights: bool = True) -> Path:
 
 
 def load_config(directory: str | Path) -> LlamaConfig:
-    """The config of a Hugging Face directory. Raises ValueError where it is missing, unreadable or no plain Llama's."""
+    """The config of a Hugging Face directory, whose weights may be quantised.
+
+    Raises:
+      ValueError: it is missing, unreadable or no plain Llama's, or the weights are quantised in a way not read here.
+    """
     path = Path(directory) / "config.json"
     # With NaN and Infinity, which are no JSON: the config knows the key and what it may be.
     content = read_object(path, "give the directory of a Hugging Face checkpoint", constants=True)
     try:
+        storage_of(content)
         return LlamaConfig.from_hf(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -74,7 +81,7 @@ def load_params(
     shardings: dict[str, Any] | None = None,
     layers: Sequence[int] | None = None,
 ) -> Params:
-    """The weights of a Hugging Face directory in the layout of `LlamaModel`'s params.
+    """The weights of a Hugging Face directory in the layout of `LlamaModel`'s params; quantised ones as floats.
 
     Tensors are read one at a time, in each process only the slices that its devices hold, and are written into the
     stacked arrays in place: the host never holds more than two tensors besides the params themselves.
@@ -93,12 +100,19 @@ def load_params(
     directory = Path(directory)
     files = tensor_files(directory)
     rows = table(config)
-    _check_names(directory, set(files), {name for weight in rows for name in weight.names(config)}, config)
+    storage = read_storage(directory)
+    stored = {name: storage.names(weight, name) for weight in rows for name in weight.names(config)}
+    _check_names(directory, set(files), {part for names in stored.values() for part in names}, config)
     sharding_of = {} if shardings is None else flatten_dict(shardings)
     with contextlib.ExitStack() as stack:
         handles = {path: stack.enter_context(open_file(path)) for path in sorted(set(files.values()))}
 
+        def slices(part: str) -> tuple[Any, Path]:
+            return handles[files[part]].get_slice(part), files[part]
+
         def reader(name: str, weight: Weight) -> Any:
+            if storage.covers(weight, name):
+                return QuantizedTensor(slices, name, weight.hf_shape(config), storage.scheme)
             return open_tensor(handles[files[name]], files[name], name, weight.hf_shape(config))
 
         readers = {name: reader(name, weight) for weight in rows for name in weight.names(config)}
@@ -109,7 +123,7 @@ def load_params(
         params = unflatten_dict(
             {row.path: _load(row, config, dtype, sharding_of.get(row.path), readers, chosen, finite) for row in rows}
         )
-    _check_finite({name: files[name] for name, is_finite in finite.items() if not np.asarray(is_finite)})
+    _check_finite({name: files[stored[name][0]] for name, is_finite in finite.items() if not np.asarray(is_finite)})
     return params
 
 

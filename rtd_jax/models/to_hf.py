@@ -1,6 +1,7 @@
 """Writes Llama params as a Hugging Face directory that `transformers` loads: complete, or not at all."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,20 +57,40 @@ def save_pretrained(
       ValueError: the params do not fit the config, or the directory holds other files than a model's.
       OSError: a file could not be written; the message names the directory and the space that is needed.
     """
+    arrays = checked_arrays(config, params)
+    entries = [float_entry(weight, layer, arrays[weight.path], config) for weight, layer in in_order(config)]
+    dtype = np.result_type(*{array.dtype for array in arrays.values()})
+    return write_folder(directory, config.to_hf() | {"dtype": str(dtype)}, entries, tokenizer=tokenizer, text=text)
+
+
+class Entry(NamedTuple):
+    """What is written of one weight of one layer: its tensor, or the several that stand for it."""
+
+    size: int  # bytes
+    to_host: Callable[[], dict[str, np.ndarray]]  # tensors by name; every process must call it
+
+
+def write_folder(
+    directory: str | Path,
+    content: dict[str, Any],
+    entries: list[Entry],
+    *,
+    tokenizer: Any = None,
+    text: TextFormat | None = None,
+) -> Path:
+    """`save_pretrained` of any tensors, with the `content` of config.json."""
     directory = Path(directory).resolve()
-    tensors = _list_tensors(config, params)
     if jax.process_index() != 0:
-        for tensor in tensors:
-            tensor.to_host(config)  # every process takes part in gathering arrays that are spread over them
+        for entry in entries:
+            entry.to_host()  # every process takes part in gathering arrays that are spread over them
         return directory
     check_replaceable(directory)
     partial = directory.parent / f".{directory.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a save that was killed
         partial.mkdir(parents=True)
-        dtype = np.result_type(*{tensor.array.dtype for tensor in tensors})
-        write_json(partial / "config.json", config.to_hf() | {"dtype": str(dtype)})
-        _write_tensors(partial, tensors, config)
+        write_json(partial / "config.json", content)
+        _write_tensors(partial, entries)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
         if text is not None:
@@ -79,7 +100,7 @@ def save_pretrained(
         _replace(directory, partial)
         to_disk(directory.parent)
     except (OSError, SafetensorError) as error:
-        size = sum(tensor.size for tensor in tensors) / 2**20
+        size = sum(entry.size for entry in entries) / 2**20
         raise OSError(
             f"{directory}: could not save the model ({error}); what was there before is unchanged. "
             f"Free at least {size:.0f} MiB, or give another directory",
@@ -89,65 +110,73 @@ def save_pretrained(
     return directory
 
 
-class _Tensor(NamedTuple):
-    """One tensor to write."""
+def float_entry(weight: Weight, layer: int, array: Any, config: LlamaConfig) -> Entry:
+    """The one tensor of a weight that is not quantised."""
 
-    name: str
-    weight: Weight
-    array: Any  # of the params, with all layers where they are stacked
-    layer: int
-    size: int  # bytes
-
-    def to_host(self, config: LlamaConfig) -> np.ndarray:
-        """The tensor in the layout of a checkpoint."""
-        array = self.array[self.layer] if self.weight.stacked else self.array
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            assert isinstance(array.sharding, NamedSharding)
-            array = jax.device_put(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
+    def to_host() -> dict[str, np.ndarray]:
+        tensor = weight.to_hf(layer_on_host(weight, layer, array), config)
         # safetensors writes the buffer in the order of memory, so a transposed view would be written scrambled.
-        return np.ascontiguousarray(self.weight.to_hf(np.asarray(array), config))
+        return {weight.names(config)[layer]: np.ascontiguousarray(tensor)}
+
+    return Entry(int(np.prod(weight.hf_shape(config))) * array.dtype.itemsize, to_host)
 
 
-def _list_tensors(config: LlamaConfig, params: Params) -> list[_Tensor]:
-    """Every tensor in the order of a checkpoint: embedding, layer by layer, norm, head."""
+def layer_on_host(weight: Weight, layer: int, array: Any) -> np.ndarray:
+    """One layer of an array of the params, gathered from all processes. Every process must call it."""
+    array = array[layer] if weight.stacked else array
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        assert isinstance(array.sharding, NamedSharding)
+        array = jax.device_put(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
+    return np.asarray(array)
+
+
+def checked_arrays(
+    config: LlamaConfig, params: Params, shape_of: Callable[[Weight], tuple[int, ...]] | None = None
+) -> dict[tuple[str, ...], Any]:
+    """The leaves of the params by path. Raises ValueError where they are not those of the config.
+
+    Args:
+      shape_of: the shape of a weight in the params, where it is not the config's own.
+    """
     rows, arrays = table(config), flatten_dict(params)
     if len(arrays) != len(rows):
         raise ValueError(
             f"params have {len(arrays)} arrays, the config needs {len(rows)}; save params with their own config"
         )
     for weight in rows:
-        shape = np.shape(arrays[weight.path])
-        if shape != weight.shape(config):
+        shape, expected = np.shape(arrays[weight.path]), weight.shape(config) if shape_of is None else shape_of(weight)
+        if shape != expected:
             raise ValueError(
-                f"params {'.'.join(weight.path)} has shape {shape}, the config makes it {weight.shape(config)}; "
+                f"params {'.'.join(weight.path)} has shape {shape}, the config makes it {expected}; "
                 "save params with their own config"
             )
+    return arrays
 
-    def tensor(weight: Weight, layer: int) -> _Tensor:
-        array = arrays[weight.path]
-        size = int(np.prod(weight.hf_shape(config))) * array.dtype.itemsize
-        return _Tensor(weight.names(config)[layer], weight, array, layer, size)
 
-    per_layer = [tensor(weight, layer) for layer in range(config.layers) for weight in rows if weight.stacked]
-    single = [tensor(weight, 0) for weight in rows if not weight.stacked]
+def in_order(config: LlamaConfig) -> list[tuple[Weight, int]]:
+    """Every weight and layer in the order of a checkpoint: embedding, layer by layer, norm, head (layer 0)."""
+    rows = table(config)
+    per_layer = [(weight, layer) for layer in range(config.layers) for weight in rows if weight.stacked]
+    single = [(weight, 0) for weight in rows if not weight.stacked]
     return [single[0], *per_layer, *single[1:]]
 
 
-def _write_tensors(directory: Path, tensors: list[_Tensor], config: LlamaConfig) -> None:
+def _write_tensors(directory: Path, entries: list[Entry]) -> None:
     """Writes one safetensors file, or several of at most MAX_SHARD_BYTES and their index."""
-    shards: list[list[_Tensor]] = [[]]
-    for tensor in tensors:
-        if shards[-1] and sum(other.size for other in shards[-1]) + tensor.size > MAX_SHARD_BYTES:
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(other.size for other in shards[-1]) + entry.size > MAX_SHARD_BYTES:
             shards.append([])
-        shards[-1].append(tensor)
+        shards[-1].append(entry)
     weight_map: dict[str, str] = {}
+    total = 0
     for number, shard in enumerate(shards, start=1):
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {tensor.name: tensor.to_host(config) for tensor in shard}
+        arrays = {name: tensor for entry in shard for name, tensor in entry.to_host().items()}
         save_file(arrays, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, file)
+        total += sum(tensor.nbytes for tensor in arrays.values())
     if len(shards) > 1:
-        total = sum(tensor.size for tensor in tensors)
         write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
