@@ -134,7 +134,7 @@ def _gram(
     model: LlamaModel, layer: Params, states: Sequence[jax.Array], batches: Sequence[Rows], inputs: str
 ) -> jax.Array:
     """Mean over the tokens that are no padding of x x^T, float32 [I, I]."""
-    total, count = 0.0, 0
+    total, count = jnp.zeros(()), 0
     for x_BLD, (_, positions_BL, chain_ids_BL) in zip(states, batches, strict=True):
         read: LayerInputs = layer_inputs(model, layer, x_BLD, positions_BL, chain_ids_BL)[1]
         total = total + _summed(getattr(read, inputs), jnp.asarray(chain_ids_BL))

@@ -112,7 +112,7 @@ def compress(settings: CompressSettings, note: Callable[[str], None] = print) ->
         open_from=measured.OPEN_FROM,
     )
     if problems:
-        check_evaluation(evaluator, problems, {"student": before.model.config})
+        check_evaluation(evaluator, problems, {"student": before.model.config}, "")
     report: dict[str, Any] = {
         "kind": "compression",
         "title": f"{settings.student}: {method.scheme.name if method.scheme else method.name}",
@@ -134,7 +134,7 @@ def compress(settings: CompressSettings, note: Callable[[str], None] = print) ->
         report["before"], report["student"] = results["before"].report, results["after"].report
         report["differences"] = {depth: change.error_row() for depth, change in changes.items()}
         note("reading the reference chains with both")
-        report["drift"] = measured.drift(before, after, problems, text, results["after"], settings.seed)
+        report["drift_from_before"] = measured.drift(before, after, problems, text, results["after"], settings.seed)
         if settings.by_layer and smaller is not None:
             read, _ = encode_traces(before.tokenizer, problems[: measured.READ], text, row_length=2**31 - 1)
             report["parts"] = measured.loss_by_part(before, smaller, read, note)

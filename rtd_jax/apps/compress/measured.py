@@ -133,7 +133,7 @@ def sections_of(report: dict[str, Any]) -> tuple[list[Section], list[Intervals]]
     if deep in report["differences"]:
         row = report["differences"][deep]
         chains.append((deep, row["n"], "", "", _points(row)))
-    rows = [("perplexity", *(number(model["perplexity"]["all"]["mean"], 4) for model in (before, after)))]
+    rows = [("perplexity", *(number(model["perplexity"], 4) for model in (before, after)))]
     rows += [
         (f"{words} %", *(_percent(model[name]["all"]) for model in (before, after)))
         for name, words in (
@@ -151,8 +151,8 @@ def sections_of(report: dict[str, Any]) -> tuple[list[Section], list[Intervals]]
         Section("Chains right by depth", 2, (), ("depth", "problems", "before %", "after %", "change"), chains),
         Section("Over all depths", 2, (), ("", "before", "after"), rows),
     ]
-    if report.get("drift"):
-        found.append(_drift_section(report["drift"]))
+    if report.get("drift_from_before"):
+        found.append(_drift_section(report["drift_from_before"]))
     if report.get("parts"):
         parts = [(name, f"{1000 * nats:.3f}") for name, nats in report["parts"].items()]
         text = ("What is added to the cross-entropy of reference chains where one part alone is compressed.",)
@@ -194,7 +194,7 @@ def where_sentence(report: dict[str, Any]) -> str:
     sentence = (
         f"all chains {_points(report['differences']['all'])} points, most at depth {worst}: {_points(changes[worst])}"
     )
-    steps = [step for step in (report.get("drift") or {}).get("steps", ()) if step["transition_cosine"]]
+    steps = [step for step in (report.get("drift_from_before") or {}).get("steps", ()) if step["transition_cosine"]]
     steps = [step for step in steps if step["transition_cosine"]["value"] is not None]
     if steps:
         step = min(steps, key=lambda step: step["transition_cosine"]["value"])

@@ -5,7 +5,7 @@ from typing import get_args
 
 from rtd_jax.models.schemes import QType, Scheme
 
-GPTQ = {"w8a16_gptq": "int8", "w4a16_gptq": "int4", "w3a16_gptq": "int3", "w2a16_gptq": "int2"}
+GPTQ: dict[str, QType] = {"w8a16_gptq": "int8", "w4a16_gptq": "int4", "w3a16_gptq": "int3", "w2a16_gptq": "int2"}
 PRUNE = "prune:"
 USUAL_GROUPS = {"nf4": 64, "fp8": 0}  # inputs that share a scale, where a scheme's usual number is not 128
 _KNOWN = f"{', '.join((*get_args(QType), *GPTQ))} or {PRUNE}<share of the parameters>"
@@ -46,8 +46,8 @@ def parse_method(text: str, group_size: int = -1, symmetric: bool = True, head: 
                 f"and 1, such as {PRUNE}0.75"
             )
         return Method(text, share=share)
-    qtype = GPTQ.get(text, text)
-    if qtype not in get_args(QType):
+    qtype = next((known for known in get_args(QType) if known == text), GPTQ.get(text))
+    if qtype is None:
         raise ValueError(f"scheme is {text!r}; use {_KNOWN}")
     size = USUAL_GROUPS.get(qtype, 128) if group_size < 0 else group_size
     return Method(text, Scheme(qtype, size, symmetric, head), is_gptq=text in GPTQ)

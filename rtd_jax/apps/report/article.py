@@ -14,6 +14,7 @@ SHARE_LOST = {"coherence": 62, "curriculum": 24, "alignment": 14}
 DEEP_STEP_ACCURACY, DEEP_CHAIN_ACCURACY = 90.4, 52.6  # of KD's student
 GAP = 37.8  # between these two
 OVER_TEACHER = 1.3  # RTD's student above the teacher at two steps
+QUANTISED_GAIN = 11.2  # DEEP_GAIN of the student at 4 bits, rounded after training
 SMALL_STUDENT_GAIN = 9.3  # DEEP_GAIN of the student with 1B parameters
 OVERHEAD = 60  # % of training time that RTD adds to KD
 PERPLEXITY_ABOVE_TEACHER = 3  # %, at most, of KD's student

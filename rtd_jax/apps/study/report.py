@@ -12,6 +12,7 @@ from rtd_jax.apps.report import article
 from rtd_jax.apps.report.sections import Intervals, Picture, Section, markdown_of
 from rtd_jax.apps.study import claims, drift, pictures, statistics
 from rtd_jax.apps.study.claims import TEACHER, Claim, TaskRuns, p_and_seeds, points
+from rtd_jax.apps.study.compressed import gains_left
 from rtd_jax.apps.study.pictures import Table
 from rtd_jax.apps.study.recipe import StudyRecipe
 from rtd_jax.apps.study.statistics import Difference, Outcome, json_row
@@ -98,6 +99,11 @@ def _add_task(report: Report, task: str, recipe: StudyRecipe, runs: TaskRuns) ->
             claims.gains_by_depth(runs),
         ),
         "shares": ("Share of the gain lost by each ablation", "ablation", claims.shares(runs)),
+        "gains_left": (
+            f"What is left of a gain over `{runs.baseline}` when both are made smaller",
+            "method",
+            gains_left(runs),
+        ),
         "claims": ("The article's claims", "claim", claims.article_claims(runs)),
         "questions": ("Questions the article leaves open", "question", claims.questions(runs)),
     }

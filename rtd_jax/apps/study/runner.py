@@ -80,8 +80,8 @@ class Group:
         """The command of `python -m rtd_jax` that trains or continues the runs."""
         first = self.jobs[0]
         if first.kind == "compress":
-            flags = (*first.overrides, f"out={first.workdir / 'student'}", f"report={first.workdir}")
-            return ["compress", *(f"--{flag}" for flag in flags)]
+            places = (f"out={first.workdir / 'student'}", f"report={first.workdir}")
+            return ["compress", *(f"--{flag}" for flag in (*first.overrides, *places))]
         overrides = [f"--config.{override}" for override in first.overrides]
         if len(self.jobs) == 1:
             return ["train", f"--config={base}", f"--workdir={first.workdir}", *overrides]

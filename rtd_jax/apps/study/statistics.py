@@ -149,6 +149,31 @@ def share_interval(
     return percentile_interval((full_R - ablated_R)[is_positive_R] / gain_R[is_positive_R])
 
 
+def share_left(
+    before: tuple[Sequence[Outcome], Sequence[Outcome]],
+    after: tuple[Sequence[Outcome], Sequence[Outcome]],
+    chosen: Chosen,
+) -> Estimate | None:
+    """What share of the gain of a method over a baseline is left when both are changed: after / before, with 95%.
+
+    By a bootstrap of seeds and problems alike for all four. None without a common seed, or where the gain's own
+    interval does not lie above 0.
+
+    Args:
+      before, after: (method, baseline).
+    """
+    tables = _paired_tables((*before, *after), chosen)
+    whole = difference(*before, chosen)
+    if not tables or whole is None or whole.low <= 0:
+        return None
+    method_R, baseline_R, later_R, later_baseline_R = (resampled_means(table, RESAMPLES) for table in tables)
+    gain_R, left_R = method_R - baseline_R, later_R - later_baseline_R
+    is_positive_R = gain_R > 0  # in all but a few draws
+    low, high = percentile_interval(left_R[is_positive_R] / gain_R[is_positive_R])
+    means = [float(table.mean()) for table in tables]
+    return Estimate((means[2] - means[3]) / (means[0] - means[1]), low, high, len(tables[0]))
+
+
 def solved_after_stage(outcome: Outcome, number: int) -> float | None:
     """Chain accuracy of the first evaluation at or after the end of a stage: the mean over the stage's depths.
 
