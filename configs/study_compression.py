@@ -8,10 +8,12 @@ or in the last quarter of the updates; and pruned from the teacher to the size o
 bits.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from configs.study_states import states
-from configs.study_tiny import as_config, changed, only
+from configs.study_tiny import as_config, only
 from configs.study_tiny import get_config as study_tiny
 from rtd_jax.apps.study.recipe import Method, Overrides
 
@@ -27,6 +29,11 @@ def rounded(of: str, scheme: str, **about) -> Method:
     return Method((), begins_with=of, compress=(f"scheme={scheme}", f"group_size={GROUP}", "by_layer=False"), **about)
 
 
+def variant(of: Method, *overrides: str, **about) -> Method:
+    """A trained method with more overrides."""
+    return dataclasses.replace(of, overrides=(*of.overrides, *overrides), role="control", pictured=False, **about)
+
+
 def through(qtype: str) -> Overrides:
     """Training through the rounding."""
     return f"student.quantization={qtype}", f"student.group_size={GROUP}"
@@ -39,18 +46,23 @@ def compressed() -> dict[str, Method]:
         whole = found[name]
         for scheme in SCHEMES:
             found[f"{short}_{scheme}"] = rounded(name, scheme, compared_with={name: f"what does {scheme} cost {name}?"})
-        found[f"{short}_{UPDATES - LAST}"] = changed(whole, f"total_updates={UPDATES - LAST}")
+        found[f"{short}_{UPDATES - LAST}"] = variant(whole, f"total_updates={UPDATES - LAST}", compared_with={})
         for qtype in TRAINED:
             question = {f"{short}_{qtype}": f"is training through {qtype} better than rounding afterwards?"}
-            found[f"{short}_through_{qtype}"] = Method((*whole.overrides, *through(qtype)), compared_with=question)
-            found[f"{short}_then_{qtype}"] = Method(
-                (*whole.overrides, *through(qtype), f"total_updates={LAST}"),
+            found[f"{short}_through_{qtype}"] = variant(whole, *through(qtype), compared_with=question)
+            found[f"{short}_then_{qtype}"] = variant(
+                whole,
+                *through(qtype),
+                f"total_updates={LAST}",
                 begins_with=f"{short}_{UPDATES - LAST}",
                 compared_with=question
                 | {f"{short}_through_{qtype}": f"is {qtype} in the last quarter as good as from the start?"},
             )
-        found[f"{short}_pruned"] = Method(
-            (*whole.overrides, "student.init=pruned", "student.layers=0", f"student.share={SHARE}"),
+        found[f"{short}_pruned"] = variant(
+            whole,
+            "student.init=pruned",
+            "student.layers=0",
+            f"student.share={SHARE}",
             compared_with={name: "is pruning in width better than two of the layers?"},
         )
         found[f"{short}_pruned_int3"] = rounded(

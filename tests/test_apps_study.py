@@ -24,12 +24,14 @@ from configs import (
     rtd_smollm2_sentences,
     rtd_tiny,
     study_8b,
+    study_compression,
     study_curricula,
     study_on_policy,
     study_smollm2,
     study_states,
     study_tiny,
 )
+from rtd_jax.apps.compress.compress import CompressSettings
 from rtd_jax.apps.report.sections import write_sections
 from rtd_jax.apps.study import runner
 from rtd_jax.apps.study.claims import (
@@ -60,6 +62,7 @@ from rtd_jax.apps.study.study import study as write_study
 from rtd_jax.base.lock import locked
 from rtd_jax.base.settings import build
 from rtd_jax.eval.estimates import Estimate, over_seeds
+from rtd_jax.models.schemes import Scheme
 from rtd_jax.train.ensemble import NO_ENSEMBLE
 from rtd_jax.train.recipe import Recipe
 
@@ -672,6 +675,7 @@ def test_what_is_prepared_is_made_once_and_only_where_it_is_asked_for(tmp_path, 
         (study_curricula, ""),
         (study_on_policy, ""),
         (study_states, ""),
+        (study_compression, ""),
         (study_smollm2, ""),
         (study_smollm2, "six+cpu"),
     ],
@@ -684,6 +688,11 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
     bases = {f"configs/{x.__name__.split('.')[-1]}.py": x for x in (rtd_tiny, rtd_8b, rtd_smollm2_sentences)}
     recipes = {}
     for job in recipe.jobs(tmp_path):
+        if job.kind == "compress":
+            flags = dict(flag.split("=", 1) for flag in job.overrides)
+            own = CompressSettings(**{"student": flags["student"], "scheme": flags["scheme"]})
+            assert own.method.scheme is not None, job
+            continue
         base = bases[recipe.base].get_config()
         for override in job.overrides:
             key, value = override.split("=", 1)
@@ -707,7 +716,7 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
     of = "lift" if arg == "lift" else of
     whole = {job.name: job for job in build(StudyRecipe, study_tiny.get_config().to_dict()).jobs(tmp_path)}
     shared = [job for job in recipe.jobs(tmp_path) if job.name in whole]
-    common = {"conditions": 6, "lift": 4}.get(arg) or {study_curricula: 2 * 4, study_states: 3 + 1}.get(config)
+    common = {"conditions": 6, "lift": 4}.get(arg) or {study_curricula: 2 * 4, study_states: 3 + 1 + 1}.get(config)
     if common:  # what these have in common with the whole study are the same runs
         assert len(shared) == 5 * common
         assert all(job == whole[job.name] for job in shared)
@@ -727,6 +736,12 @@ def test_every_run_of_the_studies_is_a_recipe_of_the_trainer(config, arg, tmp_pa
         assert cuts["alignment_soft"] == cuts["coherence_soft"] == "soft:12"
         assert forms["alignment_ends"] == ("end", "evenly:4", "squared")
         assert forms["rtd_no_curriculum"] == ("end", "", "cosine")
+        return
+    if config is study_compression:
+        assert recipes[of, "soft_through_int3"].student.scheme == Scheme("int3", 32)
+        assert recipes[of, "soft_then_int2"].student.path == f"{tmp_path}/runs/{of}/soft_225/seed_4/student"
+        assert recipes[of, "soft_then_int2"].total_updates + recipes[of, "soft_225"].total_updates == 300
+        assert recipes[of, "kd_pruned"].student.init == "pruned"
         return
     if config is study_smollm2:
         layers = {task: r.student.layers for (task, _), r in recipes.items()}
