@@ -95,6 +95,15 @@ def rotate(x_BLHE: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
+class LayerInputs(NamedTuple):
+    """What the matrices of one layer read. Under jit it costs nothing where it is not used."""
+
+    attention_BLD: jax.Array  # read by q, k and v: normed states
+    mixed_BLHE: jax.Array  # read by o: weighted means of the values
+    mlp_BLD: jax.Array  # read by gate and up: normed states
+    neurons_BLF: jax.Array  # read by down: silu(gate) * up
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale, in float32 whatever the dtype of x."""
 
@@ -130,6 +139,16 @@ def _on_nvidia_ampere() -> bool:
     return capability.split(".")[0].isdigit() and int(capability.split(".")[0]) >= 8
 
 
+def attend_row(
+    computation: Computation, q_BLHE: jax.Array, k_BLGE: jax.Array, v_BLGE: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    """Attention among the given tokens: where `mask` is True, or causal without a mask. [B, L, H, E]"""
+    kernel = attention_kernel(computation.attention, q_BLHE.shape[1], q_BLHE.shape[3], q_BLHE.dtype)
+    return jax.nn.dot_product_attention(
+        q_BLHE, k_BLGE, v_BLGE, mask=mask, is_causal=mask is None, implementation=kernel
+    )
+
+
 def attend_cached(q_BHE: jax.Array, k_BGLE: jax.Array, v_BGLE: jax.Array, seen_BL: jax.Array) -> jax.Array:
     """Attention of one query per row to the cached slots that it may see. [B, H, E]
 
@@ -155,13 +174,16 @@ class Attention(nnx.Module):
         self.v = _zeros(dtype, (width, config.kv_heads, head_dim))
         self.o = _zeros(dtype, (config.heads, head_dim, width))
 
-    def __call__(self, x_BLD: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x_BLD: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> tuple[jax.Array, Any, jax.Array]:
+        """The output [B, L, D], the layer's cache, and what `o` reads [B, L, H, E]."""
         dtype = x_BLD.dtype
         q_BLHE = rotate(jnp.einsum("BLD,DHE->BLHE", x_BLD, _weight(self.q, dtype)), angles)
         k_BLGE = rotate(jnp.einsum("BLD,DGE->BLGE", x_BLD, _weight(self.k, dtype)), angles)
         v_BLGE = jnp.einsum("BLD,DGE->BLGE", x_BLD, _weight(self.v, dtype))
         mixed_BLHE, cache = attend(q_BLHE, k_BLGE, v_BLGE)
-        return jnp.einsum("BLHE,HED->BLD", mixed_BLHE, _weight(self.o, dtype)), cache
+        return jnp.einsum("BLHE,HED->BLD", mixed_BLHE, _weight(self.o, dtype)), cache, mixed_BLHE
 
 
 class SwiGLU(nnx.Module):
@@ -172,12 +194,14 @@ class SwiGLU(nnx.Module):
         self.up = _zeros(dtype, (config.width, config.mlp_width))
         self.down = _zeros(dtype, (config.mlp_width, config.width))
 
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The output [B, L, D], and what `down` reads, of each token [B * L, F]."""
         dtype = x_BLD.dtype
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])  # on one token axis XLA's backward pass is twice as fast on CPUs
         gate_TF = x_TD @ _weight(self.gate, dtype)
         up_TF = x_TD @ _weight(self.up, dtype)
-        return ((jax.nn.silu(gate_TF) * up_TF) @ _weight(self.down, dtype)).reshape(x_BLD.shape)
+        neurons_TF = jax.nn.silu(gate_TF) * up_TF
+        return (neurons_TF @ _weight(self.down, dtype)).reshape(x_BLD.shape), neurons_TF
 
 
 class Block(nnx.Module):
@@ -189,12 +213,20 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps, dtype)
         self.mlp = SwiGLU(config, dtype)
 
-    def __call__(self, x_BLD: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x_BLD: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> tuple[jax.Array, Any, LayerInputs]:
+        """The states after the layer [B, L, D], its cache, and what its matrices read."""
         with jax.named_scope("attention"):
-            mixed_BLD, cache = self.attention(self.attention_norm(x_BLD), angles, attend)
+            attention_BLD = self.attention_norm(x_BLD)
+            mixed_BLD, cache, mixed_BLHE = self.attention(attention_BLD, angles, attend)
         x_BLD = x_BLD + mixed_BLD
         with jax.named_scope("mlp"):
-            return x_BLD + self.mlp(self.mlp_norm(x_BLD)), cache
+            mlp_BLD = self.mlp_norm(x_BLD)
+            change_BLD, neurons_TF = self.mlp(mlp_BLD)
+            x_BLD = x_BLD + change_BLD
+        neurons_BLF = neurons_TF.reshape(*x_BLD.shape[:-1], -1)
+        return x_BLD, cache, LayerInputs(attention_BLD, mixed_BLHE, mlp_BLD, neurons_BLF)
 
 
 class Llama(nnx.Module):
@@ -216,7 +248,7 @@ class Llama(nnx.Module):
         layers, run_layer = self._split_layers(positions_BL)
 
         def layer(x_BLD, weights):
-            return run_layer(x_BLD, weights, lambda q, k, v: (self._attend(q, k, v, mask), None))[0]
+            return run_layer(x_BLD, weights, lambda q, k, v: (attend_row(self.computation, q, k, v, mask), None))[0]
 
         policy = REMAT_POLICIES[self.computation.remat]
         if policy is not None:
@@ -243,7 +275,7 @@ class Llama(nnx.Module):
 
         def attend(q_BLHE, k_BLGE, v_BLGE):
             new = KVCache(*(jnp.swapaxes(x, 1, 2) for x in (k_BLGE, v_BLGE)))
-            return self._attend(q_BLHE, k_BLGE, v_BLGE, None), new
+            return attend_row(self.computation, q_BLHE, k_BLGE, v_BLGE, None), new
 
         def body(x_BLD, weights):
             return run_layer(x_BLD, weights, attend)
@@ -293,17 +325,10 @@ class Llama(nnx.Module):
         def run_layer(x_BLD: jax.Array, weights: nnx.State, attend: Attend) -> tuple[jax.Array, Any]:
             if self.computation.streamed:
                 weights = jax.device_put(weights, jax.memory.Space.Device)
-            x_BLD, cache = nnx.merge(graphdef, weights)(x_BLD, angles, attend)
+            x_BLD, cache, _ = nnx.merge(graphdef, weights)(x_BLD, angles, attend)
             return self._constrain(x_BLD), cache
 
         return layers, run_layer
-
-    def _attend(self, q_BLHE: jax.Array, k_BLGE: jax.Array, v_BLGE: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """Attention among the given tokens: where `mask` is True, or causal without a mask."""
-        kernel = attention_kernel(self.computation.attention, q_BLHE.shape[1], q_BLHE.shape[3], q_BLHE.dtype)
-        return jax.nn.dot_product_attention(
-            q_BLHE, k_BLGE, v_BLGE, mask=mask, is_causal=mask is None, implementation=kernel
-        )
 
     def _embed(self, tokens_BL: jax.Array) -> jax.Array:
         # Rows are looked up before they are converted to floats. An int8 table has two parts: values and scales.

@@ -1,0 +1,54 @@
+"""Runs a model layer by layer and hands out what each matrix of a layer read, as pruning and quantisation need it.
+
+The weights of one layer and the states of one batch are enough in memory.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rtd_jax.base.types import Array, Params
+from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.decoder import Block, LayerInputs, attend_row, rope_angles
+from rtd_jax.models.model import LlamaModel, chain_mask
+from rtd_jax.models.quantized import as_float
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def embed(model: LlamaModel, params: Params, tokens_BL: Array) -> jax.Array:
+    """The states that the first layer reads, [B, L, D] in `compute_dtype`."""
+    rows = jax.tree.map(lambda part: part[jnp.asarray(tokens_BL)], params["embedding"])
+    return as_float(rows, model.compute_dtype)
+
+
+def layer_params(params: Params, layer: int) -> Params:
+    """The weights of one layer, counted from 0: the entries of `params["layers"]` without their first axis."""
+    return jax.tree.map(lambda stacked: stacked[layer], params["layers"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def layer_inputs(
+    model: LlamaModel, layer_params: Params, x_BLD: jax.Array, positions_BL: Array, chain_ids_BL: Array
+) -> tuple[jax.Array, LayerInputs]:
+    """The states after one layer, [B, L, D] in `compute_dtype`, and what its matrices read.
+
+    Padding (chain id 0) is computed like the rest: the caller masks it. Positions and ids as in `LlamaModel.hidden`.
+
+    Args:
+      layer_params: of one layer, as the function of that name gives them.
+      x_BLD: the states before the layer; `embed`'s for the first.
+    """
+    mask, angles = chain_mask(chain_ids_BL), rope_angles(model.config, jnp.asarray(positions_BL))
+
+    def attend(q_BLHE, k_BLGE, v_BLGE):
+        return attend_row(model, q_BLHE, k_BLGE, v_BLGE, mask), None
+
+    x_BLD, _, inputs = nnx.merge(_block(model.config), layer_params)(x_BLD, angles, attend)
+    return x_BLD, inputs
+
+
+@functools.lru_cache(maxsize=64)
+def _block(config: LlamaConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: Block(config, jnp.dtype("float32"))))[0]
