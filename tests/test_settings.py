@@ -150,6 +150,7 @@ STUDENTS = {
     "pretrained": ("student.init=pretrained", "student.path=x", "student.layers=0"),
     "teacher_layers": ("student.init=teacher_layers", "student.path=", "student.layers=3"),
     "random": ("student.init=random", "student.path=", *(f"student.{size}=3" for size in SIZES)),
+    "pruned": ("student.init=pruned", "student.path=", "student.layers=0", "student.share=0.5"),
 }
 
 
@@ -178,8 +179,8 @@ def other(setting: Setting) -> str:
 def needed_with(setting: Setting, text: str, recipe: typing.Any) -> tuple[str, ...]:
     """Overrides without which this value of the setting would be refused."""
     group, _, name = setting.key.rpartition(".")
-    if group == "student" and name in ("init", "path", *SIZES):
-        return STUDENTS[text if name == "init" else "pretrained" if name == "path" else "random"]
+    if group == "student" and name in ("init", "path", "share", *SIZES):
+        return STUDENTS[text if name == "init" else {"path": "pretrained", "share": "pruned"}.get(name, "random")]
     if name == "levels":
         return (f"{group}.schema=math", f"{group}.location=x")
     if name == "schema":

@@ -44,8 +44,8 @@ class Alignment(TrajectoryTerm):
     name: ClassVar[str] = "alignment"
     setting: ClassVar[str] = "loss.alignment_weight"
 
-    def init_params(self, key: Array, student_width: int, teacher_width: int) -> Params:
-        return init_state_map(key, self.maps, self.layers, student_width, teacher_width)
+    def init_params(self, key: Array, student_width: int, teacher_width: int, kept_S: Array | None = None) -> Params:
+        return init_state_map(key, self.maps, self.layers, student_width, teacher_width, kept_S)
 
     def param_axes(self) -> dict[str, tuple[str, ...]]:
         return {} if self.maps == "none" else {"f": map_axes(self.layers)}

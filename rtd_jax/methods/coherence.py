@@ -52,8 +52,8 @@ class Coherence(TrajectoryTerm):
     name: ClassVar[str] = "coherence"
     setting: ClassVar[str] = "loss.coherence_weight"
 
-    def init_params(self, key: Array, student_width: int, teacher_width: int) -> Params:
-        return init_transition_map(key, self.maps, self.layers, student_width, teacher_width)
+    def init_params(self, key: Array, student_width: int, teacher_width: int, kept_S: Array | None = None) -> Params:
+        return init_transition_map(key, self.maps, self.layers, student_width, teacher_width, kept_S)
 
     def param_axes(self) -> dict[str, tuple[str, ...]]:
         return {} if self.maps == "none" else {"f" if self.maps == "shared" else "g": map_axes(self.layers)}

@@ -65,9 +65,9 @@ class Intermediate(Term):
         students, teachers = zip(*self.pairs, strict=True)
         return Reads(student_tokens=tuple(students), teacher_tokens=tuple(teachers))
 
-    def init_params(self, key: Array, student_width: int, teacher_width: int) -> Params:
+    def init_params(self, key: Array, student_width: int, teacher_width: int, kept_S: Array | None = None) -> Params:
         keys = jax.random.split(jax.random.fold_in(key, 1), len(self.pairs))
-        return {"regressors": jnp.stack([init_map(key, student_width, teacher_width) for key in keys])}
+        return {"regressors": jnp.stack([init_map(key, student_width, teacher_width, kept_S) for key in keys])}
 
     def param_axes(self) -> dict[str, tuple[str, ...]]:
         return {"regressors": ("layers", *AXES)}

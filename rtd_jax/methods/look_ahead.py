@@ -55,8 +55,8 @@ class LookAhead(TrajectoryTerm):
         students, teachers = map(layers_of, zip(*self.layers, strict=True))
         return Reads(student_tokens=students, teacher_boundaries=teachers, step_state=self.step_state)
 
-    def init_params(self, key: Array, student_width: int, teacher_width: int) -> Params:
-        return {"ahead": init_maps(jax.random.fold_in(key, 2), self.layers, student_width, teacher_width)}
+    def init_params(self, key: Array, student_width: int, teacher_width: int, kept_S: Array | None = None) -> Params:
+        return {"ahead": init_maps(jax.random.fold_in(key, 2), self.layers, student_width, teacher_width, kept_S)}
 
     def param_axes(self) -> dict[str, tuple[str, ...]]:
         return {"ahead": map_axes(self.layers)}

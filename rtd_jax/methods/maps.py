@@ -24,18 +24,23 @@ Pairs = tuple[tuple[int, int], ...]  # (student's, teacher's) layers, counted fr
 AXES = ("student_width", "teacher_width")
 
 
-def init_map(key: Array, student_width: int, teacher_width: int) -> Array:
-    """[S, D] float32: the identity where the widths agree (a student cut from its teacher), else LeCun normal."""
+def init_map(key: Array, student_width: int, teacher_width: int, kept_S: Array | None = None) -> Array:
+    """[S, D] float32: what a student that is cut from its teacher starts with, else LeCun normal.
+
+    That is the identity where the widths agree, and 1 at (s, kept_S[s]) where it has some of the teacher's units.
+    """
     if student_width == teacher_width:
         return jnp.eye(student_width)
+    if kept_S is not None:
+        return jax.nn.one_hot(kept_S, teacher_width)
     return jax.nn.initializers.lecun_normal()(jnp.asarray(key), (student_width, teacher_width), jnp.float32)
 
 
-def init_maps(key: Array, pairs: Pairs, student_width: int, teacher_width: int) -> Array:
+def init_maps(key: Array, pairs: Pairs, student_width: int, teacher_width: int, kept_S: Array | None = None) -> Array:
     """[S, D], or [P, S, D] for several pairs of layers."""
     if len(pairs) == 1:
-        return init_map(key, student_width, teacher_width)
-    return jnp.stack([init_map(key, student_width, teacher_width) for key in jax.random.split(key, len(pairs))])
+        return init_map(key, student_width, teacher_width, kept_S)
+    return jnp.stack([init_map(key, student_width, teacher_width, kept_S) for key in jax.random.split(key, len(pairs))])
 
 
 def map_axes(pairs: Pairs) -> tuple[str, ...]:
@@ -43,7 +48,9 @@ def map_axes(pairs: Pairs) -> tuple[str, ...]:
     return AXES if len(pairs) == 1 else ("layers", *AXES)
 
 
-def init_state_map(key: Array, maps: Maps, pairs: Pairs, student_width: int, teacher_width: int) -> Params:
+def init_state_map(
+    key: Array, maps: Maps, pairs: Pairs, student_width: int, teacher_width: int, kept_S: Array | None = None
+) -> Params:
     """{"f": ..}, or nothing.
 
     Raises:
@@ -56,14 +63,16 @@ def init_state_map(key: Array, maps: Maps, pairs: Pairs, student_width: int, tea
                 f"{teacher_width}: states of different widths need a map; use 'separate' or 'shared'"
             )
         return {}
-    return {"f": init_maps(jax.random.split(key)[0], pairs, student_width, teacher_width)}
+    return {"f": init_maps(jax.random.split(key)[0], pairs, student_width, teacher_width, kept_S)}
 
 
-def init_transition_map(key: Array, maps: Maps, pairs: Pairs, student_width: int, teacher_width: int) -> Params:
+def init_transition_map(
+    key: Array, maps: Maps, pairs: Pairs, student_width: int, teacher_width: int, kept_S: Array | None = None
+) -> Params:
     """{"g": ..}; {"f": ..} where one map serves both; or nothing. Raises ValueError as `init_state_map`."""
     if maps != "separate":
-        return init_state_map(key, maps, pairs, student_width, teacher_width)
-    return {"g": init_maps(jax.random.split(key)[1], pairs, student_width, teacher_width)}
+        return init_state_map(key, maps, pairs, student_width, teacher_width, kept_S)
+    return {"g": init_maps(jax.random.split(key)[1], pairs, student_width, teacher_width, kept_S)}
 
 
 def state_map(params: Params) -> Array | None:

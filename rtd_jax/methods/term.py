@@ -93,8 +93,11 @@ class Term(abc.ABC):
         """The scalars that are traced; "weight" is among them."""
         return {"weight": self.weight}
 
-    def init_params(self, key: Array, student_width: int, teacher_width: int) -> Params:
+    def init_params(self, key: Array, student_width: int, teacher_width: int, kept_S: Array | None = None) -> Params:
         """What is learned beside the student, by its name in `TrainState.params`; terms may share an entry.
+
+        Args:
+          kept_S: int32 [S], the teacher's hidden unit that each of the student's was; None where it was not pruned.
 
         Raises:
           ValueError: widths that the term cannot join.
@@ -184,11 +187,11 @@ class Objective:
         """What an update takes as its traced argument."""
         return {term.key: term.coefficients() for term in self.terms}
 
-    def init_params(self, key: Array, student_width: int, teacher_width: int) -> Params:
+    def init_params(self, key: Array, student_width: int, teacher_width: int, kept_S: Array | None = None) -> Params:
         """What all terms learn beside the student. An entry does not depend on which other terms there are."""
         params: Params = {}
         for term in (*self.terms, *self.dormant):
-            params |= term.init_params(key, student_width, teacher_width)
+            params |= term.init_params(key, student_width, teacher_width, kept_S)
         return params
 
     def param_axes(self) -> dict[str, tuple[str, ...]]:

@@ -53,8 +53,8 @@ class TokenAlignment(TrajectoryTerm):
         students, teachers = map(layers_of, zip(*self.layers, strict=True))
         return Reads(student_tokens=students, teacher_tokens=teachers)
 
-    def init_params(self, key: Array, student_width: int, teacher_width: int) -> Params:
-        return init_state_map(key, self.maps, self.layers, student_width, teacher_width)
+    def init_params(self, key: Array, student_width: int, teacher_width: int, kept_S: Array | None = None) -> Params:
+        return init_state_map(key, self.maps, self.layers, student_width, teacher_width, kept_S)
 
     def param_axes(self) -> dict[str, tuple[str, ...]]:
         return {} if self.maps == "none" else {"f": map_axes(self.layers)}

@@ -5,6 +5,7 @@ Loading reads the table in one direction, saving in the other. The axes also giv
 `heads*head_dim`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -119,6 +120,11 @@ def axis_sizes(config: LlamaConfig) -> dict[str, int]:
         "head_dim": config.head_dim,
         "mlp": config.mlp_width,
     }
+
+
+def parameter_count(config: LlamaConfig) -> int:
+    """Numbers in the params of a model of this config."""
+    return sum(math.prod(weight.shape(config)) for weight in table(config))
 
 
 def logical_axes(params: Params) -> dict[str, Any]:

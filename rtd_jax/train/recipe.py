@@ -15,6 +15,7 @@ from rtd_jax.methods.term import Objective, Setup
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.decoder import AttentionKernel, Remat
 from rtd_jax.models.open import FloatDtype, ModelSettings
+from rtd_jax.models.pruning import PRUNED_SIZES
 from rtd_jax.models.schemes import QType, Scheme
 from rtd_jax.steps.select import is_windows, reads_teacher, soft_of
 from rtd_jax.teacher.identity import CacheSettings
@@ -25,6 +26,12 @@ from rtd_jax.train.update import UpdateSettings
 
 MOST_TOKENS = 10**9  # of an update; a batch of more is a slip, and would fill the memory of the host
 SIZES = ("layers", "width", "mlp_width", "heads", "kv_heads", "head_dim")  # of a student with random weights
+_READ = {  # by `student.init`, beside what is read in any case; all but the sizes of a pruned student are needed
+    "pretrained": ("path",),
+    "teacher_layers": ("layers",),
+    "random": SIZES,
+    "pruned": ("share", *PRUNED_SIZES),
+}
 
 
 @dataclass(frozen=True)
@@ -46,17 +53,20 @@ class StudentSettings:
     """Where the student comes from. Params are float32; the optimizer needs the digits.
 
     `init`: "random" takes the sizes below; "teacher_layers" copies `layers` evenly spaced layers of the teacher, and
-    its embeddings; "pretrained" loads `path`.
+    its embeddings; "pretrained" loads `path`; "pruned" keeps what matters most of the teacher's weights on training
+    chains, as many as `share` or the sizes say (`models.pruning.pruned_config`).
     """
 
-    init: Literal["random", "teacher_layers", "pretrained"]  # where the weights come from
+    init: Literal["random", "teacher_layers", "pretrained", "pruned"]  # where the weights come from
     path: str = ""  # Hugging Face folder or hub name; "pretrained" only
-    layers: int = 0  # transformer blocks; "random" and "teacher_layers"
-    width: int = 0  # hidden units; "random" only
-    mlp_width: int = 0  # hidden units of the SwiGLU; "random" only
+    share: float = 0.0  # of the teacher's parameters, by width and mlp_width; "pruned" only. 0: sizes alone
+    layers: int = 0  # transformer blocks; not of "pretrained". "pruned": 0 keeps all
+    width: int = 0  # hidden units; "random" and "pruned" (0: by share)
+    mlp_width: int = 0  # hidden units of the SwiGLU; "random" and "pruned" (0: by share)
     heads: int = 0  # query heads; "random" only
-    kv_heads: int = 0  # key/value heads; "random" only
+    kv_heads: int = 0  # key/value heads; "random" and "pruned", with their query heads (0 keeps all)
     head_dim: int = 0  # units of one head; "random" only
+    calibration_chains: int = 64  # training chains on which importance is measured; "pruned" only
     compute_dtype: FloatDtype = "bfloat16"  # of matrix products and hidden states
     attention: AttentionKernel = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's
     remat: Remat = "none"  # what the backward pass recomputes; "full" keeps one state per layer
@@ -66,12 +76,14 @@ class StudentSettings:
     quantize_head: bool = False  # round the embedding and the head too
 
     def __post_init__(self) -> None:
-        check_ranges(self, **dict.fromkeys(SIZES, "[0, 1e6]"), group_size="[0, 1e6]")
+        check_ranges(self, **dict.fromkeys(SIZES, "[0, 1e6]"), share="[0, 1)", calibration_chains="[1, 1e6]")
+        check_ranges(self, group_size="[0, 1e6]")
         _ = self.scheme  # refuses what does not exist
-        needed = {"pretrained": ("path",), "teacher_layers": ("layers",), "random": SIZES}[self.init]
-        given = [name for name in ("path", *SIZES) if getattr(self, name)]
-        missing = [name for name in needed if name not in given]
-        unused = [name for name in given if name not in needed]
+        read, given = _READ[self.init], [name for name in ("path", "share", *SIZES) if getattr(self, name)]
+        missing = [name for name in read if name not in given] if self.init != "pruned" else []
+        if self.init == "pruned" and not given:
+            raise ValueError(f"init='pruned' needs share (it is {self.share}), or one of {', '.join(PRUNED_SIZES)}")
+        unused = [name for name in given if name not in read]
         if missing or unused:
             needs = ", ".join(f"{name} (it is {getattr(self, name)!r})" for name in missing)
             raise ValueError(
@@ -87,9 +99,10 @@ class StudentSettings:
         return Scheme(self.quantization, self.group_size, self.symmetric, self.quantize_head)
 
     def unread_settings(self) -> dict[str, str]:
-        if self.quantization != "none":
-            return {}
-        return dict.fromkeys(("group_size", "symmetric", "quantize_head"), "student.quantization is 'none'")
+        unread = {} if self.init == "pruned" else {"calibration_chains": f"student.init is {self.init!r}"}
+        if self.quantization == "none":
+            unread |= dict.fromkeys(("group_size", "symmetric", "quantize_head"), "student.quantization is 'none'")
+        return unread
 
 
 @dataclass(frozen=True)

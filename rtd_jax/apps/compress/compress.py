@@ -29,6 +29,7 @@ from rtd_jax.data.trace import Trace
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, decoding_notes, first_of_each_depth
 from rtd_jax.eval.ready import check_evaluation
 from rtd_jax.models.gptq import gptq
+from rtd_jax.models.pruning import prune_model, pruned_config
 from rtd_jax.models.quantized_folders import quantization_of, save_quantized
 from rtd_jax.models.quantized_tensors import check_storable
 from rtd_jax.models.schemes import as_params, rounded
@@ -36,7 +37,7 @@ from rtd_jax.models.to_hf import check_replaceable, save_pretrained
 from rtd_jax.models.weight_files import weight_files
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.saved_models import LoadedModel, load_model, stage_checkpoint, trained_recipe
-from rtd_jax.train.student import FLOAT_FOLDER, FOLDER
+from rtd_jax.train.student import FLOAT_FOLDER, FOLDER, evenly_spaced
 
 ROWS = 8  # of calibration text, read together
 
@@ -231,8 +232,7 @@ def _encoded(
     """Calibration chains that fit a row, spread evenly over the data."""
     if not traces:
         return []
-    step = max(1, len(traces) // settings.calibration_chains)
-    chosen = traces[::step][: settings.calibration_chains]
+    chosen = evenly_spaced(traces, settings.calibration_chains)
     chains, dropped = encode_traces(
         loaded.tokenizer, chosen, text, row_length=settings.row_length, max_dropped_fraction=1.0
     )
@@ -254,10 +254,10 @@ def _made_smaller(
     """Writes the smaller student. Returns its params as floats, if they have the old shapes, and what to do next."""
     config, kept_text = before.model.config, before.text or text
     if method.scheme is None:
-        from rtd_jax.models.pruning import prune_model
-
         note(f"reading {len(chains)} chains to see what the student uses")
-        smaller_config, params, _ = prune_model(before.model, before.params, chains, method.share)
+        smaller_config, params, _ = prune_model(
+            before.model, before.params, chains, pruned_config(config, method.share)
+        )
         save_pretrained(out, smaller_config, params, tokenizer=before.tokenizer, text=kept_text)
         return None, f"train it on: --config.student.init=pretrained --config.student.path={out}"
     scheme = method.scheme

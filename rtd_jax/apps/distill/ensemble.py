@@ -114,12 +114,13 @@ def initial_states(experiment: Experiment, state: TrainState, seeds: Sequence[in
       state: from which a run of any seed starts.
     """
     student, objective = experiment.student, experiment.objective
+    widths = student.config.width, experiment.teacher_config.width
     is_random = experiment.recipe.student.init == "random"  # else all seeds start with the same student
 
     def start(key: jax.Array) -> TrainState:
         student_key, maps_key, run_key = jax.random.split(key, 3)
         params = student.init(student_key) if is_random else state.params["student"]
-        learned = objective.init_params(maps_key, student.config.width, experiment.teacher_config.width)
+        learned = objective.init_params(maps_key, *widths, experiment.kept_S)
         return create_state({"student": params, **learned}, experiment.optimizer, run_key)
 
     keys_R = jnp.stack([jax.random.PRNGKey(seed) for seed in seeds])

@@ -2,17 +2,18 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.apps.distill.judged_rewards import check_judged
 from rtd_jax.base.sharding import check_rows, host_share, make_mesh, put_batch
-from rtd_jax.base.types import Batch, Params
+from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.data.encoding import EncodedChain, chains_fingerprint
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.sources import load_traces
@@ -40,7 +41,7 @@ from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.splits import Chains, encode_split, load_splits, make_detector, make_windows, prefixed_chains
 from rtd_jax.train.state import TrainState, create_state, state_shardings
-from rtd_jax.train.student import initial_student, student_config, student_model
+from rtd_jax.train.student import check_weights, initial_student, student_config, student_model
 from rtd_jax.train.update import TeacherSource, TrainStep, make_train_step
 
 
@@ -67,6 +68,7 @@ class Experiment:
     stages: tuple[Stage, ...]
     max_boundaries: int  # slots of a chain, the prompt's end included
     fingerprints: dict[str, str]
+    kept_S: np.ndarray | None = None  # the teacher's hidden unit that each of a pruned student's was
 
     @property
     def vocab_size(self) -> int:
@@ -132,7 +134,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         for rows, name in ((recipe.own_rows, "fraction"), (recipe.data_rows, "1 - fraction")):
             if rows:
                 check_rows(rows, mesh, recipe.micro_batches, f"batch_size x {name} of on_policy =")
-    has_weights = not recipe.is_served or recipe.student.init == "teacher_layers"
+    has_weights = not recipe.is_served or recipe.student.init in ("teacher_layers", "pruned")
     teacher = open_model(recipe.teacher, mesh, note, has_weights=has_weights)
     config = _checked_config(recipe, teacher)
     note("reading and tokenising the chains")
@@ -210,12 +212,14 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
             "student_config": hashlib.sha256(repr(config).encode()).hexdigest(),
         },
     )
-    return experiment, _initial_state(recipe, student, teacher, objective, optimizer)
+    state, kept_S = _initial_state(recipe, student, teacher, objective, optimizer, train.encoded)
+    return replace(experiment, kept_S=kept_S), state
 
 
 def _checked_config(recipe: Recipe, teacher: OpenModel) -> LlamaConfig:
     """The student's sizes. Raises ValueError where the models' vocabularies or tokenizers do not fit together."""
     config = student_config(recipe.student, teacher.config)
+    check_weights(recipe.student, teacher)
     if recipe.student.init == "pretrained":
         folder = resolve(recipe.student.path)
         for line in compare_tokenizers(teacher.tokenizer, load_tokenizer(folder), str(teacher.directory), str(folder)):
@@ -311,15 +315,18 @@ def _initial_state(
     teacher: OpenModel,
     objective: Objective,
     optimizer: optax.GradientTransformation,
-) -> TrainState:
+    chains: Sequence[EncodedChain],
+) -> tuple[TrainState, np.ndarray | None]:
+    """The state that training starts from, and `Experiment.kept_S`."""
     student_key, maps_key, run_key = jax.random.split(jax.random.PRNGKey(recipe.seed), 3)
     widths = (student.config.width, teacher.config.width)
 
-    def assemble(params: Params) -> TrainState:
-        return create_state({"student": params, **objective.init_params(maps_key, *widths)}, optimizer, run_key)
+    def assemble(params: Params, kept_S: Array | None) -> TrainState:
+        return create_state({"student": params, **objective.init_params(maps_key, *widths, kept_S)}, optimizer, run_key)
 
-    abstract = jax.eval_shape(assemble, student.abstract_params())
+    abstract = jax.eval_shape(assemble, student.abstract_params(), None)
     axes = objective.param_axes()
     shardings = state_shardings(abstract, optimizer, teacher.mesh, axes, recipe.optimizer.offload)
-    params = initial_student(recipe.student, student, teacher, student_key, shardings.params["student"])
-    return jax.jit(assemble, out_shardings=shardings, donate_argnums=0)(params)
+    own = shardings.params["student"]
+    params, kept_S = initial_student(recipe.student, student, teacher, student_key, own, chains)
+    return jax.jit(assemble, out_shardings=shardings, donate_argnums=0)(params, kept_S), kept_S
