@@ -42,6 +42,8 @@ def through(qtype: str) -> Overrides:
 def compressed() -> dict[str, Method]:
     """The methods by name."""
     found = only(states(), ("kd", "alignment_soft"))
+    question = {"kd": "does it help to follow soft windows, without finding steps?"}
+    found["alignment_soft"] = dataclasses.replace(found["alignment_soft"], compared_with=question, pictured=True)
     for name, short in (("kd", "kd"), ("alignment_soft", "soft")):
         whole = found[name]
         for scheme in SCHEMES:
