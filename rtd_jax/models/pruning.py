@@ -73,7 +73,7 @@ class Pruned(NamedTuple):
 def prune_model(model: LlamaModel, params: Params, chains: Sequence[EncodedChain], target: LlamaConfig) -> Pruned:
     """Prunes a model to the sizes of `target` (`pruned_config`), by importance on the chains.
 
-    The chains are read in an order and in batches that depend on nothing else. So params that lie on one device give the
+    The order of the chains and their batches depend on nothing else, so that params which lie on one device give the
     same result whatever mesh a run has.
 
     Raises:
