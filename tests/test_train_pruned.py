@@ -71,8 +71,8 @@ def test_maps_put_what_is_kept_on_its_place_in_the_teacher(prepared):
     teacher_D = np.random.default_rng(0).normal(size=32)
     placed_D = np.where(np.isin(np.arange(32), experiment.kept_S), teacher_D, 0.0)
     for array in maps.values():
-        assert array.shape[0] == 2
-        for one in array:
+        for one in array:  # of each pair of layers
+            assert one.shape == (experiment.student.config.width, 32)
             np.testing.assert_allclose(teacher_D[experiment.kept_S] @ one, placed_D, rtol=1e-6)
 
 
@@ -128,7 +128,7 @@ def test_sizes_that_the_teacher_cannot_be_pruned_to_are_refused_by_name(settings
     [
         ({"share": 1.0}, r"config\.student\.share is 1\.0; expected at least 0 and below 1"),
         ({"share": -0.1}, r"config\.student\.share is -0\.1"),
-        ({"share": 0.0, "kv_heads": 0}, r"init='pruned' needs share \(it is 0\.0\), or a size"),
+        ({"share": 0.0, "kv_heads": 0}, r"init='pruned' needs share \(it is 0\.0\), or one of layers"),
         ({"heads": 2}, r"init='pruned' does not read heads"),
         ({"path": "x"}, r"init='pruned' does not read path"),
         ({"init": "teacher_layers", "layers": 1, "kv_heads": 0}, r"init='teacher_layers' does not read share"),
@@ -145,7 +145,7 @@ def test_a_teacher_without_weights_cannot_be_pruned(settings, teacher, tmp_path)
     folder = shutil.copytree(teacher, tmp_path / "weightless")
     (folder / "model.safetensors").unlink()
     served = TeacherSettings(str(folder), cache=str(tmp_path / "cache"), served_model="team/teacher")
-    logits_only = LossSettings(chunk_length=32, alignment_weight=0.0, coherence_weight=0.0)
+    logits_only = LossSettings(chunk_length=32, alignment_weight=0.0, coherence_weight=0.0, temperature=1.0)
     without = replace(settings, teacher=served, loss=logits_only, curriculum=replace(AT_ONCE, threshold_factor=0.0))
     with pytest.raises(
         ValueError, match=r"student\.init is 'pruned', .* teacher's weights .*weightless.*teacher\.path"

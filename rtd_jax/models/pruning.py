@@ -73,7 +73,8 @@ class Pruned(NamedTuple):
 def prune_model(model: LlamaModel, params: Params, chains: Sequence[EncodedChain], target: LlamaConfig) -> Pruned:
     """Prunes a model to the sizes of `target` (`pruned_config`), by importance on the chains.
 
-    It runs on one device, chain by chain as they are given, so that the result does not depend on a mesh.
+    The order of the chains and their batches depend on nothing else, so that params which lie on one device give the
+    same result whatever mesh a run has.
 
     Raises:
       ValueError: there is no chain, the params are quantised, or `target` is no pruned form of the model.

@@ -108,7 +108,8 @@ def initial_student(
     if settings.init == "pruned":
         chosen_chains = evenly_spaced(chains, settings.calibration_chains)
         teacher.note(f"pruning the teacher to the student's sizes, by importance on {len(chosen_chains)} chains")
-        # Every process does the same on one of its devices, so that the choice does not depend on the mesh.
+        # Every process does the same on one of its devices, so that the choice does not depend on the mesh. The device
+        # holds the whole teacher in float32 for that time.
         whole = load_params(teacher.directory, teacher.config, dtype="float32")
         _, params, kept = prune_model(LlamaModel(teacher.config), whole, chosen_chains, student.config)
         return jax.tree.map(_placed, jax.device_get(params), shardings), kept.units_S.astype(np.int32)
