@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from qwix import QArray
 
 from rtd_jax.base.files import read_object
@@ -52,7 +53,8 @@ def save_quantized(
       OSError: as `save_pretrained`.
     """
     check_storable(scheme, config)
-    arrays = checked_arrays(config, params, lambda weight: _shape(weight, config, scheme))
+    arrays = flatten_dict(params)
+    checked_arrays(config, params, lambda weight: _shape(weight, arrays.get(weight.path), config))
     for weight, _ in in_order(config):
         _check_rounded(weight, arrays[weight.path], config, scheme)
     floats = {array.dtype for array in arrays.values() if not isinstance(array, QArray)}
@@ -111,9 +113,9 @@ def _matrix_shape(weight: Weight, config: LlamaConfig) -> tuple[int, int]:
     return outputs, inputs
 
 
-def _shape(weight: Weight, config: LlamaConfig, scheme: Scheme) -> tuple[int, ...]:
-    """Shape of a leaf of `schemes.rounded`."""
-    if not scheme.covers(weight):
+def _shape(weight: Weight, array: Any, config: LlamaConfig) -> tuple[int, ...]:
+    """Shape that a leaf of `schemes.rounded` should have."""
+    if not isinstance(array, QArray):
         return weight.shape(config)
     matrix = _matrix_shape(weight, config)
     return (config.layers, *matrix) if weight.stacked else matrix
