@@ -69,7 +69,7 @@ def save_quantized(
             matrix = jax.tree.map(lambda part: layer_on_host(weight, layer, part), array)
             return encoded(weight.names(config)[layer], matrix, scheme, dtype)
 
-        return Entry(bytes_of(scheme, _matrix_shape(weight, config)), to_host)
+        return Entry(bytes_of(scheme, weight.hf_shape(config)), to_host)
 
     content = config.to_hf() | {"dtype": dtype, "quantization_config": quantization_config(scheme, dtype)}
     entries = [entry(weight, layer) for weight, layer in in_order(config)]
@@ -108,17 +108,11 @@ def read_storage(directory: Path) -> Storage:
         raise ValueError(f"{files[name]}: {name}: {error}") from error
 
 
-def _matrix_shape(weight: Weight, config: LlamaConfig) -> tuple[int, int]:
-    outputs, inputs = weight.hf_shape(config)
-    return outputs, inputs
-
-
 def _shape(weight: Weight, array: Any, config: LlamaConfig) -> tuple[int, ...]:
     """Shape that a leaf of `schemes.rounded` should have."""
     if not isinstance(array, QArray):
         return weight.shape(config)
-    matrix = _matrix_shape(weight, config)
-    return (config.layers, *matrix) if weight.stacked else matrix
+    return (config.layers, *weight.hf_shape(config)) if weight.stacked else weight.hf_shape(config)
 
 
 def _check_rounded(weight: Weight, array: Any, config: LlamaConfig, scheme: Scheme) -> None:
@@ -129,7 +123,7 @@ def _check_rounded(weight: Weight, array: Any, config: LlamaConfig, scheme: Sche
         raise ValueError(f"params {name} is {found}; save what `rounded` makes of params in the scheme {scheme.name}")
     if not isinstance(array, QArray):
         return
-    outputs, inputs = _matrix_shape(weight, config)
+    outputs, inputs = weight.hf_shape(config)
     groups = inputs // scheme.group_size if scheme.group_size else 1
     shape = (*array.shape[:-2], outputs, groups)
     expected = (_QTYPES.get(scheme.qtype, scheme.qtype), shape, None if scheme.symmetric else shape)

@@ -67,7 +67,7 @@ class _Part(NamedTuple):
     shape: tuple[int, ...] | None  # None: any
 
 
-def _parts(scheme: Scheme, shape: tuple[int, int]) -> dict[str, _Part]:
+def _parts(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, _Part]:
     """The tensors that stand for a weight of [outputs, inputs], by the ends of their names."""
     outputs, inputs = shape
     groups = inputs // scheme.group_size if scheme.group_size else 1
@@ -91,7 +91,7 @@ def _parts(scheme: Scheme, shape: tuple[int, int]) -> dict[str, _Part]:
     return parts | {"weight_zero_point": _Part(("I32",), (_words(outputs, bits), groups))}
 
 
-def bytes_of(scheme: Scheme, shape: tuple[int, int]) -> int:
+def bytes_of(scheme: Scheme, shape: tuple[int, ...]) -> int:
     """About how many bytes stand for a weight of [outputs, inputs]."""
     sizes = {"F32": 4, "I32": 4, "I64": 8, "U8": 1, "F8_E4M3": 1}
     return sum(sizes[part.dtypes[0]] * int(np.prod(part.shape or (100,))) for part in _parts(scheme, shape).values())
@@ -142,7 +142,7 @@ class QuantizedTensor:
         shape; when it is read, a scale is no finite number.
     """
 
-    def __init__(self, open_part: Callable[[str], tuple[Any, Path]], name: str, shape: tuple[int, int], scheme: Scheme):
+    def __init__(self, open_part: Callable[[str], tuple[Any, Path]], name: str, shape: tuple[int, ...], scheme: Scheme):
         """`open_part` gives, for a tensor's name, its slice-able tensor and the file that it lies in."""
         self.name, self.shape, self.scheme = name, shape, scheme
         if scheme.group_size and shape[1] % scheme.group_size:
@@ -424,7 +424,7 @@ def _unpack(words_RW: np.ndarray, bits: int, columns: int) -> np.ndarray:
 
 
 def _float8(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor of float8_e4m3fn in a safetensors file that was opened before; safetensors gives no numpy array of it."""
+    """A float8_e4m3fn tensor of a file that was opened before; safetensors itself gives no numpy array of one."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         start = json.loads(file.read(length))[name]["data_offsets"][0]
