@@ -111,7 +111,7 @@ def load_params(
             return handles[files[part]].get_slice(part), files[part]
 
         def reader(name: str, weight: Weight) -> Any:
-            if storage.covers(weight, name):
+            if storage.scheme is not None and storage.covers(weight, name):
                 return QuantizedTensor(slices, name, weight.hf_shape(config), storage.scheme)
             return open_tensor(handles[files[name]], files[name], name, weight.hf_shape(config))
 

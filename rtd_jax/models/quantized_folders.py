@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from qwix import QArray
 
 from rtd_jax.base.files import read_object
@@ -52,7 +53,8 @@ def save_quantized(
       OSError: as `save_pretrained`.
     """
     check_storable(scheme, config)
-    arrays = checked_arrays(config, params, lambda weight: _shape(weight, config, scheme))
+    arrays = flatten_dict(params)
+    checked_arrays(config, params, lambda weight: _shape(weight, arrays.get(weight.path), config))
     for weight, _ in in_order(config):
         _check_rounded(weight, arrays[weight.path], config, scheme)
     floats = {array.dtype for array in arrays.values() if not isinstance(array, QArray)}
@@ -67,7 +69,7 @@ def save_quantized(
             matrix = jax.tree.map(lambda part: layer_on_host(weight, layer, part), array)
             return encoded(weight.names(config)[layer], matrix, scheme, dtype)
 
-        return Entry(bytes_of(scheme, _matrix_shape(weight, config)), to_host)
+        return Entry(bytes_of(scheme, weight.hf_shape(config)), to_host)
 
     content = config.to_hf() | {"dtype": dtype, "quantization_config": quantization_config(scheme, dtype)}
     entries = [entry(weight, layer) for weight, layer in in_order(config)]
@@ -106,17 +108,11 @@ def read_storage(directory: Path) -> Storage:
         raise ValueError(f"{files[name]}: {name}: {error}") from error
 
 
-def _matrix_shape(weight: Weight, config: LlamaConfig) -> tuple[int, int]:
-    outputs, inputs = weight.hf_shape(config)
-    return outputs, inputs
-
-
-def _shape(weight: Weight, config: LlamaConfig, scheme: Scheme) -> tuple[int, ...]:
-    """Shape of a leaf of `schemes.rounded`."""
-    if not scheme.covers(weight):
+def _shape(weight: Weight, array: Any, config: LlamaConfig) -> tuple[int, ...]:
+    """Shape that a leaf of `schemes.rounded` should have."""
+    if not isinstance(array, QArray):
         return weight.shape(config)
-    matrix = _matrix_shape(weight, config)
-    return (config.layers, *matrix) if weight.stacked else matrix
+    return (config.layers, *weight.hf_shape(config)) if weight.stacked else weight.hf_shape(config)
 
 
 def _check_rounded(weight: Weight, array: Any, config: LlamaConfig, scheme: Scheme) -> None:
@@ -127,7 +123,7 @@ def _check_rounded(weight: Weight, array: Any, config: LlamaConfig, scheme: Sche
         raise ValueError(f"params {name} is {found}; save what `rounded` makes of params in the scheme {scheme.name}")
     if not isinstance(array, QArray):
         return
-    outputs, inputs = _matrix_shape(weight, config)
+    outputs, inputs = weight.hf_shape(config)
     groups = inputs // scheme.group_size if scheme.group_size else 1
     shape = (*array.shape[:-2], outputs, groups)
     expected = (_QTYPES.get(scheme.qtype, scheme.qtype), shape, None if scheme.symmetric else shape)

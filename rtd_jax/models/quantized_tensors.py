@@ -22,7 +22,7 @@ from qwix import QArray
 
 from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.schemes import BITS, Scheme
-from rtd_jax.models.weights import TABLE, Weight, axis_sizes
+from rtd_jax.models.weights import TABLE, Weight
 
 NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of bitsandbytes
 _NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -31,13 +31,14 @@ _WAY_OUT = "use the original float weights, or dequantise it and save it again w
 _FLOATS = ("F32", "F16", "BF16")
 _MODULES = {weight.path: "Embedding" if weight.path == ("embedding",) else "Linear" for weight in TABLE}
 # The quantiles of a normal distribution (Dettmers et al. 2023, arXiv:2305.14314, appendix E).
-_NF4 = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
-    + [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0]
-    + [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
-    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
-    np.float32,
-)
+# fmt: off
+_NF4 = np.array([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+], np.float32)
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class _Part(NamedTuple):
     shape: tuple[int, ...] | None  # None: any
 
 
-def _parts(scheme: Scheme, shape: tuple[int, int]) -> dict[str, _Part]:
+def _parts(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, _Part]:
     """The tensors that stand for a weight of [outputs, inputs], by the ends of their names."""
     outputs, inputs = shape
     groups = inputs // scheme.group_size if scheme.group_size else 1
@@ -90,7 +91,7 @@ def _parts(scheme: Scheme, shape: tuple[int, int]) -> dict[str, _Part]:
     return parts | {"weight_zero_point": _Part(("I32",), (_words(outputs, bits), groups))}
 
 
-def bytes_of(scheme: Scheme, shape: tuple[int, int]) -> int:
+def bytes_of(scheme: Scheme, shape: tuple[int, ...]) -> int:
     """About how many bytes stand for a weight of [outputs, inputs]."""
     sizes = {"F32": 4, "I32": 4, "I64": 8, "U8": 1, "F8_E4M3": 1}
     return sum(sizes[part.dtypes[0]] * int(np.prod(part.shape or (100,))) for part in _parts(scheme, shape).values())
@@ -141,7 +142,7 @@ class QuantizedTensor:
         shape; when it is read, a scale is no finite number.
     """
 
-    def __init__(self, open_part: Callable[[str], tuple[Any, Path]], name: str, shape: tuple[int, int], scheme: Scheme):
+    def __init__(self, open_part: Callable[[str], tuple[Any, Path]], name: str, shape: tuple[int, ...], scheme: Scheme):
         """`open_part` gives, for a tensor's name, its slice-able tensor and the file that it lies in."""
         self.name, self.shape, self.scheme = name, shape, scheme
         if scheme.group_size and shape[1] % scheme.group_size:
@@ -241,6 +242,10 @@ def nf4_states(names: list[str]) -> list[str]:
 def check_storable(scheme: Scheme, config: LlamaConfig) -> None:
     """Raises ValueError where no format that transformers loads holds a model of this config in the scheme."""
     scheme.check(config)
+    if scheme.qtype == "nf4" and scheme.head:
+        raise ValueError(
+            "head=True: bitsandbytes, the format of nf4, cannot hold a quantised embedding; use head=False, or int4"
+        )
     if scheme.qtype == "nf4" and scheme.group_size not in NF4_BLOCKS:
         raise ValueError(
             f"group_size {scheme.group_size}: bitsandbytes, the format of nf4, has blocks of "
@@ -274,6 +279,9 @@ def quantization_config(scheme: Scheme, dtype: str) -> dict[str, Any]:
         "actorder": None,
     }
     targets = ["Linear", "Embedding"] if scheme.head else ["Linear"]
+    # transformers 5.23 has no place for packed zero points, packed embeddings or tied heads with scales, and fails,
+    # unless it is told to dequantise each weight as it is read. Engines do not know the key.
+    told = {"dequantize": True} if scheme.head or not scheme.symmetric else {}
     return {
         "quant_method": _COMPRESSED,
         "format": "float-quantized" if scheme.qtype == "fp8" else "pack-quantized",
@@ -284,6 +292,7 @@ def quantization_config(scheme: Scheme, dtype: str) -> dict[str, Any]:
         "ignore": [] if scheme.head else ["lm_head"],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
+        **told,
     }
 
 
@@ -331,8 +340,8 @@ def _compressed(entry: dict[str, Any]) -> Storage:
     stored = group.get("format") or entry.get("format")
     if (kind, bits) not in qtype or stored not in formats[kind]:
         raise _refused(
-            f"its weights are {kind} of {bits} bits in the format {stored!r}; int of 2, 3, 4 or 8 bits in pack-quantized "
-            "and float of 8 bits in float-quantized are read here"
+            f"its weights are {kind} of {bits} bits in the format {stored!r}; int of 2, 3, 4 or 8 bits in "
+            "pack-quantized and float of 8 bits in float-quantized are read here"
         )
     strategy, size = weights.get("strategy"), weights.get("group_size")
     if strategy not in ("group", "channel") or (strategy == "group") != (isinstance(size, int) and size > 0):
@@ -342,8 +351,8 @@ def _compressed(entry: dict[str, Any]) -> Storage:
         )
     if weights.get("dynamic") or weights.get("actorder") not in (None, False, "weight", "static"):
         raise _refused(
-            f"its weights have dynamic {weights.get('dynamic')!r} and actorder {weights.get('actorder')!r}; only groups "
-            "of neighbouring inputs with fixed scales are read here"
+            f"its weights have dynamic {weights.get('dynamic')!r} and actorder {weights.get('actorder')!r}; only "
+            "groups of neighbouring inputs with fixed scales are read here"
         )
     targets, ignore = (tuple(found or ()) for found in (group.get("targets"), entry.get("ignore")))
 
@@ -415,7 +424,7 @@ def _unpack(words_RW: np.ndarray, bits: int, columns: int) -> np.ndarray:
 
 
 def _float8(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor of float8_e4m3fn in a safetensors file whose header was checked; safetensors has no numpy type for it."""
+    """A float8_e4m3fn tensor of a file that was opened before; safetensors itself gives no numpy array of one."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         start = json.loads(file.read(length))[name]["data_offsets"][0]
