@@ -386,7 +386,7 @@ def test_a_group_that_does_not_divide_is_refused_by_name(folder):
     ("state", "message"),
     [
         ({"blocksize": 64}, r"q_proj.weight has 32 inputs, which groups of 64 do not divide"),
-        ({"shape": [32, 64]}, r"says \('nf4', 32, \(32, 64\)\), expected \('nf4', 32, \(64, 32\)\)"),
+        ({"shape": [32, 64]}, r"says \['nf4', 32, \[32, 64\]\], expected \['nf4', 32, \[64, 32\]\]"),
         ({"blocksize": "many"}, "blocksize is 'many'"),
         (None, "is no JSON"),
     ],

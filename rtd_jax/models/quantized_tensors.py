@@ -177,8 +177,8 @@ class QuantizedTensor:
             self._check("weight_shape", tuple(int(size) for size in self.parts["weight_shape"][:]), self.shape)
         if _NF4_STATE in self.parts:
             state = nf4_state(self.parts[_NF4_STATE][:], self.files[_NF4_STATE], _part(self.name, _NF4_STATE))
-            found = (state.get("quant_type"), state.get("blocksize"), tuple(state.get("shape") or ()))
-            self._check(_NF4_STATE, found, ("nf4", self.scheme.group_size, self.shape))
+            found = [state.get(key) for key in ("quant_type", "blocksize", "shape")]
+            self._check(_NF4_STATE, found, ["nf4", self.scheme.group_size, list(self.shape)])
             if not np.array_equal(self.parts["weight.quant_map"][:], _NF4):
                 self._check("weight.quant_map", "another table of values", "that of NF4")
 
