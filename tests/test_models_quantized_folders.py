@@ -23,7 +23,7 @@ from rtd_jax.models.fingerprint import weights_fingerprint
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.quantized_folders import quantization_of, save_quantized
-from rtd_jax.models.quantized_tensors import quantization_config, storage_of
+from rtd_jax.models.quantized_tensors import pack, quantization_config, storage_of, unpack
 from rtd_jax.models.schemes import Scheme, as_params, rounded
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.models.weights import logical_axes, table
@@ -248,6 +248,18 @@ def test_a_folder_that_compressed_tensors_made_is_read(bits, group, symmetric, t
         np.testing.assert_array_equal(tensor, expected[name].numpy(), err_msg=name)
 
 
+@needs("compressed_tensors")
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_bits_lie_where_compressed_tensors_puts_them_in_rows_of_any_length(bits):
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    for columns in (1, 5, 31, 32, 33, 50):
+        values = np.random.default_rng(columns).integers(-(1 << bits - 1), 1 << bits - 1, (3, columns), np.int8)
+        packed = pack(values, bits)
+        np.testing.assert_array_equal(packed, pack_to_int32(torch.tensor(values), bits).numpy())
+        np.testing.assert_array_equal(unpack(packed, bits, columns), values)
+
+
 @needs("bitsandbytes")
 def test_a_folder_that_bitsandbytes_made_is_read(tmp_path):
     config = dataclasses.replace(UNTIED, width=64)  # blocks have 64 values
@@ -323,6 +335,11 @@ NF4 = quantization_config(Scheme("nf4", 64), "float32")
         (weights(dynamic=True), "dynamic True"),
         (weights(strategy="tensor", group_size=None), "strategy is 'tensor'"),
         (weights(group_size=None), "strategy is 'group' with group_size None"),
+        (weights(num_bits=[4]), r"int of \[4\] bits"),
+        (group(targets="Linear"), "quantization_config.targets is 'Linear'; expected names of modules"),
+        (group() | {"ignore": ["re:("]}, r"quantization_config.ignore is \['re:\('\]; expected"),
+        (group() | {"sparsity_config": "2:4"}, "it has a sparsity_config"),
+        (NF4 | {"llm_int8_skip_modules": "lm_head"}, "llm_int8_skip_modules is 'lm_head'; expected"),
         (NF4 | {"bnb_4bit_use_double_quant": True}, "bnb_4bit_use_double_quant is True"),
         (NF4 | {"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type is 'fp4'"),
         (NF4 | {"load_in_4bit": False, "load_in_8bit": True}, "load_in_4bit is False"),
@@ -369,7 +386,7 @@ def test_a_group_that_does_not_divide_is_refused_by_name(folder):
     ("state", "message"),
     [
         ({"blocksize": 64}, r"q_proj.weight has 32 inputs, which groups of 64 do not divide"),
-        ({"shape": [32, 64]}, r"says \('nf4', 32, \(32, 64\)\), expected \('nf4', 32, \(64, 32\)\)"),
+        ({"shape": [32, 64]}, r"says \['nf4', 32, \[32, 64\]\], expected \['nf4', 32, \[64, 32\]\]"),
         ({"blocksize": "many"}, "blocksize is 'many'"),
         (None, "is no JSON"),
     ],

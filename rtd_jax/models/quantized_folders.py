@@ -46,7 +46,8 @@ def save_quantized(
     """Writes params as `schemes.rounded` makes them, with the guarantees of `save_pretrained`; returns the directory.
 
     Scales and what is not quantised keep their dtypes. transformers loads every such folder, with compressed-tensors or
-    (nf4) bitsandbytes; vLLM's kernels take int8 and int4, fp8 by channel, and nf4.
+    (nf4) bitsandbytes. Engines take less: by its source, vLLM has kernels for int8 and int4, its newest releases for
+    int3 and int2, and fp8 by channel alone; it keeps embeddings as they are, so none with `scheme.head`.
 
     Raises:
       ValueError: as `save_pretrained`; the params are not rounded by this scheme, or no format holds them.

@@ -21,7 +21,7 @@ import numpy as np
 from qwix import QArray
 
 from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.schemes import BITS, Scheme
+from rtd_jax.models.schemes import BITS, QType, Scheme
 from rtd_jax.models.weights import TABLE, Weight
 
 NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of bitsandbytes
@@ -29,6 +29,10 @@ _NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 _COMPRESSED, _BITSANDBYTES = "compressed-tensors", "bitsandbytes"
 _WAY_OUT = "use the original float weights, or dequantise it and save it again with transformers"
 _FLOATS = ("F32", "F16", "BF16")
+_FORMATS: dict[QType, str] = {
+    **dict.fromkeys(("int8", "int4", "int3", "int2"), "pack-quantized"),
+    "fp8": "float-quantized",
+}  # of compressed-tensors
 _MODULES = {weight.path: "Embedding" if weight.path == ("embedding",) else "Linear" for weight in TABLE}
 # The quantiles of a normal distribution (Dettmers et al. 2023, arXiv:2305.14314, appendix E).
 # fmt: off
@@ -124,18 +128,20 @@ def encoded(name: str, matrix_OI: QArray, scheme: Scheme, dtype: str) -> dict[st
     else:
         bits = BITS[scheme.qtype]
         tensors = {
-            "weight_packed": _pack(values, bits),
+            "weight_packed": pack(values, bits),
             "weight_scale": scale,
             "weight_shape": np.array(values.shape, np.int64),
         }
         if not scheme.symmetric:
             points_OG = np.asarray(matrix_OI.zero_point)
-            tensors["weight_zero_point"] = np.ascontiguousarray(_pack(points_OG.T, bits).T)
+            tensors["weight_zero_point"] = np.ascontiguousarray(pack(points_OG.T, bits).T)
     return {_part(name, suffix): tensor for suffix, tensor in tensors.items()}
 
 
 class QuantizedTensor:
     """A weight that several tensors stand for, opened like a tensor of a safetensors file: its slices are float32.
+
+    While packed integers are read, the host holds each of their bits as a byte.
 
     Raises:
       ValueError: one of them has another shape or dtype than the scheme and config.json make it, or says another
@@ -171,8 +177,8 @@ class QuantizedTensor:
             self._check("weight_shape", tuple(int(size) for size in self.parts["weight_shape"][:]), self.shape)
         if _NF4_STATE in self.parts:
             state = nf4_state(self.parts[_NF4_STATE][:], self.files[_NF4_STATE], _part(self.name, _NF4_STATE))
-            found = (state.get("quant_type"), state.get("blocksize"), tuple(state.get("shape") or ()))
-            self._check(_NF4_STATE, found, ("nf4", self.scheme.group_size, self.shape))
+            found = [state.get(key) for key in ("quant_type", "blocksize", "shape")]
+            self._check(_NF4_STATE, found, ["nf4", self.scheme.group_size, list(self.shape)])
             if not np.array_equal(self.parts["weight.quant_map"][:], _NF4):
                 self._check("weight.quant_map", "another table of values", "that of NF4")
 
@@ -192,7 +198,7 @@ class QuantizedTensor:
         groups_RGI = values.reshape(stop - start, scale.shape[1], -1)
         if not self.scheme.symmetric:
             packed = np.ascontiguousarray(self.parts["weight_zero_point"][:].T)
-            points_OG = _unpack(packed, BITS[self.scheme.qtype], outputs).T
+            points_OG = unpack(packed, BITS[self.scheme.qtype], outputs).T
             groups_RGI = groups_RGI - points_OG[start:stop, :, None]
         return (groups_RGI * scale[:, :, None]).reshape(-1, inputs)[:, columns]
 
@@ -204,7 +210,7 @@ class QuantizedTensor:
         if self.scheme.qtype == "nf4":
             pairs = self.parts["weight"][start * inputs // 2 : stop * inputs // 2]
             return _NF4[np.concatenate([pairs >> 4, pairs & 15], axis=1)]
-        return _unpack(self.parts["weight_packed"][start:stop], BITS[self.scheme.qtype], inputs)
+        return unpack(self.parts["weight_packed"][start:stop], BITS[self.scheme.qtype], inputs)
 
     def _scale(self, start: int, stop: int) -> np.ndarray:
         """[rows, groups] float32."""
@@ -269,9 +275,10 @@ def quantization_config(scheme: Scheme, dtype: str) -> dict[str, Any]:
             "llm_int8_has_fp16_weight": False,
             "llm_int8_threshold": 6.0,
         }
+    kind, bits = _numbers(scheme.qtype)
     weights = {
-        "num_bits": BITS[scheme.qtype],
-        "type": "float" if scheme.qtype == "fp8" else "int",
+        "num_bits": bits,
+        "type": kind,
         "symmetric": scheme.symmetric,
         "strategy": "group" if scheme.group_size else "channel",
         "group_size": scheme.group_size or None,
@@ -284,7 +291,7 @@ def quantization_config(scheme: Scheme, dtype: str) -> dict[str, Any]:
     told = {"dequantize": True} if scheme.head or not scheme.symmetric else {}
     return {
         "quant_method": _COMPRESSED,
-        "format": "float-quantized" if scheme.qtype == "fp8" else "pack-quantized",
+        "format": _FORMATS[scheme.qtype],
         "quantization_status": "compressed",
         "config_groups": {
             "group_0": {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
@@ -322,10 +329,12 @@ def _compressed(entry: dict[str, Any]) -> Storage:
     if not isinstance(groups, dict) or len(groups) != 1 or not isinstance(next(iter(groups.values())), dict):
         raise _refused(f"config_groups is {groups!r}; only one group, with its settings in full, is read here")
     name, group = next(iter(groups.items()))
+    sparsity = entry.get("sparsity_config")
+    is_dense = isinstance(sparsity, dict) and sparsity.get("format", "dense") == "dense"
     for where, value in [
         ("kv_cache_scheme", entry.get("kv_cache_scheme")),
-        ("sparsity_config", (entry.get("sparsity_config") or {}).get("format", "dense") != "dense"),
-        ("transform_config", (entry.get("transform_config") or {}).get("config_groups")),
+        ("sparsity_config", None if is_dense else sparsity),
+        ("transform_config", entry.get("transform_config")),
         (f"config_groups.{name}.input_activations", group.get("input_activations")),
         (f"config_groups.{name}.output_activations", group.get("output_activations")),
     ]:
@@ -335,10 +344,9 @@ def _compressed(entry: dict[str, Any]) -> Storage:
     if not isinstance(weights, dict):
         raise _refused(f"config_groups.{name}.weights is {weights!r}; only quantised weights are read here")
     kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
-    qtype = {("float", 8): "fp8"} | {("int", bits): f"int{bits}" for bits in (2, 3, 4, 8)}
-    formats = {"float": ("float-quantized", "naive-quantized"), "int": ("pack-quantized",)}
     stored = group.get("format") or entry.get("format")
-    if (kind, bits) not in qtype or stored not in formats[kind]:
+    qtype = next((one for one, format in _FORMATS.items() if (kind, bits, stored) == (*_numbers(one), format)), None)
+    if qtype is None:
         raise _refused(
             f"its weights are {kind} of {bits} bits in the format {stored!r}; int of 2, 3, 4 or 8 bits in "
             "pack-quantized and float of 8 bits in float-quantized are read here"
@@ -354,10 +362,11 @@ def _compressed(entry: dict[str, Any]) -> Storage:
             f"its weights have dynamic {weights.get('dynamic')!r} and actorder {weights.get('actorder')!r}; only "
             "groups of neighbouring inputs with fixed scales are read here"
         )
-    targets, ignore = (tuple(found or ()) for found in (group.get("targets"), entry.get("ignore")))
+    targets = _patterns("targets", group.get("targets"))
+    ignore = _patterns("ignore", [] if entry.get("ignore") is None else entry["ignore"])
 
     def ignored(module: str, kind: str) -> bool:
-        def is_in(patterns: tuple[str, ...]) -> bool:
+        def is_in(patterns: list[str]) -> bool:
             return any(
                 re.match(pattern[3:], module) if pattern.startswith("re:") else pattern in (module, kind)
                 for pattern in patterns
@@ -366,8 +375,8 @@ def _compressed(entry: dict[str, Any]) -> Storage:
         return is_in(ignore) or not is_in(targets)
 
     head = not ignored("lm_head", "Linear") or not ignored("model.embed_tokens", "Embedding")
-    size = size if strategy == "group" else 0
-    return Storage(Scheme(qtype[kind, bits], size, bool(weights.get("symmetric", True)), head), ignored)
+    group_size = int(size) if strategy == "group" and size else 0
+    return Storage(Scheme(qtype, group_size, bool(weights.get("symmetric", True)), head), ignored)
 
 
 def _bitsandbytes(entry: dict[str, Any]) -> Storage:
@@ -380,7 +389,7 @@ def _bitsandbytes(entry: dict[str, Any]) -> Storage:
     if entry.get("bnb_4bit_quant_storage") not in (None, "uint8"):
         raise _refused(f"bnb_4bit_quant_storage is {entry['bnb_4bit_quant_storage']!r}; only uint8 is read here")
     skipped = entry.get("llm_int8_skip_modules")
-    skipped = ["lm_head"] if skipped is None else skipped
+    skipped = _patterns("llm_int8_skip_modules", ["lm_head"] if skipped is None else skipped)
 
     def ignored(module: str, kind: str) -> bool:
         # As transformers' should_convert_module: from the start up to a dot, as a pattern or as the end.
@@ -389,6 +398,23 @@ def _bitsandbytes(entry: dict[str, Any]) -> Storage:
         return kind != "Linear" or found
 
     return Storage(Scheme("nf4", 64, head=not ignored("lm_head", "Linear")), ignored)
+
+
+def _numbers(qtype: QType) -> tuple[str, int]:
+    """The kind of number, and its bits, by which compressed-tensors knows a type."""
+    return "float" if qtype == "fp8" else "int", BITS[qtype]
+
+
+def _patterns(key: str, value: Any) -> list[str]:
+    """A list of names of modules and of regular expressions. Raises ValueError where it is none."""
+    try:
+        if not isinstance(value, list):
+            raise TypeError("it is no list")
+        for pattern in value:
+            re.compile(pattern.removeprefix("re:"))
+    except (AttributeError, TypeError, re.error) as error:
+        raise ValueError(f"quantization_config.{key} is {value!r}; expected names of modules: {error}") from error
+    return value
 
 
 def _refused(reason: str) -> ValueError:
@@ -407,8 +433,8 @@ def _words(values: int, bits: int) -> int:
     return -(-values * bits // 32)
 
 
-def _pack(values_RC: np.ndarray, bits: int) -> np.ndarray:
-    """Signed integers of a few bits as int32 [R, words]."""
+def pack(values_RC: np.ndarray, bits: int) -> np.ndarray:
+    """Signed integers of `bits` bits, 1 to 8, as int32 [R, words], each row by itself."""
     rows, columns = values_RC.shape
     unsigned = (values_RC.astype(np.int16) + (1 << bits - 1)).astype(np.uint8)
     stream = np.unpackbits(unsigned[..., None], axis=-1, count=bits, bitorder="little").reshape(rows, -1)
@@ -416,8 +442,8 @@ def _pack(values_RC: np.ndarray, bits: int) -> np.ndarray:
     return np.packbits(stream, axis=-1, bitorder="little").view("<i4")
 
 
-def _unpack(words_RW: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """The inverse of `_pack`, float32 [R, columns]."""
+def unpack(words_RW: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """The inverse of `pack`, float32 [R, columns]."""
     stream = np.unpackbits(words_RW.astype("<i4").view(np.uint8), axis=-1, count=columns * bits, bitorder="little")
     unsigned = np.packbits(stream.reshape(len(words_RW), columns, bits), axis=-1, bitorder="little")[..., 0]
     return unsigned.astype(np.float32) - np.float32(1 << bits - 1)
