@@ -16,6 +16,7 @@ from rtd_jax.apps.boundaries import BoundaryRecipe
 from rtd_jax.apps.command.help import config_text, help_text, unread_overrides
 from rtd_jax.apps.command.parse import define_flags
 from rtd_jax.apps.command.table import COMMANDS
+from rtd_jax.apps.compress.compress import CompressSettings
 from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings
 from rtd_jax.apps.evaluate import EvaluateSettings
 from rtd_jax.apps.judge import JudgeSettings
@@ -113,7 +114,16 @@ def groups_of(cls: type) -> set[type]:
 
 
 @pytest.mark.parametrize(
-    "cls", [*RECIPES.values(), EvaluateSettings, DiagnoseSettings, JudgeSettings, PlanSettings, SegmentSettings]
+    "cls",
+    [
+        *RECIPES.values(),
+        EvaluateSettings,
+        DiagnoseSettings,
+        JudgeSettings,
+        PlanSettings,
+        SegmentSettings,
+        CompressSettings,
+    ],
 )
 def test_every_setting_says_what_it_means(cls):
     for group in groups_of(cls):
@@ -181,6 +191,10 @@ def needed_with(setting: Setting, text: str, recipe: typing.Any) -> tuple[str, .
     group, _, name = setting.key.rpartition(".")
     if group == "student" and name in ("init", "path", "share", *SIZES):
         return STUDENTS[text if name == "init" else {"path": "pretrained", "share": "pruned"}.get(name, "random")]
+    if group.startswith("methods.") and name in ("compress", "overrides"):  # a run is made smaller or trained
+        others = [x for x in recipe.methods if f"methods.{x}" != group and not recipe.method(x).begins_with]
+        begins = recipe.method(group.removeprefix("methods.")).begins_with or others[0]
+        return (f"{group}.begins_with={begins}", f"{group}.{'overrides' if name == 'compress' else 'compress'}=()")
     if name == "levels":
         return (f"{group}.schema=math", f"{group}.location=x")
     if name == "schema":
@@ -210,6 +224,10 @@ def test_every_setting_can_be_overridden_on_the_command_line(name):
             continue
         # A study of which no task has methods of its own: any of its tasks may.
         text = str({next(iter(recipe.tasks)): ("kd",)}) if setting.key == "task_methods" else other(setting)
+        if setting.key.endswith(".begins_with"):  # a method that begins by itself
+            own = setting.key.split(".")[1]
+            free = [name for name in recipe.methods if not recipe.method(name).begins_with]
+            text = next(name for name in free if name not in (own, setting.value))
         if setting.key == "baseline":
             text = next(name for name in recipe.methods if name != recipe.baseline)
         needed = [x for x in needed_with(setting, text, recipe) if not x.startswith(f"{setting.key}=")]

@@ -62,7 +62,7 @@ LEGAL = {
         "SelectionSettings": "per_problem",  # all
         "SourceSettings": "limit seed",  # all rows of files; generated problems need a number
         "ServingSettings": "retries",  # none
-        "StudentSettings": "share width mlp_width heads kv_heads head_dim",  # not given
+        "StudentSettings": "group_size share width mlp_width heads kv_heads head_dim",  # not given
         "StudyRecipe": "seeds parallel ensemble solved_share",  # only the report; a process each; not asked
     },
     -1: {
