@@ -13,7 +13,11 @@ from configs import rtd_8b
 
 
 def get_config() -> ConfigDict:
-    c = rtd_8b.get_config()
+    return recommended(rtd_8b.get_config())
+
+
+def recommended(c: ConfigDict) -> ConfigDict:
+    """A recipe in the form that helped."""
     c.loss.step_state = "mean"  # over the tokens of a step, instead of its last token alone
     c.loss.layers = "evenly:4"  # pairs of layers, each with a map of its own
     c.loss.distance = "squared"  # relative to the teacher's square: lengths count too
