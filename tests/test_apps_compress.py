@@ -104,6 +104,11 @@ def test_nothing_is_written_of_what_is_refused(student, tmp_path, capfd):
         with pytest.raises(ValueError, match=says):
             compress(settings_of(path, tmp_path / "refused", scheme, **changes), lambda _: None)
         assert not (tmp_path / "refused").exists(), says
+    own = student / "student"
+    with pytest.raises(ValueError, match="the student itself, which would be replaced"):
+        compress(settings_of(own, own, "int4", data="synthetic"), lambda _: None)
+    with pytest.raises(ValueError, match="as out is"):
+        settings_of(student, tmp_path / "x", "int4", report=str(tmp_path / "x"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"holds thesis\.tex"):

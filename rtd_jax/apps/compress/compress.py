@@ -75,6 +75,8 @@ class CompressSettings:
         check_ranges(self, max_new_tokens="[1, 1e6]", row_length="[2, 1e7]", batch_size="[1, 1e6]", seed=SEED)
         TextFormat(prompt_template=self.prompt_template)  # refuses one without {prompt}
         _ = self.method  # refuses a scheme that does not exist
+        if self.report_folder.resolve() == Path(self.out).expanduser().resolve():
+            raise ValueError(f"report is {self.report!r}, as out is; a model's folder holds nothing else: give another")
 
     @property
     def method(self) -> Method:
@@ -97,6 +99,8 @@ def compress(settings: CompressSettings, note: Callable[[str], None] = print) ->
     method, out, folder = settings.method, Path(settings.out).expanduser(), settings.report_folder
     check_replaceable(out)
     student, recipe = _student(settings.student)
+    if out.resolve() == Path(student).expanduser().resolve():
+        raise ValueError(f"--out is {out}, the student itself, which would be replaced; give another folder")
     problems, calibration = _traces(settings, method, recipe)
     note(f"loading {student}")
     before = load_model(student)

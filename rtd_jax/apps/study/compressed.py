@@ -6,6 +6,7 @@ from rtd_jax.apps.study.recipe import Overrides
 from rtd_jax.apps.study.statistics import share_left
 
 _FOUR_BITS = ("scheme=int4", "scheme=w4a16_gptq")  # of which the article speaks
+_SHOWN = ("scheme", "group_size", "symmetric", "head")  # flags that change the student
 LEFT = article.QUANTISED_GAIN / article.DEEP_GAIN
 
 
@@ -34,7 +35,7 @@ def gains_left(runs: TaskRuns) -> list[Claim]:
         is_stated = bool(set(flags) & set(_FOUR_BITS))
         lines.append(
             Claim(
-                f"`{begun}`, {', '.join(flags)}",
+                f"`{begun}`, {', '.join(flag for flag in flags if flag.startswith(_SHOWN))}",
                 f"{points(gain)} -> {points(left)}: {found}",
                 f"{article.DEEP_GAIN} -> {article.QUANTISED_GAIN}: {100 * LEFT:.0f}%" if is_stated else "-",
                 verdict if is_stated else NOT_SAID,
