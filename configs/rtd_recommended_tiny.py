@@ -1,9 +1,10 @@
 """What helped on tiny models, where it was measured: `rtd_tiny` without stages, following the means of steps.
 
     python launch/train.py --config=configs/rtd_recommended_tiny.py
-    python launch/train.py --config=configs/rtd_recommended_tiny.py --config.data.segmentation=soft:12   # no steps needed
+    python launch/train.py --config=configs/rtd_recommended_tiny.py --config.data.segmentation=soft:12
 
-A few minutes on two CPU cores. docs/findings.md has what the form is worth where problems or updates are few.
+Soft windows need no steps. A few minutes on two CPU cores. docs/findings.md has what the form is worth where problems
+or updates are few.
 """
 
 from ml_collections import ConfigDict
