@@ -95,7 +95,7 @@ def test_nothing_is_written_of_what_is_refused(student, tmp_path, capfd):
     compress(settings_of(student, tmp_path / "small", "int4", problems_per_depth=0), lambda _: None)
     cases: tuple[tuple[Path, str, dict, str], ...] = (
         (tmp_path / "small", "int4", {}, "is quantised already"),
-        (student / "student", "int4", {}, "give --data"),
+        (student / "student" / "..", "prune:0.999", {"group_size": -1}, "nothing would be pruned"),
         (student, "int4", {"group_size": 128}, "group_size 128 does not divide the 32 inputs"),
         (student, "w4a16_gptq", {"row_length": 2}, "no calibration chain fits into 2 tokens"),
         (student, "nf4", {"group_size": 8}, "group"),
@@ -105,7 +105,7 @@ def test_nothing_is_written_of_what_is_refused(student, tmp_path, capfd):
             compress(settings_of(path, tmp_path / "refused", scheme, **changes), lambda _: None)
         assert not (tmp_path / "refused").exists(), says
     own = student / "student"
-    with pytest.raises(ValueError, match="the student itself, which would be replaced"):
+    with pytest.raises(ValueError, match="is the student that is read"):
         compress(settings_of(own, own, "int4", data="synthetic"), lambda _: None)
     with pytest.raises(ValueError, match="as out is"):
         settings_of(student, tmp_path / "x", "int4", report=str(tmp_path / "x"))

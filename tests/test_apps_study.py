@@ -43,6 +43,7 @@ from rtd_jax.apps.study.claims import (
     smaller_gain,
     verdict,
 )
+from rtd_jax.apps.study.compressed import gains_left
 from rtd_jax.apps.study.finished import read_outcome
 from rtd_jax.apps.study.recipe import Method, StudyRecipe
 from rtd_jax.apps.study.report import markdown, study_report
@@ -1019,3 +1020,65 @@ def test_a_study_runs_from_an_installed_wheel(tmp_path):
 def test_words_that_do_not_go_together_are_refused(arg, says):
     with pytest.raises(ValueError, match=says):
         study_tiny.get_config(arg)
+
+
+def begun(tmp_path, **methods) -> StudyRecipe:
+    return StudyRecipe("base.py", {"task": ()}, {"kd": Method(("loss.alpha=1.0",), "baseline"), **methods}, (0, 1))
+
+
+def test_a_run_may_begin_with_anothers_student_or_make_it_smaller(tmp_path):
+    """It waits for that run, and is never put into an ensemble, whose members begin alike."""
+    smaller = Method((), begins_with="kd", compress=("scheme=int4",))
+    through = Method(("student.quantization=int4",), begins_with="kd")
+    again = Method(("loss.alpha=0.5",), begins_with="through")
+    recipe = begun(tmp_path, smaller=smaller, through=through, again=again)
+    jobs = {job.name: job for job in recipe.jobs(tmp_path)}
+    kd = tmp_path / "runs" / "task" / "kd" / "seed_1"
+    assert jobs["task smaller seed 1"].overrides == ("scheme=int4", f"student={kd}")
+    command = runner.Group((jobs["task smaller seed 1"],)).command(Path("base.py"))
+    own = kd.parents[1] / "smaller" / "seed_1"
+    flags = ["--scheme=int4", f"--student={kd}", f"--out={own / 'student'}", f"--report={own}"]
+    assert command == ["compress", *flags]
+    assert f"student.path={kd / 'student'}" in jobs["task through seed 1"].overrides
+    # What was trained through the rounding goes on from its floats.
+    floats = kd.parents[1] / "through" / "seed_1" / "student_float"
+    assert f"student.path={floats}" in jobs["task again seed 1"].overrides
+    groups = groups_of(list(jobs.values()), 4)
+    assert sorted(len(group.jobs) for group in groups) == [1, 1, 1, 1, 1, 1, 2]
+    (tmp_path / "base.py").touch()
+    alone = [job for job in jobs.values() if job.method == "smaller"]
+    with pytest.raises(ValueError, match=r"begins with the student of .*kd/seed_0, which is not finished"):
+        run_jobs(alone, tmp_path / "base.py", 1, tmp_path / "compiled")
+
+
+def test_methods_that_begin_with_one_another_or_do_two_things_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="the methods a, b begin with one another"):
+        begun(tmp_path, a=Method((), begins_with="b"), b=Method((), begins_with="a"))
+    with pytest.raises(ValueError, match=r"methods\.a\.begins_with names the method 'x'"):
+        begun(tmp_path, a=Method((), begins_with="x"))
+    with pytest.raises(ValueError, match="needs begins_with"):
+        Method((), compress=("scheme=int4",))
+    with pytest.raises(ValueError, match="compressed or trained"):
+        Method(("loss.alpha=1.0",), begins_with="kd", compress=("scheme=int4",))
+
+
+def test_what_is_left_of_a_gain():
+    """Gains of 50 points before and 25 after: a half; nothing is said without a gain that is surely above 0."""
+    methods = {
+        "kd": Method((), "baseline"),
+        "rtd": Method((), alignment=3.0),
+        "kd_4": Method((), begins_with="kd", compress=("scheme=int4",)),
+        "rtd_4": Method((), begins_with="rtd", compress=("scheme=int4",)),
+    }
+    right = {"kd": 4, "rtd": 8, "kd_4": 2, "rtd_4": 4}
+    outcomes = {
+        name: [outcome(name, seed, [i < count for i in range(8)], [4] * 8) for seed in range(4)]
+        for name, count in right.items()
+    }
+    (line,) = gains_left(TaskRuns(outcomes, methods, "kd", 4))
+    assert line.claim == "`rtd`, scheme=int4"
+    assert line.found.startswith("+50.0") and "-> +25.0" in line.found and "50%" in line.found
+    assert line.article == "18.7 -> 11.2: 60%"
+    same = {**outcomes, "rtd": [replace(x, method="rtd") for x in outcomes["kd"]]}
+    (line,) = gains_left(TaskRuns(same, methods, "kd", 4))
+    assert line.verdict == "undecided"

@@ -100,8 +100,8 @@ def test_own_chains_are_written_by_the_quantised_student(settings, tmp_path):
 def test_it_is_planned_and_refused_by_name(settings):
     assert abstract_step(settings, make_mesh(settings.mesh)).student.quantization == SCHEME
     for changes, says in (
-        ({"group_size": 128}, r"student\.group_size 128 does not divide the 32 inputs"),
-        ({"quantization": "nf4", "group_size": 8}, r"student\..*group"),
+        ({"group_size": 128}, r"student\.quantization='int3': group_size 128 does not divide the 32 inputs"),
+        ({"quantization": "nf4", "group_size": 8}, r"student\.quantization='nf4': .*group"),
     ):
         with pytest.raises(ValueError, match=says):
             prepare(replace(settings, student=replace(QUANTIZED, **changes)), lambda _: None)

@@ -35,14 +35,28 @@ _PARTS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 Rows = tuple[Array, Array, Array]
 
 
-@functools.partial(jax.jit, static_argnums=2)
 def gptq_matrix(weight_OI: jax.Array, gram_II: jax.Array, scheme: Scheme) -> QArray:
     """A matrix of outputs by inputs, rounded by GPTQ. qvalue [O, I]; scale, zero_point [O, groups].
 
     Args:
       gram_II: mean over tokens of x x^T, of the inputs x; all zeros gives what `round_matrix` gives.
       scheme: of integers.
+
+    Raises:
+      ValueError: the gram has no Cholesky factor, as where inputs are not finite.
     """
+    rounded_OI, is_fitted = _fitted(weight_OI, gram_II, scheme)
+    if not is_fitted:
+        raise ValueError(
+            "the inputs of a matrix on the calibration text are not finite, or too alike to be fitted to; check the "
+            "model's weights, or give more and other chains"
+        )
+    return rounded_OI
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _fitted(weight_OI: jax.Array, gram_II: jax.Array, scheme: Scheme) -> tuple[QArray, jax.Array]:
+    """(the rounded matrix, whether the factor that it needs is finite)."""
     inputs = weight_OI.shape[1]
     weight_OI, gram_II = weight_OI.astype(jnp.float32), gram_II.astype(jnp.float32)
     diagonal_I = jnp.diag(gram_II)
@@ -78,10 +92,11 @@ def gptq_matrix(weight_OI: jax.Array, gram_II: jax.Array, scheme: Scheme) -> QAr
     starts = jnp.arange(0, inputs, block)
     _, (values_GOK, scales_GO1, zeros_GO1) = jax.lax.scan(round_block, weight_OI, starts)
     qvalue_OI = jnp.swapaxes(values_GOK, 0, 1).reshape(weight_OI.shape).astype(of_rows.qvalue.dtype)
+    is_fitted = jnp.isfinite(factor_II).all()
     if not scheme.group_size:
-        return QArray(qvalue_OI, of_rows.scale, of_rows.zero_point, of_rows.qtype)
+        return QArray(qvalue_OI, of_rows.scale, of_rows.zero_point, of_rows.qtype), is_fitted
     scale_OG, zero_OG = jax.tree.map(lambda x: x[..., 0].T, (scales_GO1, zeros_GO1))
-    return QArray(qvalue_OI, scale_OG, zero_OG, of_rows.qtype)
+    return QArray(qvalue_OI, scale_OG, zero_OG, of_rows.qtype), is_fitted
 
 
 def gptq(

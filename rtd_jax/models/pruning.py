@@ -132,6 +132,8 @@ def pruned_config(
     found = nearest([scaled(size) for size in ([width] if width else _sizes(config, config.width))])
     if not mlp_width:
         found = nearest([replace(found, mlp_width=size) for size in _sizes(config, config.mlp_width)])
+    if found == config:
+        raise ValueError(f"share is {share}, so near to 1 that nothing would be pruned; give a smaller one")
     if abs(parameter_count(found) - wanted) > _TOLERANCE * wanted:
         others = ", ".join(f"{name} {size}" for name, size in given.items() if size)
         raise ValueError(

@@ -250,7 +250,8 @@ def check_storable(scheme: Scheme, config: LlamaConfig) -> None:
     scheme.check(config)
     if scheme.qtype == "nf4" and scheme.head:
         raise ValueError(
-            "head=True: bitsandbytes, the format of nf4, cannot hold a quantised embedding; use head=False, or int4"
+            "bitsandbytes, the format of nf4, cannot hold a quantised embedding (head=True); leave it and the head as "
+            "floats, or use int4"
         )
     if scheme.qtype == "nf4" and scheme.group_size not in NF4_BLOCKS:
         raise ValueError(

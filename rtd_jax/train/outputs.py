@@ -11,12 +11,13 @@ from rtd_jax.train import metrics
 FOLDERS = ("checkpoints", metrics.BOARD)
 
 
-def check_outputs(workdir: Path, model: str) -> None:
-    """Raises ValueError where something in `workdir` is in the way of a run's folders, or of its folder `model`."""
+def check_outputs(workdir: Path, *models: str) -> None:
+    """Raises ValueError where something in `workdir` is in the way of a run's folders, or of its folders `models`."""
     for path in sorted(workdir.iterdir()):
         if path.name in FOLDERS and not path.is_dir():
             raise ValueError(f"{path} is no folder, but the run needs one; remove it or choose another --workdir")
-    check_replaceable(workdir / model)
+    for model in models:
+        check_replaceable(workdir / model)
 
 
 def check_saves(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,7 +19,7 @@ from rtd_jax.models.from_hf import load_config, load_params, resolve
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import OpenModel
 from rtd_jax.models.pruning import PRUNED_SIZES, prune_model, pruned_config
-from rtd_jax.models.quantized_folders import save_quantized
+from rtd_jax.models.quantized_folders import quantization_of, save_quantized
 from rtd_jax.models.quantized_tensors import check_storable
 from rtd_jax.models.schemes import rounded
 from rtd_jax.models.to_hf import save_pretrained
@@ -58,7 +58,7 @@ def student_model(settings: StudentSettings, config: LlamaConfig, mesh: Mesh) ->
             scheme.check(config)
             check_storable(scheme, config)
         except ValueError as error:
-            raise ValueError(f"student.{error}") from error
+            raise ValueError(f"student.quantization={settings.quantization!r}: {error}") from error
     return LlamaModel(
         config,
         settings.compute_dtype,
@@ -70,7 +70,16 @@ def student_model(settings: StudentSettings, config: LlamaConfig, mesh: Mesh) ->
 
 
 def check_weights(student: StudentSettings, teacher: OpenModel) -> None:
-    """Raises ValueError where a student is to be pruned, but there are no weights of the teacher to prune."""
+    """Raises ValueError where a student is to be pruned, but there are no weights of the teacher to prune; or where it
+    is to be trained through the rounding from weights that are rounded already, and would be rounded twice.
+    """
+    if student.init == "pretrained" and student.scheme is not None:
+        folder = resolve(student.path)
+        if (found := quantization_of(folder)) is not None:
+            raise ValueError(
+                f"student.path {folder} is quantised ({found.name}), and rounded again its weights would shrink; give "
+                f"the floats that it was made from, of a run {FLOAT_FOLDER}/ beside it"
+            )
     if student.init == "pruned":
         try:
             tensor_files(teacher.directory)
@@ -124,6 +133,11 @@ def evenly_spaced(chains: Sequence[Chain], count: int) -> list[Chain]:
 
 def _placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def student_folders(settings: StudentSettings) -> tuple[str, ...]:
+    """The folders that `save_student` writes."""
+    return (FOLDER,) if settings.scheme is None else (FOLDER, FLOAT_FOLDER)
 
 
 def save_student(

@@ -59,11 +59,11 @@ class CompressSettings:
     train_split: str = "train"  # of `data`, for calibration
     test_split: str = "test"  # of `data`, for what is measured
     calibration_chains: int = 128  # chains that GPTQ and pruning read
-    problems_per_depth: int = 60  # that are solved before and after; 0 measures nothing
+    problems_per_depth: int = -1  # that are solved before and after; 0 measures nothing; -1: the run's own, or 60
     keep_marks: bool = False  # the <<48/2=24>> of gsm8k (generated problems always have them)
     chat: bool = False  # the tokenizer's chat template
     prompt_template: str = ""  # holds {prompt}; "" is the run's own, or the format's default
-    max_new_tokens: int = 256  # most tokens decoded for a problem
+    max_new_tokens: int = 0  # most tokens decoded for a problem; 0: the run's own, or 256
     row_length: int = 1024  # tokens of a row of calibration text; longer chains are left out
     batch_size: int = 32  # problems decoded at one time
     by_layer: bool = True  # measure what each layer adds to the loss
@@ -71,8 +71,8 @@ class CompressSettings:
 
     def __post_init__(self) -> None:
         check_filled(self, "student", "scheme", "out", "train_split", "test_split")
-        check_ranges(self, group_size="[-1, 1e6]", calibration_chains="[1, 1e6]", problems_per_depth="[0, 1e6]")
-        check_ranges(self, max_new_tokens="[1, 1e6]", row_length="[2, 1e7]", batch_size="[1, 1e6]", seed=SEED)
+        check_ranges(self, group_size="[-1, 1e6]", calibration_chains="[1, 1e6]", problems_per_depth="[-1, 1e6]")
+        check_ranges(self, max_new_tokens="[0, 1e6]", row_length="[2, 1e7]", batch_size="[1, 1e6]", seed=SEED)
         TextFormat(prompt_template=self.prompt_template)  # refuses one without {prompt}
         _ = self.method  # refuses a scheme that does not exist
         if self.report_folder.resolve() == Path(self.out).expanduser().resolve():
@@ -98,12 +98,13 @@ def compress(settings: CompressSettings, note: Callable[[str], None] = print) ->
     started = time.monotonic()
     method, out, folder = settings.method, Path(settings.out).expanduser(), settings.report_folder
     check_replaceable(out)
-    student, recipe = _student(settings.student)
-    if out.resolve() == Path(student).expanduser().resolve():
-        raise ValueError(f"--out is {out}, the student itself, which would be replaced; give another folder")
+    student, recipe, run = _student(settings.student)
+    _check_places(out, folder, student, run)
+    settings = _filled(settings, recipe)
     problems, calibration = _traces(settings, method, recipe)
     note(f"loading {student}")
-    before = load_model(student)
+    compute_dtype = recipe.student.compute_dtype if recipe else "float32"
+    before = load_model(student, compute_dtype=compute_dtype)
     if method.scheme is not None:
         method.scheme.check(before.model.config)
         check_storable(method.scheme, before.model.config)
@@ -127,7 +128,7 @@ def compress(settings: CompressSettings, note: Callable[[str], None] = print) ->
     }
     report["size"] = {"before": _size(student, before)}
     smaller, note_of = _made_smaller(method, before, chains, out, text, note)
-    after = load_model(str(out))
+    after = load_model(str(out), compute_dtype=compute_dtype)
     report["size"] |= _sizes(before, after, report["size"]["before"])
     report["config"] = {name: dataclasses.asdict(m.model.config) for name, m in (("before", before), ("after", after))}
     if problems:
@@ -141,7 +142,9 @@ def compress(settings: CompressSettings, note: Callable[[str], None] = print) ->
         note("reading the reference chains with both")
         report["drift_from_before"] = measured.drift(before, after, problems, text, results["after"], settings.seed)
         if settings.by_layer and smaller is not None:
-            read, _ = encode_traces(before.tokenizer, problems[: measured.READ], text, row_length=2**31 - 1)
+            read, _ = encode_traces(
+                before.tokenizer, evenly_spaced(problems, measured.READ), text, row_length=2**31 - 1
+            )
             report["parts"] = measured.loss_by_part(before, smaller, read, note)
         report["where"] = measured.where_sentence(report)
         for name, result in (("generations", results["after"]), ("generations_before", results["before"])):
@@ -155,31 +158,63 @@ def compress(settings: CompressSettings, note: Callable[[str], None] = print) ->
     return folder / "report.json"
 
 
-def _student(path: str) -> tuple[str, Recipe | None]:
-    """(what `load_model` opens, the recipe of the run that it is of; None where it is not known to be a run's).
+def _student(path: str) -> tuple[str, Recipe | None, Path | None]:
+    """(what `load_model` opens, the recipe and the folder of the run that it is of; None where it is not known).
 
-    A run's folder is named by itself: its newest stage is opened or, where its checkpoints are gone, its student.
+    A run's folder is named by itself, or by one of its students. By itself its newest stage is opened or, where its
+    checkpoints are gone, its student.
 
     Raises:
       ValueError: the student has few bits already.
     """
-    stage, folder = stage_checkpoint(path), Path(path).expanduser()
+    given = Path(path).expanduser()
+    stage = stage_checkpoint(path)
+    run, recipe, opened = None, None, path
     if stage is not None:
-        opened, recipe = path, trained_recipe(stage)
-    elif (folder / "settings.json").exists():
-        opened = str(folder / FOLDER)
-        recipe = build(Recipe, read_object(folder / "settings.json", "give the run's student folder"), "settings")
-    else:
-        opened, recipe = path, None
-    found = recipe.student.scheme if recipe else None
-    if found is None and Path(opened).expanduser().is_dir() and stage is None:
-        found = quantization_of(Path(opened).expanduser())
-    if found is not None:
-        raise ValueError(
-            f"{path} is quantised already ({found.name}), and rounding twice would add two errors; give the model that "
-            f"it was made from{f', such as {folder / FLOAT_FOLDER}' if recipe else ''}"
+        run, recipe = stage.parents[2], trained_recipe(stage)
+    elif (folder := given.parent if given.name in (FOLDER, FLOAT_FOLDER) else given) and (
+        folder / "settings.json"
+    ).exists():
+        run, opened = folder, path if folder != given else str(folder / FOLDER)
+        recipe = build(
+            Recipe, read_object(folder / "settings.json", "give a Hugging Face folder and --data"), "settings"
         )
-    return opened, recipe
+    scheme = recipe.student.scheme if recipe and stage is not None else None
+    if scheme is None and stage is None and Path(opened).expanduser().is_dir():
+        scheme = quantization_of(Path(opened).expanduser())
+    if scheme is not None:
+        way = f"--student={run / FLOAT_FOLDER}" if run is not None else "the model that it was made from"
+        raise ValueError(
+            f"{path} is quantised already ({scheme.name}), and rounding twice would add two errors; give {way}"
+        )
+    return opened, recipe, run
+
+
+def _filled(settings: CompressSettings, recipe: Recipe | None) -> CompressSettings:
+    """The settings with what a run was evaluated by, where nothing is given."""
+    per_depth, tokens = (
+        (recipe.evaluation.problems_per_depth, recipe.evaluation.max_new_tokens) if recipe else (60, 256)
+    )
+    return dataclasses.replace(
+        settings,
+        problems_per_depth=per_depth if settings.problems_per_depth < 0 else settings.problems_per_depth,
+        max_new_tokens=settings.max_new_tokens or tokens,
+    )
+
+
+def _check_places(out: Path, folder: Path, student: str, run: Path | None) -> None:
+    """Raises ValueError where what is written would take the place of what there is, or lie inside of it."""
+    taken = [Path(student).expanduser(), *([run / FOLDER, run / FLOAT_FOLDER, run / "checkpoints"] if run else [])]
+    for place in (path.resolve() for path in taken if path.exists()):
+        if place == out.resolve() or place in out.resolve().parents or out.resolve() in place.parents:
+            raise ValueError(f"--out is {out}, but {place} is the student that is read; give a folder beside it")
+        if place == folder.resolve() or place in folder.resolve().parents:
+            raise ValueError(f"--report is {folder}, in the student that is read; give a folder beside it")
+    before = folder / "report.json"
+    if (folder / "settings.json").exists() or (
+        before.exists() and read_object(before, "").get("kind") != "compression"
+    ):
+        raise ValueError(f"--report is {folder}, which has the report of something else; give another folder")
 
 
 def _traces(settings: CompressSettings, method: Method, recipe: Recipe | None) -> tuple[list[Trace], list[Trace]]:
@@ -259,11 +294,16 @@ def _made_smaller(
     config, kept_text = before.model.config, before.text or text
     if method.scheme is None:
         note(f"reading {len(chains)} chains to see what the student uses")
-        smaller_config, params, _ = prune_model(
-            before.model, before.params, chains, pruned_config(config, method.share)
+        try:
+            target = pruned_config(config, method.share)
+        except ValueError as error:
+            raise ValueError(f"--scheme={method.name}: {error}") from error
+        _, params, _ = prune_model(before.model, before.params, chains, target)
+        save_pretrained(out, target, params, tokenizer=before.tokenizer, text=kept_text)
+        return (
+            None,
+            f"train it on: --config.student.init=pretrained --config.student.layers=0 --config.student.path={out}",
         )
-        save_pretrained(out, smaller_config, params, tokenizer=before.tokenizer, text=kept_text)
-        return None, f"train it on: --config.student.init=pretrained --config.student.path={out}"
     scheme = method.scheme
     if method.is_gptq:
         length = max(len(chain) for chain in chains)

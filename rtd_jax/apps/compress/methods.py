@@ -45,6 +45,8 @@ def parse_method(text: str, group_size: int = -1, symmetric: bool = True, head: 
                 f"scheme is {text!r}; expected {PRUNE}<share>, with the share of the parameters that stay between 0 "
                 f"and 1, such as {PRUNE}0.75"
             )
+        if group_size >= 0 or not symmetric or head:
+            raise ValueError(f"scheme is {text!r}, which rounds nothing; leave out group_size, symmetric and head")
         return Method(text, share=share)
     qtype = next((known for known in get_args(QType) if known == text), GPTQ.get(text))
     if qtype is None:

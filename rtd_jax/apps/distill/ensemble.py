@@ -31,6 +31,7 @@ from rtd_jax.train.ensemble import NO_ENSEMBLE, put_state
 from rtd_jax.train.metrics import MetricsLog
 from rtd_jax.train.outputs import check_outputs, check_saves
 from rtd_jax.train.state import TrainState, create_state
+from rtd_jax.train.student import student_folders
 
 
 def train_ensemble(recipe: EnsembleRecipe, workdir: Path) -> list[Path]:
@@ -64,7 +65,7 @@ def _train_ensemble(recipe: EnsembleRecipe, workdir: Path, own: Path) -> list[Pa
     if latest is not None:  # before anything heavy is loaded
         check_same_settings(latest, recipe)
     for folder in folders:
-        check_outputs(folder, "student")
+        check_outputs(folder, *student_folders(recipe.student))
         if latest is not None and (folder / "report.json").exists():
             continue
         for name in ("checkpoints", "report.json"):

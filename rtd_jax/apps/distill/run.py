@@ -25,7 +25,7 @@ from rtd_jax.train.metrics import MetricsLog
 from rtd_jax.train.outputs import check_outputs, check_saves
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import TrainState
-from rtd_jax.train.student import save_student
+from rtd_jax.train.student import save_student, student_folders
 
 
 @one_writer(lambda recipe, workdir: workdir)
@@ -46,7 +46,7 @@ def train(recipe: Recipe, workdir: Path) -> Path:
         check_same_settings(latest, recipe)
     is_lead = jax.process_index() == 0
     if is_lead:
-        check_outputs(workdir, "student")
+        check_outputs(workdir, *student_folders(recipe.student))
     clock = Clock()
     with clock.span("loading and tokenising"):
         experiment, state = prepare(recipe, functools.partial(print, flush=True) if is_lead else lambda _: None)

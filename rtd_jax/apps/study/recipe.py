@@ -10,6 +10,7 @@ from typing import Literal
 from rtd_jax.apps.study.runner import Job, Preparation
 from rtd_jax.base.settings import SEED, check_distinct, check_filled, check_ranges
 from rtd_jax.train.recipe import SIZES
+from rtd_jax.train.student import FLOAT_FOLDER, FOLDER
 
 Overrides = tuple[str, ...]  # of a config, as on the command line but without "--config.": "loss.alpha=0.7"
 Role = Literal[
@@ -145,7 +146,9 @@ class StudyRecipe:
         if method.compress:
             return Job(task, name, seed, (*method.compress, f"student={first}"), folder(name), first, "compress")
         sizes = tuple(f"student.{size}=0" for size in SIZES)  # the student's own
-        begin = (*sizes, "student.init=pretrained", f"student.path={first / 'student'}")
+        is_rounded = any(x.startswith("student.quantization=") for x in self.method(method.begins_with).overrides)
+        student = first / (FLOAT_FOLDER if is_rounded else FOLDER)
+        begin = (*sizes, "student.share=0.0", "student.init=pretrained", f"student.path={student}")
         return Job(task, name, seed, (*overrides, *begin), folder(name), first)
 
     def _check_circles(self) -> None:

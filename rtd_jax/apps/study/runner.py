@@ -168,6 +168,7 @@ def run_jobs(jobs: Sequence[Job], base: Path, parallel: int, compiled: Path, ens
 
 def _run_jobs(jobs: Sequence[Job], base: Path, parallel: int, compiled: Path, ensemble: int) -> None:
     claim_jobs(jobs, base)
+    _check_begun(jobs)
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= parallel <= len(cores):
         raise ValueError(f"parallel is {parallel}, but there are {len(cores)} cores; use 1 to {len(cores)}")
@@ -219,6 +220,17 @@ def _run_jobs(jobs: Sequence[Job], base: Path, parallel: int, compiled: Path, en
             f"{len(failed)} of {total} runs failed, first {job.name}: its log is {log} (it {how}). The others are "
             "finished; run the same command again to repeat the failed ones"
         )
+
+
+def _check_begun(jobs: Sequence[Job]) -> None:
+    """Raises ValueError where a run begins with one that is neither finished nor among the runs."""
+    folders = {job.workdir for job in jobs}
+    for job in jobs:
+        if not (job.report.exists() or _is_ready(Group((job,))) or job.after in folders):
+            raise ValueError(
+                f"{job.name} begins with the student of {job.after}, which is not finished and not among the runs; add "
+                "its method to --config.only (or to the task's methods)"
+            )
 
 
 def groups_of(jobs: Sequence[Job], ensemble: int) -> list[Group]:
