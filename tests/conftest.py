@@ -13,7 +13,9 @@ from rtd_jax.base.simulated_devices import give_threads
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight devices share few cores with other tests. XLA gives up on devices that meet late, by default after 40 seconds.
 _DEVICES = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}"
+# Most programs of the tests run for less time than LLVM would spend on making them fast.
+_COMPILER = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES} {_COMPILER}"
 give_threads()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

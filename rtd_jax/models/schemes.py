@@ -68,8 +68,9 @@ class Scheme:
             inputs = int(np.prod([sizes[axis] for axis in weight.inputs]))
             if self.covers(weight) and self.group_size and inputs % self.group_size:
                 raise ValueError(
-                    f"group_size {self.group_size} does not divide the {inputs} inputs of {weight.names(config)[0]}; use "
-                    f"a divisor of {int(np.gcd.reduce(_inputs(self, config)))}, or 0 for one scale per output channel"
+                    f"group_size {self.group_size} does not divide the {inputs} inputs of {weight.names(config)[0]}; "
+                    f"use a divisor of {int(np.gcd.reduce(_inputs(self, config)))}, or 0 for one scale per output "
+                    "channel"
                 )
 
 
