@@ -1077,7 +1077,9 @@ def test_what_is_left_of_a_gain():
     }
     (line,) = gains_left(TaskRuns(outcomes, methods, "kd", 4))
     assert line.claim == "`rtd`, scheme=int4"
-    assert line.found.startswith("+50.0") and "-> +25.0" in line.found and "50%" in line.found
+    assert line.found.startswith("+50.0")
+    assert "-> +25.0" in line.found
+    assert "50%" in line.found
     assert line.article == "18.7 -> 11.2: 60%"
     same = {**outcomes, "rtd": [replace(x, method="rtd") for x in outcomes["kd"]]}
     (line,) = gains_left(TaskRuns(same, methods, "kd", 4))
