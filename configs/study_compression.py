@@ -65,6 +65,7 @@ def compressed() -> dict[str, Method]:
             "student.init=pruned",
             "student.layers=0",
             f"student.share={SHARE}",
+            *(("loss.projections=separate",) if whole.alignment else ()),  # widths differ: maps, from what is kept
             compared_with={name: "is pruning in width better than two of the layers?"},
         )
         found[f"{short}_pruned_int3"] = rounded(
