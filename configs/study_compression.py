@@ -4,8 +4,8 @@
 
 KD and the trajectory on soft windows, all depths at once (of configs/study_states.py, whose runs are shared where the
 workdir is one): rounded to 8, 4, 3 and 2 bits to the nearest and by GPTQ; trained through the rounding, from the start
-or in the last quarter of the updates; and pruned from the teacher to the size of two of its layers, as floats and in 3
-bits.
+or in the last quarter of the updates; and pruned from the teacher to the size of two of its layers (its neurons only, so
+that states have the teacher's width and need no map), as floats and in 3 bits.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ GROUP = 32  # inputs that share a scale: the tiny models' widths are 128 and 384
 SCHEMES = ("int8", "int4", "w4a16_gptq", "int3", "w3a16_gptq", "int2", "w2a16_gptq")
 TRAINED = ("int3", "int2")  # fewer bits than the tiny students can spare
 LAST, UPDATES = 75, 300  # updates through the rounding where floats were trained before, and of a whole run
-SHARE = 0.53  # of the teacher's parameters: those of a student with two of its four layers
+PRUNED = ("student.width=128", "student.mlp_width=128")  # 451,328 parameters; two of the four layers have 450,816
 
 
 def rounded(of: str, scheme: str, **about) -> Method:
@@ -64,9 +64,8 @@ def compressed() -> dict[str, Method]:
             whole,
             "student.init=pruned",
             "student.layers=0",
-            f"student.share={SHARE}",
-            *(("loss.projections=separate",) if whole.alignment else ()),  # widths differ: maps, from what is kept
-            compared_with={name: "is pruning in width better than two of the layers?"},
+            *PRUNED,
+            compared_with={name: "are all layers with a third of their neurons better than half of the layers?"},
         )
         found[f"{short}_pruned_int3"] = rounded(
             f"{short}_pruned", "int3", compared_with={f"{short}_int3": "and in 3 bits?"}
