@@ -4,7 +4,7 @@
 
 KD and the trajectory on soft windows, all depths at once (of configs/study_states.py, whose runs are shared where the
 workdir is one): rounded to 8, 4, 3 and 2 bits to the nearest and by GPTQ; trained through the rounding, from the start
-or in the last quarter of the updates; and pruned from the teacher to the size of two of its layers (its neurons only, so
+or in the last quarter of the updates; and pruned from the teacher to the size of two of its layers (neurons only, so
 that states have the teacher's width and need no map), as floats and in 3 bits.
 """
 
