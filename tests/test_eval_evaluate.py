@@ -32,6 +32,9 @@ class Oracle:
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
 
+    def deployed(self, params):
+        return self, params
+
     def prefill(self, params, tokens_BL, lengths_B, cache_length):
         known_PL, next_PL = params["known_PL"], params["next_PL"]
         length = min(tokens_BL.shape[1], known_PL.shape[1])
