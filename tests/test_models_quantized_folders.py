@@ -22,8 +22,9 @@ from rtd_jax.models.config import LlamaConfig
 from rtd_jax.models.fingerprint import weights_fingerprint
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.quantization_config import quantization_config, storage_of
 from rtd_jax.models.quantized_folders import quantization_of, save_quantized
-from rtd_jax.models.quantized_tensors import pack, quantization_config, storage_of, unpack
+from rtd_jax.models.quantized_tensors import pack, unpack
 from rtd_jax.models.schemes import Scheme, as_params, rounded
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.models.weights import logical_axes, table

@@ -17,9 +17,10 @@ from qwix import QArray
 from rtd_jax.base.files import read_object
 from rtd_jax.base.types import Params
 from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.quantization_config import storage_of
 from rtd_jax.models.quantized import INT8, quantize_weight
 from rtd_jax.models.quantized_folders import read_storage
-from rtd_jax.models.quantized_tensors import QuantizedTensor, storage_of
+from rtd_jax.models.quantized_tensors import QuantizedTensor
 from rtd_jax.models.to_hf import INDEX_FILE, TOKENIZER_FILES
 from rtd_jax.models.weight_files import few, open_file, open_tensor, tensor_files
 from rtd_jax.models.weights import EMBEDDING, HEAD, Weight, table

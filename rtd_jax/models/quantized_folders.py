@@ -1,4 +1,4 @@
-"""Hugging Face folders of quantised models, which transformers and serving engines load. See `quantized_tensors`.
+"""Hugging Face folders of quantised models, which transformers and serving engines load. See `quantized_tensors` and `quantization_config`.
 
 `load_config` and `load_params` read such a folder as any other, with float weights.
 """
@@ -16,16 +16,8 @@ from rtd_jax.base.files import read_object
 from rtd_jax.base.types import Params
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.quantized_tensors import (
-    Storage,
-    bytes_of,
-    check_storable,
-    encoded,
-    nf4_state,
-    nf4_states,
-    quantization_config,
-    storage_of,
-)
+from rtd_jax.models.quantization_config import check_storable, quantization_config, storage_of
+from rtd_jax.models.quantized_tensors import Storage, bytes_of, encoded, nf4_state, nf4_states
 from rtd_jax.models.schemes import Scheme
 from rtd_jax.models.to_hf import Entry, checked_arrays, float_entry, in_order, layer_on_host, write_folder
 from rtd_jax.models.weight_files import open_file, tensor_files

@@ -19,8 +19,8 @@ from rtd_jax.models.from_hf import load_config, load_params, resolve
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.open import OpenModel
 from rtd_jax.models.pruning import PRUNED_SIZES, prune_model, pruned_config
+from rtd_jax.models.quantization_config import check_storable
 from rtd_jax.models.quantized_folders import quantization_of, save_quantized
-from rtd_jax.models.quantized_tensors import check_storable
 from rtd_jax.models.schemes import rounded
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.models.weight_files import tensor_files

@@ -30,8 +30,8 @@ from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, decoding_not
 from rtd_jax.eval.ready import check_evaluation
 from rtd_jax.models.gptq import gptq
 from rtd_jax.models.pruning import prune_model, pruned_config
+from rtd_jax.models.quantization_config import check_storable
 from rtd_jax.models.quantized_folders import quantization_of, save_quantized
-from rtd_jax.models.quantized_tensors import check_storable
 from rtd_jax.models.schemes import as_params, rounded
 from rtd_jax.models.to_hf import check_replaceable, save_pretrained
 from rtd_jax.models.weight_files import weight_files
