@@ -56,6 +56,7 @@ from rtd_jax.apps.distill.run import _starting_point, train
 from rtd_jax.apps.evaluate import EvaluateSettings, evaluate
 from rtd_jax.apps.study import runner
 from rtd_jax.apps.study.finished import read_outcome
+from rtd_jax.apps.study.jobs import Job, Preparation
 from rtd_jax.apps.traces import traces as traces_app
 from rtd_jax.base.files import DIGEST, json_digest, write_json, write_jsonl
 from rtd_jax.base.sharding import MeshSettings, make_mesh
@@ -625,14 +626,14 @@ def _job(root: Path) -> Target:
         command = ("reward_model", "--config=base.py", "--config.seed=0")
         runner.claim_jobs([_job_of(folder, 0)], base)
         if (folder / "prepared.json").exists():  # else it would be prepared again
-            runner.prepare_once([runner.Preparation("reward", command, folder / "prepared")])
+            runner.prepare_once([Preparation("reward", command, folder / "prepared")])
         return "claimed", ""
 
     return Target("job", folders[0], read, (folders[1],))
 
 
-def _job_of(folder: Path, seed: int) -> runner.Job:
-    return runner.Job("task", "kd", seed, (f"seed={seed}",), folder / "run")
+def _job_of(folder: Path, seed: int) -> Job:
+    return Job("task", "kd", seed, (f"seed={seed}",), folder / "run")
 
 
 def _data(root: Path) -> Target:

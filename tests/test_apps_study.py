@@ -45,9 +45,10 @@ from rtd_jax.apps.study.claims import (
 )
 from rtd_jax.apps.study.compressed import gains_left
 from rtd_jax.apps.study.finished import read_outcome
+from rtd_jax.apps.study.jobs import Group, Job, Preparation, groups_of
 from rtd_jax.apps.study.recipe import Method, StudyRecipe
 from rtd_jax.apps.study.report import markdown, study_report
-from rtd_jax.apps.study.runner import Job, Preparation, groups_of, prepare_once, run_jobs
+from rtd_jax.apps.study.runner import prepare_once, run_jobs
 from rtd_jax.apps.study.statistics import (
     Difference,
     Outcome,
@@ -1035,7 +1036,7 @@ def test_a_run_may_begin_with_anothers_student_or_make_it_smaller(tmp_path):
     jobs = {job.name: job for job in recipe.jobs(tmp_path)}
     kd = tmp_path / "runs" / "task" / "kd" / "seed_1"
     assert jobs["task smaller seed 1"].overrides == ("scheme=int4", f"student={kd}")
-    command = runner.Group((jobs["task smaller seed 1"],)).command(Path("base.py"))
+    command = Group((jobs["task smaller seed 1"],)).command(Path("base.py"))
     own = kd.parents[1] / "smaller" / "seed_1"
     flags = ["--scheme=int4", f"--student={kd}", f"--out={own / 'student'}", f"--report={own}"]
     assert command == ["compress", *flags]

@@ -1,5 +1,6 @@
-"""Hugging Face folders of quantised models, which transformers and serving engines load. See `quantized_tensors` and `quantization_config`.
+"""Hugging Face folders of quantised models, which transformers and serving engines load.
 
+What lies in them: `quantized_tensors`; how config.json says so: `quantization_config`.
 `load_config` and `load_params` read such a folder as any other, with float weights.
 """
 

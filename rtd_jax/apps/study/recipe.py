@@ -7,7 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Literal
 
-from rtd_jax.apps.study.runner import Job, Preparation
+from rtd_jax.apps.study.jobs import Job, Preparation
 from rtd_jax.base.settings import SEED, check_distinct, check_filled, check_ranges
 from rtd_jax.train.recipe import SIZES
 from rtd_jax.train.student import FLOAT_FOLDER, FOLDER

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from rtd_jax.apps.report.sections import write_sections
 from rtd_jax.apps.study.finished import read_outcome
+from rtd_jax.apps.study.jobs import Job
 from rtd_jax.apps.study.recipe import StudyRecipe, prepared_folder
 from rtd_jax.apps.study.report import markdown, study_report
-from rtd_jax.apps.study.runner import Job, claim_jobs, prepare_once, run_jobs
+from rtd_jax.apps.study.runner import claim_jobs, prepare_once, run_jobs
 from rtd_jax.apps.study.statistics import Outcome
 from rtd_jax.base.files import check_writable, finite_report, replacing, write_json
 from rtd_jax.base.lock import locked
