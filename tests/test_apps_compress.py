@@ -1,6 +1,7 @@
 """launch/compress.py: what it writes and measures for every kind of scheme, and what it refuses before it writes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import chex
@@ -85,9 +86,17 @@ def test_a_finished_run_without_checkpoints_and_a_folder_with_data_are_students_
     for name in ("student", "settings.json"):
         (gone / name).symlink_to(student / name)
     compress(settings_of(gone, tmp_path / "a", "int4", problems_per_depth=0), lambda _: None)
-    compress(settings_of(student / "student", tmp_path / "b", "int4", problems_per_depth=0), lambda _: None)
+    # A run's student knows the run's data, and how it was evaluated.
+    filled = {"problems_per_depth": -1, "max_new_tokens": 0}
+    report = compress(settings_of(student / "student", tmp_path / "b", "int4", **filled), lambda _: None)
+    settings = json.loads(report.read_text())["settings"]
+    assert (settings["problems_per_depth"], settings["max_new_tokens"]) == (2, 8)
     chex.assert_trees_all_equal(folder_params(tmp_path / "a"), folder_params(tmp_path / "b"))
-    path = compress(settings_of(student / "student", tmp_path / "c", "int4", data="synthetic"), lambda _: None)
+    alone = tmp_path / "alone"
+    shutil.copytree(student / "student", alone)
+    with pytest.raises(ValueError, match=r"is not a run.*give --data"):
+        compress(settings_of(alone, tmp_path / "c", "int4"), lambda _: None)
+    path = compress(settings_of(alone, tmp_path / "c", "int4", data="synthetic"), lambda _: None)
     assert set(json.loads(path.read_text())["student"]["chain_accuracy"]) == {"1", "2", "3", "4", "5+", "all"}
 
 
@@ -95,7 +104,7 @@ def test_nothing_is_written_of_what_is_refused(student, tmp_path, capfd):
     compress(settings_of(student, tmp_path / "small", "int4", problems_per_depth=0), lambda _: None)
     cases: tuple[tuple[Path, str, dict, str], ...] = (
         (tmp_path / "small", "int4", {}, "is quantised already"),
-        (student / "student" / "..", "prune:0.999", {"group_size": -1}, "nothing would be pruned"),
+        (student, "prune:0.999", {"group_size": -1}, "nothing would be pruned"),
         (student, "int4", {"group_size": 128}, "group_size 128 does not divide the 32 inputs"),
         (student, "w4a16_gptq", {"row_length": 2}, "no calibration chain fits into 2 tokens"),
         (student, "nf4", {"group_size": 8}, "group"),
@@ -107,6 +116,15 @@ def test_nothing_is_written_of_what_is_refused(student, tmp_path, capfd):
     own = student / "student"
     with pytest.raises(ValueError, match="is the student that is read"):
         compress(settings_of(own, own, "int4", data="synthetic"), lambda _: None)
+    for out in (student / "student", student / "student" / "int4", student.parent):  # at, in and above it
+        with pytest.raises(ValueError, match=r"is the student that is read|holds "):
+            compress(settings_of(student, out, "int4"), lambda _: None)
+    before = (student / "report.json").read_bytes()
+    with pytest.raises(ValueError, match="the report of something else"):
+        compress(settings_of(own, tmp_path / "x", "int4", report=str(student)), lambda _: None)
+    assert (student / "report.json").read_bytes() == before
+    with pytest.raises(ValueError, match="rounds nothing; leave out group_size"):
+        parse_method("prune:0.5", 7)
     with pytest.raises(ValueError, match="as out is"):
         settings_of(student, tmp_path / "x", "int4", report=str(tmp_path / "x"))
     (tmp_path / "mine").mkdir()

@@ -94,6 +94,12 @@ def test_a_model_keeps_its_logits_better_and_padding_is_not_read():
     assert min(same) > 0.995  # but for ties that another order of sums decides
 
 
+def test_inputs_that_are_not_finite_are_an_error_and_no_matrix(matrix):
+    weight_OI, _, gram_II = matrix
+    with pytest.raises(ValueError, match="not finite, or too alike"):
+        gptq_matrix(weight_OI, gram_II.at[3, 3].set(jnp.nan), Scheme("int4", 16))
+
+
 def test_what_it_cannot_do_is_refused():
     model, nothing = LlamaModel(CONFIG), np.zeros((1, 4), np.int32)
     with pytest.raises(ValueError, match="rounds to integers, not to nf4"):

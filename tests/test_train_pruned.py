@@ -156,4 +156,4 @@ def test_a_teacher_without_weights_cannot_be_pruned(settings, teacher, tmp_path)
 def test_calibration_chains_are_unread_by_other_students():
     other = StudentSettings("teacher_layers", layers=1, calibration_chains=9)
     assert "calibration_chains" in unread_settings(other)
-    assert "calibration_chains" not in unread_settings(PRUNED)
+    assert set(unread_settings(PRUNED)) == {"group_size", "symmetric", "quantize_head"}  # it is not quantised

@@ -97,6 +97,18 @@ def test_own_chains_are_written_by_the_quantised_student(settings, tmp_path):
     assert quantization_of(tmp_path / "run" / "student") == SCHEME
 
 
+def test_what_is_rounded_is_not_rounded_again_and_a_foreign_file_is_found_at_the_start(settings, finished, tmp_path):
+    again = replace(QUANTIZED, init="pretrained", layers=0, path=str(finished / "student"))
+    with pytest.raises(ValueError, match=r"is quantised \(int3-g8\).*of a run student_float/ beside it"):
+        prepare(replace(settings, student=again), lambda _: None)
+    prepare(replace(settings, student=replace(again, path=str(finished / "student_float"))), lambda _: None)
+    (tmp_path / "run" / "student_float").mkdir(parents=True)
+    (tmp_path / "run" / "student_float" / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"student_float: holds notes\.txt"):
+        train(settings, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_it_is_planned_and_refused_by_name(settings):
     assert abstract_step(settings, make_mesh(settings.mesh)).student.quantization == SCHEME
     for changes, says in (

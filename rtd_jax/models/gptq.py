@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qwix import QArray
 
 from rtd_jax.base.types import Array, Params
-from rtd_jax.models.calibration import LayerInputs, embed, layer_inputs
+from rtd_jax.models.calibration import LayerInputs, embed, layer_inputs, layer_params
 from rtd_jax.models.model import LlamaModel
 from rtd_jax.models.schemes import BITS, Scheme, as_layer, round_matrix, rounded
 from rtd_jax.models.weights import ROWS
@@ -126,7 +126,7 @@ def gptq(
     states = [embed(model, params, tokens_BL) for tokens_BL, _, _ in batches]
     layers: list[Params] = []
     for number in range(model.config.layers):
-        layer = jax.tree.map(lambda x, number=number: x[number], params["layers"])
+        layer = layer_params(params, number)
         found: dict[tuple[str, ...], QArray] = {}
         for inputs, paths in _PARTS:
             gram_II = _gram(model, layer, states, batches, inputs)

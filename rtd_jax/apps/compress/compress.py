@@ -168,13 +168,12 @@ def _student(path: str) -> tuple[str, Recipe | None, Path | None]:
       ValueError: the student has few bits already.
     """
     given = Path(path).expanduser()
+    folder = given.parent if given.name in (FOLDER, FLOAT_FOLDER) else given
     stage = stage_checkpoint(path)
     run, recipe, opened = None, None, path
     if stage is not None:
         run, recipe = stage.parents[2], trained_recipe(stage)
-    elif (folder := given.parent if given.name in (FOLDER, FLOAT_FOLDER) else given) and (
-        folder / "settings.json"
-    ).exists():
+    elif (folder / "settings.json").exists():
         run, opened = folder, path if folder != given else str(folder / FOLDER)
         recipe = build(
             Recipe, read_object(folder / "settings.json", "give a Hugging Face folder and --data"), "settings"

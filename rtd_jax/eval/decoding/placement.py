@@ -23,16 +23,12 @@ def for_writing(model: LlamaModel, params: Params, mesh: Mesh) -> tuple[LlamaMod
     Args:
       params: of the model; shapes with shardings give shapes with shardings.
     """
-    if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
-        model = dataclasses.replace(model, quantization=None)
-    else:
-        model, params = model.deployed(params)
-    placed = dataclasses.replace(model, activation_sharding=activation_sharding(mesh, TENSOR))
+    placed = dataclasses.replace(model, activation_sharding=activation_sharding(mesh, TENSOR), quantization=None)
     if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
         shapes = jax.eval_shape(lambda params: _cast(params, model.compute_dtype), params)
         target = param_shardings(params, logical_axes(params), mesh, TENSOR)
         return placed, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, target)
-    return placed, _copied(params, model.compute_dtype, mesh)
+    return placed, _copied(model.deployed(params)[1], model.compute_dtype, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
