@@ -33,8 +33,8 @@ from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.base.types import Batch, TeacherOutputs, TopK
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.term import Objective, Setup
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import TrainState, create_state
@@ -224,8 +224,8 @@ def attention_errors() -> dict[str, float]:
 
 def update_errors() -> dict[str, float]:
     """One RTD update of tiny models in float32 here, against the same on the CPU: loss and gradients."""
-    config = LlamaConfig(512, 128, 384, layers=4, heads=8, kv_heads=4, head_dim=16)
-    teacher, student = LlamaModel(config), LlamaModel(dataclasses.replace(config, layers=2, width=64))
+    config = DecoderConfig(512, 128, 384, layers=4, heads=8, kv_heads=4, head_dim=16)
+    teacher, student = DecoderModel(config), DecoderModel(dataclasses.replace(config, layers=2, width=64))
     optimizer = optax.sgd(1.0)  # the update is the gradient
     batch = random_batch(4, 256, 512, STEP_TOKENS)
     objective = LossSettings().objective(Setup(student.config, teacher.config, 512))

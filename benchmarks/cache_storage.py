@@ -34,8 +34,8 @@ from rtd_jax.data.encoding import EncodedChain, encode_traces
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.sources import SourceSettings, load_traces
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.open import ModelSettings, open_model
 from rtd_jax.teacher.cache import CacheWriter, TeacherCache
 from rtd_jax.teacher.identity import CacheSettings, Identity
@@ -48,7 +48,7 @@ UPDATE = 64  # chains of an update of rtd_8b, one a row of 1,024 tokens
 CACHE = CacheSettings(K)
 
 
-def predictions(model: LlamaModel, params: Any, vocab_size: int, chains: Sequence[EncodedChain]) -> list[TopK]:
+def predictions(model: DecoderModel, params: Any, vocab_size: int, chains: Sequence[EncodedChain]) -> list[TopK]:
     """The model's top k at the predicted tokens of each chain."""
 
     @jax.jit
@@ -207,7 +207,7 @@ def main() -> None:
     chains, _ = encode_traces(tokenizer, traces, TextFormat("chat"), row_length=1024)
 
     real = predictions(teacher.model, teacher.params, teacher.vocab_size, chains)
-    tiny = LlamaModel(dataclasses.replace(LlamaConfig(VOCAB, 64, 128, 2, 4, 4, 16)), "float32")
+    tiny = DecoderModel(dataclasses.replace(DecoderConfig(VOCAB, 64, 128, 2, 4, 4, 16)), "float32")
     random = predictions(tiny, jax.jit(tiny.init)(jax.random.key(0)), VOCAB, chains)
     tops = {"SmolLM2-135M, ids thrown over 128,256": (real, teacher.vocab_size), "a random Llama": (random, VOCAB)}
     texts = {"stored": sizes(chains, tops)}

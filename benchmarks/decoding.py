@@ -35,10 +35,10 @@ def ours(model: Path) -> Generate:
     """rtd_jax, float32."""
     from rtd_jax.eval.decoding import GenerateSettings, generate
     from rtd_jax.models.from_hf import load_config, load_params
-    from rtd_jax.models.model import LlamaModel
+    from rtd_jax.models.model import DecoderModel
 
     config = load_config(model)
-    llama, params = LlamaModel(config), load_params(model, config)
+    llama, params = DecoderModel(config), load_params(model, config)
 
     def run(prompts: list[list[int]], limits: list[int], batch: int) -> list[list[int]]:
         settings = GenerateSettings(max(limits), (), config.vocab_size, batch)
@@ -261,7 +261,7 @@ def ragged(workers: dict[str, Worker], vocab_size: int, arguments: argparse.Name
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / ".cache/smollm2-135m-instruct", help="a Llama's folder")
+    parser.add_argument("--model", type=Path, default=ROOT / ".cache/smollm2-135m-instruct", help="a model's folder")
     parser.add_argument("--gsm8k", type=Path, help="folder with GSM8K's test.jsonl; without it prompts are random ids")
     parser.add_argument("--ragged", action="store_true", help="prompts and texts whose lengths differ by 8x")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])

@@ -23,7 +23,7 @@ from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.term import Setup
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.steps.classifier import BoundaryClassifier, find_boundaries
 from rtd_jax.steps.detector import detect_batch
 from rtd_jax.steps.head import HeadSettings, Scale, boundary_logits, init_head
@@ -36,7 +36,7 @@ HEAD = HeadSettings()
 LAYERS = 4  # whose states the head reads
 
 
-def classifier_of(model: LlamaModel) -> BoundaryClassifier:
+def classifier_of(model: DecoderModel) -> BoundaryClassifier:
     """A head that nobody fitted: it costs what a fitted one costs."""
     width = model.config.width
     layers = tuple(round(model.config.layers * (i + 1) / LAYERS) for i in range(LAYERS))

@@ -45,11 +45,13 @@ def our_update(folder: Path, dtype: str, weights: dict[str, Any], on_policy: dic
     from rtd_jax.methods.own_chains import OnPolicySettings
     from rtd_jax.methods.term import Setup
     from rtd_jax.models.from_hf import load_config, load_params
-    from rtd_jax.models.model import LlamaModel
+    from rtd_jax.models.model import DecoderModel
     from rtd_jax.train.state import create_state
     from rtd_jax.train.update import make_train_step
 
-    teacher, student = (LlamaModel(load_config(folder / name), compute_dtype=dtype) for name in ("teacher", "student"))
+    teacher, student = (
+        DecoderModel(load_config(folder / name), compute_dtype=dtype) for name in ("teacher", "student")
+    )
     teacher_params = load_params(folder / "teacher", teacher.config, dtype=dtype)
     key = jax.random.PRNGKey(0)
     mesh, vocab_size = make_mesh(MeshSettings()), teacher.config.vocab_size

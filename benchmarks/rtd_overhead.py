@@ -24,8 +24,8 @@ from rtd_jax.base.types import Batch
 from rtd_jax.losses import kd
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.term import Setup
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import create_state
 from rtd_jax.train.update import apply_update, make_train_step
@@ -51,11 +51,11 @@ def published_flops(name: str) -> tuple[float, float]:
     return flops(slots), flops(slots) - slots * per_slot
 
 
-def models() -> tuple[LlamaModel, LlamaModel]:
+def models() -> tuple[DecoderModel, DecoderModel]:
     """Teacher and student."""
     return (
-        LlamaModel(LlamaConfig(VOCAB, 512, 2048, layers=6, heads=8, kv_heads=4, head_dim=64)),
-        LlamaModel(LlamaConfig(VOCAB, 256, 1024, layers=3, heads=8, kv_heads=4, head_dim=32)),
+        DecoderModel(DecoderConfig(VOCAB, 512, 2048, layers=6, heads=8, kv_heads=4, head_dim=64)),
+        DecoderModel(DecoderConfig(VOCAB, 256, 1024, layers=3, heads=8, kv_heads=4, head_dim=32)),
     )
 
 

@@ -31,8 +31,8 @@ from rtd_jax.data.loader import BatchLoader
 from rtd_jax.losses import kd_sums, top_k_kd_sums
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.term import Setup
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.open import open_model
 from rtd_jax.teacher.cache import TeacherCache
 from rtd_jax.teacher.online import teacher_outputs
@@ -47,13 +47,13 @@ KEPT = (64,)  # k of the caches that are compared with whole distributions
 SIZES = ROWS, LENGTH, VOCAB, STEP_TOKENS = 4, 256, 8192, 40
 K = 64
 # 70B : 8B is 8.8 : 1 in weights and 6.9 : 1 in FLOPs of a forward pass with the head; here it is printed.
-TEACHER = LlamaConfig(VOCAB, 1024, 3584, layers=8, heads=16, kv_heads=4, head_dim=64)
-STUDENT = LlamaConfig(VOCAB, 512, 1792, layers=4, heads=8, kv_heads=2, head_dim=64)
+TEACHER = DecoderConfig(VOCAB, 1024, 3584, layers=8, heads=16, kv_heads=4, head_dim=64)
+STUDENT = DecoderConfig(VOCAB, 512, 1792, layers=4, heads=8, kv_heads=2, head_dim=64)
 
 
 def updates(rounds: int) -> str:
     """Table of the three updates: seconds in turn, and what the compiled program holds."""
-    teacher, student, optimizer = LlamaModel(TEACHER), LlamaModel(STUDENT), optax.adamw(1e-4)
+    teacher, student, optimizer = DecoderModel(TEACHER), DecoderModel(STUDENT), optax.adamw(1e-4)
     batch = random_batch(*SIZES)
     key = jax.random.PRNGKey(0)
     params = jax.jit(teacher.init)(key)
@@ -112,7 +112,7 @@ def updates(rounds: int) -> str:
     )
 
 
-def _forward(model: LlamaModel, batch: Batch) -> float:
+def _forward(model: DecoderModel, batch: Batch) -> float:
     rows = batch.tokens_BL, batch.positions_BL, batch.attention_ids_BL
     return matmul_flops(
         jax.make_jaxpr(lambda p: model.logits(p, model.hidden(p, *rows)))(model.abstract_params()).jaxpr

@@ -32,7 +32,7 @@ from rtd_jax.eval.drift import BoundaryStates, cross_fitted, measure, transition
 from rtd_jax.eval.states import boundary_states
 from rtd_jax.models.config import layers_to_copy
 from rtd_jax.models.from_hf import load_config, load_params
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.teacher.identity import CacheSettings
 from rtd_jax.train.saved_models import load_model
@@ -243,7 +243,7 @@ def foreign(tmp_path_factory):
     config = dataclasses.replace(load_config(BUNDLED), layers=3, width=24, mlp_width=32, heads=2, kv_heads=1)
     config = dataclasses.replace(config, head_dim=12, vocab_size=len(tokenizer))
     folder = tmp_path_factory.mktemp("foreign") / "bpe"
-    return save_pretrained(folder, config, LlamaModel(config).init(jax.random.key(3)), tokenizer=tokenizer)
+    return save_pretrained(folder, config, DecoderModel(config).init(jax.random.key(3)), tokenizer=tokenizer)
 
 
 def test_models_of_different_tokenizers_meet_at_the_same_characters(teacher, foreign, tmp_path):

@@ -18,7 +18,7 @@ from rtd_jax.apps.command.table import COMMANDS
 from rtd_jax.apps.pretrain import SizeSettings, model_config
 from rtd_jax.apps.study.recipe import StudyRecipe
 from rtd_jax.base.settings import build
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.train.recipe import Recipe
 
@@ -63,7 +63,7 @@ def test_the_whole_study_in_small(tmp_path):
     tokenizer = llama3_like(400)
     sizes = SizeSettings(3, width=16, mlp_width=24, heads=2, kv_heads=1, head_dim=8)
     config = model_config(sizes, tokenizer)
-    save_pretrained(tmp_path / "weights", config, LlamaModel(config).init(jax.random.key(0)), tokenizer=tokenizer)
+    save_pretrained(tmp_path / "weights", config, DecoderModel(config).init(jax.random.key(0)), tokenizer=tokenizer)
     (tmp_path / "study_small.py").write_text(
         "from configs import study_smollm2\n"
         f"study_smollm2.WEIGHTS = {str(tmp_path / 'weights')!r}\n"

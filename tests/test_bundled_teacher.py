@@ -14,7 +14,7 @@ from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.models.from_hf import load_config, load_params
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.open import load_tokenizer
 
 BUNDLED = Path(rtd_jax.__file__).parent / "bundled"
@@ -46,7 +46,7 @@ def test_it_solves_problems_that_the_log_did_not_see():
     tokenizer = load_tokenizer(TEACHER)
     mesh = make_mesh(MeshSettings(fsdp=1, data=1), jax.devices()[:1])
     evaluator = ChainEvaluator(tokenizer, TINY_FORMAT, DecodingSettings(128, 60), ScoringSettings(160, 16), mesh)
-    report, _ = evaluator(LlamaModel(config), load_params(TEACHER, config), generate(60, split="test", seed=7))
+    report, _ = evaluator(DecoderModel(config), load_params(TEACHER, config), generate(60, split="test", seed=7))
     assert report["chain_accuracy"]["all"]["mean"] >= 0.95
     assert report["step_accuracy"]["all"]["mean"] >= 0.97
     assert report["unfinished"] == 0

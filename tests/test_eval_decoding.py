@@ -21,13 +21,13 @@ from rtd_jax.eval.decoding import GenerateSettings, Sampling, generate, placemen
 from rtd_jax.eval.decoding.next_token import nucleus
 from rtd_jax.eval.decoding.placement import for_writing
 from rtd_jax.eval.decoding.slots import Queue, advance, start
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.weights import logical_axes
 
 VOCAB, PADDED = 29, 32
-MODEL = LlamaModel(
-    LlamaConfig(vocab_size=PADDED, width=16, mlp_width=32, layers=2, heads=4, kv_heads=2, head_dim=4, init_std=0.5)
+MODEL = DecoderModel(
+    DecoderConfig(vocab_size=PADDED, width=16, mlp_width=32, layers=2, heads=4, kv_heads=2, head_dim=4, init_std=0.5)
 )
 
 

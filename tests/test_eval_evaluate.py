@@ -16,8 +16,8 @@ from rtd_jax.eval.chains import score_texts
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, first_of_each_depth
 from rtd_jax.eval.metrics import make_report
 from rtd_jax.eval.scoring import ScoringSettings
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.model import DecoderModel
 
 FORMAT = TINY_FORMAT
 WRONG = 0  # <unk>: never part of a text
@@ -170,10 +170,10 @@ def test_step_accuracy_looks_at_results_only(tokenizer, traces):
 
 
 def test_random_model_runs_and_keeps_its_params(tokenizer, traces):
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=len(tokenizer) + 11, width=16, mlp_width=24, layers=2, heads=2, kv_heads=1, head_dim=8
     )
-    model = LlamaModel(config)
+    model = DecoderModel(config)
     params = jax.jit(model.init)(jax.random.key(0))
     before = jax.tree.map(np.array, params)
     seen = []

@@ -7,12 +7,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rtd_jax.eval.scoring import ScoringSettings, score_chains, token_scores
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.model import DecoderModel
 
 VOCAB, PADDED = 29, 32
-MODEL = LlamaModel(
-    LlamaConfig(vocab_size=PADDED, width=16, mlp_width=24, layers=2, heads=4, kv_heads=2, head_dim=4, init_std=0.5)
+MODEL = DecoderModel(
+    DecoderConfig(vocab_size=PADDED, width=16, mlp_width=24, layers=2, heads=4, kv_heads=2, head_dim=4, init_std=0.5)
 )
 LENGTHS = (9, 30, 1, 17, 64, 2, 23)  # 64 fills a row: its last token must not predict its first
 

@@ -12,12 +12,12 @@ from rtd_jax.methods import LossSettings
 from rtd_jax.methods.alignment import Alignment
 from rtd_jax.methods.own_chains import RewardSettings
 from rtd_jax.methods.term import Objective, Outputs, Reads, Setup, reads_of
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.teacher.predictions import top_k_predictions
 from rtd_jax.train.update import make_train_step
 
-CONFIG = LlamaConfig(vocab_size=32, width=16, mlp_width=24, layers=4, heads=2, kv_heads=2, head_dim=8)
+CONFIG = DecoderConfig(vocab_size=32, width=16, mlp_width=24, layers=4, heads=2, kv_heads=2, head_dim=8)
 SETUP = Setup(CONFIG, CONFIG, 32, RewardSettings())
 FINAL = CONFIG.layers
 
@@ -109,7 +109,7 @@ def test_what_is_learned_does_not_depend_on_the_other_terms():
 
 def test_a_cache_serves_no_term_on_the_students_own_chains():
     own = Objective((*objective().terms, Alignment(1.0, ((FINAL, FINAL),), text="own")))
-    model = LlamaModel(CONFIG)
+    model = DecoderModel(CONFIG)
     with pytest.raises(ValueError, match=r"no outputs on chains that the student draws: set on_policy\.fraction"):
         make_train_step(model, None, optax.sgd(1.0), own)
     make_train_step(model, model, optax.sgd(1.0), own)

@@ -11,10 +11,10 @@ from rtd_jax.losses import alignment, coherence, mean_states
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.look_ahead import LookAhead
 from rtd_jax.methods.term import Outputs, Reads, Setup, reads_of
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 
-STUDENT = LlamaConfig(vocab_size=32, width=8, mlp_width=24, layers=2, heads=2, kv_heads=2, head_dim=8)
-TEACHER = LlamaConfig(vocab_size=32, width=16, mlp_width=24, layers=4, heads=2, kv_heads=2, head_dim=8)
+STUDENT = DecoderConfig(vocab_size=32, width=8, mlp_width=24, layers=2, heads=2, kv_heads=2, head_dim=8)
+TEACHER = DecoderConfig(vocab_size=32, width=16, mlp_width=24, layers=4, heads=2, kv_heads=2, head_dim=8)
 SETUP = Setup(STUDENT, TEACHER, 32)
 
 

@@ -12,12 +12,12 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from rtd_jax.base.types import Batch
 from rtd_jax.models import decoder as llama_module
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.decoder import attention_kernel
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.teacher.online import student_outputs
 
-CONFIG = LlamaConfig(64, 64, 128, layers=2, heads=4, kv_heads=2, head_dim=16)
+CONFIG = DecoderConfig(64, 64, 128, layers=2, heads=4, kv_heads=2, head_dim=16)
 CALL = "__cudnn$fmhaScaleBiasSoftmax"
 
 
@@ -50,7 +50,7 @@ def test_without_such_a_gpu_it_is_xla():
     assert attention_kernel("auto", 1024, 128, jnp.dtype("bfloat16")) == "xla"
     assert attention_kernel("cudnn", 1024, 128, jnp.dtype("bfloat16")) == "cudnn"  # asked for: JAX says what is missing
     with pytest.raises(ValueError, match="attention 'flash' is not an implementation; use 'auto', 'xla' or 'cudnn'"):
-        LlamaModel(CONFIG, attention="flash")
+        DecoderModel(CONFIG, attention="flash")
 
 
 def lowered_for_gpu(function, *shapes) -> str:
@@ -64,10 +64,10 @@ def ids(*shape):
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_packed_rows_go_through_cudnn_forward_and_backward(a100, remat):
     def loss(attention, params, *rows):
-        model = LlamaModel(CONFIG, "bfloat16", remat, attention=attention)
+        model = DecoderModel(CONFIG, "bfloat16", remat, attention=attention)
         return jnp.sum(model.hidden(params, *rows).astype(jnp.float32) ** 2)
 
-    arguments = (LlamaModel(CONFIG).abstract_params(), *(ids(2, 128),) * 3)
+    arguments = (DecoderModel(CONFIG).abstract_params(), *(ids(2, 128),) * 3)
     text = lowered_for_gpu(jax.grad(functools.partial(loss, "auto")), *arguments)
     assert f"{CALL}Backward" in text
     by_xla = lowered_for_gpu(jax.grad(functools.partial(loss, "xla")), *arguments)
@@ -79,7 +79,7 @@ def test_packed_rows_go_through_cudnn_forward_and_backward(a100, remat):
 
 def test_rows_of_one_chain_are_causal_without_a_mask(a100):
     """So that cuDNN skips what no token sees; rows with room for two chains keep their mask."""
-    student = LlamaModel(CONFIG, "bfloat16", "full")
+    student = DecoderModel(CONFIG, "bfloat16", "full")
 
     def loss(params, batch):
         return jnp.sum(student_outputs(student, params, batch).hidden_BLS.astype(jnp.float32) ** 2)
@@ -93,7 +93,7 @@ def test_rows_of_one_chain_are_causal_without_a_mask(a100):
 
 
 def test_prompts_are_read_by_cudnn_and_tokens_added_by_xla(a100):
-    model = LlamaModel(CONFIG, "bfloat16")
+    model = DecoderModel(CONFIG, "bfloat16")
     params = model.abstract_params("bfloat16")
     # Causal without a mask: cuDNN's own, which skips what is not seen.
     assert "__cudnn$fmhaSoftmax" in lowered_for_gpu(lambda *x: model.prefill(*x, 64), params, ids(2, 64), ids(2))

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from rtd_jax.models.calibration import embed, layer_inputs, layer_params
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.model import DecoderModel
 
-CONFIG = LlamaConfig(61, 32, 48, layers=3, heads=4, kv_heads=2, head_dim=8, init_std=0.3)
-MODEL = LlamaModel(CONFIG)
+CONFIG = DecoderConfig(61, 32, 48, layers=3, heads=4, kv_heads=2, head_dim=8, init_std=0.3)
+MODEL = DecoderModel(CONFIG)
 
 
 @pytest.fixture(scope="module")

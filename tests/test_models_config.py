@@ -6,11 +6,11 @@ import re
 import pytest
 import transformers
 
-from rtd_jax.models.config import LlamaConfig, RopeConfig, layers_to_copy, layers_to_match
+from rtd_jax.models.config import DecoderConfig, RopeConfig, layers_to_copy, layers_to_match
 from rtd_jax.models.decoder import rope_frequencies
 from rtd_jax.models.from_hf import load_config
 
-CONFIG = LlamaConfig(16, 8, 8, layers=3, heads=1, kv_heads=1, head_dim=8)
+CONFIG = DecoderConfig(16, 8, 8, layers=3, heads=1, kv_heads=1, head_dim=8)
 
 
 def test_hidden_states_are_counted_from_both_ends():
@@ -77,7 +77,7 @@ BAD = {
 }
 
 
-def load(tmp_path, text: str) -> LlamaConfig:
+def load(tmp_path, text: str) -> DecoderConfig:
     (tmp_path / "config.json").write_text(text)
     return load_config(tmp_path)
 
@@ -95,23 +95,23 @@ def test_a_value_that_cannot_be_is_named_by_file_key_and_value(tmp_path, key):
 def test_a_size_that_is_null_or_absent_is_missing(key):
     for hf in (HF | {key: None}, {k: v for k, v in HF.items() if k != key}):
         with pytest.raises(ValueError, match=f"missing {key}"):
-            LlamaConfig.from_hf(hf)
+            DecoderConfig.from_hf(hf)
 
 
 def test_what_is_optional_may_be_null_or_absent():
     nothing = ("num_key_value_heads", "head_dim", "bos_token_id", "eos_token_id", "pad_token_id", "rope_scaling")
     small = {key: value for key, value in HF.items() if key not in nothing}
-    assert LlamaConfig.from_hf(small | dict.fromkeys(nothing)) == LlamaConfig.from_hf(small)
-    derived = LlamaConfig.from_hf(small)
+    assert DecoderConfig.from_hf(small | dict.fromkeys(nothing)) == DecoderConfig.from_hf(small)
+    derived = DecoderConfig.from_hf(small)
     assert (derived.kv_heads, derived.head_dim) == (2, 32)
-    assert LlamaConfig.from_hf(HF | {"pad_token_id": -1}).pad_token_id is None  # as the first Llamas said it
-    assert LlamaConfig.from_hf(HF | {"head_dim": 16}).head_dim == 16  # need not be hidden_size / heads
+    assert DecoderConfig.from_hf(HF | {"pad_token_id": -1}).pad_token_id is None  # as the first Llamas said it
+    assert DecoderConfig.from_hf(HF | {"head_dim": 16}).head_dim == 16  # need not be hidden_size / heads
 
 
 def test_special_tokens_lie_in_the_vocabulary():
-    assert LlamaConfig.from_hf(HF | {"eos_token_id": [0, 31]}).eos_token_id == (0, 31)
+    assert DecoderConfig.from_hf(HF | {"eos_token_id": [0, 31]}).eos_token_id == (0, 31)
     with pytest.raises(ValueError, match="eos_token_id is 16, but the vocabulary of 16 has ids 0 to 15"):
-        LlamaConfig(16, 8, 8, 3, 1, 1, 8, eos_token_id=16)
+        DecoderConfig(16, 8, 8, 3, 1, 1, 8, eos_token_id=16)
 
 
 # Rotary embedding in two spellings ------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
 )
 def test_spellings_of_the_rotary_embedding_that_contradict_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        LlamaConfig.from_hf(HF | changes)
+        DecoderConfig.from_hf(HF | changes)
 
 
 @pytest.mark.parametrize(

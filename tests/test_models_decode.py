@@ -9,16 +9,16 @@ from models_tiny import VARIANTS, hf_model, positions, random_tokens
 
 from rtd_jax.models.decoder import KVCache
 from rtd_jax.models.from_hf import load_config, load_params
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 
 LENGTHS = (9, 1, 14, 6)
 NEW = 16
 
 
 # Compiled once per model and shape, for all tests of this file.
-prefill = jax.jit(LlamaModel.prefill, static_argnums=(0, 4))
-decode = jax.jit(LlamaModel.decode, static_argnums=0)
-hidden = jax.jit(LlamaModel.hidden, static_argnums=0)
+prefill = jax.jit(DecoderModel.prefill, static_argnums=(0, 4))
+decode = jax.jit(DecoderModel.decode, static_argnums=0)
+hidden = jax.jit(DecoderModel.hidden, static_argnums=0)
 
 
 @pytest.fixture(scope="module", params=["gqa", "llama3", "mha"])
@@ -28,7 +28,7 @@ def trio(request, tmp_path_factory):
     hf.generation_config.eos_token_id = None  # or it would stop at random
     hf.save_pretrained(directory)
     config = load_config(directory)
-    return hf, LlamaModel(config), load_params(directory, config)
+    return hf, DecoderModel(config), load_params(directory, config)
 
 
 def cached_greedy(model, params, tokens_BL, lengths_B, new):

@@ -11,7 +11,7 @@ from models_tiny import LLAMA3_ROPE, VARIANTS, hf_model, old_spelling, rewrite_c
 from safetensors.torch import load_file, save_file
 
 from rtd_jax.models import from_hf
-from rtd_jax.models.config import LlamaConfig, RopeConfig
+from rtd_jax.models.config import DecoderConfig, RopeConfig
 from rtd_jax.models.from_hf import load_config, load_params, resolve
 from rtd_jax.models.weights import logical_axes
 
@@ -170,7 +170,7 @@ def test_no_config(directory):
 
 def test_no_directory(tmp_path):
     with pytest.raises(ValueError, match=rf"{tmp_path}/absent: no such directory"):
-        load_params(tmp_path / "absent", LlamaConfig(8, 8, 8, 1, 1, 1, 8))
+        load_params(tmp_path / "absent", DecoderConfig(8, 8, 8, 1, 1, 1, 8))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_both_spellings_give_one_config_and_it_survives_a_round_trip(variant, tm
     config = load_config(tmp_path)
     rewrite_config(tmp_path, old_spelling)
     assert load_config(tmp_path) == config
-    assert LlamaConfig.from_hf(config.to_hf()) == config
+    assert DecoderConfig.from_hf(config.to_hf()) == config
 
 
 def test_llama3_settings_are_read_by_name(tmp_path):
@@ -212,9 +212,9 @@ def test_llama3_settings_are_read_by_name(tmp_path):
 
 
 def test_several_end_tokens_survive():
-    hf = {**LlamaConfig(8, 8, 8, 1, 1, 1, 8, eos_token_id=(3, 4)).to_hf()}
+    hf = {**DecoderConfig(8, 8, 8, 1, 1, 1, 8, eos_token_id=(3, 4)).to_hf()}
     assert hf["eos_token_id"] == [3, 4]
-    assert LlamaConfig.from_hf(hf).eos_token_id == (3, 4)
+    assert DecoderConfig.from_hf(hf).eos_token_id == (3, 4)
 
 
 def test_local_directory_is_used_as_it_is(tmp_path):
@@ -236,7 +236,7 @@ def test_a_path_that_is_not_there_is_no_hub_name(name):
 
 
 def test_logical_axes_refuse_what_is_no_llama_weight():
-    with pytest.raises(ValueError, match=r"projection.f \(2, 2\) is not a Llama weight"):
+    with pytest.raises(ValueError, match=r"projection.f \(2, 2\) is no weight of a model"):
         logical_axes({"projection": {"f": torch.zeros(2, 2).numpy()}})
 
 

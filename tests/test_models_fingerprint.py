@@ -12,21 +12,21 @@ import jax
 import pytest
 
 from rtd_jax.models import fingerprint
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.fingerprint import Fingerprint, weights_fingerprint
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.teacher.cache import TeacherCache, read_identity
 from rtd_jax.teacher.served.log import recorded_identity
 
-CONFIG = LlamaConfig(64, 8, 8, layers=2, heads=1, kv_heads=1, head_dim=8)
+CONFIG = DecoderConfig(64, 8, 8, layers=2, heads=1, kv_heads=1, head_dim=8)
 BUNDLED = Path(__file__).parents[1] / "rtd_jax" / "bundled"
 ARTEFACTS = Path(__file__).parent / "golden" / "artefacts"
 
 
 @pytest.fixture
 def directory(tmp_path) -> Path:
-    return save_pretrained(tmp_path / "model", CONFIG, LlamaModel(CONFIG).init(jax.random.key(0)))
+    return save_pretrained(tmp_path / "model", CONFIG, DecoderModel(CONFIG).init(jax.random.key(0)))
 
 
 @pytest.fixture

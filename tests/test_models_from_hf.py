@@ -24,7 +24,7 @@ from rtd_jax.models import from_hf as checkpoint
 from rtd_jax.models import to_hf as export
 from rtd_jax.models.config import layers_to_copy
 from rtd_jax.models.from_hf import load_config, load_params
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.models.weights import logical_axes
 
@@ -90,7 +90,7 @@ def shardings_of(config, mesh, rules: dict[str, str | tuple[str, ...]]):
     def sharding(axes):
         return NamedSharding(mesh, PartitionSpec(*(rules.get(axis) for axis in axes)))
 
-    abstract = LlamaModel(config).abstract_params()
+    abstract = DecoderModel(config).abstract_params()
     return jax.tree.map(sharding, logical_axes(abstract), is_leaf=lambda x: isinstance(x, tuple))
 
 
@@ -167,18 +167,18 @@ def test_each_device_reads_its_part_and_every_byte_is_read_once(tmp_path, monkey
 MEMORY = """
     import ctypes, gc, sys
     import jax
-    from rtd_jax.models.config import LlamaConfig
+    from rtd_jax.models.config import DecoderConfig
     from rtd_jax.models.from_hf import load_params
-    from rtd_jax.models.model import LlamaModel
+    from rtd_jax.models.model import DecoderModel
     from rtd_jax.models.to_hf import save_pretrained
 
     def status(field):
         with open("/proc/self/status") as lines:
             return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
-    config = LlamaConfig(64, 256, 2048, layers=48, heads=4, kv_heads=2, head_dim=64)
+    config = DecoderConfig(64, 256, 2048, layers=48, heads=4, kv_heads=2, head_dim=64)
     if sys.argv[2] == "save":
-        save_pretrained(sys.argv[1], config, LlamaModel(config).init(jax.random.key(0)))
+        save_pretrained(sys.argv[1], config, DecoderModel(config).init(jax.random.key(0)))
         sys.exit()
     jax.block_until_ready(load_params(sys.argv[1], config))  # compiles
     gc.collect()

@@ -10,12 +10,12 @@ from models_tiny import positions, random_tokens
 from qwix._src.core.qarray import HowToQuantize
 from qwix.contrib import gptq_core
 
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.gptq import gptq, gptq_matrix
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.schemes import Scheme, as_params, round_matrix, rounded
 
-CONFIG = LlamaConfig(vocab_size=61, width=32, mlp_width=48, layers=2, heads=4, kv_heads=2, head_dim=16, init_std=0.2)
+CONFIG = DecoderConfig(vocab_size=61, width=32, mlp_width=48, layers=2, heads=4, kv_heads=2, head_dim=16, init_std=0.2)
 
 
 def correlated_inputs(width: int, tokens: int = 512) -> jax.Array:
@@ -65,8 +65,8 @@ def test_inputs_that_are_never_used_leave_rounding_to_the_nearest(matrix):
 
 
 def test_a_model_keeps_its_logits_better_and_padding_is_not_read():
-    params = LlamaModel(CONFIG).init(jax.random.key(0))
-    model, scheme = LlamaModel(CONFIG), Scheme("int3", 16, head=True)
+    params = DecoderModel(CONFIG).init(jax.random.key(0))
+    model, scheme = DecoderModel(CONFIG), Scheme("int3", 16, head=True)
     tokens_BL, positions_BL = random_tokens(8, 24), positions(8, 24)
     chain_ids_BL = np.ones((8, 24), np.int32)
     seen: list[tuple[int, int]] = []
@@ -101,7 +101,7 @@ def test_inputs_that_are_not_finite_are_an_error_and_no_matrix(matrix):
 
 
 def test_what_it_cannot_do_is_refused():
-    model, nothing = LlamaModel(CONFIG), np.zeros((1, 4), np.int32)
+    model, nothing = DecoderModel(CONFIG), np.zeros((1, 4), np.int32)
     with pytest.raises(ValueError, match="rounds to integers, not to nf4"):
         gptq(model, {}, [], Scheme("nf4", 16))
     with pytest.raises(ValueError, match="needs calibration text"):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rtd_jax.models.config import LlamaConfig, RopeConfig
+from rtd_jax.models.config import DecoderConfig, RopeConfig
 from rtd_jax.models.decoder import REMAT_POLICIES, rope_frequencies
-from rtd_jax.models.model import LlamaModel, chain_mask
+from rtd_jax.models.model import DecoderModel, chain_mask
 
-CONFIG = LlamaConfig(61, 32, 48, layers=3, heads=4, kv_heads=2, head_dim=8, init_std=0.3)
-MODEL = LlamaModel(CONFIG)
+CONFIG = DecoderConfig(61, 32, 48, layers=3, heads=4, kv_heads=2, head_dim=8, init_std=0.3)
+MODEL = DecoderModel(CONFIG)
 
 
 hidden = jax.jit(MODEL.hidden, static_argnames="layers")
@@ -96,17 +96,17 @@ def test_remat_changes_neither_value_nor_gradient_but_keeps_less(params):
 
     expected_value, expected_gradient = jax.jit(jax.value_and_grad(functools.partial(loss, MODEL)))(params)
     for remat in set(REMAT_POLICIES) - {"none"}:
-        model = LlamaModel(CONFIG, remat=remat)
+        model = DecoderModel(CONFIG, remat=remat)
         value, gradient = jax.jit(jax.value_and_grad(functools.partial(loss, model)))(params)
         np.testing.assert_allclose(value, expected_value, rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient, expected_gradient)
         assert kept_bytes(model) < kept_bytes(MODEL)
-    assert kept_bytes(LlamaModel(CONFIG, remat="full")) < kept_bytes(LlamaModel(CONFIG, remat="dots"))
+    assert kept_bytes(DecoderModel(CONFIG, remat="full")) < kept_bytes(DecoderModel(CONFIG, remat="dots"))
 
 
 def test_the_traced_program_does_not_grow_with_depth():
     def equations(layers: int) -> int:
-        model = LlamaModel(LlamaConfig(61, 32, 48, layers=layers, heads=4, kv_heads=2, head_dim=8), remat="full")
+        model = DecoderModel(DecoderConfig(61, 32, 48, layers=layers, heads=4, kv_heads=2, head_dim=8), remat="full")
         inputs = one_chain(8)
         grad = jax.grad(lambda params: model.hidden(params, *inputs).sum())
         return str(jax.make_jaxpr(grad)(model.abstract_params())).count("\n")
@@ -136,14 +136,14 @@ def test_a_layer_that_does_not_exist_is_refused(params, layer):
 )
 def test_bad_settings_are_refused_with_the_choices(field, value, way_out):
     with pytest.raises(ValueError, match=f"{value}.*{way_out}"):
-        LlamaModel(CONFIG, **{field: value})
+        DecoderModel(CONFIG, **{field: value})
 
 
 def test_activation_sharding_spreads_rows_and_changes_nothing(params):
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     inputs = one_chain(6, rows=8)
-    model = LlamaModel(CONFIG, activation_sharding=sharding)
+    model = DecoderModel(CONFIG, activation_sharding=sharding)
     hidden_BLD = jax.jit(model.hidden)(params, *inputs)
     assert hidden_BLD.sharding.is_equivalent_to(sharding, 3)
     np.testing.assert_allclose(hidden_BLD, hidden(params, *inputs), rtol=0, atol=1e-5)
@@ -152,7 +152,7 @@ def test_activation_sharding_spreads_rows_and_changes_nothing(params):
 def test_equal_models_share_one_compilation(params):
     run = jax.jit(lambda model, params, *inputs: model.hidden(params, *inputs), static_argnums=0)
     for _ in range(2):
-        run(LlamaModel(LlamaConfig(**vars(CONFIG))), params, *one_chain(4))
+        run(DecoderModel(DecoderConfig(**vars(CONFIG))), params, *one_chain(4))
     assert run._cache_size() == 1
 
 

@@ -12,17 +12,17 @@ import rtd_jax.models.open
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.open import ModelSettings, OpenModel, open_model
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.train.saved_models import load_model
 
-CONFIG = LlamaConfig(len(tiny_tokenizer()), 8, 8, layers=2, heads=1, kv_heads=1, head_dim=8)
+CONFIG = DecoderConfig(len(tiny_tokenizer()), 8, 8, layers=2, heads=1, kv_heads=1, head_dim=8)
 
 
 def write_model(directory: Path, seed: int = 0, tokenizer=None) -> Path:
-    params = LlamaModel(CONFIG).init(jax.random.key(seed))
+    params = DecoderModel(CONFIG).init(jax.random.key(seed))
     return save_pretrained(directory, CONFIG, params, tokenizer=tokenizer)
 
 
@@ -49,7 +49,7 @@ def test_weights_are_read_once_and_only_where_they_are_asked_for(directory, monk
     assert (found.is_loaded, read, notes) == (False, [], [])
 
     params = found.params
-    jax.tree.map(np.testing.assert_array_equal, params, LlamaModel(CONFIG).init(jax.random.key(0)))
+    jax.tree.map(np.testing.assert_array_equal, params, DecoderModel(CONFIG).init(jax.random.key(0)))
     assert found.params is params
     assert (found.is_loaded, read, notes) == (True, [directory], [f"loading the weights of {directory}"])
 

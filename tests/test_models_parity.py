@@ -10,7 +10,7 @@ import transformers
 from models_tiny import VARIANTS, hf_model, old_spelling, positions, random_tokens, rewrite_config
 
 from rtd_jax.models.from_hf import load_config, load_params
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 
 TOLERANCE = 1e-4
 
@@ -27,7 +27,7 @@ def test_every_hidden_state_and_the_logits_equal_transformers(variant, spelling,
         expected = reference(torch.tensor(tokens_BL, dtype=torch.int64), output_hidden_states=True)
 
     config = load_config(tmp_path)
-    model, params = LlamaModel(config), load_params(tmp_path, config)
+    model, params = DecoderModel(config), load_params(tmp_path, config)
     everything = tuple(range(config.layers + 1))
     run = jax.jit(functools.partial(model.hidden, layers=everything))
     hidden_BLD, layers = run(params, tokens_BL, positions(2, 48), np.ones_like(tokens_BL))
@@ -47,7 +47,7 @@ def test_hidden_state_at_real_positions_needs_the_llama3_scaling(tmp_path):
     plain = load_config(tmp_path)
     params = load_params(tmp_path, plain)
     inputs = random_tokens(1, 48), positions(1, 48), np.ones((1, 48), np.int32)
-    with_scaling, without = (jax.jit(LlamaModel(config).hidden)(params, *inputs) for config in (scaled, plain))
+    with_scaling, without = (jax.jit(DecoderModel(config).hidden)(params, *inputs) for config in (scaled, plain))
     difference = with_scaling - without
     assert np.abs(difference).max() > 100 * TOLERANCE
 
@@ -61,7 +61,7 @@ def test_bfloat16_compute_is_close_to_transformers_in_bfloat16(tmp_path):
         exact = hf(torch.tensor(tokens_BL, dtype=torch.int64), output_hidden_states=True).hidden_states[-1].numpy()
         rounded = in_bfloat16(torch.tensor(tokens_BL, dtype=torch.int64), output_hidden_states=True)
     config = load_config(tmp_path)
-    model, params = LlamaModel(config, compute_dtype="bfloat16"), load_params(tmp_path, config)
+    model, params = DecoderModel(config, compute_dtype="bfloat16"), load_params(tmp_path, config)
     hidden_BLD = jax.jit(model.hidden)(params, tokens_BL, positions(2, 16), np.ones_like(tokens_BL))
     assert hidden_BLD.dtype == "bfloat16"
     assert model.logits(params, hidden_BLD).dtype == "float32"

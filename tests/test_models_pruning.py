@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from rtd_jax.data.encoding import EncodedChain
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.pruning import Importance, importance, prune, prune_model, pruned_config
 from rtd_jax.models.quantized import quantize_params
 from rtd_jax.models.weights import parameter_count
 
-CONFIG = LlamaConfig(61, 32, 48, layers=3, heads=4, kv_heads=2, head_dim=8, init_std=0.3, norm_eps=1e-6)
-MODEL = LlamaModel(CONFIG)
-LARGE = LlamaConfig(128_256, 2048, 8192, layers=16, heads=32, kv_heads=8, head_dim=64, tied_embeddings=True)
+CONFIG = DecoderConfig(61, 32, 48, layers=3, heads=4, kv_heads=2, head_dim=8, init_std=0.3, norm_eps=1e-6)
+MODEL = DecoderModel(CONFIG)
+LARGE = DecoderConfig(128_256, 2048, 8192, layers=16, heads=32, kv_heads=8, head_dim=64, tied_embeddings=True)
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +43,13 @@ def chains(*lengths: int) -> list[EncodedChain]:
     ]
 
 
-def logits(config: LlamaConfig, params, tokens_L) -> jax.Array:
-    model, tokens = LlamaModel(config), tokens_L[None]
+def logits(config: DecoderConfig, params, tokens_L) -> jax.Array:
+    model, tokens = DecoderModel(config), tokens_L[None]
     places = np.arange(tokens.shape[1], dtype=np.int32)[None]
     return model.logits(params, model.hidden(params, tokens, places, np.ones_like(tokens)))[0]
 
 
-def greedy(config: LlamaConfig, params, chain: EncodedChain) -> EncodedChain:
+def greedy(config: DecoderConfig, params, chain: EncodedChain) -> EncodedChain:
     """The chain with the model's own completion of its prompt."""
     tokens = chain.tokens.copy()
     for place in range(3, len(chain)):
@@ -136,7 +136,7 @@ def test_parts_that_do_nothing_are_those_that_go(params, tied):
     dead = jax.tree.map(jnp.asarray, dead)
     target = replace(config, width=27, mlp_width=45, layers=2, heads=2, kv_heads=1)
     given = [greedy(config, dead, chain) for chain in chains(12, 9)]  # of which it predicts every label
-    found = prune_model(LlamaModel(config), dead, given, target)
+    found = prune_model(DecoderModel(config), dead, given, target)
     np.testing.assert_array_equal(found.kept.layers_M, [0, 2])
     np.testing.assert_array_equal(found.kept.units_S, np.setdiff1d(np.arange(32), idle_D))
     np.testing.assert_array_equal(found.kept.neurons_MF, [np.setdiff1d(np.arange(48), idle_F)] * 2)
@@ -172,7 +172,7 @@ def test_each_layer_keeps_its_own_groups_and_neurons_and_all_the_same_units(para
             cut["layers"]["attention"]["q"][layer], q_DHE[kept.units_S][:, kept.heads_MH[layer]]
         )
     np.testing.assert_array_equal(cut["head"], params["head"][kept.units_S])
-    assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, LlamaModel(target).abstract_params())
+    assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, DecoderModel(target).abstract_params())
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from qwix import QArray
 from rtd_jax.base.sharding import MeshSettings, make_mesh, param_shardings
 from rtd_jax.eval.decoding import GenerateSettings, generate
 from rtd_jax.models.from_hf import load_config, load_params
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.quantized import as_float, quantize_params, quantize_weight
 from rtd_jax.models.weights import TABLE, logical_axes
 
@@ -58,7 +58,7 @@ def test_the_error_of_a_weight_is_at_most_half_its_channels_step(directory):
 
 def test_loading_gives_what_quantising_the_loaded_gives_in_half_of_bfloat16(directory):
     config = load_config(directory)
-    model = LlamaModel(config)
+    model = DecoderModel(config)
     mesh = make_mesh(MeshSettings(1, 4, 2))
     abstract = model.abstract_params("int8")
     shardings = param_shardings(abstract, logical_axes(abstract), mesh)
@@ -78,7 +78,7 @@ def test_loading_gives_what_quantising_the_loaded_gives_in_half_of_bfloat16(dire
 
 def test_hidden_states_and_head_are_those_of_the_rounded_weights(directory):
     config = load_config(directory)
-    model = LlamaModel(config)
+    model = DecoderModel(config)
     params = load_params(directory, config)
     quantized = quantize_params(params)
     rounded = jax.tree.map(lambda x: as_float(x, "float32"), quantized, is_leaf=is_quantized)

@@ -18,10 +18,10 @@ from models_tiny import positions, random_tokens, rewrite_config
 from safetensors.torch import load_file, save_file
 
 from rtd_jax.models import to_hf
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.fingerprint import weights_fingerprint
 from rtd_jax.models.from_hf import load_config, load_params
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.quantization_config import quantization_config, storage_of
 from rtd_jax.models.quantized_folders import quantization_of, save_quantized
 from rtd_jax.models.quantized_tensors import pack, unpack
@@ -29,7 +29,7 @@ from rtd_jax.models.schemes import Scheme, as_params, rounded
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.models.weights import logical_axes, table
 
-UNTIED = LlamaConfig(61, 32, 64, 2, 4, 2, 16, init_std=0.3, max_positions=64)  # heads wider than width / heads
+UNTIED = DecoderConfig(61, 32, 64, 2, 4, 2, 16, init_std=0.3, max_positions=64)  # heads wider than width / heads
 TIED = dataclasses.replace(UNTIED, tied_embeddings=True)
 INT4 = Scheme("int4", 32)
 Q = "model.layers.1.self_attn.q_proj"
@@ -62,7 +62,7 @@ def needs(package: str):
 
 
 @functools.cache
-def float_params(config: LlamaConfig):
+def float_params(config: DecoderConfig):
     """Random params with norms away from one, where they would hide."""
     rng = np.random.default_rng(0)
 
@@ -75,7 +75,7 @@ def float_params(config: LlamaConfig):
 
 
 @functools.cache
-def quantized(scheme: Scheme, config: LlamaConfig):
+def quantized(scheme: Scheme, config: DecoderConfig):
     """The rounded params, and as floats."""
     params = jax.jit(rounded, static_argnums=1)(float_params(config), scheme)
     return params, jax.jit(as_params, static_argnums=1)(params, config)
@@ -101,12 +101,12 @@ def assert_same(found, expected) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def logits(config: LlamaConfig, params, tokens_BL):
-    model = LlamaModel(config, "float32")
+def logits(config: DecoderConfig, params, tokens_BL):
+    model = DecoderModel(config, "float32")
     return model.logits(params, model.hidden(params, tokens_BL, positions(*tokens_BL.shape), None))
 
 
-def hf_tensors(params, config: LlamaConfig):
+def hf_tensors(params, config: DecoderConfig):
     """The float tensors of a checkpoint, by name."""
     arrays = flatten_dict(params)
     for weight in table(config):

@@ -14,7 +14,7 @@ from models_tiny import positions
 from real_weights import real_weights_dir
 
 from rtd_jax.models.from_hf import load_config, load_params
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.quantized import quantize_params
 
 pytestmark = pytest.mark.real_weights
@@ -34,7 +34,7 @@ def smollm2():
     hf = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     config = load_config(directory)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    return hf, tokenizer, LlamaModel(config), load_params(directory, config)
+    return hf, tokenizer, DecoderModel(config), load_params(directory, config)
 
 
 def largest_log_probability_difference(smollm2, text: str) -> float:

@@ -12,12 +12,12 @@ from models_tiny import positions, random_tokens
 
 from rtd_jax.base.sharding import TABLES, MeshSettings, make_mesh, param_shardings
 from rtd_jax.eval.decoding.placement import for_writing
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.schemes import Scheme, as_params, fake_rounded, round_matrix, rounded
 from rtd_jax.models.weights import ROWS, logical_axes
 
-CONFIG = LlamaConfig(vocab_size=61, width=32, mlp_width=48, layers=3, heads=4, kv_heads=2, head_dim=16, init_std=0.3)
+CONFIG = DecoderConfig(vocab_size=61, width=32, mlp_width=48, layers=3, heads=4, kv_heads=2, head_dim=16, init_std=0.3)
 SCHEMES = [
     Scheme("int3", 16),
     Scheme("int4", 0),
@@ -29,7 +29,7 @@ SCHEMES = [
 
 @pytest.fixture(scope="module")
 def params():
-    return LlamaModel(CONFIG).init(jax.random.key(0))
+    return DecoderModel(CONFIG).init(jax.random.key(0))
 
 
 def test_a_matrix_worked_by_hand():
@@ -51,7 +51,7 @@ def test_zero_points_spend_all_values_on_one_side():
 def test_the_decoder_computes_with_what_is_saved(params, scheme):
     """Float params through `quantization`, the params rounded once, and `deployed` give the same bits; so do grads."""
     tokens_BL, positions_BL = random_tokens(2, 12), positions(2, 12)
-    plain, trained = LlamaModel(CONFIG), LlamaModel(CONFIG, quantization=scheme, remat="full")
+    plain, trained = DecoderModel(CONFIG), DecoderModel(CONFIG, quantization=scheme, remat="full")
     once = jax.jit(lambda params: as_params(rounded(params, scheme), CONFIG))(params)
     deployed_model, deployed = trained.deployed(params)
     assert deployed_model == dataclasses.replace(plain, remat="full")
@@ -87,7 +87,7 @@ def test_sharded_params_are_rounded_alike(params):
     mesh = make_mesh(MeshSettings(data=1, fsdp=4, tensor=2))
     scheme = Scheme("int4", 16)
     spread = jax.device_put(params, param_shardings(params, logical_axes(params), mesh, TABLES["fsdp"]))
-    model = LlamaModel(CONFIG, quantization=scheme)
+    model = DecoderModel(CONFIG, quantization=scheme)
     once = model.deployed(params)[1]
     chex.assert_trees_all_equal(model.deployed(spread)[1], once)
     writer, copied = for_writing(model, spread, mesh)

@@ -9,8 +9,8 @@ import pytest
 from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.base.types import Batch
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import create_state, state_shardings
@@ -46,7 +46,7 @@ PARAMETERS = {"70b": 70_553_706_496, "8b": 8_030_261_248, "1b": 1_235_814_400}  
 def test_the_published_step_traces_at_full_size(recipe_name, student_size):
     recipe = build(Recipe, importlib.import_module(f"configs.{recipe_name}").get_config().to_dict())
     teacher, student = (
-        LlamaModel(LlamaConfig.from_hf(LLAMA3 | SIZES[size]), settings.compute_dtype)
+        DecoderModel(DecoderConfig.from_hf(LLAMA3 | SIZES[size]), settings.compute_dtype)
         for size, settings in (("70b", recipe.teacher), (student_size, recipe.student))
     )
     teacher_params = teacher.abstract_params("bfloat16")

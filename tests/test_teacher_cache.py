@@ -22,7 +22,7 @@ from rtd_jax.base.types import TopK
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.models.from_hf import load_config, load_params
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.open import open_model
 from rtd_jax.teacher.cache import CacheWriter, TeacherCache
 from rtd_jax.teacher.identity import CacheSettings, Identity
@@ -251,7 +251,7 @@ def test_a_cache_of_means_over_steps_in_two_layers_gives_what_the_teacher_does(t
     cache_teacher(means, tmp_path)
     chains = load_splits(few, tiny_tokenizer())[0].encoded[:6]
     config = load_config(teacher)
-    model, params = LlamaModel(config, "float32"), load_params(teacher, config, dtype="float32")
+    model, params = DecoderModel(config, "float32"), load_params(teacher, config, dtype="float32")
     slots = max(len(chain.boundaries) for chain in chains)
     (batch, *_) = fixed_batches(chains, 4, 288, 2, slots)
     found = opened(means).outputs(batch, states_only=True)
@@ -283,7 +283,7 @@ def test_a_cache_of_several_layers_serves_recipes_that_match_any_of_them(teacher
     last, inner, alone = opened(matching(-1)), opened(matching(1)), opened(cached(teacher, exact))
     chains = load_splits(few, tiny_tokenizer())[0].encoded[:4]
     config = load_config(teacher)
-    model, params = LlamaModel(config, "float32"), load_params(teacher, config, dtype="float32")
+    model, params = DecoderModel(config, "float32"), load_params(teacher, config, dtype="float32")
     for chain in chains:
         key = chain_key(chain.tokens, chain.boundaries, chain.loss_weights)
         for ours, theirs in zip(last.read(key)[0], alone.read(key)[0], strict=True):

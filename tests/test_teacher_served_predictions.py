@@ -32,7 +32,7 @@ from rtd_jax.base.settings import unread_settings
 from rtd_jax.base.sharding import make_mesh
 from rtd_jax.eval.states import open_cache
 from rtd_jax.models.from_hf import load_config, load_params
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.open import open_model
 from rtd_jax.teacher.cache import TeacherCache
 from rtd_jax.teacher.identity import CacheSettings
@@ -60,7 +60,7 @@ class Teacher:
 
     @cached_property
     def _log_probs(self):
-        model = LlamaModel(self._config, "float32")
+        model = DecoderModel(self._config, "float32")
         params = load_params(BUNDLED, self._config)
 
         @jax.jit
@@ -450,7 +450,7 @@ def test_its_states_are_not_there_to_be_read(weightless, from_server):
         experiment.on_devices(batch, states_only=True)
 
     class Diagnosed:
-        model = LlamaModel(load_config(BUNDLED), "float32")
+        model = DecoderModel(load_config(BUNDLED), "float32")
 
     with pytest.raises(ValueError, match=r"has no hidden states, only predictions; leave out --cache"):
         open_cache(str(from_server), Diagnosed())

@@ -28,8 +28,8 @@ from rtd_jax.data.trace import Trace
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.own_chains import OnPolicySettings, RewardSettings
 from rtd_jax.methods.term import Setup
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.train.checkpoints import read_meta, restore_state
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.curriculum import CurriculumSettings
@@ -38,8 +38,8 @@ from rtd_jax.train.state import create_state
 from rtd_jax.train.update import UpdateSettings, make_train_step
 
 TOKENIZER = tiny_tokenizer()
-TEACHER = LlamaModel(LlamaConfig(len(TOKENIZER), 16, 24, layers=2, heads=2, kv_heads=2, head_dim=8, init_std=0.3))
-STUDENT = LlamaModel(replace(TEACHER.config, layers=1))
+TEACHER = DecoderModel(DecoderConfig(len(TOKENIZER), 16, 24, layers=2, heads=2, kv_heads=2, head_dim=8, init_std=0.3))
+STUDENT = DecoderModel(replace(TEACHER.config, layers=1))
 SGD = optax.sgd(1.0)  # the update is the gradient
 SOFT = LossSettings(chunk_length=64, alpha=1.0, intermediate_weight=0.2)
 METRICS = ("soft_loss", "kl_div_T1", "alignment", "coherence", "intermediate")

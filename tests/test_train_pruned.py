@@ -16,7 +16,7 @@ from rtd_jax.apps.plan.abstract import abstract_step
 from rtd_jax.base.settings import build, unread_settings
 from rtd_jax.base.sharding import make_mesh
 from rtd_jax.models.from_hf import load_config, load_params
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.pruning import prune_model
 from rtd_jax.models.weights import parameter_count
 from rtd_jax.train.checkpoints import numbered
@@ -55,7 +55,7 @@ def test_a_student_starts_with_what_pruning_keeps_on_any_mesh(teacher, settings,
     assert parameter_count(experiment.student.config) / parameter_count(config) == pytest.approx(0.6, rel=0.1)
     chains = evenly_spaced(experiment.train.encoded, 10)
     assert len(chains) == 10
-    wanted = prune_model(LlamaModel(config), load_params(teacher, config), chains, experiment.student.config)
+    wanted = prune_model(DecoderModel(config), load_params(teacher, config), chains, experiment.student.config)
     np.testing.assert_array_equal(experiment.kept_S, wanted.kept.units_S)
     monkeypatch.setattr("rtd_jax.apps.distill.prepare.make_mesh", one_device_mesh)
     alone, on_one = prepare(settings, lambda _: None)

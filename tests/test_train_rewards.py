@@ -38,7 +38,7 @@ from rtd_jax.losses.policy import Rollouts
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.own_chains import RewardSettings
 from rtd_jax.methods.term import Setup
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.teacher.identity import CacheSettings
 from rtd_jax.teacher.reward_head import (
     RewardIdentity,
@@ -279,8 +279,8 @@ def test_a_head_of_another_shape_is_refused_by_name(tmp_path):
 
 
 # One update, on 8 simulated devices.
-STUDENT = LlamaModel(model_config(SizeSettings(2, 16, 24, 4, 2, 8), TOKENIZER))
-TEACHER = LlamaModel(model_config(SizeSettings(1, 16, 24, 4, 2, 8), TOKENIZER))
+STUDENT = DecoderModel(model_config(SizeSettings(2, 16, 24, 4, 2, 8), TOKENIZER))
+TEACHER = DecoderModel(model_config(SizeSettings(1, 16, 24, 4, 2, 8), TOKENIZER))
 CHAINS, _ = encode_traces(TOKENIZER, generate(16, (1, 2)), TINY_FORMAT, row_length=96)
 SGD = optax.sgd(1.0)
 KD = LossSettings(alpha=1.0, alignment_weight=0.0, coherence_weight=0.0)

@@ -20,7 +20,7 @@ from rtd_jax.losses import alignment, coherence, kd_token_losses
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.maps import init_state_map, init_transition_map
 from rtd_jax.methods.term import Objective, Setup
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.open import ModelSettings, make_model, weight_shardings
 from rtd_jax.teacher.online import teacher_outputs
 from rtd_jax.teacher.predictions import top_k_predictions
@@ -31,8 +31,8 @@ from rtd_jax.train.update import UpdateSettings, make_term_eval, make_train_step
 
 TOKENIZER = tiny_tokenizer()
 VOCAB = len(TOKENIZER)
-TEACHER = LlamaModel(model_config(SizeSettings(2, 32, 48, 4, 2, 8), TOKENIZER))
-STUDENT = LlamaModel(model_config(SizeSettings(2, 16, 24, 4, 2, 8), TOKENIZER))
+TEACHER = DecoderModel(model_config(SizeSettings(2, 32, 48, 4, 2, 8), TOKENIZER))
+STUDENT = DecoderModel(model_config(SizeSettings(2, 16, 24, 4, 2, 8), TOKENIZER))
 TEACHER_PARAMS = TEACHER.init(jax.random.key(1))
 # With Adam's usual eps an entry whose gradient is rounding noise moves by a whole step, either way. This eps makes the
 # update a continuous function of the gradient, so that equal gradients can be seen in equal parameters.
@@ -50,7 +50,7 @@ def batch(rows: int, chains_per_row: int, row_length: int):
 PACKED, UNPACKED = batch(8, 4, 256), batch(16, 1, 128)
 
 
-def objective(mesh=None, teacher: LlamaModel = TEACHER, **changes) -> Objective:
+def objective(mesh=None, teacher: DecoderModel = TEACHER, **changes) -> Objective:
     """The published one, or with other settings."""
     return LossSettings(**changes).objective(Setup(STUDENT.config, teacher.config, VOCAB, mesh=mesh))
 

@@ -13,7 +13,7 @@ from rtd_jax.base.console import Display
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.sources import SourceSettings
 from rtd_jax.data.tiny_tokenizer import TINY_FORMAT, tiny_tokenizer
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.train.checkpoints import Checkpoints
 from rtd_jax.train.curriculum import CurriculumSettings
@@ -35,7 +35,7 @@ def write_teacher(directory: Path, seed: int = 0) -> Path:
     """A Hugging Face folder with random weights: 2 layers, width 32."""
     tokenizer = tiny_tokenizer()
     config = model_config(SizeSettings(layers=2, width=32, mlp_width=48, heads=4, kv_heads=2, head_dim=8), tokenizer)
-    return save_pretrained(directory, config, LlamaModel(config).init(jax.random.key(seed)), tokenizer=tokenizer)
+    return save_pretrained(directory, config, DecoderModel(config).init(jax.random.key(seed)), tokenizer=tokenizer)
 
 
 def source(split: str, limit: int) -> SourceSettings:

@@ -20,7 +20,7 @@ from rtd_jax.base.sharding import check_rows, host_share, make_mesh, put_batch, 
 from rtd_jax.base.types import Array, Batch, Params, TopK
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.packing import fixed_batches
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.open import open_model
 from rtd_jax.teacher.cache import CacheWriter
 from rtd_jax.teacher.identity import Identity
@@ -143,7 +143,7 @@ def _missing(chains: Iterable[EncodedChain], writer: CacheWriter) -> list[Encode
 
 
 def _forward(
-    model: LlamaModel, identity: Identity, chunk_length: int, params: Params, batch: Batch
+    model: DecoderModel, identity: Identity, chunk_length: int, params: Params, batch: Batch
 ) -> tuple[TopK, Array]:
     """The predictions at every token, and the states of N layers for every step, [B, N, C, K, D]."""
     rows = batch.tokens_BL, batch.positions_BL, batch.attention_ids_BL

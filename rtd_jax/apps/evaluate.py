@@ -1,4 +1,4 @@
-"""Any Llama on GSM8K, MATH, StrategyQA, ARC or generated problems, by depth; or text that something else wrote."""
+"""Any model on GSM8K, MATH, StrategyQA, ARC or generated problems, by depth; or text that something else wrote."""
 
 import dataclasses
 import time

@@ -36,8 +36,8 @@ from rtd_jax.eval.ready import check_evaluation
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.methods.kd import Labels
 from rtd_jax.methods.term import Objective
-from rtd_jax.models.config import LlamaConfig, RopeConfig
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.config import DecoderConfig, RopeConfig
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_meta, restore_state
 from rtd_jax.train.loop import Loop, stopped_after
@@ -129,7 +129,7 @@ def pretrain(recipe: PretrainRecipe, workdir: Path) -> Path:
         check_rows(phase.batch_size, mesh)
     tokenizer = tiny_tokenizer(closed_words(recipe.train.schema))
     check_saves(tokenizer)
-    model = LlamaModel(model_config(recipe.model, tokenizer), activation_sharding=row_sharding(mesh))
+    model = DecoderModel(model_config(recipe.model, tokenizer), activation_sharding=row_sharding(mesh))
     traces = load_traces(recipe.train)
     loaders = [_loader(recipe, number, traces, tokenizer, mesh) for number in range(1, 1 + len(recipe.phases))]
     problems = first_of_each_depth(load_traces(recipe.test), recipe.problems_per_depth)
@@ -235,10 +235,10 @@ def _save_or_end(recipe: PretrainRecipe, checkpoints: Checkpoints, last: int, lo
     return is_end
 
 
-def model_config(sizes: SizeSettings, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+def model_config(sizes: SizeSettings, tokenizer: PreTrainedTokenizerBase) -> DecoderConfig:
     """A Llama of these sizes over this tokenizer, embeddings tied."""
     shape = dataclasses.asdict(sizes)
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=vocab_size(tokenizer),
         norm_eps=1e-5,
         rope=RopeConfig(theta=shape.pop("rope_theta")),

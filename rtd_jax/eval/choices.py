@@ -17,7 +17,7 @@ from rtd_jax.data.tokenizer_match import vocab_size
 from rtd_jax.eval.estimates import estimate
 from rtd_jax.eval.scored import Record
 from rtd_jax.eval.scoring import ScoringSettings, score_chains
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 
 
 def score_choices(
@@ -68,7 +68,7 @@ def score_choices(
 
 
 def choice_log_likelihoods(
-    model: LlamaModel,
+    model: DecoderModel,
     params: Params,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[str, Sequence[str]]],

@@ -19,7 +19,7 @@ from rtd_jax.eval.metrics import make_report
 from rtd_jax.eval.reference import score_references
 from rtd_jax.eval.scored import Record
 from rtd_jax.eval.scoring import ScoringSettings
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 
 Progress = Callable[[int, int], None]  # called with (how many are done, how many there are)
 
@@ -59,7 +59,7 @@ class ChainEvaluator:
 
     def __call__(
         self,
-        model: LlamaModel,
+        model: DecoderModel,
         params: Params,
         problems: Sequence[Trace],
         texts: Sequence[Rendered] | None = None,
@@ -112,7 +112,7 @@ class ChainEvaluator:
 
     def solutions(
         self,
-        model: LlamaModel,
+        model: DecoderModel,
         params: Params,
         problems: Sequence[Trace],
         texts: Sequence[Rendered] | None = None,
@@ -140,7 +140,7 @@ class ChainEvaluator:
         return batch_size if self.mesh is None else round_up(batch_size, row_ways(self.mesh))
 
     def _solutions(
-        self, model: LlamaModel, params: Params, texts: Sequence[Rendered], progress: Progress | None
+        self, model: DecoderModel, params: Params, texts: Sequence[Rendered], progress: Progress | None
     ) -> tuple[list[list[str]], list[list[bool]]]:
         """For each problem what the model writes, and whether each solution came to its own end."""
         decoding, tokenizer = self.decoding, self.tokenizer

@@ -9,11 +9,11 @@ from rtd_jax.eval.chains import score_texts
 from rtd_jax.eval.decoding import GenerateSettings
 from rtd_jax.eval.evaluate import ChainEvaluator
 from rtd_jax.eval.metrics import make_report
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 
 
 def check_evaluation(
-    evaluator: ChainEvaluator, problems: Sequence[Trace], models: Mapping[str, LlamaConfig], key: str
+    evaluator: ChainEvaluator, problems: Sequence[Trace], models: Mapping[str, DecoderConfig], key: str
 ) -> None:
     """Goes through an evaluation of models by name, without running one: their references stand for what they write.
 

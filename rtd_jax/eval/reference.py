@@ -17,11 +17,11 @@ from rtd_jax.data.tokenizer_match import vocab_size
 from rtd_jax.data.trace import Span, Trace
 from rtd_jax.eval.answers import result_span
 from rtd_jax.eval.scoring import ScoringSettings, score_chains
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 
 
 def score_references(
-    model: LlamaModel,
+    model: DecoderModel,
     params: Params,
     tokenizer: PreTrainedTokenizerBase,
     traces: Sequence[Trace],

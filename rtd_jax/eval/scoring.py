@@ -20,7 +20,7 @@ from rtd_jax.base.types import Array, Params
 from rtd_jax.data.by_length import round_up
 from rtd_jax.data.packing import Features, packed_rows
 from rtd_jax.losses.fused import map_logits
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 
 ROW_MULTIPLE = 64  # tokens; row lengths are rounded up to it, so few programs are compiled
 FEATURES = ("tokens", "tokens_positions", "tokens_segment_ids", "chain")  # of a packed row; `chain` is its number
@@ -47,7 +47,7 @@ class TokenScores(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("model", "vocab_size", "chunk_tokens"))
 def token_scores(
-    model: LlamaModel,
+    model: DecoderModel,
     params: Params,
     tokens_BL: Array,
     positions_BL: Array,
@@ -90,7 +90,7 @@ def token_scores(
 
 
 def score_chains(
-    model: LlamaModel,
+    model: DecoderModel,
     params: Params,
     chains: Sequence[Sequence[int]],
     settings: ScoringSettings = ScoringSettings(),

@@ -18,7 +18,7 @@ from rtd_jax.data.by_length import batches_by_length, rows_at_once
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.packing import feature_names, token_features
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.teacher.cache import TeacherCache, read_identity
 from rtd_jax.teacher.records import key_of
 
@@ -30,7 +30,7 @@ class ReadyModel(Protocol):
     """A model with its weights, its tokenizer and where they came from."""
 
     @property
-    def model(self) -> LlamaModel: ...
+    def model(self) -> DecoderModel: ...
     @property
     def params(self) -> Params: ...
     @property
@@ -51,7 +51,7 @@ def boundary_states(
     Chains are read one a row, neighbours in length together; only the steps' states leave the device.
 
     Args:
-      layer: as `LlamaModel.hidden` counts them; -1 is the final normed state.
+      layer: as `DecoderModel.hidden` counts them; -1 is the final normed state.
       step_state: of which tokens the state of a step is made (`base.boundaries.step_states`).
 
     Raises:
@@ -146,7 +146,7 @@ def _padded(states: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "layer", "step_state"))
-def _states(model: LlamaModel, params: Params, batch: Batch, *, layer: int, step_state: StepState) -> Array:
+def _states(model: DecoderModel, params: Params, batch: Batch, *, layer: int, step_state: StepState) -> Array:
     rows = batch.tokens_BL, batch.positions_BL, batch.chain_ids_BL
     _, (states_BLD,) = model.hidden(params, *rows, layers=(layer,))
     return step_states(states_BLD, batch, step_state)[:, 0].astype(jnp.float32)

@@ -17,7 +17,7 @@ from rtd_jax.base.settings import LAYER, check_ranges
 from rtd_jax.base.types import Array, Params, StepState
 from rtd_jax.losses.trajectory import Distance, Projection
 from rtd_jax.methods.term import MethodSettings, Reads, Setup, Term
-from rtd_jax.models.config import LlamaConfig, layers_to_match
+from rtd_jax.models.config import DecoderConfig, layers_to_match
 
 Maps = Literal["separate", "shared", "none"]
 Pairs = tuple[tuple[int, int], ...]  # (student's, teacher's) layers, counted from 0
@@ -128,11 +128,11 @@ class TrajectorySettings(MethodSettings):
         """
         return tuple(zip(self._column(0, setup.student), self.teacher_layers(setup.teacher), strict=True))
 
-    def teacher_layers(self, teacher: LlamaConfig) -> tuple[int, ...]:
+    def teacher_layers(self, teacher: DecoderConfig) -> tuple[int, ...]:
         """The teacher's layer of each pair, counted from 0. Raises ValueError for a layer that does not exist."""
         return self._column(1, teacher)
 
-    def _column(self, side: int, config: LlamaConfig) -> tuple[int, ...]:
+    def _column(self, side: int, config: DecoderConfig) -> tuple[int, ...]:
         given = _parsed(self.layers) if self.layers else ((self.student_hidden_layer, self.hidden_layer),)
         if isinstance(given, int):
             return layers_to_match(config.layers, given)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from rtd_jax.base.means import Metrics, safe_divide
 from rtd_jax.base.types import Array, Batch, Params, StepState, StudentOutputs, TeacherOutputs
 from rtd_jax.methods.own_chains import OnPolicySettings, RewardSettings
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 
 # Which chains a term is about: those of the data, or those that the student draws itself.
 Text = Literal["data", "own"]
@@ -127,8 +127,8 @@ class Term(abc.ABC):
 class Setup:
     """What terms are built for: two models, a vocabulary and a mesh."""
 
-    student: LlamaConfig
-    teacher: LlamaConfig
+    student: DecoderConfig
+    teacher: DecoderConfig
     vocab_size: int  # real entries
     reward: RewardSettings = RewardSettings()
     mesh: Mesh | None = None

@@ -1,1 +1,1 @@
-"""Llama in JAX: its config, its functions on params, and reading and writing Hugging Face checkpoints."""
+"""Llama and its kin in JAX: its config, its functions on params, and reading and writing Hugging Face checkpoints."""

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rtd_jax.base.types import Array, Params
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.decoder import Block, LayerInputs, attend_row, rope_angles
-from rtd_jax.models.model import LlamaModel, chain_mask
+from rtd_jax.models.model import DecoderModel, chain_mask
 from rtd_jax.models.quantized import as_float
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def embed(model: LlamaModel, params: Params, tokens_BL: Array) -> jax.Array:
+def embed(model: DecoderModel, params: Params, tokens_BL: Array) -> jax.Array:
     """The states that the first layer reads, [B, L, D] in `compute_dtype`."""
     rows = jax.tree.map(lambda part: part[jnp.asarray(tokens_BL)], params["embedding"])
     return as_float(rows, model.compute_dtype)
@@ -30,11 +30,11 @@ def layer_params(params: Params, layer: int) -> Params:
 
 @functools.partial(jax.jit, static_argnums=0)
 def layer_inputs(
-    model: LlamaModel, layer_params: Params, x_BLD: jax.Array, positions_BL: Array, chain_ids_BL: Array
+    model: DecoderModel, layer_params: Params, x_BLD: jax.Array, positions_BL: Array, chain_ids_BL: Array
 ) -> tuple[jax.Array, LayerInputs]:
     """The states after one layer, [B, L, D] in `compute_dtype`, and what its matrices read.
 
-    Padding (chain id 0) is computed like the rest: the caller masks it. Positions and ids as in `LlamaModel.hidden`.
+    Padding (chain id 0) is computed like the rest: the caller masks it. Positions and ids as in `DecoderModel.hidden`.
 
     Args:
       layer_params: of one layer, as the function of that name gives them.
@@ -50,5 +50,5 @@ def layer_inputs(
 
 
 @functools.lru_cache(maxsize=64)
-def _block(config: LlamaConfig) -> nnx.GraphDef:
+def _block(config: DecoderConfig) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: Block(config, jnp.dtype("float32"))))[0]

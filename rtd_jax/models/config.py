@@ -190,7 +190,7 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def special_ids(hf: dict[str, Any]) -> dict[str, Any]:
-    """The ids of special tokens in a config.json or generation_config.json, as arguments of `LlamaConfig`.
+    """The ids of special tokens in a config.json or generation_config.json, as arguments of `DecoderConfig`.
 
     Raises:
       ValueError: one is no token id, nor a list of them.
@@ -199,7 +199,7 @@ def special_ids(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class DecoderConfig:
     """The sizes of a Llama. Hashable, so it can be a static argument of jit. Raises ValueError for impossible sizes."""
 
     vocab_size: int  # rows of the embedding, padded rows included
@@ -221,14 +221,14 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for name in (*_SIZES, "max_positions"):
             if getattr(self, name) < 1:
-                raise ValueError(f"LlamaConfig.{name} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(f"DecoderConfig.{name} is {getattr(self, name)}; it must be at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"LlamaConfig.heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; use a divisor of "
+                f"DecoderConfig.heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; use a divisor of "
                 f"{self.heads} for kv_heads (in config.json, num_attention_heads and num_key_value_heads)"
             )
         if self.head_dim % 2:
-            raise ValueError(f"LlamaConfig.head_dim {self.head_dim} is odd; rotary embedding needs pairs")
+            raise ValueError(f"DecoderConfig.head_dim {self.head_dim} is odd; rotary embedding needs pairs")
         for name in _SPECIAL:
             value = getattr(self, name)
             value = list(value) if isinstance(value, tuple) else value  # as config.json has it
@@ -240,7 +240,7 @@ class LlamaConfig:
                 )
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any]) -> "LlamaConfig":
+    def from_hf(cls, hf: dict[str, Any]) -> "DecoderConfig":
         """Builds a config from the content of a Hugging Face `config.json`.
 
         Raises:
@@ -324,7 +324,7 @@ def layers_to_copy(layers: int, count: int) -> tuple[int, ...]:
 def layers_to_match(layers: int, count: int) -> tuple[int, ...]:
     """The `count` hidden states at which a model of `layers` is matched with another: (4, 4) gives 1, 2, 3, 4.
 
-    They are counted as `LlamaConfig.layer_index` counts them, evenly spaced, and end with the last. Of fewer layers
+    They are counted as `DecoderConfig.layer_index` counts them, evenly spaced, and end with the last. Of fewer layers
     than `count`, some repeat: (2, 4) gives 1, 1, 2, 2.
     """
     return tuple(-(-layers * (i + 1) // count) for i in range(count))

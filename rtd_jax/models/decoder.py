@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from rtd_jax.models.config import LlamaConfig, RopeConfig
+from rtd_jax.models.config import DecoderConfig, RopeConfig
 from rtd_jax.models.quantized import as_float
 from rtd_jax.models.schemes import Scheme, fake_rounded, fake_rounded_layer
 from rtd_jax.models.weights import EMBEDDING
@@ -33,13 +33,13 @@ AttentionKernel = Literal["auto", "xla", "cudnn"]
 
 @dataclass(frozen=True)
 class Computation:
-    """The sizes of a Llama and how it is computed. Only the sizes change the result by more than rounding.
+    """The description of a model and how it is computed. Only the description changes the result by more than rounding.
 
     Raises:
       ValueError: an attribute has a value that does not exist.
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
     compute_dtype: str = "float32"  # of matrix products and hidden states: "float32" or "bfloat16"
     remat: Remat = "none"  # what the backward pass recomputes
     activation_sharding: NamedSharding | None = None  # of the [B, L, D] states between layers
@@ -78,7 +78,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def rope_angles(config: LlamaConfig, positions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_angles(config: DecoderConfig, positions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of the rotary angles, float32, each [B, L, 1, E / 2]."""
     frequencies = rope_frequencies(config.rope, config.head_dim)[None, None, None]
     angles = positions_BL.astype(jnp.float32)[..., None, None] * frequencies
@@ -170,7 +170,7 @@ def attend_cached(q_BHE: jax.Array, k_BGLE: jax.Array, v_BGLE: jax.Array, seen_B
 class Attention(nnx.Module):
     """Grouped-query attention: projections around `attend`, which attends within the row or to a cache."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype):
         width, head_dim = config.width, config.head_dim
         self.q = _zeros(dtype, (width, config.heads, head_dim))
         self.k = _zeros(dtype, (width, config.kv_heads, head_dim))
@@ -192,7 +192,7 @@ class Attention(nnx.Module):
 class SwiGLU(nnx.Module):
     """(silu(x gate) * (x up)) down."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype):
         self.gate = _zeros(dtype, (config.width, config.mlp_width))
         self.up = _zeros(dtype, (config.width, config.mlp_width))
         self.down = _zeros(dtype, (config.mlp_width, config.width))
@@ -210,7 +210,7 @@ class SwiGLU(nnx.Module):
 class Block(nnx.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype):
         self.attention_norm = RMSNorm(config.width, config.norm_eps, dtype)
         self.attention = Attention(config, dtype)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps, dtype)
@@ -232,8 +232,8 @@ class Block(nnx.Module):
         return x_BLD, cache, LayerInputs(attention_BLD, mixed_BLHE, mlp_BLD, neurons_BLF)
 
 
-class Llama(nnx.Module):
-    """The network up to the states that the head reads. Its arrays are built as zeros; LlamaModel supplies weights."""
+class Decoder(nnx.Module):
+    """The network up to the states that the head reads. Its arrays are zeros; DecoderModel supplies weights."""
 
     def __init__(self, computation: Computation, dtype: jnp.dtype):
         self.computation, config = computation, computation.config

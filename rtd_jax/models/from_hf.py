@@ -1,4 +1,4 @@
-"""Reads Llama params from Hugging Face directories (config.json, safetensors), one tensor at a time, without torch."""
+"""Reads params from Hugging Face directories (config.json, safetensors), one tensor at a time, without torch."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from qwix import QArray
 
 from rtd_jax.base.files import read_object
 from rtd_jax.base.types import Params
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.quantization_config import storage_of
 from rtd_jax.models.quantized import INT8, quantize_weight
 from rtd_jax.models.quantized_folders import read_storage
@@ -58,31 +58,32 @@ def resolve(name_or_dir: str | Path, *, has_weights: bool = True) -> Path:
         ) from error
 
 
-def load_config(directory: str | Path) -> LlamaConfig:
+def load_config(directory: str | Path) -> DecoderConfig:
     """The config of a Hugging Face directory, whose weights may be quantised.
 
     Raises:
-      ValueError: it is missing, unreadable or no plain Llama's, or the weights are quantised in a way not read here.
+      ValueError: it is missing, unreadable or of a family that is not supported, or the weights are quantised in a way
+        that is not read here.
     """
     path = Path(directory) / "config.json"
     # With NaN and Infinity, which are no JSON: the config knows the key and what it may be.
     content = read_object(path, "give the directory of a Hugging Face checkpoint", constants=True)
     try:
         storage_of(content)
-        return LlamaConfig.from_hf(content)
+        return DecoderConfig.from_hf(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def load_params(
     directory: str | Path,
-    config: LlamaConfig,
+    config: DecoderConfig,
     *,
     dtype: str = "float32",
     shardings: dict[str, Any] | None = None,
     layers: Sequence[int] | None = None,
 ) -> Params:
-    """The weights of a Hugging Face directory in the layout of `LlamaModel`'s params; quantised ones as floats.
+    """The weights of a Hugging Face directory in the layout of `DecoderModel`'s params; quantised ones as floats.
 
     Tensors are read one at a time, in each process only the slices that its devices hold, and are written into the
     stacked arrays in place: the host never holds more than two tensors besides the params themselves.
@@ -130,7 +131,7 @@ def load_params(
 
 def _load(
     weight: Weight,
-    config: LlamaConfig,
+    config: DecoderConfig,
     dtype: str,
     sharding: Any,
     readers: dict[str, Any],
@@ -191,7 +192,7 @@ def _check_finite(files: dict[str, Path]) -> None:
         )
 
 
-def _check_equal(file: Path, head: Any, embedding: Any, config: LlamaConfig) -> None:
+def _check_equal(file: Path, head: Any, embedding: Any, config: DecoderConfig) -> None:
     """Raises ValueError where a tied model's file has a head of its own. A head that repeats the embedding is fine."""
     for start in range(0, config.vocab_size, _ROWS_COMPARED):
         rows = slice(start, min(start + _ROWS_COMPARED, config.vocab_size))
@@ -228,18 +229,18 @@ def _read_sharded(tensor: Any, shape: tuple[int, ...], sharding: Sharding) -> ja
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _check_names(directory: Path, found: set[str], expected: set[str], config: LlamaConfig) -> None:
+def _check_names(directory: Path, found: set[str], expected: set[str], config: DecoderConfig) -> None:
     missing = sorted(expected - found)
     left_over = sorted(name for name in found - expected if not _is_ignorable(name, config))
     if missing or left_over:
         hint = "; without lm_head.weight, config.json should say tie_word_embeddings: true"
         raise ValueError(
-            f"{directory}: missing tensors: {few(missing)}; left over, read by no weight of this Llama: "
+            f"{directory}: missing tensors: {few(missing)}; left over, read by no weight of this model: "
             f"{few(left_over)}; config.json and the weights must be of the same model"
             f"{hint if 'lm_head.weight' in missing else ''}"
         )
 
 
-def _is_ignorable(name: str, config: LlamaConfig) -> bool:
+def _is_ignorable(name: str, config: DecoderConfig) -> bool:
     """Whether a tensor is no weight: a rotary table of an old checkpoint, or a head that repeats a tied embedding."""
     return name.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and name == "lm_head.weight")

@@ -18,7 +18,7 @@ from qwix import QArray
 
 from rtd_jax.base.types import Array, Params
 from rtd_jax.models.calibration import LayerInputs, embed, layer_inputs, layer_params
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.schemes import BITS, Scheme, as_layer, round_matrix, rounded
 from rtd_jax.models.weights import ROWS
 
@@ -100,7 +100,7 @@ def _fitted(weight_OI: jax.Array, gram_II: jax.Array, scheme: Scheme) -> tuple[Q
 
 
 def gptq(
-    model: LlamaModel,
+    model: DecoderModel,
     params: Params,
     batches: Sequence[Rows],
     scheme: Scheme,
@@ -146,7 +146,7 @@ def gptq(
 
 
 def _gram(
-    model: LlamaModel, layer: Params, states: Sequence[jax.Array], batches: Sequence[Rows], inputs: str
+    model: DecoderModel, layer: Params, states: Sequence[jax.Array], batches: Sequence[Rows], inputs: str
 ) -> jax.Array:
     """Mean over the tokens that are no padding of x x^T, float32 [I, I]."""
     total, count = jnp.zeros(()), 0

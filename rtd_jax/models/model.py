@@ -1,4 +1,4 @@
-"""The public interface of a Llama: pure functions of its params, as methods of a hashable description."""
+"""The public interface of a model: pure functions of its params, as methods of a hashable description."""
 
 import dataclasses
 import functools
@@ -13,16 +13,16 @@ from flax import nnx
 from qwix import QArray
 
 from rtd_jax.base.types import Array, Params
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.decoder import Computation, KVCache, Llama
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.decoder import Computation, Decoder, KVCache
 from rtd_jax.models.quantized import INT8, as_float, quantize_params
 from rtd_jax.models.schemes import Scheme, as_params, fake_rounded, rounded
 from rtd_jax.models.weights import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True)
-class LlamaModel(Computation):
-    """A Llama without its weights. Hashable: pass it to jit as a static argument, and the params as a traced one."""
+class DecoderModel(Computation):
+    """A decoder without its weights. Hashable: pass it to jit as a static argument, and the params as a traced one."""
 
     def init(self, key: jax.Array, dtype: str = "float32") -> Params:
         """Random params: normal with standard deviation `config.init_std`, norms at one."""
@@ -51,7 +51,7 @@ class LlamaModel(Computation):
         A token attends to itself and earlier tokens of the same chain id; positions give the rotary angles. Without ids
         (`Batch.attention_ids_BL`) it attends to all earlier tokens of its row. No mask is formed then, and a flash
         kernel skips what lies above the diagonal.
-        With `layers`, returns (states, tuple of the hidden states asked for), counted as `LlamaConfig.layer_index`
+        With `layers`, returns (states, tuple of the hidden states asked for), counted as `DecoderConfig.layer_index`
         counts them: 0 the embeddings, i the output of layer i, -1 the final normed states.
 
         Raises:
@@ -84,7 +84,7 @@ class LlamaModel(Computation):
         head_DV = self.head(params).astype(hidden.dtype)
         return jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
 
-    def deployed(self, params: Params) -> tuple["LlamaModel", Params]:
+    def deployed(self, params: Params) -> tuple["DecoderModel", Params]:
         """The model without its `quantization`, and the params that it computes with, rounded once for all uses."""
         if self.quantization is None:
             return self, params
@@ -129,7 +129,7 @@ class LlamaModel(Computation):
         length = cache.keys_NBGLE.shape[3] if length is None else length
         return self._module(params).decode(cache, jnp.asarray(tokens_B), jnp.asarray(positions_B), length)
 
-    def _module(self, params: Params) -> Llama:
+    def _module(self, params: Params) -> Decoder:
         return nnx.merge(_abstract(self, "float32")[0], params)
 
 
@@ -142,17 +142,17 @@ def chain_mask(chain_ids_BL: Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _rounded_once(params: Params, config: LlamaConfig, scheme: Scheme) -> Params:
+def _rounded_once(params: Params, config: DecoderConfig, scheme: Scheme) -> Params:
     return as_params(rounded(params, scheme), config)
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(model: LlamaModel, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: Llama(model, jnp.dtype(dtype))))
+def _abstract(model: DecoderModel, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Decoder(model, jnp.dtype(dtype))))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _random_params(model: LlamaModel, dtype: str, key: jax.Array) -> Params:
+def _random_params(model: DecoderModel, dtype: str, key: jax.Array) -> Params:
     layers_key, rest_key = jax.random.split(key)
     rest = model.abstract_params(dtype)
     layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rest.pop("layers"))

@@ -14,11 +14,11 @@ from rtd_jax.base.settings import check_filled
 from rtd_jax.base.sharding import TABLES, activation_sharding, in_host_memory, param_shardings
 from rtd_jax.base.types import Params
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint, vocab_size
-from rtd_jax.models.config import LlamaConfig, special_ids
+from rtd_jax.models.config import DecoderConfig, special_ids
 from rtd_jax.models.decoder import AttentionKernel
 from rtd_jax.models.fingerprint import Fingerprint, weights_fingerprint
 from rtd_jax.models.from_hf import load_config, load_params, resolve
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.to_hf import TOKENIZER_FILES
 from rtd_jax.models.weights import logical_axes
 
@@ -52,7 +52,7 @@ class OpenModel:
 
     settings: ModelSettings
     directory: Path  # of its files
-    config: LlamaConfig
+    config: DecoderConfig
     mesh: Mesh  # devices that hold its weights
     note: Callable[[str], None]  # called with a line of text before the weights are read
 
@@ -78,7 +78,7 @@ class OpenModel:
         return weights_fingerprint(self.directory)
 
     @functools.cached_property
-    def model(self) -> LlamaModel:
+    def model(self) -> DecoderModel:
         return make_model(self.settings, self.config, self.mesh)
 
     @functools.cached_property
@@ -103,8 +103,9 @@ def open_model(
       has_weights: whether a hub model's weights are downloaded; without them only config and tokenizer can be used.
 
     Raises:
-      ValueError: there is no such folder or hub model, or its config.json is missing or is not a Llama's. Using a
-        tokenizer or weights that cannot be read, or that do not belong to this config, raises one later.
+      ValueError: there is no such folder or hub model, or its config.json is missing or of a family that is not
+        supported. Using a tokenizer or weights that cannot be read, or that do not belong to this config, raises one
+        later.
     """
     directory = resolve(settings.path, has_weights=has_weights)
     config = load_config(directory)
@@ -112,7 +113,7 @@ def open_model(
     return OpenModel(settings, directory, config, mesh, note)
 
 
-def check_rows_of_ids(config: LlamaConfig, size: int, model: Path | str, tokenizer: Path | str) -> None:
+def check_rows_of_ids(config: DecoderConfig, size: int, model: Path | str, tokenizer: Path | str) -> None:
     """Raises ValueError where a model has fewer embedding rows than the `size` of a tokenizer's vocabulary."""
     if config.vocab_size < size:
         raise ValueError(
@@ -122,7 +123,7 @@ def check_rows_of_ids(config: LlamaConfig, size: int, model: Path | str, tokeniz
         )
 
 
-def _check_generation_config(path: Path, config: LlamaConfig) -> None:
+def _check_generation_config(path: Path, config: DecoderConfig) -> None:
     """Raises ValueError where a model's file on generation names a token that the model does not have."""
     if not path.exists():
         return
@@ -177,9 +178,9 @@ def _config_fails(directory: Path) -> bool:
     return False
 
 
-def make_model(settings: ModelSettings, config: LlamaConfig, mesh: Mesh) -> LlamaModel:
+def make_model(settings: ModelSettings, config: DecoderConfig, mesh: Mesh) -> DecoderModel:
     """A frozen model of these sizes, without its weights. It needs no files, so a plan can ask for it too."""
-    return LlamaModel(
+    return DecoderModel(
         config,
         settings.compute_dtype,
         activation_sharding=activation_sharding(mesh, TABLES[settings.sharding]),
@@ -188,7 +189,7 @@ def make_model(settings: ModelSettings, config: LlamaConfig, mesh: Mesh) -> Llam
     )
 
 
-def weight_shardings(settings: ModelSettings, model: LlamaModel, mesh: Mesh) -> Params:
+def weight_shardings(settings: ModelSettings, model: DecoderModel, mesh: Mesh) -> Params:
     """The sharding of each weight, and its memory space: a tree like the params."""
     abstract = model.abstract_params(settings.param_dtype)
     shardings = param_shardings(abstract, logical_axes(abstract), mesh, TABLES[settings.sharding])

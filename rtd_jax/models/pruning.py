@@ -1,4 +1,4 @@
-"""Structured pruning: which hidden units, neurons, attention groups and layers of a Llama a smaller one keeps.
+"""Structured pruning: which hidden units, neurons, attention groups and layers of a model a smaller one keeps.
 
 What is kept is what matters most on calibration chains, as in Minitron (Muralidharan et al. 2024, arXiv:2407.14679):
 
@@ -32,11 +32,11 @@ from rtd_jax.data.by_length import round_up
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.models.calibration import embed, layer_inputs, layer_params
-from rtd_jax.models.config import LlamaConfig
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.weights import parameter_count, table
 
-PRUNED_SIZES = ("layers", "width", "mlp_width", "kv_heads")  # of a LlamaConfig, that pruning can make smaller
+PRUNED_SIZES = ("layers", "width", "mlp_width", "kv_heads")  # of a DecoderConfig, that pruning can make smaller
 _ROWS = 8  # chains at one time
 _LARGE = 1024  # hidden units, from which on sizes are multiples of 128 instead of 8
 _TOLERANCE = 0.1  # of the wanted parameters, by which the nearest sizes may miss them
@@ -65,12 +65,12 @@ class Kept(NamedTuple):
 class Pruned(NamedTuple):
     """A pruned model: its sizes, its params, float32, and what it was in the whole one."""
 
-    config: LlamaConfig
+    config: DecoderConfig
     params: Params
     kept: Kept
 
 
-def prune_model(model: LlamaModel, params: Params, chains: Sequence[EncodedChain], target: LlamaConfig) -> Pruned:
+def prune_model(model: DecoderModel, params: Params, chains: Sequence[EncodedChain], target: DecoderConfig) -> Pruned:
     """Prunes a model to the sizes of `target` (`pruned_config`), by importance on the chains.
 
     The order of the chains and their batches depend on nothing else, so that params which lie on one device give the
@@ -85,8 +85,8 @@ def prune_model(model: LlamaModel, params: Params, chains: Sequence[EncodedChain
 
 
 def pruned_config(
-    config: LlamaConfig, share: float = 0.0, *, layers: int = 0, width: int = 0, mlp_width: int = 0, kv_heads: int = 0
-) -> LlamaConfig:
+    config: DecoderConfig, share: float = 0.0, *, layers: int = 0, width: int = 0, mlp_width: int = 0, kv_heads: int = 0
+) -> DecoderConfig:
     """The sizes of a pruned model with about `share` of the parameters of `config`, embedding and head included.
 
     Sizes that are given, not 0, are taken as they are. Of the others, `layers` and `kv_heads` stay those of `config`;
@@ -121,10 +121,10 @@ def pruned_config(
         )
     wanted = share * parameter_count(config)
 
-    def nearest(configs: list[LlamaConfig]) -> LlamaConfig:
+    def nearest(configs: list[DecoderConfig]) -> DecoderConfig:
         return min(configs, key=lambda one: (abs(parameter_count(one) - wanted), -parameter_count(one)))
 
-    def scaled(size: int) -> LlamaConfig:
+    def scaled(size: int) -> DecoderConfig:
         ideal = config.mlp_width * size / config.width
         neurons = min(_sizes(config, config.mlp_width), key=lambda one: abs(one - ideal))
         return replace(base, width=size, mlp_width=mlp_width or neurons)
@@ -145,14 +145,14 @@ def pruned_config(
     return found
 
 
-def _sizes(config: LlamaConfig, largest: int) -> list[int]:
+def _sizes(config: DecoderConfig, largest: int) -> list[int]:
     """The sizes that an axis can be pruned to: multiples, and the whole."""
     multiple = 128 if config.width >= _LARGE else 8
     return [*range(multiple, largest, multiple), largest]
 
 
 def importance(
-    model: LlamaModel, params: Params, chains: Sequence[EncodedChain], *, of_layers: bool = False
+    model: DecoderModel, params: Params, chains: Sequence[EncodedChain], *, of_layers: bool = False
 ) -> Importance:
     """Measures how much the parts of a model matter on the chains.
 
@@ -182,7 +182,7 @@ def importance(
     )
 
 
-def _sums(model: LlamaModel, params: Params, batch: Batch, of_layers: bool) -> dict[str, Any]:
+def _sums(model: DecoderModel, params: Params, batch: Batch, of_layers: bool) -> dict[str, Any]:
     """Sums over the tokens, or labels, of a batch."""
     rest = {name: value for name, value in params.items() if name != "layers"}
     count, places = model.config.layers, (batch.positions_BL, batch.chain_ids_BL)
@@ -203,7 +203,7 @@ def _sums(model: LlamaModel, params: Params, batch: Batch, of_layers: bool) -> d
 
 @functools.partial(jax.jit, static_argnums=0)
 def _layer_sums(
-    model: LlamaModel, weights: Params, x_BLD: jax.Array, positions_BL: Array, chain_ids_BL: Array
+    model: DecoderModel, weights: Params, x_BLD: jax.Array, positions_BL: Array, chain_ids_BL: Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The states after a layer, and what the importance of its parts is made of, summed over tokens."""
     after_BLD, read = layer_inputs(model, weights, x_BLD, positions_BL, chain_ids_BL)
@@ -221,7 +221,7 @@ def _layer_sums(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _final_sums(model: LlamaModel, rest: Params, x_BLD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+def _final_sums(model: DecoderModel, rest: Params, x_BLD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """The same of the last norm, and the loss on the labels, summed over them, in nats."""
     normed_BLD = _normed(x_BLD, model.config.norm_eps)
     scale_11D = rest["norm"]["scale"].astype(jnp.float32)[None, None]
@@ -248,7 +248,7 @@ def _token_sum(mask_BL: jax.Array, x_BLX: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(mask_BL[..., None], x_BLX.astype(jnp.float32), 0.0), axis=(0, 1))
 
 
-def prune(params: Params, config: LlamaConfig, measured: Importance, target: LlamaConfig) -> tuple[Params, Kept]:
+def prune(params: Params, config: DecoderConfig, measured: Importance, target: DecoderConfig) -> tuple[Params, Kept]:
     """The params of a model of the `target` sizes with the most important parts of `params`, and what they were.
 
     Args:
@@ -279,7 +279,7 @@ def prune(params: Params, config: LlamaConfig, measured: Importance, target: Lla
     return unflatten_dict(pruned), kept
 
 
-def _check(params: Params, config: LlamaConfig, target: LlamaConfig) -> None:
+def _check(params: Params, config: DecoderConfig, target: DecoderConfig) -> None:
     """Raises ValueError where params are quantised, or `target` differs from `config` in more than smaller sizes."""
     quantised = [".".join(path) for path, leaf in flatten_dict(params).items() if isinstance(leaf, QArray)]
     if quantised:
@@ -296,7 +296,7 @@ def _check(params: Params, config: LlamaConfig, target: LlamaConfig) -> None:
         )
 
 
-def _kept(config: LlamaConfig, measured: Importance, target: LlamaConfig) -> Kept:
+def _kept(config: DecoderConfig, measured: Importance, target: DecoderConfig) -> Kept:
     layers_M = np.arange(config.layers)
     if target.layers < config.layers:
         assert measured.layers_N is not None, "layers are chosen by their importance"

@@ -7,7 +7,7 @@ folder then: `quantized_tensors`.
 import re
 from typing import Any
 
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.quantized_tensors import WAY_OUT, Storage
 from rtd_jax.models.schemes import BITS, QType, Scheme
 
@@ -19,7 +19,7 @@ _FORMATS: dict[QType, str] = {
 }  # of compressed-tensors
 
 
-def check_storable(scheme: Scheme, config: LlamaConfig) -> None:
+def check_storable(scheme: Scheme, config: DecoderConfig) -> None:
     """Raises ValueError where no format that transformers loads holds a model of this config in the scheme."""
     scheme.check(config)
     if scheme.qtype == "nf4" and scheme.head:

@@ -28,7 +28,7 @@ def quantize_weight(array: jax.Array, weight: Weight) -> QArray | jax.Array:
 
 
 def quantize_params(params: Params) -> Params:
-    """The params with every matrix as a `QArray`. Traceable; raises KeyError for a leaf that is not a Llama weight."""
+    """The params with every matrix as a `QArray`. Traceable; raises KeyError for a leaf that is no weight."""
     rows = {weight.path: weight for weight in TABLE}
     return unflatten_dict({path: quantize_weight(array, rows[path]) for path, array in flatten_dict(params).items()})
 

@@ -16,7 +16,7 @@ from qwix import QArray
 from rtd_jax.base.files import read_object
 from rtd_jax.base.types import Params
 from rtd_jax.data.formats import TextFormat
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.quantization_config import check_storable, quantization_config, storage_of
 from rtd_jax.models.quantized_tensors import Storage, bytes_of, encoded, nf4_state, nf4_states
 from rtd_jax.models.schemes import Scheme
@@ -29,7 +29,7 @@ _QTYPES = {"fp8": "float8_e4m3fn"}  # qwix's names for types, where they are not
 
 def save_quantized(
     directory: str | Path,
-    config: LlamaConfig,
+    config: DecoderConfig,
     params: Params,
     scheme: Scheme,
     *,
@@ -102,14 +102,14 @@ def read_storage(directory: Path) -> Storage:
         raise ValueError(f"{files[name]}: {name}: {error}") from error
 
 
-def _shape(weight: Weight, array: Any, config: LlamaConfig) -> tuple[int, ...]:
+def _shape(weight: Weight, array: Any, config: DecoderConfig) -> tuple[int, ...]:
     """Shape that a leaf of `schemes.rounded` should have."""
     if not isinstance(array, QArray):
         return weight.shape(config)
     return (config.layers, *weight.hf_shape(config)) if weight.stacked else weight.hf_shape(config)
 
 
-def _check_rounded(weight: Weight, array: Any, config: LlamaConfig, scheme: Scheme) -> None:
+def _check_rounded(weight: Weight, array: Any, config: DecoderConfig, scheme: Scheme) -> None:
     """Raises ValueError where a leaf of the params is not what `schemes.rounded` makes it."""
     name = ".".join(weight.path)
     if isinstance(array, QArray) != scheme.covers(weight):

@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qwix import QArray
 
 from rtd_jax.base.types import Params
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.weights import ROWS, Weight, axis_sizes, table
 
 QType = Literal["int8", "int4", "int3", "int2", "nf4", "fp8"]
@@ -61,7 +61,7 @@ class Scheme:
         """Whether a row of the table is rounded: every matrix of the layers, others by `head`, a norm never."""
         return bool(weight.inputs) and (self.head or weight.path not in _OUTSIDE)
 
-    def check(self, config: LlamaConfig) -> None:
+    def check(self, config: DecoderConfig) -> None:
         """Raises ValueError where the group size does not divide the inputs of a matrix."""
         sizes = axis_sizes(config)
         for weight in table(config):
@@ -74,7 +74,7 @@ class Scheme:
                 )
 
 
-def _inputs(scheme: Scheme, config: LlamaConfig) -> list[int]:
+def _inputs(scheme: Scheme, config: DecoderConfig) -> list[int]:
     """The number of inputs of every matrix that the scheme covers."""
     sizes = axis_sizes(config)
     rows = [weight for weight in table(config) if scheme.covers(weight)]
@@ -109,7 +109,7 @@ def rounded(params: Params, scheme: Scheme) -> Params:
     return unflatten_dict({path: one(path, array) for path, array in flatten_dict(params).items()})
 
 
-def as_params(params: Params, config: LlamaConfig) -> Params:
+def as_params(params: Params, config: DecoderConfig) -> Params:
     """Float params from those of `rounded`: float32 [..., axes of the table]. Traceable."""
     sizes = axis_sizes(config)
 

@@ -1,4 +1,4 @@
-"""Writes Llama params as a Hugging Face directory that `transformers` loads: complete, or not at all."""
+"""Writes params as a Hugging Face directory that `transformers` loads: complete, or not at all."""
 
 import shutil
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from rtd_jax.base.files import to_disk, write_json
 from rtd_jax.base.types import Params
 from rtd_jax.data.formats import TextFormat
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.text_record import TEXT_FILE, write_text_format
 from rtd_jax.models.weights import Weight, table
 
@@ -38,7 +38,7 @@ TOKENIZER_FILES = (
 
 def save_pretrained(
     directory: str | Path,
-    config: LlamaConfig,
+    config: DecoderConfig,
     params: Params,
     *,
     tokenizer: Any = None,
@@ -110,7 +110,7 @@ def write_folder(
     return directory
 
 
-def float_entry(weight: Weight, layer: int, array: Any, config: LlamaConfig) -> Entry:
+def float_entry(weight: Weight, layer: int, array: Any, config: DecoderConfig) -> Entry:
     """The one tensor of a weight that is not quantised."""
 
     def to_host() -> dict[str, np.ndarray]:
@@ -131,7 +131,7 @@ def layer_on_host(weight: Weight, layer: int, array: Any) -> np.ndarray:
 
 
 def checked_arrays(
-    config: LlamaConfig, params: Params, shape_of: Callable[[Weight], tuple[int, ...]] | None = None
+    config: DecoderConfig, params: Params, shape_of: Callable[[Weight], tuple[int, ...]] | None = None
 ) -> dict[tuple[str, ...], Any]:
     """The leaves of the params by path. Raises ValueError where they are not those of the config.
 
@@ -153,7 +153,7 @@ def checked_arrays(
     return arrays
 
 
-def in_order(config: LlamaConfig) -> list[tuple[Weight, int]]:
+def in_order(config: DecoderConfig) -> list[tuple[Weight, int]]:
     """Every weight and layer in the order of a checkpoint: embedding, layer by layer, norm, head (layer 0)."""
     rows = table(config)
     per_layer = [(weight, layer) for layer in range(config.layers) for weight in rows if weight.stacked]

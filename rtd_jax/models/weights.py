@@ -1,4 +1,4 @@
-"""The table of Llama weights: the path of each in our params, its name in Hugging Face checkpoints, and its axes.
+"""The table of weights: the path of each in our params, its name in Hugging Face checkpoints, and its axes.
 
 Loading reads the table in one direction, saving in the other. The axes also give the shapes and, by the tables of
 `rtd_jax.base.sharding`, the shardings. A Hugging Face axis that is the product of two of ours is written
@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rtd_jax.base.types import Params
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
@@ -39,26 +39,26 @@ class Weight:
         """Logical axes of the array in the params."""
         return ("layers", *self.param_axes) if self.stacked else self.param_axes
 
-    def names(self, config: LlamaConfig) -> list[str]:
+    def names(self, config: DecoderConfig) -> list[str]:
         """The tensor names in a checkpoint, in the order of the layers."""
         return [self.name.format(layer=i) for i in range(config.layers)] if self.stacked else [self.name]
 
-    def shape(self, config: LlamaConfig) -> tuple[int, ...]:
+    def shape(self, config: DecoderConfig) -> tuple[int, ...]:
         """Shape of the array in the params."""
         sizes = axis_sizes(config)
         return tuple(sizes[axis] for axis in self.axes)
 
-    def hf_shape(self, config: LlamaConfig) -> tuple[int, ...]:
+    def hf_shape(self, config: DecoderConfig) -> tuple[int, ...]:
         """Shape of one tensor in the checkpoint."""
         sizes = axis_sizes(config)
         return tuple(int(np.prod([sizes[axis] for axis in group])) for group in self.hf_axes)
 
-    def from_hf(self, tensor: AnyArray, config: LlamaConfig) -> AnyArray:
+    def from_hf(self, tensor: AnyArray, config: DecoderConfig) -> AnyArray:
         """Converts a tensor of the checkpoint to the layout of one layer's params."""
         sizes, flat = axis_sizes(config), self._flat
         return tensor.reshape([sizes[axis] for axis in flat]).transpose([flat.index(axis) for axis in self.param_axes])
 
-    def to_hf(self, array: AnyArray, config: LlamaConfig) -> AnyArray:
+    def to_hf(self, array: AnyArray, config: DecoderConfig) -> AnyArray:
         """Converts one layer's array to the layout of the checkpoint: the inverse of `from_hf`."""
         return array.transpose([self.param_axes.index(axis) for axis in self._flat]).reshape(self.hf_shape(config))
 
@@ -103,12 +103,12 @@ EMBEDDING, HEAD = TABLE[0], TABLE[-1]
 ROWS = {weight.path: weight for weight in TABLE}
 
 
-def table(config: LlamaConfig) -> tuple[Weight, ...]:
+def table(config: DecoderConfig) -> tuple[Weight, ...]:
     """The rows for a model of this config: without the head where the embedding is tied."""
     return tuple(weight for weight in TABLE if not (config.tied_embeddings and weight.path == ("head",)))
 
 
-def axis_sizes(config: LlamaConfig) -> dict[str, int]:
+def axis_sizes(config: DecoderConfig) -> dict[str, int]:
     """Length of each logical axis."""
     return {
         "layers": config.layers,
@@ -122,7 +122,7 @@ def axis_sizes(config: LlamaConfig) -> dict[str, int]:
     }
 
 
-def parameter_count(config: LlamaConfig) -> int:
+def parameter_count(config: DecoderConfig) -> int:
     """Numbers in the params of a model of this config."""
     return sum(math.prod(weight.shape(config)) for weight in table(config))
 
@@ -134,14 +134,14 @@ def logical_axes(params: Params) -> dict[str, Any]:
     map over this tree with `is_leaf=lambda x: isinstance(x, tuple)`.
 
     Raises:
-      ValueError: a leaf is not a Llama weight.
+      ValueError: a leaf is no weight of the table.
     """
     axes = {weight.path: weight.axes for weight in TABLE}
 
     def name_axes(path: tuple[str, ...], array: Any) -> tuple[str, ...]:
         if path not in axes or len(axes[path]) != np.ndim(array):
             raise ValueError(
-                f"{'.'.join(path)} {np.shape(array)} is not a Llama weight; expected a tree as made by LlamaModel.init"
+                f"{'.'.join(path)} {np.shape(array)} is no weight of a model; expected what DecoderModel.init makes"
             )
         return axes[path]
 

@@ -22,7 +22,7 @@ from rtd_jax.base.sharding import put_same, row_sharding
 from rtd_jax.base.types import Array, Params
 from rtd_jax.data.by_length import LengthBatch
 from rtd_jax.data.trace import Span, Trace, check_spans, spans_of
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.steps.classifier import BoundaryClassifier, find_boundaries
 from rtd_jax.steps.prose import Reading, read, unmarked
 from rtd_jax.steps.token_states import run_on_readings, unit_states
@@ -45,7 +45,7 @@ class Detector:
     classifier: BoundaryClassifier
     tokenizer: PreTrainedTokenizerBase
     mesh: Mesh
-    teacher: Callable[[], tuple[LlamaModel, Params]]
+    teacher: Callable[[], tuple[DecoderModel, Params]]
     described: str = ""
     folder: Path | None = None
     batch_size: int = 16
@@ -155,7 +155,7 @@ def _kept(path: Path, digest: str, texts: Sequence[tuple[str, str, str]]) -> lis
 
 def detect_batch(
     classifier: BoundaryClassifier,
-    model: LlamaModel,
+    model: DecoderModel,
     params: Params,
     tokens_BL: Array,
     parts_BL: Array,

@@ -25,7 +25,7 @@ from rtd_jax.base.sharding import put_same, row_sharding
 from rtd_jax.base.types import Array, Params
 from rtd_jax.data.by_length import LengthBatch
 from rtd_jax.data.encoding import EncodedChain
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.steps.prose import Reading
 from rtd_jax.steps.token_states import kept_states, run_on_readings
 
@@ -49,7 +49,7 @@ class SoftWindows:
     fingerprint: str
     described: str
     mesh: Mesh
-    teacher: Callable[[], tuple[LlamaModel, Params]]
+    teacher: Callable[[], tuple[DecoderModel, Params]]
     folder: Path | None = None
     batch_size: int = 16
     note: Callable[[str], None] = print
@@ -148,7 +148,7 @@ def window_ends_at(places_T: np.ndarray, count: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def teacher_turns(model: LlamaModel, params: Params, tokens_BL: Array, mask_BL: Array) -> Array:
+def teacher_turns(model: DecoderModel, params: Params, tokens_BL: Array, mask_BL: Array) -> Array:
     """How far the direction of the final normed state moves at each token, 1 - cos(h_{t-1}, h_t), 0 at the first.
 
     Rows hold one text each; `mask_BL` says which places hold a token. float16 [B, L, 1, 1].

@@ -21,7 +21,7 @@ from rtd_jax.base import files
 from rtd_jax.base.sharding import put_same, row_sharding, row_ways, to_host
 from rtd_jax.base.types import Array, Params
 from rtd_jax.data.by_length import LengthBatch, batches_by_length, rows_at_once
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.steps.prose import Reading
 
 SHARD = 256  # texts of a file: as many as are read again at most, if a run is killed
@@ -29,12 +29,12 @@ LENGTH_MULTIPLE = 32  # tokens; rows are as long as their longest text, rounded 
 
 
 def token_states(
-    model: LlamaModel, params: Params, mesh: Mesh, readings: Sequence[Reading], layers: Sequence[int], batch_size: int
+    model: DecoderModel, params: Params, mesh: Mesh, readings: Sequence[Reading], layers: Sequence[int], batch_size: int
 ) -> list[np.ndarray]:
     """States of the texts' own tokens (not of the prompts'), of unit root mean square. float16 [T, N, D] each.
 
     Args:
-      layers: N of them, as `LlamaModel.hidden` counts.
+      layers: N of them, as `DecoderModel.hidden` counts.
       batch_size: see `run_on_readings`.
     """
 
@@ -130,7 +130,9 @@ def _digest(states_TND: np.ndarray) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def unit_states(model: LlamaModel, layers: tuple[int, ...], params: Params, tokens_BL: Array, mask_BL: Array) -> Array:
+def unit_states(
+    model: DecoderModel, layers: tuple[int, ...], params: Params, tokens_BL: Array, mask_BL: Array
+) -> Array:
     """States of N layers at every token of rows that hold one text each, of unit root mean square.
 
     `mask_BL` says which places hold a token. float16 [B, L, N, D].

@@ -32,7 +32,7 @@ class CacheSettings:
 class Identity:
     """Everything, except the chains, that decides the content of a cache. Caches of equal identity are interchangeable.
 
-    Layers are counted as `LlamaConfig.layer_index` counts them, from 0 (embeddings) to N (final normed states).
+    Layers are counted as `DecoderConfig.layer_index` counts them, from 0 (embeddings) to N (final normed states).
     """
 
     teacher: str  # fingerprint of the weights; "served:" and a model's name where a server was asked

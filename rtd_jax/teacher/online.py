@@ -6,12 +6,12 @@ import jax
 
 from rtd_jax.base.boundaries import step_states
 from rtd_jax.base.types import Array, Batch, Params, StepState, StudentOutputs, TeacherOutputs
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 
 
 @jax.named_scope("student")
 def student_outputs(
-    model: LlamaModel,
+    model: DecoderModel,
     params: Params,
     batch: Batch,
     boundary_layers: Sequence[int] = (),
@@ -21,7 +21,7 @@ def student_outputs(
     """The student's outputs on a batch; differentiable.
 
     Args:
-      boundary_layers: whose states are taken for each step, as `LlamaConfig.layer_index` counts them.
+      boundary_layers: whose states are taken for each step, as `DecoderConfig.layer_index` counts them.
       token_layers: whose states are taken at every token.
       step_state: of which tokens the state of a step is made (`base.boundaries.step_states`).
     """
@@ -30,7 +30,7 @@ def student_outputs(
 
 @jax.named_scope("teacher")
 def teacher_outputs(
-    model: LlamaModel,
+    model: DecoderModel,
     params: Params,
     batch: Batch,
     boundary_layers: Sequence[int] = (),
@@ -43,7 +43,7 @@ def teacher_outputs(
 
 
 def _outputs(
-    model: LlamaModel,
+    model: DecoderModel,
     params: Params,
     batch: Batch,
     boundary_layers: Sequence[int],

@@ -25,7 +25,7 @@ from rtd_jax.base.files import reading, write_record
 from rtd_jax.base.records import check_arrays, load_arrays, load_record, save_arrays
 from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.losses.policy import token_log_probs
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 
 FORMAT = 3
 WITHOUT_DIGEST = 2  # an earlier format, which is read too
@@ -154,7 +154,7 @@ def load_head(folder: Path, teacher: str, tokenizer: str, text: str) -> RewardMo
 
 
 def make_step_reader(
-    model: LlamaModel, layers: tuple[int, ...], surprise: bool, vocab_size: int, chunk_length: int = 64
+    model: DecoderModel, layers: tuple[int, ...], surprise: bool, vocab_size: int, chunk_length: int = 64
 ) -> Callable[[Params, Batch], jax.Array]:
     """Builds (teacher's params, batch) -> `step_features` of its steps, from one forward pass; traceable."""
 

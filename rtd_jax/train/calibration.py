@@ -15,12 +15,12 @@ from rtd_jax.base.means import Mean
 from rtd_jax.base.types import Batch, StudentOutputs
 from rtd_jax.methods.maps import TrajectoryTerm
 from rtd_jax.methods.term import Outputs, Term
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.train.update import TeacherSource, teacher_on
 
 
 def make_self_comparison(
-    teacher: LlamaModel | None, term: Term
+    teacher: DecoderModel | None, term: Term
 ) -> Callable[[TeacherSource, Batch, TeacherSource, Batch], Mean]:
     """Builds (teacher, batch, teacher, same chains under another context) -> the term as (sum, denominator).
 

@@ -12,7 +12,7 @@ from rtd_jax.data.sources import SourceSettings
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.own_chains import OnPolicySettings, RewardSettings
 from rtd_jax.methods.term import Objective, Setup
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.decoder import AttentionKernel, Remat
 from rtd_jax.models.open import FloatDtype, ModelSettings
 from rtd_jax.models.pruning import PRUNED_SIZES
@@ -381,7 +381,7 @@ class Recipe:
         return UpdateSettings(self.micro_batches, self.optimizer.offload)
 
     def objective(
-        self, student: LlamaConfig, teacher: LlamaConfig, vocab_size: int, mesh: Mesh | None = None
+        self, student: DecoderConfig, teacher: DecoderConfig, vocab_size: int, mesh: Mesh | None = None
     ) -> Objective:
         """The objective for two models.
 

@@ -17,7 +17,7 @@ from rtd_jax.methods.maps import last_map, state_map, transition_map
 from rtd_jax.methods.term import Setup
 from rtd_jax.models.fingerprint import weights_fingerprint
 from rtd_jax.models.from_hf import resolve
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.open import FloatDtype, ModelSettings, WeightDtype, open_model
 from rtd_jax.models.quantized import INT8, quantize_params
 from rtd_jax.models.text_record import read_text_format
@@ -45,7 +45,7 @@ class LoadedModel:
     """
 
     name: str
-    model: LlamaModel
+    model: DecoderModel
     params: Params
     tokenizer: PreTrainedTokenizerBase
     mesh: Mesh
@@ -79,8 +79,8 @@ def load_model(
       weights: False leaves `params` empty, for a teacher whose states are read from a cache.
 
     Raises:
-      ValueError: there is no model of that name, it is not a Llama, or it is a checkpoint whose teacher is gone; or a
-        stage checkpoint is asked for without weights: a cache belongs to a Hugging Face folder.
+      ValueError: there is no model of that name, its family is not supported, or it is a checkpoint whose teacher is
+        gone; or a stage checkpoint is asked for without weights: a cache belongs to a Hugging Face folder.
     """
     mesh, stage = make_mesh(MeshSettings()), stage_checkpoint(path)
     if stage is not None and not weights:
@@ -146,7 +146,7 @@ def _load_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh:
             f"{path} was trained with models that are not where they were ({error}). A finished run has its student as "
             f"a Hugging Face folder too: give {path.parents[2] / 'student'}"
         ) from error
-    model = LlamaModel(config, compute_dtype, activation_sharding=row_sharding(mesh))
+    model = DecoderModel(config, compute_dtype, activation_sharding=row_sharding(mesh))
     objective = recipe.objective(config, teacher.config, config.vocab_size)
     learned = jax.eval_shape(lambda: objective.init_params(jax.random.key(0), config.width, teacher.config.width))
     abstract: Params = {"student": model.abstract_params(), **learned}

@@ -16,7 +16,7 @@ from rtd_jax.data.encoding import EncodedChain, EncodingReport, encode_traces
 from rtd_jax.data.formats import TextFormat, solved_examples
 from rtd_jax.data.sources import load_traces
 from rtd_jax.data.trace import Trace, problem_key
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.open import OpenModel
 from rtd_jax.steps.classifier import load_classifier
 from rtd_jax.steps.detector import Detector
@@ -214,7 +214,7 @@ def make_windows(recipe: Recipe, teacher: OpenModel) -> SoftWindows | None:
     )
 
 
-def _loaded(recipe: Recipe, teacher: OpenModel) -> tuple[LlamaModel, Params]:
+def _loaded(recipe: Recipe, teacher: OpenModel) -> tuple[DecoderModel, Params]:
     if recipe.teacher.cache and not teacher.is_loaded:
         teacher.note("some chains have not been cut yet, so the teacher is loaded in spite of its cache")
     return teacher.model, teacher.params

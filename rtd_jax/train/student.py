@@ -14,9 +14,9 @@ from rtd_jax.base.sharding import row_sharding
 from rtd_jax.base.types import Params
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.formats import TextFormat
-from rtd_jax.models.config import LlamaConfig, layers_to_copy
+from rtd_jax.models.config import DecoderConfig, layers_to_copy
 from rtd_jax.models.from_hf import load_config, load_params, resolve
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.open import OpenModel
 from rtd_jax.models.pruning import PRUNED_SIZES, prune_model, pruned_config
 from rtd_jax.models.quantization_config import check_storable
@@ -30,7 +30,7 @@ Chain = TypeVar("Chain")
 FOLDER, FLOAT_FOLDER = "student", "student_float"  # in a run's folder
 
 
-def student_config(student: StudentSettings, teacher: LlamaConfig) -> LlamaConfig:
+def student_config(student: StudentSettings, teacher: DecoderConfig) -> DecoderConfig:
     """The student's sizes: its checkpoint's, the teacher's with fewer layers or pruned, or the settings' own.
 
     Raises:
@@ -50,7 +50,7 @@ def student_config(student: StudentSettings, teacher: LlamaConfig) -> LlamaConfi
     return replace(teacher, **{name: getattr(student, name) for name in SIZES})
 
 
-def student_model(settings: StudentSettings, config: LlamaConfig, mesh: Mesh) -> LlamaModel:
+def student_model(settings: StudentSettings, config: DecoderConfig, mesh: Mesh) -> DecoderModel:
     """The student without its weights. Raises ValueError where it cannot be quantised as the settings say."""
     scheme = settings.scheme
     if scheme is not None:
@@ -59,7 +59,7 @@ def student_model(settings: StudentSettings, config: LlamaConfig, mesh: Mesh) ->
             check_storable(scheme, config)
         except ValueError as error:
             raise ValueError(f"student.quantization={settings.quantization!r}: {error}") from error
-    return LlamaModel(
+    return DecoderModel(
         config,
         settings.compute_dtype,
         settings.remat,
@@ -92,7 +92,7 @@ def check_weights(student: StudentSettings, teacher: OpenModel) -> None:
 
 def initial_student(
     settings: StudentSettings,
-    student: LlamaModel,
+    student: DecoderModel,
     teacher: OpenModel,
     key: jax.Array,
     shardings: Params,
@@ -120,7 +120,7 @@ def initial_student(
         # Every process does the same on one of its devices, so that the choice does not depend on the mesh. The device
         # holds the whole teacher in float32 for that time.
         whole = load_params(teacher.directory, teacher.config, dtype="float32")
-        _, params, kept = prune_model(LlamaModel(teacher.config), whole, chosen_chains, student.config)
+        _, params, kept = prune_model(DecoderModel(teacher.config), whole, chosen_chains, student.config)
         return jax.tree.map(_placed, jax.device_get(params), shardings), kept.units_S.astype(np.int32)
     return jax.jit(student.init, out_shardings=shardings)(key), None
 
@@ -141,7 +141,7 @@ def student_folders(settings: StudentSettings) -> tuple[str, ...]:
 
 
 def save_student(
-    workdir: Path, student: LlamaModel, params: Params, tokenizer: PreTrainedTokenizerBase, text: TextFormat
+    workdir: Path, student: DecoderModel, params: Params, tokenizer: PreTrainedTokenizerBase, text: TextFormat
 ) -> None:
     """Writes what a run has trained as a Hugging Face folder, as it computes.
 

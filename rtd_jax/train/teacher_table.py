@@ -14,7 +14,7 @@ import numpy as np
 from rtd_jax.base.sharding import to_host
 from rtd_jax.base.types import Array, Batch, Params, TeacherOutputs
 from rtd_jax.methods.term import Reads
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.train.update import teacher_on
 
 HEAD = -1  # in place of a layer: the states that the head reads
@@ -62,7 +62,7 @@ class ChainPlaces:
 
 
 def make_table(
-    teacher: LlamaModel, params: Params, batches: Iterable[tuple[Batch, Batch]], reads: Reads
+    teacher: DecoderModel, params: Params, batches: Iterable[tuple[Batch, Batch]], reads: Reads
 ) -> tuple[TeacherTable, ChainPlaces]:
     """Runs the teacher over all batches, and finds the chains in what comes out.
 

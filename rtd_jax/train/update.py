@@ -13,7 +13,7 @@ from rtd_jax.base.means import Mean, Metrics
 from rtd_jax.base.sharding import row_sharding
 from rtd_jax.base.types import Array, Batch, Params, StepState, StudentOutputs, TeacherOutputs
 from rtd_jax.methods.term import Coefficients, Objective, Outputs, Reads, Term, reads_of, weighted_sum
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.teacher.online import student_outputs, teacher_outputs
 from rtd_jax.train.state import TrainState, state_shardings
 
@@ -33,8 +33,8 @@ TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_train_step(
-    student: LlamaModel,
-    teacher: LlamaModel | None,
+    student: DecoderModel,
+    teacher: DecoderModel | None,
     optimizer: optax.GradientTransformation,
     objective: Objective,
     settings: UpdateSettings = UpdateSettings(),
@@ -45,8 +45,8 @@ def make_train_step(
 
 
 def make_update(
-    student: LlamaModel,
-    teacher: LlamaModel | None,
+    student: DecoderModel,
+    teacher: DecoderModel | None,
     optimizer: optax.GradientTransformation,
     objective: Objective,
     settings: UpdateSettings = UpdateSettings(),
@@ -128,7 +128,9 @@ def make_update(
     return step
 
 
-def teacher_on(teacher: LlamaModel | None, source: TeacherSource | None, batch: Batch, reads: Reads) -> TeacherOutputs:
+def teacher_on(
+    teacher: DecoderModel | None, source: TeacherSource | None, batch: Batch, reads: Reads
+) -> TeacherOutputs:
     """The teacher's outputs on a batch, computed or as given; empty where nothing of it is read. No gradient flows."""
     if not reads.teacher:
         return TeacherOutputs(None, None, {}, {})
@@ -139,7 +141,7 @@ def teacher_on(teacher: LlamaModel | None, source: TeacherSource | None, batch: 
     return teacher_outputs(teacher, source, batch, reads.teacher_boundaries, reads.teacher_tokens, reads.step_state)
 
 
-def _student_on(student: LlamaModel, params: Params, batch: Batch, reads: Reads) -> StudentOutputs:
+def _student_on(student: DecoderModel, params: Params, batch: Batch, reads: Reads) -> StudentOutputs:
     return student_outputs(student, params, batch, reads.student_boundaries, reads.student_tokens, reads.step_state)
 
 
@@ -158,7 +160,7 @@ def _moved(
 
 
 def make_boundary_reader(
-    student: LlamaModel, teacher: LlamaModel | None, layers: tuple[int, int], step_state: StepState = "end"
+    student: DecoderModel, teacher: DecoderModel | None, layers: tuple[int, int], step_state: StepState = "end"
 ) -> Callable[[Params, TeacherSource, Batch], tuple[Array, Array]]:
     """Builds (params, teacher, batch) -> states of steps in two layers, [B, C, K, S] and [B, C, K, D].
 
@@ -179,7 +181,7 @@ def make_boundary_reader(
 
 
 def make_term_eval(
-    student: LlamaModel, teacher: LlamaModel | None, term: Term
+    student: DecoderModel, teacher: DecoderModel | None, term: Term
 ) -> Callable[[Params, TeacherSource, Batch], Mean]:
     """Builds (params, teacher, batch) -> a term of the objective as (sum, denominator), nothing else computed.
 

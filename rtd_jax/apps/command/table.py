@@ -90,7 +90,7 @@ COMMANDS = {
         example="--teacher=MODEL --classifier=runs/boundaries_smollm2/classifier --data=texts.jsonl",
     ),
     "evaluate": Command(
-        "Measures chain, step and answer accuracy by reasoning depth, of any Llama or of texts made elsewhere.",
+        "Measures chain, step and answer accuracy by reasoning depth, of any model or of texts made elsewhere.",
         "rtd_jax.apps.evaluate:evaluate",
         flags="rtd_jax.apps.evaluate:EvaluateSettings",
         example="--model=runs/rtd_tiny,rtd_jax/bundled/tiny_teacher --tasks=synthetic --limit=120",

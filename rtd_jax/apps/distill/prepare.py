@@ -26,9 +26,9 @@ from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.methods.maps import TrajectoryTerm
 from rtd_jax.methods.own_chains import JUDGE
 from rtd_jax.methods.term import Objective
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.from_hf import resolve
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.open import OpenModel, check_rows_of_ids, load_tokenizer, open_model
 from rtd_jax.steps.detector import Detector
 from rtd_jax.steps.select import soft_of
@@ -52,13 +52,13 @@ class Experiment:
     recipe: Recipe
     mesh: Mesh
     tokenizer: PreTrainedTokenizerBase
-    teacher: LlamaModel | None  # None where its outputs are read from a cache, or not at all
+    teacher: DecoderModel | None  # None where its outputs are read from a cache, or not at all
     teacher_params: Params  # empty without a teacher
     cache: TeacherCache | None
     reward: RewardModel | None  # None where no reward is learned from, or the judge gives it
     detector: Detector | None  # of steps in the data's chains; None where the schema marks them
-    student: LlamaModel
-    teacher_config: LlamaConfig  # its sizes, also where its weights are not loaded
+    student: DecoderModel
+    teacher_config: DecoderConfig  # its sizes, also where its weights are not loaded
     objective: Objective
     optimizer: optax.GradientTransformation
     step: TrainStep
@@ -216,7 +216,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
     return replace(experiment, kept_S=kept_S), state
 
 
-def _checked_config(recipe: Recipe, teacher: OpenModel) -> LlamaConfig:
+def _checked_config(recipe: Recipe, teacher: OpenModel) -> DecoderConfig:
     """The student's sizes. Raises ValueError where the models' vocabularies or tokenizers do not fit together."""
     config = student_config(recipe.student, teacher.config)
     check_weights(recipe.student, teacher)
@@ -311,7 +311,7 @@ def _check_chains(
 
 def _initial_state(
     recipe: Recipe,
-    student: LlamaModel,
+    student: DecoderModel,
     teacher: OpenModel,
     objective: Objective,
     optimizer: optax.GradientTransformation,

@@ -18,7 +18,7 @@ from rtd_jax.base.files import finite_report, write_json, write_jsonl
 from rtd_jax.base.lock import one_writer
 from rtd_jax.base.types import Params
 from rtd_jax.eval.evaluate import decoding_notes
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_meta, restore_state
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.metrics import MetricsLog
@@ -148,7 +148,7 @@ def evaluate_run(
         "chain_accuracy": {},
         "step_accuracy": {},
     }
-    models: dict[str, tuple[LlamaModel, Params]] = {"student": (experiment.student, run.state.params["student"])}
+    models: dict[str, tuple[DecoderModel, Params]] = {"student": (experiment.student, run.state.params["student"])}
     if recipe.evaluation.teacher and experiment.teacher is not None:  # a cache cannot write solutions
         models["teacher"] = (experiment.teacher, experiment.teacher_params)
     generations: list[dict[str, Any]] = []

@@ -9,7 +9,7 @@ from rtd_jax.apps.distill.prepare import Experiment
 from rtd_jax.base.types import Batch, Params
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.decoding.placement import for_writing
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.train.calibration import make_self_comparison, mean_over
 from rtd_jax.train.curriculum import Stage
 from rtd_jax.train.splits import Chains, prefixed_chains, row_length_of
@@ -97,6 +97,6 @@ class _Solved:
     def of_student(self, params: Params) -> float:
         return self._share(*for_writing(self._experiment.student, params["student"], self._experiment.mesh))
 
-    def _share(self, model: LlamaModel, params: Params) -> float:
+    def _share(self, model: DecoderModel, params: Params) -> float:
         records = self._experiment.evaluator.solutions(model, params, self._problems)
         return float(np.mean([record["correct"] for record in records]))

@@ -11,9 +11,9 @@ from rtd_jax.base.files import read_json
 from rtd_jax.base.sharding import check_rows, row_sharding
 from rtd_jax.base.types import Batch, Params, TeacherOutputs, TopK
 from rtd_jax.methods.term import Objective, reads_of
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.from_hf import load_config
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.open import make_model, weight_shardings
 from rtd_jax.steps.select import soft_of
 from rtd_jax.train.optimizer import make_optimizer
@@ -29,9 +29,9 @@ MAX_BOUNDARIES = 17  # boundary slots of a chain: 16 steps and the prompt's end.
 class Abstract(NamedTuple):
     """A jitted update and the shapes of its arguments."""
 
-    teacher: LlamaModel | None  # None where the teacher's outputs are read from a cache
-    teacher_config: LlamaConfig
-    student: LlamaModel
+    teacher: DecoderModel | None  # None where the teacher's outputs are read from a cache
+    teacher_config: DecoderConfig
+    student: DecoderModel
     vocab_size: int
     objective: Objective
     state: TrainState
@@ -52,7 +52,7 @@ class Abstract(NamedTuple):
         return jax.tree.leaves((self.batch, self.own))[0].sharding
 
 
-def architecture(path: str) -> LlamaConfig:
+def architecture(path: str) -> DecoderConfig:
     """Sizes of a checkpoint, read from its folder if that is here, else looked up by hub name in the bundled table.
 
     Raises:
@@ -66,7 +66,7 @@ def architecture(path: str) -> LlamaConfig:
             f"the sizes of {path!r} are not known here; give a folder with its config.json, or one of "
             f"{', '.join(table)}"
         )
-    return LlamaConfig.from_hf(table[path])
+    return DecoderConfig.from_hf(table[path])
 
 
 def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:

@@ -23,7 +23,7 @@ from rtd_jax.base.types import Array, Params
 from rtd_jax.data.by_length import round_up
 from rtd_jax.eval.decoding import PROMPT_MULTIPLE, GenerateSettings, Sampling
 from rtd_jax.eval.decoding.slots import Progress, Queue, advance, rows_read, shardings, start, with_next_token
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class DrawingPlan:
 
 
 def plan_drawing(
-    model: LlamaModel, params: Params, vocab_size: int, draw: Draw, mesh: Mesh, resident: float = 0.0
+    model: DecoderModel, params: Params, vocab_size: int, draw: Draw, mesh: Mesh, resident: float = 0.0
 ) -> DrawingPlan:
     """Compiles drawing for the devices of a mesh.
 
@@ -150,7 +150,7 @@ def drawing_rows(plan: DrawingPlan, target: Target, update: Plan) -> list[tuple[
     ]
 
 
-def writing(model: LlamaModel, settings: GenerateSettings, mesh: Mesh) -> Any:
+def writing(model: DecoderModel, settings: GenerateSettings, mesh: Mesh) -> Any:
     """All texts of a queue, from start to end, as one jitted function of (params, queue)."""
 
     def write(params: Params, queue: Queue) -> tuple[Array, Array]:

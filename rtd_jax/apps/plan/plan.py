@@ -22,7 +22,7 @@ from rtd_jax.eval.decoding import PROMPT_MULTIPLE, GenerateSettings
 from rtd_jax.eval.decoding.placement import for_writing
 from rtd_jax.methods.own_chains import OnPolicySettings
 from rtd_jax.methods.term import reads_of
-from rtd_jax.models.config import LlamaConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.update import make_term_eval
 
@@ -119,7 +119,7 @@ def _traced_update(recipe: Recipe, mesh: Mesh) -> jax.stages.Traced:
     return abstract.step.trace(*abstract.arguments)
 
 
-def ideal_flops(recipe: Recipe, teacher: LlamaConfig | None, student: LlamaConfig) -> float:
+def ideal_flops(recipe: Recipe, teacher: DecoderConfig | None, student: DecoderConfig) -> float:
     """FLOPs that an update needs at least, over all devices; a multiply-add counts as two.
 
     The teacher runs forward only, with 2 FLOPs per weight and token, and not at all where it is cached. The student
@@ -132,7 +132,7 @@ def ideal_flops(recipe: Recipe, teacher: LlamaConfig | None, student: LlamaConfi
     return tokens * (teacher_flops + 3 * _forward_flops(student, length))
 
 
-def _forward_flops(config: LlamaConfig, length: int) -> float:
+def _forward_flops(config: DecoderConfig, length: int) -> float:
     attention = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
     weights = config.layers * (attention + 3 * config.width * config.mlp_width) + config.width * config.vocab_size
     return 2.0 * weights + 4.0 * config.layers * config.heads * config.head_dim * length

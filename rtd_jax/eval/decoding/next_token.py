@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from rtd_jax.base.types import Array, Params
 from rtd_jax.eval.decoding.settings import GenerateSettings
 from rtd_jax.losses.divergences import mask_padding
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 
 
 def next_tokens(
-    model: LlamaModel, params: Params, hidden_BD: Array, streams_B: Array, counts_B: Array, settings: GenerateSettings
+    model: DecoderModel, params: Params, hidden_BD: Array, streams_B: Array, counts_B: Array, settings: GenerateSettings
 ) -> tuple[jax.Array, jax.Array]:
     """The next token of each row, int32 [B], and whether it is one of `eos_ids`, bool [B].
 

@@ -8,11 +8,11 @@ from jax.sharding import Mesh
 
 from rtd_jax.base.sharding import TENSOR, activation_sharding, param_shardings
 from rtd_jax.base.types import Params
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.weights import logical_axes
 
 
-def for_writing(model: LlamaModel, params: Params, mesh: Mesh) -> tuple[LlamaModel, Params]:
+def for_writing(model: DecoderModel, params: Params, mesh: Mesh) -> tuple[DecoderModel, Params]:
     """A model that training spreads by the table FSDP, and a copy of its params, as writing reads them fastest.
 
     Training gathers each layer's float32 weights on every device; a step that adds one token a text would wait for that

@@ -13,7 +13,7 @@ from rtd_jax.data.by_length import round_up
 from rtd_jax.eval.decoding import settings as sizes
 from rtd_jax.eval.decoding.settings import GenerateSettings
 from rtd_jax.eval.decoding.slots import Queue, advance, start
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 
 STOP_INTERVAL = 16  # tokens after which it is checked again whether the text written so far ends a generation
 MOST_BATCHES = 64  # texts of a queue, in batches: a queue is on the devices, with room for all that is written
@@ -21,7 +21,7 @@ _NEVER = np.int32(2**31 - 1)
 
 
 def generate(
-    model: LlamaModel,
+    model: DecoderModel,
     params: Params,
     prompts: Sequence[Sequence[int]],
     settings: GenerateSettings,
@@ -106,7 +106,7 @@ def _queue(prompts: Sequence[Sequence[int]], streams: np.ndarray, limits: np.nda
 
 
 def _written(
-    model: LlamaModel,
+    model: DecoderModel,
     params: Params,
     queue: Queue,
     rows: int,

@@ -24,7 +24,7 @@ from rtd_jax.base.types import Array, Params
 from rtd_jax.data.by_length import round_up
 from rtd_jax.eval.decoding.next_token import next_tokens
 from rtd_jax.eval.decoding.settings import PROMPT_MULTIPLE, GenerateSettings
-from rtd_jax.models.model import LlamaModel
+from rtd_jax.models.model import DecoderModel
 
 LENGTHS = 4  # most static lengths, of prompts that are read and of what a step attends to; each is compiled
 ATTENDED_MULTIPLE = 128  # tokens; a step attends to a multiple of this
@@ -90,7 +90,7 @@ def rows_read(slots: int, rows: NamedSharding | None) -> int:
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "settings", "rows"))
 def start(
-    model: LlamaModel,
+    model: DecoderModel,
     params: Params,
     queue: Queue,
     *,
@@ -124,7 +124,7 @@ def start(
 
 @functools.partial(jax.jit, static_argnames=("model", "settings", "rows"), donate_argnames="progress")
 def advance(
-    model: LlamaModel,
+    model: DecoderModel,
     params: Params,
     queue: Queue,
     progress: Progress,
@@ -181,7 +181,9 @@ def static_lengths(longest: int, multiple: int) -> list[int]:
     return sorted({min(part, longest) for part in parts})
 
 
-def with_next_token(model: LlamaModel, params: Params, slots: Slots, length: int, settings: GenerateSettings) -> Slots:
+def with_next_token(
+    model: DecoderModel, params: Params, slots: Slots, length: int, settings: GenerateSettings
+) -> Slots:
     """Reads the newest token of each slot and adds the next one where the text goes on."""
     hidden_BD, cache = model.decode(params, slots.cache, slots.last_B, slots.positions_B, length)
     chosen_B, is_end_B = next_tokens(model, params, hidden_BD, slots.streams_B, slots.counts_B, settings)
@@ -199,7 +201,7 @@ def with_next_token(model: LlamaModel, params: Params, slots: Slots, length: int
 
 
 def _refilled(
-    model: LlamaModel,
+    model: DecoderModel,
     params: Params,
     queue: Queue,
     progress: Progress,
@@ -251,7 +253,7 @@ def _refilled(
     return progress._replace(taken=progress.taken + count, slots=Slots(cache, **others), shelf=shelf)
 
 
-def restocked(model: LlamaModel, params: Params, queue: Queue, progress: Progress) -> Shelf:
+def restocked(model: DecoderModel, params: Params, queue: Queue, progress: Progress) -> Shelf:
     """The shelf, with the next W prompts read if the next text's prompt is not on it."""
     shelf, (read,) = progress.shelf, progress.shelf.hidden_WD.shape[:1]
     prompt_length = queue.prompts_UP.shape[1]
@@ -282,7 +284,7 @@ def _written_down(progress: Progress) -> Progress:
     )
 
 
-def shardings(progress: Progress, model: LlamaModel, rows: NamedSharding) -> Progress:
+def shardings(progress: Progress, model: DecoderModel, rows: NamedSharding) -> Progress:
     """Where the arrays of the progress lie, as `advance` says; axes that do not divide an array leave it whole."""
     mesh, of_rows = _mesh(rows), rows.spec[0] if rows.spec else None
 
@@ -297,13 +299,13 @@ def shardings(progress: Progress, model: LlamaModel, rows: NamedSharding) -> Pro
     return placed(progress)._replace(slots=slots, shelf=shelf)
 
 
-def _placed(progress: Progress, model: LlamaModel, rows: NamedSharding | None) -> Progress:
+def _placed(progress: Progress, model: DecoderModel, rows: NamedSharding | None) -> Progress:
     if rows is None:
         return progress
     return jax.lax.with_sharding_constraint(progress, shardings(progress, model, rows))
 
 
-def _cache_shardings(cache: Any, model: LlamaModel, rows: NamedSharding, *, is_spread: bool = True) -> Any:
+def _cache_shardings(cache: Any, model: DecoderModel, rows: NamedSharding, *, is_spread: bool = True) -> Any:
     """Of a cache: its rows are spread like the model's activations, or whole, its heads over the other mesh axes.
 
     Where the heads are too few for these, rows are spread over them, too: a cache is large enough to be worth it.
