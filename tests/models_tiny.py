@@ -1,4 +1,4 @@
-"""Tiny random Llamas made by transformers, in every shape that rtd_jax computes: the reference of the model tests."""
+"""Tiny random models of every family made by transformers, in every shape that rtd_jax computes: the reference of the model tests."""
 
 import json
 from pathlib import Path
@@ -32,6 +32,8 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+WINDOW = 7  # tokens, far less than the tests' rows
 VARIANTS: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mha": {"num_key_value_heads": 4},
@@ -40,17 +42,66 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "large_eps": {"rms_norm_eps": 0.1},
     "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
     "llama3": {"rope_parameters": LLAMA3_ROPE, "head_dim": 16, "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 3.0}},
+    "yarn": {"rope_parameters": YARN_ROPE, "head_dim": 16},
+    "yarn_by_factors": {
+        "rope_parameters": YARN_ROPE
+        | {"beta_fast": 4.0, "beta_slow": 0.5, "mscale": 0.7, "mscale_all_dim": 1.4, "truncate": False},
+        "head_dim": 16,
+    },
+    "llama_biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral_nemo": {"model_type": "mistral", "sliding_window": None, "head_dim": 16, "num_key_value_heads": 1},
+    "mistral_window": {"model_type": "mistral", "sliding_window": WINDOW},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2_untied": {"model_type": "qwen2", "rms_norm_eps": 1e-5},
+    "qwen2_windows_above": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 1,
+    },
+    "qwen2_yarn": {"model_type": "qwen2", "rope_parameters": YARN_ROPE},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "qwen3_tied": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True, "rope_parameters": YARN_ROPE},
+    "qwen3_biases": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True},
+    "qwen3_windows_by_layer": {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "smollm3": {"model_type": "smollm3", "pad_token_id": 0, "no_rope_layer_interval": 2, "tie_word_embeddings": True},
+    "smollm3_listed": {
+        "model_type": "smollm3",
+        "pad_token_id": 0,
+        "no_rope_layers": [0, 1, 0],
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "smollm3_windows": {
+        "model_type": "smollm3",
+        "pad_token_id": 0,
+        "no_rope_layers": [1, 0, 1],
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+    },
 }
 
 
-def hf_model(**changes: Any) -> transformers.LlamaForCausalLM:
-    """A random LlamaForCausalLM in float32; norms are moved away from one, where they would hide."""
+def hf_model(model_type: str = "llama", **changes: Any) -> transformers.PreTrainedModel:
+    """A random causal model in float32; norms are moved away from one and biases from zero, where they would hide."""
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**BASE, **changes})).eval()
+    config = transformers.AutoConfig.for_model(model_type, **{**BASE, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name:
                 weight.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                weight.normal_(0.0, 0.5)
     return model
 
 

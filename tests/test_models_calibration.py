@@ -31,7 +31,7 @@ def walk(params):
     tokens, positions, ids = packed()
     states, inputs = [embed(MODEL, params, tokens)], []
     for layer in range(CONFIG.layers):
-        after, read = layer_inputs(MODEL, layer_params(params, layer), states[-1], positions, ids)
+        after, read = layer_inputs(MODEL, layer, layer_params(params, layer), states[-1], positions, ids)
         states.append(after)
         inputs.append(read)
     return states, inputs

@@ -6,9 +6,9 @@ import re
 import pytest
 import transformers
 
-from rtd_jax.models.config import DecoderConfig, RopeConfig, layers_to_copy, layers_to_match
-from rtd_jax.models.decoder import rope_frequencies
+from rtd_jax.models.config import DecoderConfig, layers_to_copy, layers_to_match
 from rtd_jax.models.from_hf import load_config
+from rtd_jax.models.rope import RopeConfig
 
 CONFIG = DecoderConfig(16, 8, 8, layers=3, heads=1, kv_heads=1, head_dim=8)
 
@@ -177,5 +177,5 @@ def test_what_agrees_is_read_as_transformers_reads_it(tmp_path, changes):
     ours = load(tmp_path, json.dumps(HF | changes))
     theirs = transformers.LlamaConfig.from_pretrained(tmp_path)
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
-    assert rope_frequencies(ours.rope, 32) == pytest.approx(rotary.inv_freq.numpy(), rel=1e-6)
+    assert ours.rope.frequencies(32) == pytest.approx(rotary.inv_freq.numpy(), rel=1e-6)
     assert RopeConfig.from_hf(ours.rope.to_hf()) == ours.rope

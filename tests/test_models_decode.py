@@ -13,6 +13,18 @@ from rtd_jax.models.model import DecoderModel
 
 LENGTHS = (9, 1, 14, 6)
 NEW = 16
+DECODED = (
+    "gqa",
+    "llama3",
+    "mha",
+    "yarn",
+    "llama_biases",
+    "mistral_nemo",
+    "mistral_window",
+    "qwen2_windows_above",
+    "qwen3_windows_by_layer",
+    "smollm3_windows",
+)
 
 
 # Compiled once per model and shape, for all tests of this file.
@@ -21,7 +33,7 @@ decode = jax.jit(DecoderModel.decode, static_argnums=0)
 hidden = jax.jit(DecoderModel.hidden, static_argnums=0)
 
 
-@pytest.fixture(scope="module", params=["gqa", "llama3", "mha"])
+@pytest.fixture(scope="module", params=DECODED)
 def trio(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     hf = hf_model(**VARIANTS[request.param])

@@ -11,8 +11,9 @@ from models_tiny import LLAMA3_ROPE, VARIANTS, hf_model, old_spelling, rewrite_c
 from safetensors.torch import load_file, save_file
 
 from rtd_jax.models import from_hf
-from rtd_jax.models.config import DecoderConfig, RopeConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.from_hf import load_config, load_params, resolve
+from rtd_jax.models.rope import RopeConfig
 from rtd_jax.models.weights import logical_axes
 
 NAME = "model.layers.1.self_attn.k_proj.weight"

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rtd_jax.models.config import DecoderConfig, RopeConfig
-from rtd_jax.models.decoder import REMAT_POLICIES, rope_frequencies
+from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.decoder import REMAT_POLICIES
 from rtd_jax.models.model import DecoderModel, chain_mask
+from rtd_jax.models.rope import RopeConfig
 
 CONFIG = DecoderConfig(61, 32, 48, layers=3, heads=4, kv_heads=2, head_dim=8, init_std=0.3)
 MODEL = DecoderModel(CONFIG)
@@ -73,7 +74,7 @@ def test_chain_mask_by_hand():
 
 def test_llama3_frequencies_by_hand():
     """head_dim 4, theta 16: plain frequencies 1 and 1/4, that is 10 and 2.5 turns over an original context of 20 pi."""
-    frequencies = functools.partial(rope_frequencies, head_dim=4)
+    frequencies = functools.partial(RopeConfig.frequencies, head_dim=4)
     np.testing.assert_allclose(frequencies(RopeConfig(theta=16.0)), [1.0, 0.25])
     context = round(20 * np.pi * 1000)  # in thousandths, so that it is an integer
     scaled = RopeConfig(16.0, "llama3", 8.0, 1000.0, 4000.0, original_max_positions=context)

@@ -36,8 +36,9 @@ from rtd_jax.eval.ready import check_evaluation
 from rtd_jax.eval.scoring import ScoringSettings
 from rtd_jax.methods.kd import Labels
 from rtd_jax.methods.term import Objective
-from rtd_jax.models.config import DecoderConfig, RopeConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.model import DecoderModel
+from rtd_jax.models.rope import RopeConfig
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_meta, restore_state
 from rtd_jax.train.loop import Loop, stopped_after

@@ -1,171 +1,16 @@
-"""The description of a Llama (its sizes, rotary embedding and special token ids), and how its layers are counted."""
+"""The description of a model (family, sizes, rotary embedding, special token ids), and how its layers are counted."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-_ROPE_KINDS = ("default", "llama3")
-_LLAMA3_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
+from rtd_jax.models.config_values import flag, positive, share, token_ids, whole
+from rtd_jax.models.families import FAMILIES, family_of, features_of, features_to_hf
+from rtd_jax.models.rope import RopeConfig
+
 _MOST_LAYERS = 10_000
-_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-_MOST = 2**31 - 1  # of any size: token ids and positions are int32
-
-
-# Readers of one value of a config.json. Each raises a ValueError that names the key.
-
-
-def _whole(key: str, value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError(f"{key} is {_shown(value)}; expected a whole number, as in the original config.json")
-    if not 1 <= value <= _MOST:
-        raise ValueError(f"{key} is {_shown(value)}; it must be at least 1, and at most {_MOST:,}")
-    return value
-
-
-def _positive(key: str, value: Any) -> float:
-    if type(value) not in (int, float) or not _SMALLEST <= value <= _LARGEST:
-        raise ValueError(f"{key} is {_shown(value)}; expected a positive finite number, as in the original config.json")
-    return float(value)
-
-
-def _share(key: str, value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value <= 1:
-        raise ValueError(f"{key} is {_shown(value)}; expected a number from 0 to 1, as in the original config.json")
-    return float(value)
-
-
-def _flag(key: str, value: Any) -> bool:
-    if type(value) is not bool:
-        raise ValueError(f"{key} is {_shown(value)}; expected true or false, as in the original config.json")
-    return value
-
-
-def _token_ids(key: str, value: Any) -> int | tuple[int, ...] | None:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(type(token) is not int for token in ids):
-        raise ValueError(f"{key} is {_shown(value)}; expected a token id, a list of them, or null")
-    if key == "pad_token_id" and value == -1:
-        return None  # how the first Llamas said that there is none
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _shown(value: Any) -> str:
-    """A value, or the beginning of a long one."""
-    return "null" if value is None else repr(value)[:80]
-
-
-def _agreed(places: dict[str, Any], read: Callable[[str, Any], Any]) -> Any:
-    """The value that one or several places of a config.json give; None where all are null or absent.
-
-    Raises:
-      ValueError: two places give different values.
-    """
-    found = {place: read(place, value) for place, value in places.items() if value is not None}
-    for place, value in found.items():
-        first = next(iter(found))
-        if value != found[first]:
-            raise ValueError(
-                f"{first} is {_shown(places[first])} but {place} is {_shown(places[place])}; remove the one that the "
-                "model was not trained with"
-            )
-    return next(iter(found.values()), None)
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding (Su et al. 2021); `kind="llama3"` adds the frequency scaling of Llama 3.1.
-
-    The scaling multiplies wavelengths longer than `original_max_positions / low_freq_factor` tokens by `factor`, keeps
-    those shorter than `original_max_positions / high_freq_factor`, and interpolates between the two. With
-    `kind="default"` only `theta` is used.
-
-    Raises:
-      ValueError: an unknown kind, or frequency factors that are not in order.
-    """
-
-    theta: float = 10_000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.kind not in _ROPE_KINDS:
-            raise ValueError(
-                f"rope type {self.kind!r} is not supported; known: {', '.join(_ROPE_KINDS)}. "
-                "Use a checkpoint without it, or a Llama 3.x one"
-            )
-        if self.kind == "llama3" and not self.high_freq_factor > self.low_freq_factor > 0:
-            raise ValueError(
-                f"llama3 rope needs high_freq_factor > low_freq_factor > 0, got {self.high_freq_factor} and "
-                f"{self.low_freq_factor}"
-            )
-
-    @classmethod
-    def from_hf(cls, hf: dict[str, Any]) -> "RopeConfig":
-        """Reads `rope_parameters` (transformers >= 5), or the earlier top-level `rope_theta` and `rope_scaling`.
-
-        A config.json may have both if they say the same. Of two that differ, readers take one or the other.
-
-        Raises:
-          ValueError: a value that cannot be, two that contradict each other, or a kind that is not supported.
-        """
-        found: dict[str, RopeConfig] = {}
-        for spelling in ("rope_parameters", "rope_scaling"):
-            rope = hf.get(spelling)
-            if rope is not None and not isinstance(rope, dict):
-                raise ValueError(f"{spelling} is {rope!r}; expected an object, or null")
-            if rope:
-                found[spelling] = cls._of_spelling(rope, spelling, hf)
-        if len(set(found.values())) > 1:
-            both = " but ".join(f"{spelling} is {hf[spelling]}" for spelling in found)
-            raise ValueError(f"{both}; remove the one that the model was not trained with")
-        return next(iter(found.values()), None) or cls._of_spelling({}, "rope_parameters", hf)
-
-    @classmethod
-    def _of_spelling(cls, rope: dict[str, Any], spelling: str, hf: dict[str, Any]) -> "RopeConfig":
-        """What one of the two objects says, with the keys that stand beside it in config.json."""
-
-        def agreed(key: str, read: Callable[[str, Any], Any]) -> Any:
-            return _agreed({f"{spelling}.{key}": rope.get(key), key: hf.get(key)}, read)
-
-        nested = next((key for key, value in rope.items() if isinstance(value, dict)), None)
-        if nested:
-            raise ValueError(f"{spelling}.{nested} is an object: another rope for some layers is not supported")
-        theta = agreed("rope_theta", _positive)
-        if theta is None and "rope_theta" in (*rope, *hf):
-            raise ValueError("rope_theta is null; give the number that the model was trained with")
-        kinds = {f"{spelling}.{key}": rope.get(key) for key in ("rope_type", "type")}
-        kind = _agreed(kinds, lambda _, value: value) or "default"
-        if (partial := agreed("partial_rotary_factor", _positive)) not in (None, 1.0):
-            raise ValueError(f"partial_rotary_factor {partial} is not supported; only 1.0 is (plain Llama)")
-        theta = 10_000.0 if theta is None else theta
-        if kind != "llama3":
-            return cls(theta, kind)
-        missing = [key for key in _LLAMA3_FACTORS if rope.get(key) is None]
-        if missing:
-            raise ValueError(f"rope type 'llama3' lacks {', '.join(missing)}; add them as in Llama-3.1")
-        positions = agreed("original_max_position_embeddings", _whole)
-        if positions is None:
-            positions = _whole("max_position_embeddings", hf.get("max_position_embeddings", 2048))
-        factors = {key: _positive(f"{spelling}.{key}", rope[key]) for key in _LLAMA3_FACTORS}
-        return cls(theta=theta, kind=kind, original_max_positions=positions, **factors)
-
-    def to_hf(self) -> dict[str, Any]:
-        """Keys for `config.json` in both spellings: a reader that knows only one would silently use theta 10,000."""
-        scaling: dict[str, Any] = {"rope_type": self.kind}
-        if self.kind == "llama3":
-            scaling |= {key: getattr(self, key) for key in _LLAMA3_FACTORS}
-            scaling["original_max_position_embeddings"] = self.original_max_positions
-        return {
-            "rope_theta": self.theta,
-            "rope_scaling": None if self.kind == "default" else scaling,
-            "rope_parameters": {"rope_theta": self.theta, **scaling},
-        }
-
 
 # The entries of a Hugging Face config.json, by our names for them. Reading and writing both use these tables.
 _SIZES = {
@@ -178,13 +23,13 @@ _SIZES = {
     "head_dim": "head_dim",
 }
 _OPTIONS: dict[str, tuple[str, Callable[[str, Any], Any]]] = {
-    "norm_eps": ("rms_norm_eps", _positive),
-    "tied_embeddings": ("tie_word_embeddings", _flag),
-    "max_positions": ("max_position_embeddings", _whole),
-    "init_std": ("initializer_range", _share),
-    "bos_token_id": ("bos_token_id", _token_ids),
-    "eos_token_id": ("eos_token_id", _token_ids),
-    "pad_token_id": ("pad_token_id", _token_ids),
+    "norm_eps": ("rms_norm_eps", positive),
+    "tied_embeddings": ("tie_word_embeddings", flag),
+    "max_positions": ("max_position_embeddings", whole),
+    "init_std": ("initializer_range", share),
+    "bos_token_id": ("bos_token_id", token_ids),
+    "eos_token_id": ("eos_token_id", token_ids),
+    "pad_token_id": ("pad_token_id", token_ids),
 }
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -195,12 +40,16 @@ def special_ids(hf: dict[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: one is no token id, nor a list of them.
     """
-    return {key: _token_ids(key, hf[key]) for key in _SPECIAL if key in hf}
+    return {key: token_ids(key, hf[key]) for key in _SPECIAL if key in hf}
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The sizes of a Llama. Hashable, so it can be a static argument of jit. Raises ValueError for impossible sizes."""
+    """The description of a model. Hashable, so it can be a static argument of jit.
+
+    Raises:
+      ValueError: impossible sizes, or layers that do not exist.
+    """
 
     vocab_size: int  # rows of the embedding, padded rows included
     width: int
@@ -217,11 +66,21 @@ class DecoderConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    family: str = "llama"  # the model_type that it is read and written as
+    qkv_bias: bool = False  # queries, keys and values have a bias
+    output_bias: bool = False  # the matrix after attention has a bias
+    mlp_bias: bool = False  # the MLP's three matrices have a bias
+    qk_norm: bool = False  # RMSNorm of each query and key head before it is rotated
+    unrotated_layers: tuple[int, ...] = ()  # layers without rotary embedding, from 0
+    window: int | None = None  # tokens that a token of a windowed layer attends to, itself included
+    windowed_layers: tuple[int, ...] = ()  # from 0
 
     def __post_init__(self) -> None:
         for name in (*_SIZES, "max_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"DecoderConfig.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.family not in FAMILIES:
+            raise ValueError(f"DecoderConfig.family is {self.family!r}; use one of {', '.join(FAMILIES)}")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"DecoderConfig.heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; use a divisor of "
@@ -229,6 +88,16 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"DecoderConfig.head_dim {self.head_dim} is odd; rotary embedding needs pairs")
+        for name in ("unrotated_layers", "windowed_layers"):
+            if not set(getattr(self, name)) <= set(range(self.layers)):
+                raise ValueError(
+                    f"DecoderConfig.{name} is {getattr(self, name)}, but there are layers 0 to {self.layers - 1}; "
+                    "`of_layers` gives a model with fewer layers"
+                )
+        if bool(self.windowed_layers) != (self.window is not None) or (self.window or 1) < 1:
+            raise ValueError(
+                f"DecoderConfig.window is {self.window} and windowed_layers {self.windowed_layers}; give both, or none"
+            )
         for name in _SPECIAL:
             value = getattr(self, name)
             value = list(value) if isinstance(value, tuple) else value  # as config.json has it
@@ -244,20 +113,17 @@ class DecoderConfig:
         """Builds a config from the content of a Hugging Face `config.json`.
 
         Raises:
-          ValueError: another architecture, a value that is missing, impossible or contradicts another one, or what this
-            decoder does not compute (biases, other activations, other rope types).
+          ValueError: a family that is not supported, a value that is missing, impossible or contradicts another one, or
+            what this decoder does not compute (other activations, other rope types).
         """
-        if hf.get("model_type") != "llama":
-            raise ValueError(f"model_type is {hf.get('model_type')!r}, expected 'llama'; use a Llama checkpoint")
+        family = family_of(hf)
+        hf = {**family.left_out, **hf}
         derived = ("kv_heads", "head_dim")
         missing = [key for name, key in _SIZES.items() if name not in derived and hf.get(key) is None]
         if missing:
             raise ValueError(
                 f"missing {', '.join(missing)} (absent or null); take config.json from the original checkpoint"
             )
-        for key in ("attention_bias", "mlp_bias"):
-            if hf.get(key):
-                raise ValueError(f"{key} is {hf[key]!r}; only Llamas without biases are supported")
         if hf.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
             raise ValueError(f"hidden_act is {hf['hidden_act']!r}; only 'silu' is supported")
         if hf.get("transformers_weights") not in (None, "model.safetensors"):
@@ -265,7 +131,7 @@ class DecoderConfig:
                 f"transformers_weights is {hf['transformers_weights']!r}; only weights in model.safetensors, or in the "
                 "shards of its index, are supported: rename the file, and remove the key"
             )
-        sizes = {name: _whole(key, hf[key]) for name, key in _SIZES.items() if hf.get(key) is not None}
+        sizes = {name: whole(key, hf[key]) for name, key in _SIZES.items() if hf.get(key) is not None}
         if sizes["layers"] > _MOST_LAYERS:
             raise ValueError(f"num_hidden_layers is {sizes['layers']}; it must be at most {_MOST_LAYERS:,}")
         width, heads = sizes["width"], sizes["heads"]
@@ -275,7 +141,28 @@ class DecoderConfig:
         for name, (key, read) in _OPTIONS.items():
             if key in hf:
                 values[name] = read(key, hf[key])
-        return cls(**values, rope=RopeConfig.from_hf(hf))
+        rope = RopeConfig.from_hf(hf, theta=family.usual_theta)
+        return cls(**values, **features_of(hf, family, sizes["layers"]), rope=rope, family=hf["model_type"])
+
+    def of_layers(self, layers: Sequence[int]) -> "DecoderConfig":
+        """The description of a model of some of the layers, counted from 0, in this order."""
+
+        def kept(of: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(place for place, layer in enumerate(layers) if layer in of)
+
+        windowed = kept(self.windowed_layers)
+        return replace(
+            self,
+            layers=len(layers),
+            unrotated_layers=kept(self.unrotated_layers),
+            windowed_layers=windowed,
+            window=self.window if windowed else None,
+        )
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether some layers are computed in another way than others, so that a layer cannot stand for another."""
+        return any(0 < len(of) < self.layers for of in (self.unrotated_layers, self.windowed_layers))
 
     def layer_index(self, layer: int) -> int:
         """The number of a hidden state, counted as transformers counts `output_hidden_states`.
@@ -294,15 +181,15 @@ class DecoderConfig:
         return layer % (self.layers + 1)
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of a `config.json` that `transformers` reads as LlamaForCausalLM."""
+        """The content of a `config.json` that `transformers` reads as a model of the family."""
+        family = FAMILIES[self.family]
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [family.architecture],
+            "model_type": self.family,
             **{key: values[name] for name, key in _SIZES.items()},
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
+            **features_to_hf(family, self),
             **{key: values[name] for name, (key, _) in _OPTIONS.items()},
             **self.rope.to_hf(),
         }

@@ -1,8 +1,12 @@
-"""Llama in Flax NNX: RMSNorm, rotary grouped-query attention, SwiGLU; layers created stacked and run by one scan.
+"""Llama and its kin in Flax NNX: RMSNorm, rotary grouped-query attention, SwiGLU; layers are stacked, run by one scan.
 
 Kernels are laid out for `x @ kernel` with heads as their own axis, so nothing is transposed or repeated at run time:
 q [D, H, E], k and v [D, G, E], o [H, E, D], gate and up [D, F], down [F, D]; stacked layers lead with N.
-Sources: Touvron et al. 2023 (arXiv:2302.13971), Llama 3 (arXiv:2407.21783), GQA (arXiv:2305.13245).
+What sets a family apart (biases, norms of queries and keys, layers without rotary embedding or with a sliding window)
+is in its config: a part that a model has not is not built, and where layers differ, the number of the layer, which the
+scan counts, chooses.
+Sources: Touvron et al. 2023 (arXiv:2302.13971), Llama 3 (arXiv:2407.21783), GQA (arXiv:2305.13245), Mistral
+(arXiv:2310.06825), Qwen2 (arXiv:2407.10671), Qwen3 (arXiv:2505.09388), NoPE layers (arXiv:2501.18795).
 """
 
 from collections.abc import Callable
@@ -15,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from rtd_jax.models.config import DecoderConfig, RopeConfig
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.quantized import as_float
 from rtd_jax.models.schemes import Scheme, fake_rounded, fake_rounded_layer
 from rtd_jax.models.weights import EMBEDDING
@@ -67,22 +71,23 @@ class KVCache(NamedTuple):
     values_NBGLE: jax.Array
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Angle per position of each rotated pair, in radians. float32 [E / 2]."""
-    frequencies = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if rope.kind == "llama3":
-        turns = rope.original_max_positions * frequencies / (2 * np.pi)  # over the original context
-        smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        smooth = np.clip(smooth, 0.0, 1.0)
-        frequencies = frequencies * (smooth + (1 - smooth) / rope.factor)
-    return frequencies.astype(np.float32)
-
-
 def rope_angles(config: DecoderConfig, positions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the rotary angles, float32, each [B, L, 1, E / 2]."""
-    frequencies = rope_frequencies(config.rope, config.head_dim)[None, None, None]
+    """Cosine and sine of the rotary angles, times the factor of yarn, float32, each [B, L, 1, E / 2]."""
+    frequencies = config.rope.frequencies(config.head_dim)[None, None, None]
     angles = positions_BL.astype(jnp.float32)[..., None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    factor = config.rope.attention_factor if config.rope.kind == "yarn" else 1.0
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def layer_angles(
+    config: DecoderConfig, angles: tuple[jax.Array, jax.Array], layer: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What `rotate` takes in one layer: no rotation in a layer without rotary embedding."""
+    if not config.unrotated_layers:
+        return angles
+    cos, sin = angles
+    is_unrotated = _is_of(config.unrotated_layers, config.layers, layer)
+    return jnp.where(is_unrotated, 1.0, cos), jnp.where(is_unrotated, 0.0, sin)
 
 
 def rotate(x_BLHE: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -143,13 +148,39 @@ def _on_nvidia_ampere() -> bool:
 
 
 def attend_row(
-    computation: Computation, q_BLHE: jax.Array, k_BLGE: jax.Array, v_BLGE: jax.Array, mask: jax.Array | None
+    computation: Computation,
+    layer: jax.Array,
+    q_BLHE: jax.Array,
+    k_BLGE: jax.Array,
+    v_BLGE: jax.Array,
+    mask: jax.Array | None,
 ) -> jax.Array:
-    """Attention among the given tokens: where `mask` is True, or causal without a mask. [B, L, H, E]"""
+    """Attention among the given tokens, in the window of the layer: where `mask` is True, or causal without a mask.
+
+    Tokens of one chain are next to each other, so that their distance in the row is that of their positions.
+    [B, L, H, E]
+    """
+    mask = _windowed(computation.config, layer, mask, q_BLHE.shape[1])
     kernel = attention_kernel(computation.attention, q_BLHE.shape[1], q_BLHE.shape[3], q_BLHE.dtype)
     return jax.nn.dot_product_attention(
         q_BLHE, k_BLGE, v_BLGE, mask=mask, is_causal=mask is None, implementation=kernel
     )
+
+
+def _windowed(config: DecoderConfig, layer: jax.Array, mask: jax.Array | None, length: int) -> jax.Array | None:
+    """The mask of one layer in rows of `length` tokens; as given where no window is shorter than the rows."""
+    if config.window is None or config.window >= length:
+        return mask
+    apart_LL = jnp.arange(length)[:, None] - jnp.arange(length)[None]  # tokens from a key to the query
+    is_near_LL = apart_LL < config.window
+    if len(config.windowed_layers) < config.layers:
+        is_near_LL |= ~_is_of(config.windowed_layers, config.layers, layer)
+    return is_near_LL[None, None] & (apart_LL >= 0 if mask is None else mask)
+
+
+def _is_of(chosen: tuple[int, ...], layers: int, layer: jax.Array) -> jax.Array:
+    """Whether the layer of that number, which the scan counts, is one of those chosen."""
+    return jnp.asarray(np.isin(np.arange(layers), chosen))[layer]
 
 
 def attend_cached(q_BHE: jax.Array, k_BGLE: jax.Array, v_BGLE: jax.Array, seen_BL: jax.Array) -> jax.Array:
@@ -176,17 +207,36 @@ class Attention(nnx.Module):
         self.k = _zeros(dtype, (width, config.kv_heads, head_dim))
         self.v = _zeros(dtype, (width, config.kv_heads, head_dim))
         self.o = _zeros(dtype, (config.heads, head_dim, width))
+        if config.qkv_bias:
+            self.q_bias = _zeros(dtype, (config.heads, head_dim))
+            self.k_bias = _zeros(dtype, (config.kv_heads, head_dim))
+            self.v_bias = _zeros(dtype, (config.kv_heads, head_dim))
+        if config.output_bias:
+            self.o_bias = _zeros(dtype, (width,))
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head_dim, config.norm_eps, dtype)
+            self.k_norm = RMSNorm(head_dim, config.norm_eps, dtype)
+        self.config = config
 
     def __call__(
         self, x_BLD: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend
     ) -> tuple[jax.Array, Any, jax.Array]:
         """The output [B, L, D], the layer's cache, and what `o` reads [B, L, H, E]."""
-        dtype = x_BLD.dtype
-        q_BLHE = rotate(jnp.einsum("BLD,DHE->BLHE", x_BLD, _weight(self.q, dtype)), angles)
-        k_BLGE = rotate(jnp.einsum("BLD,DGE->BLGE", x_BLD, _weight(self.k, dtype)), angles)
+        dtype, config = x_BLD.dtype, self.config
+        q_BLHE = jnp.einsum("BLD,DHE->BLHE", x_BLD, _weight(self.q, dtype))
+        k_BLGE = jnp.einsum("BLD,DGE->BLGE", x_BLD, _weight(self.k, dtype))
         v_BLGE = jnp.einsum("BLD,DGE->BLGE", x_BLD, _weight(self.v, dtype))
-        mixed_BLHE, cache = attend(q_BLHE, k_BLGE, v_BLGE)
-        return jnp.einsum("BLHE,HED->BLD", mixed_BLHE, _weight(self.o, dtype)), cache, mixed_BLHE
+        if config.qkv_bias:
+            q_BLHE = q_BLHE + _weight(self.q_bias, dtype)
+            k_BLGE = k_BLGE + _weight(self.k_bias, dtype)
+            v_BLGE = v_BLGE + _weight(self.v_bias, dtype)
+        if config.qk_norm:
+            q_BLHE, k_BLGE = self.q_norm(q_BLHE), self.k_norm(k_BLGE)
+        mixed_BLHE, cache = attend(rotate(q_BLHE, angles), rotate(k_BLGE, angles), v_BLGE)
+        out_BLD = jnp.einsum("BLHE,HED->BLD", mixed_BLHE, _weight(self.o, dtype))
+        if config.output_bias:
+            out_BLD = out_BLD + _weight(self.o_bias, dtype)
+        return out_BLD, cache, mixed_BLHE
 
 
 class SwiGLU(nnx.Module):
@@ -196,6 +246,11 @@ class SwiGLU(nnx.Module):
         self.gate = _zeros(dtype, (config.width, config.mlp_width))
         self.up = _zeros(dtype, (config.width, config.mlp_width))
         self.down = _zeros(dtype, (config.mlp_width, config.width))
+        self.has_bias = config.mlp_bias
+        if config.mlp_bias:
+            self.gate_bias = _zeros(dtype, (config.mlp_width,))
+            self.up_bias = _zeros(dtype, (config.mlp_width,))
+            self.down_bias = _zeros(dtype, (config.width,))
 
     def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The output [B, L, D], and what `down` reads, of each token [B * L, F]."""
@@ -203,8 +258,13 @@ class SwiGLU(nnx.Module):
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])  # on one token axis XLA's backward pass is twice as fast on CPUs
         gate_TF = x_TD @ _weight(self.gate, dtype)
         up_TF = x_TD @ _weight(self.up, dtype)
+        if self.has_bias:
+            gate_TF, up_TF = gate_TF + _weight(self.gate_bias, dtype), up_TF + _weight(self.up_bias, dtype)
         neurons_TF = jax.nn.silu(gate_TF) * up_TF
-        return (neurons_TF @ _weight(self.down, dtype)).reshape(x_BLD.shape), neurons_TF
+        change_TD = neurons_TF @ _weight(self.down, dtype)
+        if self.has_bias:
+            change_TD = change_TD + _weight(self.down_bias, dtype)
+        return change_TD.reshape(x_BLD.shape), neurons_TF
 
 
 class Block(nnx.Module):
@@ -250,8 +310,11 @@ class Decoder(nnx.Module):
         """Final normed states [B, L, D], and the residual stream before layer i for each i of `kept_layers`."""
         layers, run_layer = self._split_layers(positions_BL)
 
-        def layer(x_BLD, weights):
-            return run_layer(x_BLD, weights, lambda q, k, v: (attend_row(self.computation, q, k, v, mask), None))[0]
+        def layer(x_BLD, index, weights):
+            def attend(q_BLHE, k_BLGE, v_BLGE):
+                return attend_row(self.computation, index, q_BLHE, k_BLGE, v_BLGE, mask), None
+
+            return run_layer(x_BLD, index, weights, attend)[0]
 
         policy = REMAT_POLICIES[self.computation.remat]
         if policy is not None:
@@ -265,7 +328,7 @@ class Decoder(nnx.Module):
             # The wanted states are selected into the carry, outside the checkpoint. So the scan does not store the
             # states of all N layers, and the backward pass stores nothing more.
             kept = tuple(jnp.where(index == wanted, x_BLD, old) for wanted, old in zip(kept_layers, kept, strict=True))
-            return (layer(x_BLD, weights), kept), None
+            return (layer(x_BLD, index, weights), kept), None
 
         x_BLD = self._embed(tokens_BL)
         kept = tuple(jnp.zeros_like(x_BLD) for _ in kept_layers)
@@ -276,14 +339,17 @@ class Decoder(nnx.Module):
         """Final normed state at index `last_B` of each row [B, D], and the cache of all L tokens."""
         layers, run_layer = self._split_layers(positions_BL)
 
-        def attend(q_BLHE, k_BLGE, v_BLGE):
-            new = KVCache(*(jnp.swapaxes(x, 1, 2) for x in (k_BLGE, v_BLGE)))
-            return attend_row(self.computation, q_BLHE, k_BLGE, v_BLGE, None), new
+        def body(x_BLD, scanned):
+            index, weights = scanned
 
-        def body(x_BLD, weights):
-            return run_layer(x_BLD, weights, attend)
+            def attend(q_BLHE, k_BLGE, v_BLGE):
+                new = KVCache(*(jnp.swapaxes(x, 1, 2) for x in (k_BLGE, v_BLGE)))
+                return attend_row(self.computation, index, q_BLHE, k_BLGE, v_BLGE, None), new
 
-        x_BLD, cache = jax.lax.scan(body, self._embed(tokens_BL), layers)
+            return run_layer(x_BLD, index, weights, attend)
+
+        numbers = jnp.arange(self.computation.config.layers)
+        x_BLD, cache = jax.lax.scan(body, self._embed(tokens_BL), (numbers, layers))
         last_BD = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]
         return self.norm(last_BD), cache
 
@@ -292,10 +358,11 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, KVCache]:
         """Final normed state of one more token per row [B, D], and the cache with that token in slot `positions_B`.
 
-        It attends to the first `length` slots.
+        It attends to the first `length` slots, in the window of each layer.
         """
+        config = self.computation.config
         layers, run_layer = self._split_layers(positions_B[:, None])
-        seen_BL = jnp.arange(length)[None] <= positions_B[:, None]
+        apart_BL = positions_B[:, None] - jnp.arange(length)[None]  # tokens from a slot to the query
         rows_B = jnp.arange(tokens_B.shape[0])
 
         def body(carry, scanned):
@@ -312,27 +379,36 @@ class Decoder(nnx.Module):
                     for x in stored
                 )
                 k_BGLE, v_BGLE = k_BGLE.astype(q_B1HE.dtype), v_BGLE.astype(q_B1HE.dtype)
+                seen_BL = apart_BL >= 0
+                if config.window is not None and config.window < length:
+                    is_windowed = _is_of(config.windowed_layers, config.layers, index)
+                    seen_BL &= (apart_BL < config.window) | ~is_windowed
                 return attend_cached(q_B1HE[:, 0], k_BGLE, v_BGLE, seen_BL)[:, None], stored
 
-            return run_layer(x_B1D, weights, attend), None
+            return run_layer(x_B1D, index, weights, attend), None
 
         carry = (self._embed(tokens_B[:, None]), cache)
-        (x_B1D, cache), _ = jax.lax.scan(body, carry, (jnp.arange(self.computation.config.layers), layers))
+        (x_B1D, cache), _ = jax.lax.scan(body, carry, (jnp.arange(config.layers), layers))
         return self.norm(x_B1D[:, 0]), cache
 
     def _split_layers(self, positions_BL: jax.Array) -> tuple[nnx.State, Callable]:
-        """The stacked weights of the layers, and (x, one layer's weights, attend) -> (x after the layer, its cache)."""
-        angles = rope_angles(self.computation.config, positions_BL)
+        """The stacked weights of the layers, and the function that runs one of them.
+
+        (x, the layer's number, its weights, attend) -> (x after the layer, its cache).
+        """
+        config = self.computation.config
+        angles = rope_angles(config, positions_BL)
         graphdef, layers = nnx.split(self.layers)
         scheme = self.computation.quantization
 
-        def run_layer(x_BLD: jax.Array, weights: nnx.State, attend: Attend) -> tuple[jax.Array, Any]:
+        def run_layer(x_BLD: jax.Array, index: jax.Array, weights: nnx.State, attend: Attend) -> tuple[jax.Array, Any]:
             if self.computation.streamed:
                 weights = jax.device_put(weights, jax.memory.Space.Device)
             if scheme is not None:
                 values = fake_rounded_layer(nnx.to_pure_dict(weights), scheme)
                 nnx.replace_by_pure_dict(weights, values)
-            x_BLD, cache, _ = nnx.merge(graphdef, weights)(x_BLD, angles, attend)
+            own_angles = layer_angles(config, angles, index)
+            x_BLD, cache, _ = nnx.merge(graphdef, weights)(x_BLD, own_angles, attend)
             return self._constrain(x_BLD), cache
 
         return layers, run_layer

@@ -129,7 +129,7 @@ def gptq(
         layer = layer_params(params, number)
         found: dict[tuple[str, ...], QArray] = {}
         for inputs, paths in _PARTS:
-            gram_II = _gram(model, layer, states, batches, inputs)
+            gram_II = _gram(model, number, layer, states, batches, inputs)
             flat = flatten_dict(layer)
             for path in paths:
                 weight = ROWS["layers", *path]
@@ -137,7 +137,8 @@ def gptq(
                 flat[path] = as_layer(found[path], weight, flat[path].shape)
             layer = unflatten_dict(flat)
         states = [
-            layer_inputs(model, layer, x_BLD, *batch[1:])[0] for x_BLD, batch in zip(states, batches, strict=True)
+            layer_inputs(model, number, layer, x_BLD, *batch[1:])[0]
+            for x_BLD, batch in zip(states, batches, strict=True)
         ]
         layers.append(unflatten_dict(flatten_dict(layer) | found))
         progress(number + 1, model.config.layers)
@@ -146,12 +147,12 @@ def gptq(
 
 
 def _gram(
-    model: DecoderModel, layer: Params, states: Sequence[jax.Array], batches: Sequence[Rows], inputs: str
+    model: DecoderModel, number: int, layer: Params, states: Sequence[jax.Array], batches: Sequence[Rows], inputs: str
 ) -> jax.Array:
     """Mean over the tokens that are no padding of x x^T, float32 [I, I]."""
     total, count = jnp.zeros(()), 0
     for x_BLD, (_, positions_BL, chain_ids_BL) in zip(states, batches, strict=True):
-        read: LayerInputs = layer_inputs(model, layer, x_BLD, positions_BL, chain_ids_BL)[1]
+        read: LayerInputs = layer_inputs(model, number, layer, x_BLD, positions_BL, chain_ids_BL)[1]
         total = total + _summed(getattr(read, inputs), jnp.asarray(chain_ids_BL))
         count += int((chain_ids_BL != 0).sum())
     return total / count

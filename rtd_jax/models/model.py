@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from qwix import QArray
 
 from rtd_jax.base.types import Array, Params
@@ -17,7 +18,7 @@ from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.decoder import Computation, Decoder, KVCache
 from rtd_jax.models.quantized import INT8, as_float, quantize_params
 from rtd_jax.models.schemes import Scheme, as_params, fake_rounded, rounded
-from rtd_jax.models.weights import EMBEDDING, HEAD
+from rtd_jax.models.weights import EMBEDDING, HEAD, is_bias, is_norm
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,13 @@ class DecoderModel(Computation):
         counts them: 0 the embeddings, i the output of layer i, -1 the final normed states.
 
         Raises:
-          ValueError: a layer does not exist.
+          ValueError: a layer does not exist, or rows are longer than the rotary embedding can be computed for.
         """
         given = [tokens_BL, positions_BL, *([] if chain_ids_BL is None else [chain_ids_BL])]
         chex.assert_rank(given, 2)
         chex.assert_equal_shape(given)
         chex.assert_type(given, int)
+        self._check_length(tokens_BL.shape[1])
         mask = None if chain_ids_BL is None else chain_mask(chain_ids_BL)
         count = self.config.layers
         wanted = [self.config.layer_index(layer) for layer in layers]
@@ -99,7 +101,8 @@ class DecoderModel(Computation):
         overwrites each of them before any query can see it.
 
         Raises:
-          ValueError: the prompts do not fit `cache_length` (tokens).
+          ValueError: the prompts do not fit `cache_length` (tokens), or it is longer than the rotary embedding can be
+            computed for.
         """
         chex.assert_rank([tokens_BL, lengths_B], [2, 1])
         chex.assert_equal_shape_prefix([tokens_BL, lengths_B], 1)
@@ -108,6 +111,7 @@ class DecoderModel(Computation):
             raise ValueError(
                 f"cache_length {cache_length} is shorter than the prompts' {length} tokens; make it larger"
             )
+        self._check_length(cache_length)
         positions_BL = jnp.broadcast_to(jnp.arange(length), tokens_BL.shape)
         hidden_BD, cache = self._module(params).prefill(
             jnp.asarray(tokens_BL), positions_BL, jnp.asarray(lengths_B) - 1
@@ -128,6 +132,13 @@ class DecoderModel(Computation):
         chex.assert_equal_shape([tokens_B, positions_B])
         length = cache.keys_NBGLE.shape[3] if length is None else length
         return self._module(params).decode(cache, jnp.asarray(tokens_B), jnp.asarray(positions_B), length)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.rope.longest_row:
+            raise ValueError(
+                f"rows of {length} tokens: this model's rotary embedding is 'dynamic', whose angles change with the "
+                f"length of a text beyond {self.config.rope.longest_row:,} tokens; use shorter rows"
+            )
 
     def _module(self, params: Params) -> Decoder:
         return nnx.merge(_abstract(self, "float32")[0], params)
@@ -162,12 +173,15 @@ def _random_params(model: DecoderModel, dtype: str, key: jax.Array) -> Params:
 
 
 def _random_arrays(std: float, abstract: Params, key: jax.Array) -> Params:
-    """Normal matrices, norms at one, all cut from one draw: XLA takes ten seconds to compile a generator per matrix."""
-    shapes, treedef = jax.tree.flatten(abstract)
-    ends = np.cumsum([0 if x.ndim == 1 else x.size for x in shapes])
+    """Normal matrices, norms at one and biases at zero.
+
+    All are cut from one draw: XLA takes ten seconds to compile a generator per matrix.
+    """
+    shapes = dict(sorted(flatten_dict(abstract).items()))
+    matrices = {path: x for path, x in shapes.items() if not is_norm(path) and not is_bias(path)}
+    ends = np.cumsum([0, *(x.size for x in matrices.values())])
     flat = std * jax.random.normal(key, (int(ends[-1]),))
-    arrays = [
-        jnp.ones(x.shape, x.dtype) if x.ndim == 1 else flat[end - x.size : end].reshape(x.shape).astype(x.dtype)
-        for x, end in zip(shapes, ends, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, arrays)
+    arrays = {path: jnp.full(x.shape, is_norm(path), x.dtype) for path, x in shapes.items()}
+    for (path, x), start in zip(matrices.items(), ends[:-1], strict=True):
+        arrays[path] = flat[start : start + x.size].reshape(x.shape).astype(x.dtype)
+    return unflatten_dict(arrays)

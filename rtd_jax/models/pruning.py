@@ -108,6 +108,12 @@ def pruned_config(
     fixed: dict[str, Any] = {name: size for name, size in given.items() if size}
     if kv_heads:
         fixed["heads"] = kv_heads * (config.heads // config.kv_heads)
+    if config.layers_differ and 0 < layers < config.layers:
+        raise ValueError(
+            f"layers is {layers}, but the layers of this {config.family} differ (rotary embedding, sliding window), so "
+            "which remain cannot be left to their importance; leave layers at 0, or take layers evenly "
+            "(student.init=teacher_layers)"
+        )
     base = replace(config, **fixed)
     if not share:
         if base == config:
@@ -191,9 +197,9 @@ def _sums(model: DecoderModel, params: Params, batch: Batch, of_layers: bool) ->
         if of_layers:
             skipped_BLD = x_BLD
             for later in range(layer + 1, count):
-                skipped_BLD, _ = layer_inputs(model, layer_params(params, later), skipped_BLD, *places)
+                skipped_BLD, _ = layer_inputs(model, later, layer_params(params, later), skipped_BLD, *places)
             without.append(_final_sums(model, rest, skipped_BLD, batch)["loss"])
-        x_BLD, found = _layer_sums(model, layer_params(params, layer), x_BLD, *places)
+        x_BLD, found = _layer_sums(model, layer, layer_params(params, layer), x_BLD, *places)
         of_layer.append(found)
     final = _final_sums(model, rest, x_BLD, batch)
     tokens, labels = np.sum(batch.chain_ids_BL > 0), np.sum(batch.loss_weights_BL)
@@ -203,12 +209,14 @@ def _sums(model: DecoderModel, params: Params, batch: Batch, of_layers: bool) ->
 
 @functools.partial(jax.jit, static_argnums=0)
 def _layer_sums(
-    model: DecoderModel, weights: Params, x_BLD: jax.Array, positions_BL: Array, chain_ids_BL: Array
+    model: DecoderModel, layer: int, weights: Params, x_BLD: jax.Array, positions_BL: Array, chain_ids_BL: Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The states after a layer, and what the importance of its parts is made of, summed over tokens."""
-    after_BLD, read = layer_inputs(model, weights, x_BLD, positions_BL, chain_ids_BL)
+    after_BLD, read = layer_inputs(model, layer, weights, x_BLD, positions_BL, chain_ids_BL)
     o_HED = weights["attention"]["o"].astype(x_BLD.dtype)
     between_BLD = x_BLD + jnp.einsum("BLHE,HED->BLD", read.mixed_BLHE, o_HED)
+    if model.config.output_bias:
+        between_BLD = between_BLD + weights["attention"]["o_bias"].astype(x_BLD.dtype)
     groups = (*x_BLD.shape[:2], model.config.kv_heads, -1)  # the query heads of a group are next to each other
     total = functools.partial(_token_sum, jnp.asarray(chain_ids_BL) > 0)
     return after_BLD, {
@@ -272,7 +280,7 @@ def prune(params: Params, config: DecoderConfig, measured: Importance, target: D
             array = np.stack(layers)
         else:
             array = _cut(flat[weight.path], weight.param_axes, chosen)
-        if not weight.inputs:  # a norm
+        if weight.param_axes == ("norm",):
             squares = measured.squares[weight.path[-2]]
             array = array * _ratio(squares[kept.layers_M] if weight.stacked else squares, kept.units_S)
         pruned[weight.path] = jnp.asarray(array, jnp.float32)

@@ -27,7 +27,8 @@ class Weight:
     name: str  # of the Hugging Face tensor; with {layer} where there is one per layer
     param_axes: tuple[str, ...]  # of one layer's array in the params
     hf_axes: tuple[tuple[str, ...], ...]  # of the Hugging Face tensor, each a product of ours
-    inputs: tuple[str, ...]  # axes that its matrix product sums over; none for a norm
+    inputs: tuple[str, ...]  # axes that its matrix product sums over; none for a norm or a bias
+    needs: str = ""  # flag of the config without which a model does not have it; "" where all have it
 
     @property
     def stacked(self) -> bool:
@@ -63,7 +64,7 @@ class Weight:
         return array.transpose([self.param_axes.index(axis) for axis in self._flat]).reshape(self.hf_shape(config))
 
     def to_matrix(self, array: jax.Array) -> jax.Array:
-        """One layer's array as [outputs, inputs], in the order of the checkpoint. Not for a norm."""
+        """One layer's array as [outputs, inputs], in the order of the checkpoint. Not for a norm or a bias."""
         transposed = array.transpose([self.param_axes.index(axis) for axis in self._flat])
         return transposed.reshape(int(np.prod(transposed.shape[: len(self.hf_axes[0])])), -1)
 
@@ -78,10 +79,17 @@ class Weight:
         return tuple(axis for group in self.hf_axes for axis in group)
 
 
-def _row(path: str, name: str, axes: str, hf_axes: str | None = None, inputs: str = "embed") -> Weight:
+def _row(path: str, name: str, axes: str, hf_axes: str | None = None, inputs: str = "embed", needs: str = "") -> Weight:
     prefix = "model.layers.{layer}." if path.startswith("layers.") else ""
+    suffix = "bias" if path.endswith("_bias") else "weight"
     groups = tuple(tuple(group.split("*")) for group in (hf_axes or axes).split())
-    return Weight(tuple(path.split(".")), f"{prefix}{name}.weight", tuple(axes.split()), groups, tuple(inputs.split()))
+    return Weight(
+        tuple(path.split(".")), f"{prefix}{name}.{suffix}", tuple(axes.split()), groups, tuple(inputs.split()), needs
+    )
+
+
+def _bias(path: str, name: str, axes: str, hf_axes: str | None = None, needs: str = "qkv_bias") -> Weight:
+    return _row(f"layers.{path}_bias", name, axes, hf_axes, "", needs)
 
 
 TABLE: tuple[Weight, ...] = (
@@ -91,10 +99,19 @@ TABLE: tuple[Weight, ...] = (
     _row("layers.attention.k", "self_attn.k_proj", "embed kv_heads head_dim", "kv_heads*head_dim embed"),
     _row("layers.attention.v", "self_attn.v_proj", "embed kv_heads head_dim", "kv_heads*head_dim embed"),
     _row("layers.attention.o", "self_attn.o_proj", "heads head_dim embed", "embed heads*head_dim", "heads head_dim"),
+    _bias("attention.q", "self_attn.q_proj", "heads head_dim", "heads*head_dim"),
+    _bias("attention.k", "self_attn.k_proj", "kv_heads head_dim", "kv_heads*head_dim"),
+    _bias("attention.v", "self_attn.v_proj", "kv_heads head_dim", "kv_heads*head_dim"),
+    _bias("attention.o", "self_attn.o_proj", "embed", needs="output_bias"),
+    _row("layers.attention.q_norm.scale", "self_attn.q_norm", "head_dim", inputs="", needs="qk_norm"),
+    _row("layers.attention.k_norm.scale", "self_attn.k_norm", "head_dim", inputs="", needs="qk_norm"),
     _row("layers.mlp_norm.scale", "post_attention_layernorm", "norm", inputs=""),
     _row("layers.mlp.gate", "mlp.gate_proj", "embed mlp", "mlp embed"),
     _row("layers.mlp.up", "mlp.up_proj", "embed mlp", "mlp embed"),
     _row("layers.mlp.down", "mlp.down_proj", "mlp embed", "embed mlp", "mlp"),
+    _bias("mlp.gate", "mlp.gate_proj", "mlp", needs="mlp_bias"),
+    _bias("mlp.up", "mlp.up_proj", "mlp", needs="mlp_bias"),
+    _bias("mlp.down", "mlp.down_proj", "embed", needs="mlp_bias"),
     _row("norm.scale", "model.norm", "norm", inputs=""),
     _row("head", "lm_head", "embed vocab", "vocab embed"),
 )
@@ -103,9 +120,24 @@ EMBEDDING, HEAD = TABLE[0], TABLE[-1]
 ROWS = {weight.path: weight for weight in TABLE}
 
 
+def is_norm(path: tuple[str, ...]) -> bool:
+    """Whether it is the scale of an RMSNorm, which begins at one."""
+    return path[-1] == "scale"
+
+
+def is_bias(path: tuple[str, ...]) -> bool:
+    """Whether it is a bias, which begins at zero."""
+    return path[-1].endswith("_bias")
+
+
 def table(config: DecoderConfig) -> tuple[Weight, ...]:
-    """The rows for a model of this config: without the head where the embedding is tied."""
-    return tuple(weight for weight in TABLE if not (config.tied_embeddings and weight.path == ("head",)))
+    """The rows for a model of this config: without the head where the embedding is tied, and what else it has not."""
+    return tuple(
+        weight
+        for weight in TABLE
+        if not (config.tied_embeddings and weight.path == ("head",))
+        and (not weight.needs or getattr(config, weight.needs))
+    )
 
 
 def axis_sizes(config: DecoderConfig) -> dict[str, int]:

@@ -56,5 +56,10 @@ def make_optimizer(settings: OptimizerSettings, total_updates: int) -> optax.Gra
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: everything but norm scales."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) != "scale", params)
+    """True where weight decay applies: everything but norm scales and biases."""
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        name = str(getattr(path[-1], "key", ""))
+        return name != "scale" and not name.endswith("_bias")
+
+    return jax.tree_util.tree_map_with_path(decays, params)

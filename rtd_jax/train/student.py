@@ -41,13 +41,22 @@ def student_config(student: StudentSettings, teacher: DecoderConfig) -> DecoderC
     if student.init == "teacher_layers":
         if not 1 <= student.layers <= teacher.layers:
             raise ValueError(f"student.layers is {student.layers}; the teacher has {teacher.layers} to take them from")
-        return replace(teacher, layers=student.layers)
+        return teacher.of_layers(layers_to_copy(teacher.layers, student.layers))
     if student.init == "pruned":
         try:
             return pruned_config(teacher, student.share, **{name: getattr(student, name) for name in PRUNED_SIZES})
         except ValueError as error:
             raise ValueError(f"student.{error}") from error
-    return replace(teacher, **{name: getattr(student, name) for name in SIZES})
+    sizes = {name: getattr(student, name) for name in SIZES}
+    if teacher.layers_differ and sizes["layers"] > teacher.layers:
+        raise ValueError(
+            f"student.layers is {sizes['layers']}, more than the teacher's {teacher.layers}, whose layers differ "
+            "(rotary embedding, sliding window); give at most as many"
+        )
+    if sizes["layers"] > 0:
+        few = sizes["layers"] <= teacher.layers
+        teacher = teacher.of_layers(layers_to_copy(teacher.layers, sizes["layers"]) if few else (0,) * sizes["layers"])
+    return replace(teacher, **sizes)
 
 
 def student_model(settings: StudentSettings, config: DecoderConfig, mesh: Mesh) -> DecoderModel:
