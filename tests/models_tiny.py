@@ -1,4 +1,4 @@
-"""Tiny random models of every family made by transformers, in every shape that rtd_jax computes: the reference of the model tests."""
+"""Tiny random models of every family made by transformers, in every shape that rtd_jax computes: the reference."""
 
 import json
 from pathlib import Path
