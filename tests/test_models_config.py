@@ -72,7 +72,7 @@ BAD = {
     "pad_token_id": ("32", "-2", '"<pad>"', "1.5"),
     "rope_scaling": ('"llama3"', "8", "[]", "true", "NaN"),
     "rope_parameters": ('"llama3"', "0", "[1]", "false"),
-    "attention_bias": ("true", '"false"', "NaN"),
+    **dict.fromkeys(("attention_bias", "mlp_bias"), ('"false"', "NaN", "1", "[true]")),
     "hidden_act": ("null", "3", '["silu"]', '"relu"'),
 }
 
@@ -119,6 +119,7 @@ def test_special_tokens_lie_in_the_vocabulary():
 THETA = 500_000.0
 SAID = {"rope_theta": THETA, "rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
 YARN = {"rope_type": "yarn", "factor": 4.0}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
 
 
 @pytest.mark.parametrize(
@@ -136,10 +137,14 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
             r"rope_scaling.original_max_position_embeddings is 512 but original_max_position_embeddings is 1024",
         ),
         ({"rope_scaling": LLAMA3, "partial_rotary_factor": 0.5}, r"partial_rotary_factor 0.5 is not supported"),
-        (SAID | {"rope_scaling": YARN}, "rope type 'yarn' is not supported"),
-        ({"rope_parameters": YARN, "rope_scaling": LLAMA3}, "rope type 'yarn' is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope type 'linear' is not supported"),
+        (SAID | {"rope_scaling": YARN}, r"rope_parameters is .*'default'.* but rope_scaling is .*'yarn'"),
+        ({"rope_parameters": YARN, "rope_scaling": LLAMA3}, r"rope_parameters is .*'yarn'.* but rope_scaling is"),
+        ({"rope_scaling": LONG}, "rope type 'longrope' is not supported; known: default, linear"),
         ({"rope_scaling": {"type": ["yarn"]}}, "is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' lacks factor"),
+        ({"rope_scaling": YARN | {"beta_fast": 0.5}}, "needs beta_fast > beta_slow, got 0.5 and 1.0"),
+        ({"rope_scaling": YARN | {"mscale": "1"}}, "rope_scaling.mscale is '1'; expected a number of at least 0"),
+        ({"rope_scaling": YARN | {"truncate": "no"}}, "rope_scaling.truncate is 'no'; expected true or false"),
         (
             {"rope_parameters": {"full_attention": SAID["rope_parameters"]}},
             "rope_parameters.full_attention is an object",

@@ -177,11 +177,10 @@ def test_no_directory(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral', expected 'llama'"),
-        ({"attention_bias": True}, "attention_bias is True; only Llamas without biases"),
-        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"model_type": "bert"}, "model_type is 'bert', which the decoder does not compute; supported: llama, mistral"),
+        ({"model_type": None}, "model_type is null; expected one of the families"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn' is not supported.*llama3"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope' is not supported.*llama3"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' lacks low_freq_factor, high_freq"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantised.*original float weights"),

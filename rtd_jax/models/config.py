@@ -94,7 +94,7 @@ class DecoderConfig:
                     f"DecoderConfig.{name} is {getattr(self, name)}, but there are layers 0 to {self.layers - 1}; "
                     "`of_layers` gives a model with fewer layers"
                 )
-        if bool(self.windowed_layers) != (self.window is not None) or (self.window or 1) < 1:
+        if bool(self.windowed_layers) != (self.window is not None) or (self.window is not None and self.window < 1):
             raise ValueError(
                 f"DecoderConfig.window is {self.window} and windowed_layers {self.windowed_layers}; give both, or none"
             )

@@ -114,7 +114,7 @@ def features_of(hf: dict[str, Any], family: Family, layers: int) -> dict[str, An
     """
     found: dict[str, Any] = dict.fromkeys(family.always, True)
     for key, flags in family.switches.items():
-        found |= dict.fromkeys(flags, True) if key in hf and flag(key, hf[key]) else {}
+        found |= dict.fromkeys(flags, True) if hf.get(key) is not None and flag(key, hf[key]) else {}
     unrotated = _unrotated(hf, layers) if family.unrotated else ()
     window, windowed = _windows(hf, family, layers, unrotated)
     return found | {"unrotated_layers": unrotated, "window": window, "windowed_layers": windowed}

@@ -53,7 +53,7 @@ class RopeConfig:
     truncate: bool = True  # yarn: interpolate between whole pairs
 
     def __post_init__(self) -> None:
-        if self.kind not in _FACTORS:
+        if self.kind not in tuple(_FACTORS):  # which may be anything that JSON has
             raise ValueError(
                 f"rope type {self.kind!r} is not supported; known: {', '.join(_FACTORS)}. Use a checkpoint with one of "
                 "them"
@@ -146,7 +146,7 @@ class RopeConfig:
         if (partial := beside("partial_rotary_factor", positive)) not in (None, 1.0):
             raise ValueError(f"partial_rotary_factor {partial} is not supported; only 1.0 is: whole heads rotate")
         theta = usual_theta if theta is None else theta
-        if kind not in _FACTORS or kind == "default":
+        if kind not in tuple(_FACTORS)[1:]:
             return cls(theta, kind)
         original = beside("original_max_position_embeddings", whole) if kind in _SCALED_FROM else None
         original = positions if original is None else original
