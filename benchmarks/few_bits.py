@@ -1,6 +1,6 @@
 """What a real model loses at few bits: bytes, perplexity on GSM8K text, and whether transformers computes the same.
 
-    python benchmarks/few_bits.py --data=/data/gsm8k/test.jsonl    # SmolLM2-135M-Instruct (dev extra)
+    python benchmarks/few_bits.py --data=/data/gsm8k/test.jsonl    # SmolLM2-135M-Instruct
     python benchmarks/few_bits.py --model=FOLDER --data=... --limit=64 --schemes=int4,w4a16_gptq
 
 For every scheme the model is written as launch/compress.py writes it. Then: the bytes of its weights; the perplexity of

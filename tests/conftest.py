@@ -1,9 +1,11 @@
 """Eight simulated CPU devices for every test, no network, and each program compiled once for all processes."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,20 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_dropped() -> Iterator[None]:
+    """Unmaps the programs of a file's tests, which no other file's tests run.
+
+    Each program that XLA's CPU compiler makes is mapped into the process in several parts. Linux gives a process 65,530
+    of them (vm.max_map_count); half of the suite in one process needs more, and then crashes inside the compiler.
+    """
+    yield
+    import jax  # after the settings above
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

