@@ -1,11 +1,13 @@
 """The published recipe at its published sizes: the step is traced with abstract weights, none of which is allocated."""
 
 import importlib
+import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from rtd_jax.apps.plan.abstract import ARCHITECTURES
 from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.base.types import Batch
@@ -16,51 +18,38 @@ from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import create_state, state_shardings
 from rtd_jax.train.update import make_train_step
 
-LLAMA3 = {
-    "model_type": "llama",
-    "vocab_size": 128_256,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500_000.0,
-    "max_position_embeddings": 8192,
-    "hidden_act": "silu",
+# Parameters of the recipes' models, as their cards count them.
+PARAMETERS = {
+    "meta-llama/Meta-Llama-3-70B-Instruct": 70_553_706_496,
+    "meta-llama/Meta-Llama-3-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen2.5-72B-Instruct": 72_706_203_648,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
 }
-SIZES = {  # config.json of the three checkpoints
-    "70b": {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
-}
-PARAMETERS = {"70b": 70_553_706_496, "8b": 8_030_261_248, "1b": 1_235_814_400}  # as the model cards count them
 
 
-@pytest.mark.parametrize(
-    ("recipe_name", "student_size"), [("rtd_8b", "8b"), ("rtd_recommended_8b", "8b"), ("rtd_1b", "1b")]
-)
-def test_the_published_step_traces_at_full_size(recipe_name, student_size):
+@pytest.mark.parametrize("recipe_name", ["rtd_8b", "rtd_recommended_8b", "rtd_1b", "rtd_qwen3", "rtd_qwen2_5"])
+def test_the_published_step_traces_at_full_size(recipe_name):
     recipe = build(Recipe, importlib.import_module(f"configs.{recipe_name}").get_config().to_dict())
+    known = json.loads(ARCHITECTURES.read_text())
     teacher, student = (
-        DecoderModel(DecoderConfig.from_hf(LLAMA3 | SIZES[size]), settings.compute_dtype)
-        for size, settings in (("70b", recipe.teacher), (student_size, recipe.student))
+        DecoderModel(DecoderConfig.from_hf(known[settings.path]), settings.compute_dtype)
+        for settings in (recipe.teacher, recipe.student)
     )
     teacher_params = teacher.abstract_params("bfloat16")
     mesh = make_mesh(MeshSettings())
     optimizer = make_optimizer(recipe.optimizer, recipe.total_updates)
     key = jax.random.PRNGKey(0)
     widths = (student.config.width, teacher.config.width)
-    objective = recipe.objective(student.config, teacher.config, vocab_size=128_256)
+    objective = recipe.objective(student.config, teacher.config, vocab_size=teacher.config.vocab_size)
     state = jax.eval_shape(
         lambda p: create_state({"student": p, **objective.init_params(key, *widths)}, optimizer, key),
         student.abstract_params(),
     )
-    for params, size in ((teacher_params, "70b"), (state.params["student"], student_size)):
-        assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[size]
+    for params, settings in ((teacher_params, recipe.teacher), (state.params["student"], recipe.student)):
+        assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[settings.path]
 
     # Every big array of the state is spread over the 8 devices.
     shardings = state_shardings(state, optimizer, mesh, objective.param_axes())

@@ -6,25 +6,39 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.data import template_trial
 
-# Llama-3.1's template writes today's date unless it is given one, and the data would differ from day to day.
-DATE = "26 Jul 2024"
+# Some templates write today's date, and the data would differ from day to day: Llama-3.1's unless it is given one,
+# SmolLM3's and Mistral Small's by a function.
+TODAY = datetime(2024, 7, 26)
+DATE = TODAY.strftime("%d %b %Y")
+_CODES = "aAbBdHIjmMpSyY"
+# Stands before a template that asks for the date by a function, and takes the function's place.
+_STOPPED_CLOCK = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in _CODES)
+    + " }}{%- endmacro -%}"
+)
 _WALL_SECONDS = 300  # of a trial, on a machine that is busy with something else
 _TRIED_TEXT = "Mia has 13 apples.\nShe buys <<13+4=17>>4 more; how many are there?\n\n" * 60  # some 4,000 characters
 _TRIED_TURNS = (1, 2, 11)  # a prompt, a prompt with its answer, and both after five solved examples
 
 
-def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]], is_prompt: bool) -> str:
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]], is_prompt: bool, thinking: str = ""
+) -> str:
     """The text of a conversation.
 
     Args:
       messages: (role, text) pairs.
       is_prompt: ends with what stands before an assistant's message.
+      thinking: "on" or "off" for templates that ask whether the model thinks (`enable_thinking`), "" for their own
+        choice.
 
     Raises:
       ValueError: the tokenizer has no chat template, or the template fails, does not end, or takes too much memory.
@@ -36,12 +50,17 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[
             "or an instruct model's tokenizer"
         )
     conversation = [{"role": role, "content": text} for role, text in messages]
+    variables = {"date_string": DATE} | template_switches(thinking)
     try:
         template = tokenizer.get_chat_template()
-        check_template(template, json.dumps({**tokenizer.special_tokens_map, "date_string": DATE}, default=str), name)
+        check_template(template, json.dumps({**tokenizer.special_tokens_map, **variables}, default=str), name)
         return str(
             tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=is_prompt, date_string=DATE
+                conversation,
+                chat_template=_STOPPED_CLOCK + template if "strftime_now" in template else template,
+                tokenize=False,
+                add_generation_prompt=is_prompt,
+                **variables,
             )
         )
     except _LimitError as error:
@@ -51,6 +70,11 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[
         raise ValueError(
             f"{name} fails ({type(error).__name__}: {cause}); mend its chat_template, or use format kind 'plain'"
         ) from error
+
+
+def template_switches(thinking: str) -> dict[str, bool]:
+    """What a template is told of thinking, for one that asks: Qwen3's and SmolLM3's do."""
+    return {"enable_thinking": thinking == "on"} if thinking else {}
 
 
 class _LimitError(ValueError):

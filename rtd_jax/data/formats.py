@@ -19,6 +19,7 @@ from rtd_jax.base.settings import SettingError
 from rtd_jax.data.chat import apply_template
 
 _SENTINEL = "@@completion@@"
+_NO_THOUGHTS = re.compile(r"<think>\s*</think>\s*")
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,21 @@ class TextFormat:
       completion_prefix: stands between prompt and completion of a plain text and is predicted with the completion. With
         byte-pair tokenizers the separating space belongs here, because it is one token with the word that follows.
       context: stands before the prompt as it is: an instruction, or solved examples.
+      thinking: what a chat's template is told that asks whether the model thinks before it answers: "off", and the
+        thoughts stay empty; "on", and a completion begins with what the model thinks; "" leaves it to the template.
     """
 
     kind: str = "plain"  # or "chat": the tokenizer's own chat template
     prompt_template: str = ""  # holds {prompt}; "" is the kind's own
     completion_prefix: str = " "  # between prompt and completion; "plain" only
     context: str = ""  # in front of every prompt, as it is
+    thinking: str = ""  # "on" or "off", for chat templates that ask for it, like Qwen3's; "" is the template's own
 
     def __post_init__(self) -> None:
         if self.kind not in ("plain", "chat"):
             raise SettingError(f"kind is {self.kind!r}; expected 'plain' or 'chat'")
+        if self.thinking not in ("", "on", "off"):
+            raise SettingError(f"thinking is {self.thinking!r}; expected 'on', 'off', or '' for the template's own")
         for name in ("prompt_template", "completion_prefix", "context"):
             try:
                 getattr(self, name).encode()
@@ -51,7 +57,9 @@ class TextFormat:
             raise SettingError(f"prompt_template is {self.prompt_template!r}; expected {{prompt}} in it exactly once")
 
     def unread_settings(self) -> dict[str, str]:
-        return {"completion_prefix": "the text's kind is 'chat'"} if self.kind == "chat" else {}
+        if self.kind == "chat":
+            return {"completion_prefix": "the text's kind is 'chat'"}
+        return {"thinking": "the text's kind is 'plain'"}
 
     @property
     def template(self) -> str:
@@ -62,7 +70,8 @@ class TextFormat:
     def identity(self) -> str:
         """A text that is equal for two formats if they make the same texts."""
         prefix = self.completion_prefix if self.kind == "plain" else ""
-        return repr((self.kind, self.context, self.template, prefix))
+        thinking = (f"thinking {self.thinking}",) if self.kind == "chat" and self.thinking else ()
+        return repr((self.kind, self.context, self.template, prefix, *thinking))
 
     def fill(self, prompt: str) -> str:
         """Context and prompt as one text. Braces inside the prompt are left alone."""
@@ -122,16 +131,31 @@ def render(
         return Rendered(_bos(tokenizer) + text_format.fill(prompt), prefix + completion, eos, len(prefix))
     said = [text for turn in (*turns, (text_format.fill(prompt), _SENTINEL)) for text in turn]
     messages = [(("user", "assistant")[i % 2], text) for i, text in enumerate(said)]
-    opening = apply_template(tokenizer, messages[:-1], is_prompt=True)
-    whole = apply_template(tokenizer, messages, is_prompt=False)
+    thinking = text_format.thinking
+    opening = apply_template(tokenizer, messages[:-1], is_prompt=True, thinking=thinking)
+    whole = apply_template(tokenizer, messages, is_prompt=False, thinking=thinking)
     before, sentinel, closing = whole.rpartition(_SENTINEL)
-    if not sentinel or before != opening:
+    if not sentinel or not (before == opening or (thinking == "on" and _is_open_to_thoughts(opening, before))):
+        thinks = "<think>" in opening + before
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} does not continue its generation prompt: it ends with "
-            f"{opening[-40:]!r}, but an assistant's message begins after {before[-40:]!r}; use format kind 'plain'"
+            f"{opening[-40:]!r}, but an assistant's message begins after {before[-40:]!r}; "
+            + ("set thinking to 'off', or to 'on' for completions with thoughts, or " if thinks else "")
+            + "use format kind 'plain'"
         )
     # White space after the end-of-turn token is never generated, because decoding stops at that token.
     return Rendered(opening, completion, closing.rstrip(), 0)
+
+
+def _is_open_to_thoughts(opening: str, before: str) -> bool:
+    """Whether a generation prompt and what a template writes before an assistant's message differ by thoughts alone.
+
+    A template that is given a message without thoughts puts empty ones before it (Qwen3), or drops the beginning of
+    thoughts that its generation prompt has (DeepSeek-R1). A completion that has thoughts follows the prompt.
+    """
+    if before.startswith(opening):
+        return _NO_THOUGHTS.fullmatch(before[len(opening) :]) is not None
+    return opening.startswith(before) and opening[len(before) :].strip() == "<think>"
 
 
 def solved_examples(text_format: TextFormat, examples: Iterable[tuple[str, str]]) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence, Set
 from typing import Any
 
+from rtd_jax.data.chat import template_switches
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.teacher.served.client import Client, NoReply, WaysOut, said
 from rtd_jax.teacher.served.requests import (
@@ -40,7 +41,7 @@ class OpenAIBackend(Client[Request, Reply]):
         self._text, self._sampling = text, sampling
 
     def identity(self) -> dict[str, Any]:
-        return {"backend": "openai", "model": self._settings.model, "extra_body": self._settings.extra()}
+        return {"backend": "openai", "model": self._settings.model, "extra_body": self._extra()}
 
     def complete(self, requests: Sequence[Request], missing: Set[str], record: Record) -> None:
         wanted = [request for request in requests if request.id in missing]
@@ -64,13 +65,22 @@ class OpenAIBackend(Client[Request, Reply]):
             "max_tokens": sampling.max_tokens,
             "seed": request.seed,
             "extra_headers": {"X-Request-Id": request.id},  # to find the chain in the server's own log
-            "extra_body": self._settings.extra() or None,
+            "extra_body": self._extra() or None,
         }
         if sampling.stop:
             options["stop"] = list(sampling.stop)
         if self._text.kind == "chat":
             return await client.chat.completions.create(messages=[{"role": "user", "content": prompt}], **options)
         return await client.completions.create(prompt=prompt, **options)
+
+    def _extra(self) -> dict[str, Any]:
+        """What is sent beside the API's own fields: the settings', and the switch of a chat's thoughts."""
+        switches = template_switches(self._text.thinking) if self._text.kind == "chat" else {}
+        extra = self._settings.extra()
+        given = extra.get("chat_template_kwargs", {})
+        if not switches or not isinstance(given, dict):
+            return extra
+        return extra | {"chat_template_kwargs": switches | given}
 
     def _reply(self, completion: Any) -> Reply:
         """The reply in a completion.
