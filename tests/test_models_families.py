@@ -20,6 +20,7 @@ from rtd_jax.models.gptq import gptq
 from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.pruning import prune_model, pruned_config
 from rtd_jax.models.quantized_folders import save_quantized
+from rtd_jax.models.rope import RopeConfig
 from rtd_jax.models.schemes import Scheme, as_params, rounded
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.models.weights import logical_axes, parameter_count
@@ -171,6 +172,29 @@ def test_fewer_layers_keep_what_each_of_them_is():
     assert windowed.of_layers((0, 1)).windowed_layers == (0,)
     assert (windowed.of_layers((1,)).windowed_layers, windowed.of_layers((1,)).window) == ((), None)
     assert not DecoderConfig.from_hf(BASE | VARIANTS["mistral_window"]).layers_differ
+
+
+def test_checkpoints_of_plain_llamas_are_known_from_before_there_were_other_families():
+    plain = DecoderConfig(16, 8, 8, layers=3, heads=1, kv_heads=1, head_dim=8)
+    assert plain.identity == (
+        "LlamaConfig(vocab_size=16, width=8, mlp_width=8, layers=3, heads=1, kv_heads=1, head_dim=8, norm_eps=1e-05, "
+        "rope=RopeConfig(theta=10000.0, kind='default', factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, "
+        "original_max_positions=8192), tied_embeddings=False, max_positions=2048, init_std=0.02, bos_token_id=None, "
+        "eos_token_id=None, pad_token_id=None)"
+    )
+    others = [
+        dataclasses.replace(plain, **changes)
+        for changes in (
+            {"family": "mistral"},
+            {"qk_norm": True},
+            {"window": 4, "windowed_layers": (0,)},
+            {"window": 4, "windowed_layers": (1,)},
+            {"rope": RopeConfig(kind="yarn", beta_fast=8.0)},
+            {"rope": RopeConfig(kind="yarn")},
+            {"width": 16},
+        )
+    ]
+    assert len({one.identity for one in (plain, *others)}) == 8
 
 
 # Computation ----------------------------------------------------------------------------------------------------------

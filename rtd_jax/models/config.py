@@ -1,7 +1,7 @@
 """The description of a model (family, sizes, rotary embedding, special token ids), and how its layers are counted."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from rtd_jax.models.families import FAMILIES, family_of, features_of, features_t
 from rtd_jax.models.rope import RopeConfig
 
 _MOST_LAYERS = 10_000
+_PLAIN, _PLAIN_ROPE = 15, 6  # fields of the two descriptions that a plain Llama has, which come first
 
 # The entries of a Hugging Face config.json, by our names for them. Reading and writing both use these tables.
 _SIZES = {
@@ -158,6 +159,26 @@ class DecoderConfig:
             windowed_layers=windowed,
             window=self.window if windowed else None,
         )
+
+    @property
+    def identity(self) -> str:
+        """A text that is equal for equal descriptions, by which a checkpoint knows them.
+
+        It is that of before there were other families, with what is not a plain Llama's behind it, so that checkpoints
+        of then are known.
+        """
+
+        def listed(of: Any, first: int) -> str:
+            own = fields(of)
+            shown = [*own[:first], *(one for one in own[first:] if getattr(of, one.name) != one.default)]
+            values = {one.name: getattr(of, one.name) for one in shown}
+            texts = {
+                name: listed(x, _PLAIN_ROPE) if isinstance(x, RopeConfig) else repr(x) for name, x in values.items()
+            }
+            name = "LlamaConfig" if of is self else type(of).__name__
+            return f"{name}({', '.join(f'{key}={text}' for key, text in texts.items())})"
+
+        return listed(self, _PLAIN)
 
     @property
     def layers_differ(self) -> bool:

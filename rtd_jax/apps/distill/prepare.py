@@ -209,7 +209,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
             "reward": _reward_fingerprint(recipe, reward),
             "tokenizer": teacher.tokenizer_fingerprint,
             "data": chains_fingerprint((*train.encoded, *validation.encoded)),
-            "student_config": hashlib.sha256(repr(config).encode()).hexdigest(),
+            "student_config": hashlib.sha256(config.identity.encode()).hexdigest(),
         },
     )
     state, kept_S = _initial_state(recipe, student, teacher, objective, optimizer, train.encoded)
