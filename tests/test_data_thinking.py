@@ -3,9 +3,12 @@
 import pytest
 from qwen3_like import qwen3_like
 
+from rtd_jax.apps.compress.compress import CompressSettings
+from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings
+from rtd_jax.apps.evaluate import EvaluateSettings
 from rtd_jax.base.settings import SettingError
 from rtd_jax.data.encoding import encode_traces
-from rtd_jax.data.formats import TextFormat, render, stop_token_ids
+from rtd_jax.data.formats import TextFormat, asked_format, render, stop_token_ids
 from rtd_jax.data.trace import Trace
 from rtd_jax.teacher.served.requests import OpenAISettings, SamplingSettings
 from rtd_jax.teacher.served.server import OpenAIBackend
@@ -66,6 +69,35 @@ def test_only_a_choice_changes_what_a_text_is_called():
     plain, chosen = TextFormat("chat"), TextFormat("chat", thinking="off")
     assert plain.identity != chosen.identity != TextFormat("chat", thinking="on").identity
     assert "thinking" not in plain.identity  # of records that were made before there was a choice
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "asked", "form"),
+    [
+        (None, {}, None),
+        (TextFormat("chat", thinking="off"), {}, None),
+        (None, {"prompt_template": "{prompt}\n"}, TextFormat("plain", "{prompt}\n", "")),
+        (None, {"chat": True, "thinking": "off"}, TextFormat("chat", thinking="off")),
+        (TextFormat("chat", thinking="off"), {"chat": True}, TextFormat("chat", thinking="off")),
+        (TextFormat("chat", thinking="off"), {"chat": True, "thinking": "on"}, TextFormat("chat", thinking="on")),
+    ],
+)
+def test_flags_ask_for_a_form_of_text(trained_on, asked, form):
+    nothing = {"chat": False, "prompt_template": "", "thinking": ""}
+    assert asked_format(trained_on, **(nothing | asked)) == form
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        (EvaluateSettings, {"model": ("x",)}),
+        (DiagnoseSettings, {"teacher": "x", "student": "y"}),
+        (CompressSettings, {"student": "x", "scheme": "int4"}),
+    ],
+)
+def test_thinking_without_a_chat_is_refused(settings, needed):
+    with pytest.raises(ValueError, match="thinking is 'off', which only a chat template reads; give --chat too"):
+        settings(**needed, thinking="off")
 
 
 def test_a_chain_without_thoughts_is_encoded_and_ends_at_the_end_of_the_turn():

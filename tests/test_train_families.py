@@ -1,5 +1,8 @@
 """Students of other families than Llama: trained in their own chat template, and written as their own folders."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
@@ -51,6 +54,20 @@ def short_run(teacher, student: StudentSettings):
         evaluation=EvaluationSettings(problems_per_depth=1, max_new_tokens=8, batch_size=4),
     )
     return replace(short, data=replace(short.data, text=TEXT, row_length=320, chains_per_row=1))
+
+
+@pytest.mark.slow
+def test_a_model_that_may_think_is_judged_in_the_chat_that_is_asked_for(tmp_path):
+    teacher, out = write_qwen3(tmp_path / "teacher"), tmp_path / "out"
+    command = [sys.executable, "-m", "rtd_jax", "evaluate", f"--model={teacher}", f"--out={out}", "--tasks=synthetic"]
+    flags = ["--limit=2", "--max_new_tokens=4", "--chat"]
+    failed = subprocess.run([*command, *flags], capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert "set thinking to 'off', or to 'on' for completions with thoughts" in failed.stderr
+    done = subprocess.run([*command, *flags, "--thinking=off"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "report.json").read_text())
+    assert report["protocol"]["synthetic"]["thinking"] == "off"
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from rtd_jax.base.files import finite_report, null_notes, write_json, write_json
 from rtd_jax.base.lock import one_writer
 from rtd_jax.base.settings import SEED, check_distinct, check_filled, check_ranges
 from rtd_jax.base.sharding import row_sharding, row_ways
-from rtd_jax.data.formats import TextFormat, render
+from rtd_jax.data.formats import TextFormat, asked_format, render
 from rtd_jax.data.schemas.arc import ChoiceQuestion
 from rtd_jax.data.trace import Trace
 from rtd_jax.eval.choices import choice_log_likelihoods, score_choices
@@ -50,6 +50,7 @@ class EvaluateSettings(ServedJudgeFlags):
     levels: tuple[int, ...] = (3, 4, 5)  # of MATH, 1 to 5
     revision: str = ""  # commit, tag or branch of the data on the hub; "" takes the pinned ones
     chat: bool = False  # the tokenizer's chat template
+    thinking: str = ""  # "on" or "off", with --chat, for templates that ask for it, like Qwen3's; "": as it was trained
     prompt_template: str = ""  # holds {prompt}; "" is the task's own, and of synthetic problems the models' own
     temperature: float = 0.0  # of decoding; 0 is greedy
     top_p: float = 1.0  # draw from the most probable tokens that together reach this
@@ -71,7 +72,7 @@ class EvaluateSettings(ServedJudgeFlags):
             raise ValueError("give either models (--model) or texts to score (--generations)")
         if len(set(self.model)) < len(self.model):
             raise ValueError(f"models are {self.model}; give each of them once")
-        TextFormat(prompt_template=self.prompt_template)  # refuses one without {prompt}
+        asked_format(None, chat=self.chat, prompt_template=self.prompt_template, thinking=self.thinking)  # or refuses
         if self.samples > 1 and self.temperature <= 0:
             raise ValueError(f"samples is {self.samples} but decoding is greedy, so all are alike; set a temperature")
         check_ranges(self, limit="[0, 1e7]", few_shot="[-1, 1000]", few_shot_seed=SEED, levels="[1, 5]", seed=SEED)
@@ -154,6 +155,7 @@ def _measure(
             seed=settings.few_shot_seed,
             revision=settings.revision,
             prompt_template=settings.prompt_template,
+            thinking=settings.thinking,
             trained_on=next((text for text in trained.values() if text is not None), None),
         )
         protocol[task] = dict(asked[task].protocol)

@@ -78,6 +78,29 @@ class TextFormat:
         return self.context + self.template.replace("{prompt}", prompt)
 
 
+def asked_format(
+    trained_on: TextFormat | None, *, chat: bool, prompt_template: str, thinking: str
+) -> TextFormat | None:
+    """The form of text that the flags of a command ask for; None where they leave it open.
+
+    What is written follows a plain template after a space, or on its new line.
+
+    Args:
+      trained_on: the form that the model was trained on, where it is known: it decides about thinking if nothing else
+        does.
+
+    Raises:
+      ValueError: a template without {prompt}, an unknown word for thinking, or thinking without a chat.
+    """
+    if thinking and not chat:
+        raise ValueError(f"thinking is {thinking!r}, which only a chat template reads; give --chat too")
+    if chat:
+        return TextFormat("chat", prompt_template, thinking=thinking or (trained_on.thinking if trained_on else ""))
+    if prompt_template:
+        return TextFormat("plain", prompt_template, "" if prompt_template.endswith("\n") else " ")
+    return None
+
+
 class Rendered(NamedTuple):
     """The three pieces of a text. The model is trained on `completion` and `closing`."""
 

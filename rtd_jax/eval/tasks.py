@@ -15,7 +15,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rtd_jax.data.formats import TextFormat
+from rtd_jax.data.formats import TextFormat, asked_format
 from rtd_jax.data.schemas import SCHEMAS
 from rtd_jax.data.schemas.arc import ChoiceQuestion, choices_from_arc
 from rtd_jax.data.sources import SourceSettings, load_rows, load_traces
@@ -109,6 +109,7 @@ def load_problems(
     seed: int = EXAMPLES_SEED,
     revision: str = "",
     prompt_template: str = "",
+    thinking: str = "",
     trained_on: TextFormat | None = None,
 ) -> Problems:
     """The problems of a task.
@@ -123,6 +124,7 @@ def load_problems(
       seed: of the drawing of examples.
       revision: hub commit, tag or branch; "" takes the one in `TASKS`.
       prompt_template: in the place of the task's own; what is written follows it after a space, or on its new line.
+      thinking: of a chat, "on" or "off" for templates that ask for it; "": as `trained_on` says.
       trained_on: form of synthetic problems, where neither `chat` nor `prompt_template` says another.
 
     Raises:
@@ -130,11 +132,11 @@ def load_problems(
     """
     task = TASKS[name]
     shots = task.shots if few_shot < 0 else few_shot
-    text = TextFormat("chat" if chat else "plain", task.prompt)
-    if prompt_template:
-        text = TextFormat(text.kind, prompt_template, "" if prompt_template.endswith("\n") else " ")
-    elif name == "synthetic" and not chat and trained_on is not None:
-        text = trained_on
+    asked = asked_format(
+        trained_on, chat=chat, prompt_template=prompt_template or (task.prompt if chat else ""), thinking=thinking
+    )
+    own = trained_on if name == "synthetic" else None
+    text = asked or own or TextFormat("plain", task.prompt)
     sources = _sources(name, data_root, revision or task.revision)
     items: list[Item]
     if name == "synthetic":
@@ -166,6 +168,7 @@ def load_problems(
         "few_shot": shots,
         "examples": drawn if shots else None,
         "stop_texts": list(task.stops),
+        **({"thinking": text.thinking} if text.thinking else {}),
     }
     text_format = f"{text.kind}, {shots}-shot"
     if text.kind == "chat":

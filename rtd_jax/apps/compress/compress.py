@@ -22,7 +22,7 @@ from rtd_jax.base.settings import SEED, build, check_filled, check_ranges
 from rtd_jax.base.sharding import host_share, put_batch
 from rtd_jax.base.types import Params
 from rtd_jax.data.encoding import EncodedChain, encode_traces
-from rtd_jax.data.formats import TextFormat
+from rtd_jax.data.formats import TextFormat, asked_format
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.sources import SourceSettings, load_traces
 from rtd_jax.data.trace import Trace
@@ -62,6 +62,7 @@ class CompressSettings:
     problems_per_depth: int = -1  # that are solved before and after; 0 measures nothing; -1: the run's own, or 60
     keep_marks: bool = False  # the <<48/2=24>> of gsm8k (generated problems always have them)
     chat: bool = False  # the tokenizer's chat template
+    thinking: str = ""  # "on" or "off", with --chat, for templates that ask for it, like Qwen3's; "": as it was trained
     prompt_template: str = ""  # holds {prompt}; "" is the run's own, or the format's default
     max_new_tokens: int = 0  # most tokens decoded for a problem; 0: the run's own, or 256
     row_length: int = 1024  # tokens of a row of calibration text; longer chains are left out
@@ -73,7 +74,7 @@ class CompressSettings:
         check_filled(self, "student", "scheme", "out", "train_split", "test_split")
         check_ranges(self, group_size="[-1, 1e6]", calibration_chains="[1, 1e6]", problems_per_depth="[-1, 1e6]")
         check_ranges(self, max_new_tokens="[0, 1e6]", row_length="[2, 1e7]", batch_size="[1, 1e6]", seed=SEED)
-        TextFormat(prompt_template=self.prompt_template)  # refuses one without {prompt}
+        asked_format(None, chat=self.chat, prompt_template=self.prompt_template, thinking=self.thinking)  # or refuses
         _ = self.method  # refuses a scheme that does not exist
         if self.report_folder.resolve() == Path(self.out).expanduser().resolve():
             raise ValueError(f"report is {self.report!r}, as out is; a model's folder holds nothing else: give another")
@@ -253,11 +254,10 @@ def _traces(settings: CompressSettings, method: Method, recipe: Recipe | None) -
 
 def _text_format(settings: CompressSettings, loaded: LoadedModel) -> TextFormat:
     """The form of text: as asked for, else as the student was trained on, else the default."""
-    if settings.chat:
-        return TextFormat("chat", settings.prompt_template)
-    if settings.prompt_template:
-        return TextFormat("plain", settings.prompt_template, "" if settings.prompt_template.endswith("\n") else " ")
-    return loaded.text or TextFormat()
+    asked = asked_format(
+        loaded.text, chat=settings.chat, prompt_template=settings.prompt_template, thinking=settings.thinking
+    )
+    return asked or loaded.text or TextFormat()
 
 
 def _encoded(

@@ -20,7 +20,7 @@ from rtd_jax.base.lock import one_writer
 from rtd_jax.base.settings import LAYER, SEED, check_filled, check_ranges
 from rtd_jax.base.types import StepState
 from rtd_jax.data.encoding import EncodedChain, encode_traces
-from rtd_jax.data.formats import TextFormat
+from rtd_jax.data.formats import TextFormat, asked_format
 from rtd_jax.data.sources import SourceSettings, load_traces
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
 from rtd_jax.data.trace import Trace
@@ -61,6 +61,7 @@ class DiagnoseSettings:
     step_state: StepState = "end"  # a step's state: at its last token, the mean over its tokens or its conclusion's
     maps: Literal["auto", "saved", "fitted", "identity"] = "auto"  # f and g; auto: saved where they fit, else fitted
     chat: bool = False  # the tokenizer's chat template
+    thinking: str = ""  # "on" or "off", with --chat, for templates that ask for it, like Qwen3's; "": as it was trained
     prompt_template: str = ""  # holds {prompt}; "" is the run's own, or the format's default
     max_new_tokens: int = 256  # most tokens decoded for a problem
     row_length: int = 1024  # tokens; longer chains are left out and counted
@@ -73,7 +74,7 @@ class DiagnoseSettings:
         check_filled(self, "teacher", "student", "data", "split", "out")
         check_ranges(self, max_new_tokens="[1, 1e6]", row_length="[2, 1e7]", batch_size="[1, 1e6]", limit="[0, 1e7]")
         check_ranges(self, teacher_layer=LAYER, student_layer=LAYER, seed=SEED)
-        TextFormat(prompt_template=self.prompt_template)  # refuses one without {prompt}
+        asked_format(None, chat=self.chat, prompt_template=self.prompt_template, thinking=self.thinking)  # or refuses
         if self.cache and self.decode_teacher:
             raise ValueError(
                 "decode_teacher needs the teacher's weights, which are not loaded with a cache; leave out --cache or "
@@ -253,11 +254,11 @@ class Pair:
 
 def text_format(settings: DiagnoseSettings, *models: LoadedModel) -> TextFormat:
     """The form of text: as asked for, else as a run among the models was trained on, else the default."""
-    if settings.chat:
-        return TextFormat("chat", settings.prompt_template)
-    if settings.prompt_template:
-        return TextFormat("plain", settings.prompt_template, "" if settings.prompt_template.endswith("\n") else " ")
-    return next((model.text for model in models if model.text is not None), TextFormat())
+    trained = next((model.text for model in models if model.text is not None), None)
+    asked = asked_format(
+        trained, chat=settings.chat, prompt_template=settings.prompt_template, thinking=settings.thinking
+    )
+    return asked or trained or TextFormat()
 
 
 def other_formats(text: TextFormat, *models: LoadedModel) -> list[str]:
