@@ -140,6 +140,7 @@ VALUES = {
     "schema": ("stepwise", "gsm8k"),
     "text.kind": ("chat", "plain"),
     "text.prompt_template": ("Q: {prompt}", "{prompt}"),
+    "text.thinking": ("on", "off"),
     "form": ("marked", "plain"),
     "segmentation": ("random", "annotated"),
     "openai.extra_body": ('{"top_k": 50}', "{}"),
