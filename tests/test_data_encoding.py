@@ -241,7 +241,7 @@ def test_formats_that_cannot_work(bpe, tiny):
     with pytest.raises(ValueError, match="has no chat template"):
         encode_trace(tiny, generate(1)[0], text_format=CHAT)
     closed = llama3_like()
-    closed.chat_template = bpe.chat_template.replace("assistant<|end_header_id|>\n\n'", "assistant<|end_header_id|>'")
+    closed.chat_template = bpe.chat_template.replace("assistant<|end_header_id|>\n\n'", "helper<|end_header_id|>\n\n'")
     with pytest.raises(ValueError, match="does not continue its generation prompt"):
         encode_trace(closed, generate(1)[0], text_format=CHAT)
 

@@ -110,6 +110,25 @@ def test_a_chain_without_thoughts_is_encoded_and_ends_at_the_end_of_the_turn():
     assert stop_token_ids(tokenizer, text) == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
 
 
+@pytest.mark.parametrize("space", [" ", "\n", ""])
+def test_a_space_before_an_answer_is_part_of_it(space):
+    """As Llama-2's and Mistral's templates have it: the model writes it, after the end of the user's turn."""
+    tokenizer, text = qwen3_like(), TextFormat("chat")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}"
+        "{% else %}{{ '" + space.replace("\n", "\\n") + "' + m.content + ' <|endoftext|>' }}{% endif %}{% endfor %}"
+    )
+    rendered = render(tokenizer, "2?", "1 + 1 = 2", text)
+    assert rendered.prompt == "<|im_start|>2?<|im_end|>"
+    assert rendered.completion == space + "1 + 1 = 2"
+    assert rendered.completion_offset == len(space)
+    trace = Trace.of_steps("2?", ["1 + 1 = 2", "2 + 0 = 2"], "2", "The answer is 2.")
+    (chain,), _ = encode_traces(tokenizer, [trace], text, row_length=200)
+    decoded = tokenizer.decode(chain.tokens[: chain.boundaries[1] + 1])
+    assert decoded.endswith(f"<|im_end|>{space}1 + 1 = 2")
+    assert chain.loss_weights[chain.prompt_length] == 1
+
+
 def test_todays_date_is_not_in_a_text():
     """SmolLM3's and Mistral Small's templates write it by a function of their environment."""
     tokenizer = qwen3_like()

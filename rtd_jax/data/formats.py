@@ -158,7 +158,10 @@ def render(
     opening = apply_template(tokenizer, messages[:-1], is_prompt=True, thinking=thinking)
     whole = apply_template(tokenizer, messages, is_prompt=False, thinking=thinking)
     before, sentinel, closing = whole.rpartition(_SENTINEL)
-    if not sentinel or not (before == opening or (thinking == "on" and _is_open_to_thoughts(opening, before))):
+    # Llama-2 and Mistral begin an answer with a space, which the model writes.
+    space = before[len(opening) :] if before.startswith(opening) else ""
+    fits = before == opening or space.isspace() or (thinking == "on" and _is_open_to_thoughts(opening, before))
+    if not sentinel or not fits:
         thinks = "<think>" in opening + before
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} does not continue its generation prompt: it ends with "
@@ -167,7 +170,8 @@ def render(
             + "use format kind 'plain'"
         )
     # White space after the end-of-turn token is never generated, because decoding stops at that token.
-    return Rendered(opening, completion, closing.rstrip(), 0)
+    prefix = space if space.isspace() else ""
+    return Rendered(opening, prefix + completion, closing.rstrip(), len(prefix))
 
 
 def _is_open_to_thoughts(opening: str, before: str) -> bool:
