@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rtd_jax.apps.command.run import run as run_command
 from rtd_jax.apps.distill.run import train
 from rtd_jax.apps.export.card import Parent, licence_warnings
-from rtd_jax.apps.export.export import RECORD, ExportSettings, export
+from rtd_jax.apps.export.export import RECORD, ExportSettings, _reachable, export
 from rtd_jax.apps.export.licence import Licence, combined, find_licence
 from rtd_jax.base.lock import locked
 from rtd_jax.train.curriculum import CurriculumSettings
@@ -229,6 +229,53 @@ def test_a_teacher_that_is_gone_leaves_no_licence(copy, tmp_path):
     )
     assert sum("could not be found: ask before you share" in note for note in notes) == 1
     assert ModelCard.load(exported(copy, license="mit")[0] / "README.md").data.license == "mit"
+
+
+def test_a_run_of_before_does_not_say_which_commit_it_read(copy):
+    """The licence is then of the revision that its settings name, and the card claims no commit."""
+    change_report(copy, lambda report: report.pop("origins"))
+    text = (exported(copy)[0] / "README.md").read_text()
+    assert "[org/tiny-teacher](https://huggingface.co/org/tiny-teacher) at revision `v1`; its licence is **tiny" in text
+    assert COMMIT not in text
+    change_report(copy, lambda report: report["settings"]["teacher"].update(path="runs/teacher", revision=""))
+    text = (exported(copy)[0] / "README.md").read_text()  # gone, and not to be taken for a hub name
+    assert "The teacher is `teacher` (a local folder); the licence of the teacher could not be found" in text
+    assert "base_model" not in text
+
+
+def test_a_student_that_began_as_another_model_has_both_licences(copy, hub, tmp_path):
+    start = write_teacher(tmp_path / "start")
+    (start / "README.md").write_text("---\nlicense: mit\n---\n")
+    (start / "LICENSE").write_text("MIT License\n")
+
+    def begin(report):
+        student = {"init": "pretrained", "path": str(start), "layers": 0}
+        report["settings"]["student"] |= student
+        report["origins"]["student"] = {"path": str(start), "revision": "", "is_local": True, "commit": ""}
+
+    change_report(copy, begin)
+    out, notes = exported(copy)
+    card = ModelCard.load(out / "README.md")
+    assert (card.data.license, card.data.license_name) == ("other", "tiny-community-and-mit")
+    assert "The model that it began as is `start` (a local folder); its licence is **mit**" in card.text
+    assert (out / "LICENSE").read_bytes() == (hub.folder / "LICENSE").read_bytes()
+    assert (out / "START_LICENSE").read_text() == "MIT License\n"
+    assert "base_model" not in card.data.to_dict()  # which is local
+    assert any("two licences hold at once" in note for note in notes)
+
+
+def test_a_link_to_a_licence_leads_somewhere(copy, hub, tmp_path):
+    local = Path(shutil.copytree(hub.folder, tmp_path / "teacher", ignore=shutil.ignore_patterns("LICENSE")))
+    change_report(
+        copy,
+        lambda report: (
+            report["settings"]["teacher"].update(path=str(local), revision=""),
+            report["origins"]["teacher"].update(path=str(local), is_local=True, commit=""),
+        ),
+    )
+    assert "license_link" not in ModelCard.load(exported(copy)[0] / "README.md").data.to_dict()
+    parent = Parent("teacher", "org/x", False, "", COMMIT, Licence("other", "x", "LICENSE", "README.md"))
+    assert _reachable(parent).link == f"https://huggingface.co/org/x/blob/{COMMIT}/LICENSE"
 
 
 def test_a_licence_that_the_teacher_has_is_not_given(finished, tmp_path):

@@ -126,8 +126,7 @@ def _base_model(subject: Subject) -> dict[str, Any]:
     start = subject.parents[-1]
     if not start.hub_name:
         return {}
-    relation = "finetune" if subject.scheme is None else "quantized"
-    return {"base_model": start.hub_name, "base_model_relation": relation}
+    return {"base_model": start.hub_name, "base_model_relation": "finetune"}
 
 
 def _about(subject: Subject) -> list[str]:
@@ -163,7 +162,8 @@ def _origin(subject: Subject) -> Section:
     for parent in subject.parents:
         licence = parent.licence
         if licence.id:
-            said = f"its licence is **{licence}**, as its {licence.said_in} says"
+            who = f"its {licence.said_in}" if licence.said_in else "whoever exported this"
+            said = f"its licence is **{licence}**, as {who} says"
             link = licence.link if licence.link.startswith("http") else ""
             said += f" ({link})" if link else ""
         else:
@@ -202,9 +202,9 @@ def _data(subject: Subject) -> Section:
         else:
             place = "a local folder or file"
         depths = ", ".join(map(str, source.depths)) or "all"
-        rows.append(
-            [split, place, f"`{source.schema}`", source.split, f"{source.limit:,}" if source.limit else "all", depths]
-        )
+        part = "/".join(filter(None, (source.subset, source.split)))
+        chains = f"{source.limit:,}" if source.limit else "all"
+        rows.append([split, place, f"`{source.schema}`", part, chains, depths])
     recipe, tokens = subject.recipe, subject.report.get("tokens", {})
     text = []
     if recipe.data.validation is None:

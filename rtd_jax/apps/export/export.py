@@ -14,6 +14,7 @@ from rtd_jax.apps.export.card import Parent, Subject, is_generated, licence_warn
 from rtd_jax.apps.export.licence import Licence, find_licence
 from rtd_jax.apps.export.push import check_name, push
 from rtd_jax.base.files import read_jsonl, read_object, read_record, replacing_folder, write_record
+from rtd_jax.base.hub import snapshot_commit
 from rtd_jax.base.lock import owner
 from rtd_jax.base.settings import SettingError, build, check_filled
 from rtd_jax.models.from_hf import MODEL_CARD, load_config, resolve
@@ -167,37 +168,50 @@ def _check_replaceable(out: Path, student: Path) -> None:
 def _parents(recipe: Recipe, report: Mapping[str, Any], given: str, note: Callable[[str], None]) -> tuple[Parent, ...]:
     """The teacher, and the model that the student began as where that is another one."""
     models = {"teacher": recipe.teacher}
-    if recipe.student.init == "pretrained" and recipe.student.path != recipe.teacher.path:
-        models["model that it began as"] = recipe.student
+    start = recipe.student
+    if start.init == "pretrained" and (start.path, start.revision) != (recipe.teacher.path, recipe.teacher.revision):
+        models["model that it began as"] = start
     parents = []
     for role, settings in models.items():
-        # Runs of earlier versions did not record which commit they read.
         origin = report.get("origins", {}).get("teacher" if role == "teacher" else "student", {})
-        is_local = origin.get("is_local", Path(settings.path).expanduser().is_dir())
-        commit = origin.get("commit", "")
-        licence = _licence(settings.path, commit or settings.revision, is_local, note)
-        if not licence.id and given:
-            licence = dataclasses.replace(licence, id=given, said_in="exporter")
-        elif given and role == "teacher":
-            raise ValueError(
-                f"license is {given!r}, but the {licence.said_in} of the teacher {settings.path} says {licence}; leave "
-                "--license out"
-            )
-        parents.append(Parent(role, settings.path, is_local, settings.revision, commit, licence))
+        commit = origin.get("commit", "")  # runs of earlier versions did not record it
+        folder = _folder(settings.path, settings.revision, origin, note)
+        is_local = origin.get("is_local", folder is None or not snapshot_commit(folder))
+        licence = Licence() if folder is None else find_licence(folder)
+        parent = Parent(role, settings.path, is_local, settings.revision, commit, licence)
+        parents.append(dataclasses.replace(parent, licence=_reachable(parent)))
+    unknown = [i for i, parent in enumerate(parents) if not parent.licence.id]
+    if given and not unknown:
+        licence = parents[0].licence
+        raise ValueError(
+            f"license is {given!r}, but the {licence.said_in} of the teacher {recipe.teacher.path} says {licence}; "
+            "leave --license out"
+        )
+    for i in unknown if given else ():
+        parents[i] = dataclasses.replace(parents[i], licence=dataclasses.replace(parents[i].licence, id=given))
     return tuple(parents)
 
 
-def _licence(path: str, revision: str, is_local: bool, note: Callable[[str], None]) -> Licence:
-    """The licence of a model, if its folder can be had; its weights are not downloaded."""
+def _folder(path: str, revision: str, origin: Mapping[str, Any], note: Callable[[str], None]) -> Path | None:
+    """The folder of a model, without its weights, as it was when the run read it; None where it cannot be had."""
     try:
-        if is_local and not Path(path).expanduser().is_dir():
+        if origin.get("is_local") and not Path(path).expanduser().is_dir():
             raise ValueError(f"{path}: no such directory any more")
-        name = path if is_local else path.partition("@")[0]
-        folder = resolve(name, revision if not is_local else "", has_weights=False)
+        if commit := origin.get("commit"):
+            return resolve(path.partition("@")[0], commit, has_weights=False)
+        return resolve(path, revision, has_weights=False)
     except ValueError as error:
         note(f"warning: no licence could be read: {error}")
-        return Licence()
-    return find_licence(folder)
+        return None
+
+
+def _reachable(parent: Parent) -> Licence:
+    """A model's licence whose link leads somewhere from another folder too."""
+    licence = parent.licence
+    if not licence.link or "://" in licence.link or licence.link in {path.name for path in licence.files}:
+        return licence
+    at = f"https://huggingface.co/{parent.hub_name}/blob/{parent.commit or 'main'}/{licence.link}"
+    return dataclasses.replace(licence, link=at if parent.hub_name else "")
 
 
 def _example(run: Path, recipe: Recipe) -> str:
