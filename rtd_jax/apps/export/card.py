@@ -213,7 +213,7 @@ def _data(subject: Subject) -> Section:
         )
     if tokens.get("data"):
         own = f", and on {tokens['own']:,} of chains that it drew itself" if tokens.get("own") else ""
-        text.append(f"It was trained on {tokens['data']:,} predicted tokens of these chains{own}.")
+        text.append(f"It was trained on {tokens['data']:,} predicted tokens of the training chains{own}.")
     if recipe.data.segmentation != "annotated":
         text.append(f"Steps end where `data.segmentation` {_public(recipe.data.segmentation)!r} says.")
     return Section("Data", 2, text, ["used for", "from", "schema", "split", "chains", "depths"], rows)
