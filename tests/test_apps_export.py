@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, errors
 from tiny_run import recipe, write_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import rtd_jax
 from rtd_jax.apps.command.run import run as run_command
 from rtd_jax.apps.distill.run import train
 from rtd_jax.apps.export.card import Parent, licence_warnings
@@ -427,3 +428,7 @@ def test_settings_that_do_not_go_together(finished, capfd):
     with pytest.raises(SystemExit):
         run_command("export", ["export"])
     assert "--run is missing" in capfd.readouterr().err
+
+
+def test_the_bundled_teacher_says_its_licence():
+    assert str(find_licence(Path(rtd_jax.__file__).parent / "bundled" / "tiny_teacher")) == "apache-2.0"

@@ -63,14 +63,14 @@ def _snapshot(asked: HubName, has_weights: bool) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     needed = ["config.json", *TOKENIZER_FILES, *(["*.safetensors", INDEX_FILE] if has_weights else [])]
-    version = {"revision": asked.revision or None}
+    name, revision = asked.name, asked.revision or None
     try:
         try:
-            found = snapshot_download(asked.name, **version, allow_patterns=[*needed, MODEL_CARD, *LICENCE_FILES])
+            found = snapshot_download(name, revision=revision, allow_patterns=[*needed, MODEL_CARD, *LICENCE_FILES])
         except LocalEntryNotFoundError as incomplete:
             # Without a connection a snapshot without its card and licence is refused, but a model runs without them.
             try:
-                found = snapshot_download(asked.name, **version, allow_patterns=needed, local_files_only=True)
+                found = snapshot_download(name, revision=revision, allow_patterns=needed, local_files_only=True)
             except LocalEntryNotFoundError:
                 raise incomplete from incomplete.__cause__  # which says why the hub was not reached
         return Path(found)

@@ -39,7 +39,7 @@ from rtd_jax.teacher.reward_head import RewardModel, load_head
 from rtd_jax.train.cache_identity import cache_identity, teacher_fingerprint
 from rtd_jax.train.curriculum import Stage, few_problems, stages
 from rtd_jax.train.optimizer import make_optimizer
-from rtd_jax.train.recipe import Recipe
+from rtd_jax.train.recipe import Recipe, StudentSettings, TeacherSettings
 from rtd_jax.train.splits import Chains, encode_split, load_splits, make_detector, make_windows, prefixed_chains
 from rtd_jax.train.state import TrainState, create_state, state_shardings
 from rtd_jax.train.student import check_weights, initial_student, start_folder, student_config, student_model
@@ -233,7 +233,7 @@ def _checked_config(recipe: Recipe, teacher: OpenModel) -> DecoderConfig:
 
 def _origins(recipe: Recipe, teacher: OpenModel, splits: Mapping[str, Sequence[Trace]]) -> dict[str, Any]:
     """The commit that every model and data set of the hub was read at; those that are local have none."""
-    models = {"teacher": (recipe.teacher, teacher.directory)}
+    models: dict[str, tuple[TeacherSettings | StudentSettings, Path]] = {"teacher": (recipe.teacher, teacher.directory)}
     if recipe.student.init == "pretrained":
         models["student"] = (recipe.student, start_folder(recipe.student))
     origins: dict[str, Any] = {

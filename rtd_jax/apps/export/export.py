@@ -22,7 +22,7 @@ from rtd_jax.models.quantized_folders import quantization_of
 from rtd_jax.models.text_record import read_text_format
 from rtd_jax.models.to_hf import INDEX_FILE, TOKENIZER_FILES
 from rtd_jax.models.weight_files import weight_files
-from rtd_jax.train.recipe import Recipe
+from rtd_jax.train.recipe import Recipe, StudentSettings, TeacherSettings
 from rtd_jax.train.student import FLOAT_FOLDER, FOLDER, student_folders
 
 RECORD = "rtd_jax_export.json"  # lists what an export wrote
@@ -167,7 +167,7 @@ def _check_replaceable(out: Path, student: Path) -> None:
 
 def _parents(recipe: Recipe, report: Mapping[str, Any], given: str, note: Callable[[str], None]) -> tuple[Parent, ...]:
     """The teacher, and the model that the student began as where that is another one."""
-    models = {"teacher": recipe.teacher}
+    models: dict[str, TeacherSettings | StudentSettings] = {"teacher": recipe.teacher}
     start = recipe.student
     if start.init == "pretrained" and (start.path, start.revision) != (recipe.teacher.path, recipe.teacher.revision):
         models["model that it began as"] = start
