@@ -148,7 +148,7 @@ def test_unreachable_hub_says_how_to_point_to_a_folder(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     message = (
-        r"(?s)no/such-data: no such local folder, .*put test.jsonl or test.parquet .* set the source's location to"
+        r"(?s)no/such-data: neither a local directory nor a data set.*put test.jsonl or test.parquet .* location to"
     )
     with pytest.raises(ValueError, match=message):
         gsm8k("no/such-data", split="test")

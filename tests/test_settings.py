@@ -19,6 +19,7 @@ from rtd_jax.apps.command.table import COMMANDS
 from rtd_jax.apps.compress.compress import CompressSettings
 from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings
 from rtd_jax.apps.evaluate import EvaluateSettings
+from rtd_jax.apps.export.export import ExportSettings
 from rtd_jax.apps.judge import JudgeSettings
 from rtd_jax.apps.plan.plan import PlanSettings
 from rtd_jax.apps.pretrain import PretrainRecipe
@@ -123,6 +124,7 @@ def groups_of(cls: type) -> set[type]:
         PlanSettings,
         SegmentSettings,
         CompressSettings,
+        ExportSettings,
     ],
 )
 def test_every_setting_says_what_it_means(cls):
@@ -190,8 +192,9 @@ def other(setting: Setting) -> str:
 def needed_with(setting: Setting, text: str, recipe: typing.Any) -> tuple[str, ...]:
     """Overrides without which this value of the setting would be refused."""
     group, _, name = setting.key.rpartition(".")
-    if group == "student" and name in ("init", "path", "share", *SIZES):
-        return STUDENTS[text if name == "init" else {"path": "pretrained", "share": "pruned"}.get(name, "random")]
+    if group == "student" and name in ("init", "path", "revision", "share", *SIZES):
+        kinds = {"path": "pretrained", "revision": "pretrained", "share": "pruned"}
+        return STUDENTS[text if name == "init" else kinds.get(name, "random")]
     if group.startswith("methods.") and name in ("compress", "overrides"):  # a run is made smaller or trained
         others = [x for x in recipe.methods if f"methods.{x}" != group and not recipe.method(x).begins_with]
         begins = recipe.method(group.removeprefix("methods.")).begins_with or others[0]

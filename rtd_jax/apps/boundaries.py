@@ -17,6 +17,7 @@ import numpy as np
 from rtd_jax.apps.report.segments import plot_examples, plot_scores
 from rtd_jax.base.console import print_table
 from rtd_jax.base.files import check_writable, write_json
+from rtd_jax.base.hub import model_name
 from rtd_jax.base.lock import one_writer
 from rtd_jax.base.settings import LAYER, check_distinct, check_filled, check_ranges
 from rtd_jax.base.sharding import MeshSettings, make_mesh
@@ -86,7 +87,8 @@ def boundaries(recipe: BoundaryRecipe, workdir: Path) -> Path:
     check_writable(Path(recipe.states).expanduser(), "--config.states")
     check_writable(workdir / "classifier")
     note = functools.partial(print, flush=True)
-    reader = _Reader(recipe, open_model(recipe.teacher, make_mesh(recipe.mesh), note))
+    teacher = open_model(recipe.teacher, make_mesh(recipe.mesh), note)
+    reader = _Reader(recipe, teacher)
     wanted = recipe.train_chains + recipe.validation_chains
     traces = _first(load_traces(recipe.train), wanted, "train_chains + validation_chains")
     tests = {  # before the fit, which takes longer
@@ -104,7 +106,8 @@ def boundaries(recipe: BoundaryRecipe, workdir: Path) -> Path:
             note(f"fitting the baseline: {name}")
             fitted[name] = fit(head, train=view(train), validation=view(validation)), view
 
-    report: dict[str, Any] = {"settings": dataclasses.asdict(recipe), "tests": {}}
+    settings = dataclasses.asdict(recipe)
+    report: dict[str, Any] = {"settings": settings, "teacher_commit": teacher.commit, "tests": {}}
     shown: list[dict[str, Any]] = []
     for name, chains in tests.items():
         test = reader.read(chains, recipe.tests[name].form, name)
@@ -134,7 +137,7 @@ class _Reader:
     def __init__(self, recipe: BoundaryRecipe, teacher: OpenModel):
         self.recipe, self.teacher = recipe, teacher
         self.layers = tuple(teacher.config.layer_index(layer) for layer in recipe.layers)
-        fingerprints = teacher.fingerprint, teacher.directory.name, teacher.tokenizer_fingerprint
+        fingerprints = teacher.fingerprint, model_name(teacher.directory), teacher.tokenizer_fingerprint
         self.make_classifier = functools.partial(BoundaryClassifier, *fingerprints, self.layers, recipe.text)
 
     def read(self, traces: Sequence[Trace], form: str, name: str) -> Examples:

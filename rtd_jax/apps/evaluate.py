@@ -11,7 +11,7 @@ from rtd_jax.apps.report.tables import depth_table, group_table, percent, total_
 from rtd_jax.base.console import print_table, printable
 from rtd_jax.base.files import finite_report, null_notes, write_json, write_jsonl
 from rtd_jax.base.lock import one_writer
-from rtd_jax.base.settings import SEED, check_distinct, check_filled, check_ranges
+from rtd_jax.base.settings import SEED, SettingError, check_distinct, check_filled, check_ranges
 from rtd_jax.base.sharding import row_sharding, row_ways
 from rtd_jax.data.formats import TextFormat, asked_format, render
 from rtd_jax.data.schemas.arc import ChoiceQuestion
@@ -39,7 +39,9 @@ NOTE_SECONDS = 10.0  # between two progress lines of one kind
 class EvaluateSettings(ServedJudgeFlags):
     """What is evaluated on what."""
 
-    model: tuple[str, ...] = ()  # Hugging Face folders, hub names, stage checkpoints, runs' folders; commas between
+    model: tuple[
+        str, ...
+    ] = ()  # Hugging Face folders, hub names (NAME@REVISION too), checkpoints, runs; commas between
     tasks: tuple[str, ...] = ("gsm8k",)  # of gsm8k, math, strategyqa, arc_challenge, synthetic
     data_root: str = ""  # folder with gsm8k/test.jsonl and so on; "" is the hub
     generations: str = ""  # JSONL of texts to score in place of a model's
@@ -65,6 +67,11 @@ class EvaluateSettings(ServedJudgeFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.revision and self.data_root:
+            raise SettingError(
+                f"revision is {self.revision!r}, of data on the hub, but data_root is {self.data_root!r}, which is "
+                "local; leave one of them out"
+            )
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown or not self.tasks:
             raise ValueError(f"tasks are {self.tasks}; use some of {', '.join(TASKS)}")

@@ -96,7 +96,8 @@ def train_reward_model(recipe: RewardModelRecipe, workdir: Path) -> Path:
         width=train.features_MW.shape[1],
     )
     save_head(workdir / "model", head, identity)
-    write_json(workdir / "report.json", {"settings": dataclasses.asdict(recipe), "train_loss": losses, **scores})
+    read = {"settings": dataclasses.asdict(recipe), "teacher_commit": teacher.commit}
+    write_json(workdir / "report.json", {**read, "train_loss": losses, **scores})
     for name, score in scores.items():
         area, within = (f"{x['value']} ({x['low']} to {x['high']})" for x in (score["auroc"], score["auroc_within"]))
         accuracy = score["accuracy"]

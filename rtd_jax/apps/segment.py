@@ -23,7 +23,7 @@ from rtd_jax.steps.detector import Detector
 class SegmentSettings:
     """Which texts are cut, and what cuts them: a classifier with its teacher, or rules, which need neither."""
 
-    teacher: str = ""  # Hugging Face folder or hub name; the one that the classifier was fitted to
+    teacher: str = ""  # Hugging Face folder or hub name (NAME@REVISION too); the one that the classifier was fitted to
     classifier: str = ""  # folder that launch/boundaries.py wrote
     data: str = ""  # .jsonl, .json or .parquet file, or hub name
     out: str = "runs/segments/steps.jsonl"  # stepwise JSONL

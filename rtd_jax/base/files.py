@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -57,6 +58,40 @@ def replacing(path: Path) -> Iterator[Path]:
         to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `folder`, which takes its place if the block succeeds, and is removed if not.
+
+    What was in `folder` before is gone then, and unchanged otherwise. The content is on the disk before the rename.
+    """
+    partial = folder.parent / f".{folder.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            to_disk(path)
+        _replace_folder(folder, partial)
+        to_disk(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_folder(folder: Path, complete: Path) -> None:
+    old = folder.parent / f".{folder.name}.replaced"
+    had_one = folder.is_dir()
+    if had_one:
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    try:
+        complete.rename(folder)
+    except OSError:
+        if had_one:
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)  # also what a kill between two renames left
 
 
 def to_disk(path: Path) -> None:

@@ -2,13 +2,13 @@
 
 import itertools
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rtd_jax.base.files import reading
+from rtd_jax.base.hub import HubName, check_local, hub_name, is_commit, prepared_commit, refusal
 from rtd_jax.base.settings import SEED, check_distinct, check_filled, check_ranges
 from rtd_jax.data.generators import GENERATORS
 from rtd_jax.data.generators.streams import DEPTHS, Wording
@@ -21,7 +21,6 @@ from rtd_jax.data.trace import Problem, Trace
 _GENERATED = (*GENERATORS, "synthetic+cups")  # schemas without files; the last takes problems from both in turn
 _WITH_TRACES = {name: schema for name, schema in SCHEMAS.items() if schema.trace is not None}
 PLACE = ("location", "subset", "revision")  # settings that generated problems do not read
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -29,15 +28,15 @@ class RowSource:
     """Where rows are.
 
     `location` is a local folder holding `<split>.jsonl`, `.json` or `.parquet` (or shards `<split>-*.parquet` or
-    `<split>-*.jsonl`, also under `<subset>/` or `data/`), a single file of these kinds, or a hub name. Values are read
-    as they were written (see `data/rows.py`).
+    `<split>-*.jsonl`, also under `<subset>/` or `data/`), a single file of these kinds, or a hub name, which may end in
+    its revision (NAME@REVISION). Values are read as they were written (see `data/rows.py`).
     """
 
     schema: str  # the form of the rows
     location: str = ""  # folder, file or hub name; generated problems need none
     split: str = "train"  # of the data set; those of generated problems are disjoint
     subset: str = ""  # the hub's configuration name ("main" of openai/gsm8k)
-    revision: str = ""  # the hub's commit or tag; "" is the newest
+    revision: str = ""  # the hub's commit, tag or branch; "" is the newest. What is local has none
     limit: int = 0  # chains; 0 takes all (generated problems need a number)
 
     def check_source(self, generated: Sequence[str], published: Iterable[str]) -> None:
@@ -168,24 +167,33 @@ def load_problems(settings: SourceSettings) -> list[Problem]:
     return list({problem.prompt: problem for problem in reversed(problems)}.values())[::-1]
 
 
+def is_local(location: str) -> bool:
+    """Whether a location is a folder or file, which need not be there, and no hub name."""
+    path = Path(location).expanduser()
+    with reading(path):
+        return path.exists() or path.is_symlink() or path.suffix in SUFFIXES
+
+
 def read_rows(settings: RowSource) -> Iterator[tuple[str, Row]]:
     """(place, row) pairs, not parsed. A place is "file:number", counted from 1: of lines where a file has lines.
 
+    The place of a row of the hub has the commit in it that was read: "openai/gsm8k@<commit>/main/train:7".
+
     Raises:
-      ValueError: as `load_rows`, or there is no row.
+      ValueError: as `load_rows`, or there is no row, or a revision is given of what is local.
     """
     path = Path(settings.location).expanduser()
     with reading(path):
-        is_local = path.exists() or path.is_symlink() or path.suffix in SUFFIXES
         is_folder = path.is_dir()
     rows: Iterator[tuple[str, Row]]
-    if is_local:
+    if is_local(settings.location):
+        check_local(path, settings.revision)
         files = split_files(path, settings.split, settings.subset) if is_folder else [path]
         place = ", ".join(map(str, files))
         rows = itertools.chain.from_iterable(map(read_file, files))
-    elif _HUB_NAME.fullmatch(settings.location):
+    elif (asked := hub_name(settings.location, settings.revision)) is not None:
         place = "/".join(filter(None, (settings.location, settings.subset, settings.split)))
-        rows = _read_hub(settings, place)
+        rows = _read_hub(settings, asked)
     else:
         raise ValueError(f"{settings.location}: no such folder or file, and not a hub name (name or owner/name)")
     first = next(rows, None)
@@ -195,20 +203,27 @@ def read_rows(settings: RowSource) -> Iterator[tuple[str, Row]]:
     yield from rows
 
 
-def _read_hub(settings: RowSource, place: str) -> Iterator[tuple[str, Row]]:
+def _read_hub(settings: RowSource, asked: HubName) -> Iterator[tuple[str, Row]]:
     """Rows of the hub. Where its files are JSON, `datasets` has inferred the types of whole columns."""
     import datasets  # slow to import, and local files do not need it
 
+    elsewhere = (
+        f"put {settings.split}.jsonl or {settings.split}.parquet with the hub's field names into a folder and set the "
+        "source's location to that folder"
+    )
     try:
         tables = datasets.load_dataset(
-            settings.location, settings.subset or None, split=settings.split, revision=settings.revision or None
-        ).with_format("arrow")
+            asked.name, settings.subset or None, split=settings.split, revision=asked.revision or None
+        )
     except Exception as error:
-        cause = " ".join(str(error).split())[:200]
+        raise ValueError(refusal("dataset", asked, error, elsewhere)) from error
+    commit = next(iter({prepared_commit(file["filename"]) for file in tables.cache_files}), "")
+    if is_commit(asked.revision) and commit not in ("", asked.revision):
+        # Where the hub cannot be reached, `datasets` takes what its cache has, whatever the revision.
         raise ValueError(
-            f"{settings.location}: no such local folder, and it could not be loaded from the Hugging Face hub "
-            f"({type(error).__name__}: {cause}). Without a connection, put {settings.split}.jsonl or "
-            f"{settings.split}.parquet with the hub's field names into a folder and set the source's location "
-            "to that folder"
-        ) from error
-    yield from table_rows(tables.iter(batch_size=ROWS_AT_ONCE), place)
+            f"{asked.name}: revision {asked.revision} was asked for, but the hub could not be reached, and the cache "
+            f"has commit {commit}. Run again with a connection, set the revision to that commit, or {elsewhere}"
+        )
+    name = f"{asked.name}@{commit}" if commit else asked.name
+    place = "/".join(filter(None, (name, settings.subset, settings.split)))
+    yield from table_rows(tables.with_format("arrow").iter(batch_size=ROWS_AT_ONCE), place)

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from qwix import QArray
 
 from rtd_jax.base.files import read_object
+from rtd_jax.base.hub import HubName, check_local, hub_name, refusal
 from rtd_jax.base.types import Params
 from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.quantization_config import storage_of
@@ -26,36 +26,61 @@ from rtd_jax.models.weight_files import few, open_file, open_tensor, tensor_file
 from rtd_jax.models.weights import EMBEDDING, HEAD, Weight, table
 
 _ROWS_COMPARED = 4096  # of two matrices at one time
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+MODEL_CARD = "README.md"
+# Small files that say on what terms a model is given, which `apps/export` carries over.
+LICENCE_FILES = ("LICEN[SC]E*", "[Ll]icen[sc]e*", "COPYING*", "NOTICE*", "[Nn]otice*", "USE_POLICY*")
 
 
-def resolve(name_or_dir: str | Path, *, has_weights: bool = True) -> Path:
+def resolve(name_or_dir: str | Path, revision: str = "", *, has_weights: bool = True) -> Path:
     """The directory of a model: a local one as it is, else the hub's snapshot of that name, downloaded or cached.
 
-    Only config, safetensors and tokenizer files are downloaded; without `has_weights` no safetensors.
+    Only config, safetensors, tokenizer files, the model card and the licence are downloaded; without `has_weights` no
+    safetensors.
+
+    Args:
+      name_or_dir: a folder, or a hub name, which may end in its revision: NAME@REVISION.
+      revision: the hub's commit, tag or branch; "" is the name's, or the newest.
 
     Raises:
-      ValueError: there is neither such a directory nor such a model on the hub, or the hub refuses it.
+      ValueError: there is no such directory and no such model or revision on the hub, or the hub refuses it; or a
+        revision is given of a local directory.
     """
     path = Path(name_or_dir).expanduser()
     if path.is_dir():
+        check_local(path, revision)
         return path
-    name = str(name_or_dir)
-    if not _HUB_NAME.fullmatch(name) or name.startswith("."):
-        raise ValueError(f"{name}: no such directory; give a folder with config.json and safetensors, or a hub name")
+    asked = hub_name(str(name_or_dir), revision)
+    if asked is None:
+        raise ValueError(
+            f"{name_or_dir}: no such directory; give a folder with config.json and safetensors, or a hub name"
+        )
+    return _snapshot(asked, has_weights)
+
+
+def _snapshot(asked: HubName, has_weights: bool) -> Path:
     # Imported here because the import is slow and most models are local.
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    needed = ["config.json", *TOKENIZER_FILES, *(["*.safetensors", INDEX_FILE] if has_weights else [])]
+    name, revision = asked.name, asked.revision or None
     try:
-        patterns = ["config.json", *TOKENIZER_FILES, *(["*.safetensors", INDEX_FILE] if has_weights else [])]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        try:
+            found = snapshot_download(name, revision=revision, allow_patterns=[*needed, MODEL_CARD, *LICENCE_FILES])
+        except LocalEntryNotFoundError as incomplete:
+            # Without a connection a snapshot without its card and licence is refused, but a model runs without them.
+            try:
+                found = snapshot_download(name, revision=revision, allow_patterns=needed, local_files_only=True)
+            except LocalEntryNotFoundError:
+                raise incomplete from incomplete.__cause__  # which says why the hub was not reached
+        return Path(found)
     except Exception as error:  # the hub's client raises its own, the HTTP library's and the system's errors
-        reason = next(iter(str(error).strip().splitlines()), "no reason given")
-        raise ValueError(
-            f"{name}: neither a local directory nor a model the hub would give ({type(error).__name__}: {reason}). "
-            f"Without a network, download it elsewhere (`hf download {name} --local-dir DIR`) and give that directory "
-            "instead; for a gated model, log in first (`hf auth login`)"
-        ) from error
+        flag = f" --revision {asked.revision}" if asked.revision else ""
+        elsewhere = (
+            f"download it where there is a connection (`hf download {asked.name}{flag} --local-dir DIR`), and give "
+            "that directory instead"
+        )
+        raise ValueError(refusal("model", asked, error, elsewhere)) from error
 
 
 def load_config(directory: str | Path) -> DecoderConfig:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from rtd_jax.base.files import read_object
+from rtd_jax.base.hub import snapshot_commit
 from rtd_jax.base.settings import check_filled
 from rtd_jax.base.sharding import TABLES, activation_sharding, in_host_memory, param_shardings
 from rtd_jax.base.types import Params
@@ -36,6 +37,7 @@ class ModelSettings:
     attention: AttentionKernel = "auto"  # kernel; auto: cuDNN's where it runs, else XLA's
     sharding: Literal["fsdp", "tensor"] = "fsdp"  # what travels between devices: "fsdp" weights, "tensor" activations
     offload: bool = False  # layers in host memory, each copied to the devices when it runs
+    revision: str = ""  # of `path` on the hub: commit, tag or branch; "" is the newest. A local folder has none
 
     def __post_init__(self) -> None:
         check_filled(self, "path")
@@ -77,6 +79,11 @@ class OpenModel:
         """The fingerprint of the weights' files."""
         return weights_fingerprint(self.directory)
 
+    @property
+    def commit(self) -> str:
+        """The hub's commit that was opened; "" for a local folder."""
+        return snapshot_commit(self.directory)
+
     @functools.cached_property
     def model(self) -> DecoderModel:
         return make_model(self.settings, self.config, self.mesh)
@@ -107,7 +114,7 @@ def open_model(
         supported. Using a tokenizer or weights that cannot be read, or that do not belong to this config, raises one
         later.
     """
-    directory = resolve(settings.path, has_weights=has_weights)
+    directory = resolve(settings.path, settings.revision, has_weights=has_weights)
     config = load_config(directory)
     _check_generation_config(directory / "generation_config.json", config)
     return OpenModel(settings, directory, config, mesh, note)

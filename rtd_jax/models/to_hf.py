@@ -1,6 +1,5 @@
 """Writes params as a Hugging Face directory that `transformers` loads: complete, or not at all."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from rtd_jax.base.files import to_disk, write_json
+from rtd_jax.base.files import replacing_folder, write_json
 from rtd_jax.base.types import Params
 from rtd_jax.data.formats import TextFormat
 from rtd_jax.models.config import DecoderConfig
@@ -85,28 +84,20 @@ def write_folder(
             entry.to_host()  # every process takes part in gathering arrays that are spread over them
         return directory
     check_replaceable(directory)
-    partial = directory.parent / f".{directory.name}.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # left by a save that was killed
-        partial.mkdir(parents=True)
-        write_json(partial / "config.json", content)
-        _write_tensors(partial, entries)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(partial))
-        if text is not None:
-            write_text_format(partial, text)
-        for path in (*partial.iterdir(), partial):
-            to_disk(path)
-        _replace(directory, partial)
-        to_disk(directory.parent)
+        with replacing_folder(directory) as partial:
+            write_json(partial / "config.json", content)
+            _write_tensors(partial, entries)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(partial))
+            if text is not None:
+                write_text_format(partial, text)
     except (OSError, SafetensorError) as error:
         size = sum(entry.size for entry in entries) / 2**20
         raise OSError(
             f"{directory}: could not save the model ({error}); what was there before is unchanged. "
             f"Free at least {size:.0f} MiB, or give another directory",
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return directory
 
 
@@ -191,18 +182,3 @@ def check_replaceable(directory: Path) -> None:
             f"{directory}: holds {min(names - known)}, which is no part of a Hugging Face model, and saving replaces "
             "the whole directory; give an empty or new one"
         )
-
-
-def _replace(directory: Path, complete: Path) -> None:
-    old = directory.parent / f".{directory.name}.replaced"
-    had_one = directory.is_dir()
-    if had_one:
-        shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
-    try:
-        complete.rename(directory)
-    except OSError:
-        if had_one:
-            old.rename(directory)
-        raise
-    shutil.rmtree(old, ignore_errors=True)  # also what a kill between two renames left

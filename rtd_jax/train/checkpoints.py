@@ -52,13 +52,17 @@ FREE_SETTINGS = (
     "resume_from",
     "data.steps_cache",
     "teacher.path",
+    "teacher.revision",
     "teacher.cache",
     "teacher.server",
     "teacher.serving.",
     "reward.model",
     "student.path",
+    "student.revision",
     "data.train.location",
+    "data.train.revision",
     "data.validation.location",
+    "data.validation.revision",
     "data.test.",
 )
 

@@ -32,6 +32,7 @@ _READ = {  # by `student.init`, beside what is read in any case; all but the siz
     "random": SIZES,
     "pruned": ("share", *PRUNED_SIZES),
 }
+_OPTIONAL = {"pretrained": ("revision",)}  # read beside these, and never needed
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,15 @@ class StudentSettings:
     group_size: int = 128  # inputs that share a scale; 0: all of an output channel
     symmetric: bool = True  # no zero points; False for int8 and int4 only
     quantize_head: bool = False  # round the embedding and the head too
+    revision: str = ""  # of `path` on the hub: commit, tag or branch; "" is the newest. A local folder has none
 
     def __post_init__(self) -> None:
         check_ranges(self, **dict.fromkeys(SIZES, "[0, 1e6]"), share="[0, 1)", calibration_chains="[1, 1e6]")
         check_ranges(self, group_size="[0, 1e6]")
         _ = self.scheme  # refuses what does not exist
-        read, given = _READ[self.init], [name for name in ("path", "share", *SIZES) if getattr(self, name)]
-        missing = [name for name in read if name not in given] if self.init != "pruned" else []
+        given = [name for name in ("path", "revision", "share", *SIZES) if getattr(self, name)]
+        read = (*_READ[self.init], *_OPTIONAL.get(self.init, ()))
+        missing = [name for name in _READ[self.init] if name not in given] if self.init != "pruned" else []
         if self.init == "pruned" and not given:
             raise ValueError(f"init='pruned' needs share (it is {self.share}), or one of {', '.join(PRUNED_SIZES)}")
         unused = [name for name in given if name not in read]

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from rtd_jax.base.hub import model_name
 from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings, make_mesh, param_shardings, row_sharding
 from rtd_jax.base.types import Params, StepState
@@ -72,8 +73,8 @@ def load_model(
     """Loads a model over all devices of this process.
 
     Args:
-      path: a Hugging Face folder, a hub name, a stage checkpoint (runs/rtd_tiny/checkpoints/stages/5), or a run's
-        folder, for its newest stage.
+      path: a Hugging Face folder, a hub name (or NAME@REVISION), a stage checkpoint
+        (runs/rtd_tiny/checkpoints/stages/5), or a run's folder, for its newest stage.
       dtype: of the weights in memory; "int8" quantises them with one scale per output channel.
       compute_dtype: of matrix products and hidden states.
       weights: False leaves `params` empty, for a teacher whose states are read from a cache.
@@ -91,7 +92,7 @@ def load_model(
         opened = open_model(ModelSettings(path, dtype, compute_dtype), mesh, lambda _: None)
         tokenizer, directory = opened.tokenizer, opened.directory  # before the weights, which take longer
         text, params = read_text_format(directory), opened.params if weights else {}
-        loaded = LoadedModel(directory.name, opened.model, params, tokenizer, mesh, directory, text)
+        loaded = LoadedModel(model_name(directory), opened.model, params, tokenizer, mesh, directory, text)
     return loaded if dtype == "float32" else replace(loaded, name=f"{loaded.name} ({dtype})")
 
 

@@ -30,6 +30,14 @@ Chain = TypeVar("Chain")
 FOLDER, FLOAT_FOLDER = "student", "student_float"  # in a run's folder
 
 
+def start_folder(student: StudentSettings) -> Path:
+    """The folder of the model that a "pretrained" student starts from. Raises ValueError where there is none."""
+    try:
+        return resolve(student.path, student.revision)
+    except ValueError as error:
+        raise ValueError(f"student.path: {error}") from error
+
+
 def student_config(student: StudentSettings, teacher: DecoderConfig) -> DecoderConfig:
     """The student's sizes: its checkpoint's, the teacher's with fewer layers or pruned, or the settings' own.
 
@@ -37,7 +45,7 @@ def student_config(student: StudentSettings, teacher: DecoderConfig) -> DecoderC
       ValueError: the checkpoint cannot be used, or the settings ask for more than the teacher has.
     """
     if student.init == "pretrained":
-        return load_config(resolve(student.path))
+        return load_config(start_folder(student))
     if student.init == "teacher_layers":
         if not 1 <= student.layers <= teacher.layers:
             raise ValueError(f"student.layers is {student.layers}; the teacher has {teacher.layers} to take them from")
@@ -83,7 +91,7 @@ def check_weights(student: StudentSettings, teacher: OpenModel) -> None:
     is to be trained through the rounding from weights that are rounded already, and would be rounded twice.
     """
     if student.init == "pretrained" and student.scheme is not None:
-        folder = resolve(student.path)
+        folder = start_folder(student)
         if (found := quantization_of(folder)) is not None:
             raise ValueError(
                 f"student.path {folder} is quantised ({found.name}), and rounded again its weights would shrink; give "
@@ -117,7 +125,7 @@ def initial_student(
       pruned.
     """
     if settings.init == "pretrained":
-        return load_params(resolve(settings.path), student.config, dtype="float32", shardings=shardings), None
+        return load_params(start_folder(settings), student.config, dtype="float32", shardings=shardings), None
     if settings.init == "teacher_layers":
         # From the files, not from the params in memory, which may be rounded.
         chosen = layers_to_copy(teacher.config.layers, settings.layers)

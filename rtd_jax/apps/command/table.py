@@ -115,6 +115,13 @@ COMMANDS = {
         flags="rtd_jax.apps.compress.compress:CompressSettings",
         example="--student=runs/rtd_tiny --scheme=int4 --group_size=32 --out=runs/rtd_tiny_int4",
     ),
+    "export": Command(
+        "Makes a folder to share of a finished run's student, with a model card and the teacher's licence, and uploads "
+        "it to the Hugging Face hub where that is asked for.",
+        "rtd_jax.apps.export.export:export",
+        flags="rtd_jax.apps.export.export:ExportSettings",
+        example="--run=runs/rtd_tiny --out=runs/rtd_tiny_export",
+    ),
     "reward_model": Command(
         "Trains a process reward model on labelled steps.",
         "rtd_jax.apps.reward_model:train_reward_model",

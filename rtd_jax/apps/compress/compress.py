@@ -46,7 +46,7 @@ ROWS = 8  # of calibration text, read together
 class CompressSettings:
     """Which student is compressed, how, and on what the loss is measured."""
 
-    student: str  # Hugging Face folder, hub name, stage checkpoint, or a run's folder
+    student: str  # Hugging Face folder, hub name (NAME@REVISION too), stage checkpoint, or a run's folder
     scheme: str  # int8, int4, int3, int2, nf4, fp8, w8a16_gptq, w4a16_gptq, w3a16_gptq, w2a16_gptq or prune:<share>
     group_size: int = -1  # inputs that share a scale; 0: all of an output; -1: 128, of nf4 64, of fp8 0
     symmetric: bool = True  # no zero points; False for int8 and int4 only

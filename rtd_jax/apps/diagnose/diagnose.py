@@ -42,7 +42,7 @@ from rtd_jax.train.saved_models import LoadedModel, load_model, stage_checkpoint
 class DiagnoseSettings:
     """What is compared, and on which chains."""
 
-    teacher: str  # Hugging Face folder, hub name, stage checkpoint, or a run's folder
+    teacher: str  # Hugging Face folder, hub name (NAME@REVISION too), stage checkpoint, or a run's folder
     student: str  # of the kinds of --teacher; may be the teacher itself
     cache: str = ""  # teacher cache to read the teacher's states from; its weights are then not loaded
     data: str = "synthetic"  # folder or file or hub name of chains; "synthetic" generates problems

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,11 +13,12 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from rtd_jax.apps.distill.judged_rewards import check_judged
+from rtd_jax.base.hub import place_commit, snapshot_commit
 from rtd_jax.base.sharding import check_rows, host_share, make_mesh, put_batch
 from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.data.encoding import EncodedChain, chains_fingerprint
 from rtd_jax.data.packing import fixed_batches
-from rtd_jax.data.sources import load_traces
+from rtd_jax.data.sources import is_local, load_traces
 from rtd_jax.data.tokenizer_match import compare_tokenizers, vocab_size
 from rtd_jax.data.trace import Trace, problem_key
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, first_of_each_depth
@@ -27,7 +29,6 @@ from rtd_jax.methods.maps import TrajectoryTerm
 from rtd_jax.methods.own_chains import JUDGE
 from rtd_jax.methods.term import Objective
 from rtd_jax.models.config import DecoderConfig
-from rtd_jax.models.from_hf import resolve
 from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.open import OpenModel, check_rows_of_ids, load_tokenizer, open_model
 from rtd_jax.steps.detector import Detector
@@ -38,10 +39,10 @@ from rtd_jax.teacher.reward_head import RewardModel, load_head
 from rtd_jax.train.cache_identity import cache_identity, teacher_fingerprint
 from rtd_jax.train.curriculum import Stage, few_problems, stages
 from rtd_jax.train.optimizer import make_optimizer
-from rtd_jax.train.recipe import Recipe
+from rtd_jax.train.recipe import Recipe, StudentSettings, TeacherSettings
 from rtd_jax.train.splits import Chains, encode_split, load_splits, make_detector, make_windows, prefixed_chains
 from rtd_jax.train.state import TrainState, create_state, state_shardings
-from rtd_jax.train.student import check_weights, initial_student, student_config, student_model
+from rtd_jax.train.student import check_weights, initial_student, start_folder, student_config, student_model
 from rtd_jax.train.update import TeacherSource, TrainStep, make_train_step
 
 
@@ -68,6 +69,7 @@ class Experiment:
     stages: tuple[Stage, ...]
     max_boundaries: int  # slots of a chain, the prompt's end included
     fingerprints: dict[str, str]
+    origins: dict[str, Any]  # which models and data sets were read, as report.json has it
     kept_S: np.ndarray | None = None  # the teacher's hidden unit that each of a pruned student's was
 
     @property
@@ -211,6 +213,7 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
             "data": chains_fingerprint((*train.encoded, *validation.encoded)),
             "student_config": hashlib.sha256(config.identity.encode()).hexdigest(),
         },
+        origins=_origins(recipe, teacher, {"train": train.traces, "validation": validation.traces, "test": problems}),
     )
     state, kept_S = _initial_state(recipe, student, teacher, objective, optimizer, train.encoded)
     return replace(experiment, kept_S=kept_S), state
@@ -221,11 +224,37 @@ def _checked_config(recipe: Recipe, teacher: OpenModel) -> DecoderConfig:
     config = student_config(recipe.student, teacher.config)
     check_weights(recipe.student, teacher)
     if recipe.student.init == "pretrained":
-        folder = resolve(recipe.student.path)
+        folder = start_folder(recipe.student)
         for line in compare_tokenizers(teacher.tokenizer, load_tokenizer(folder), str(teacher.directory), str(folder)):
             teacher.note(line)
     check_rows_of_ids(config, teacher.vocab_size, "the student", teacher.directory)
     return config
+
+
+def _origins(recipe: Recipe, teacher: OpenModel, splits: Mapping[str, Sequence[Trace]]) -> dict[str, Any]:
+    """The commit that every model and data set of the hub was read at; those that are local have none."""
+    models: dict[str, tuple[TeacherSettings | StudentSettings, Path]] = {"teacher": (recipe.teacher, teacher.directory)}
+    if recipe.student.init == "pretrained":
+        models["student"] = (recipe.student, start_folder(recipe.student))
+    origins: dict[str, Any] = {
+        role: {
+            "path": settings.path,
+            "revision": settings.revision,
+            "is_local": Path(settings.path).expanduser().is_dir(),
+            "commit": snapshot_commit(directory),
+        }
+        for role, (settings, directory) in models.items()
+    }
+    origins["data"] = {}
+    for split, traces in splits.items():
+        source = getattr(recipe.data, split) or recipe.data.train  # validation may be a part of it
+        origins["data"][split] = {
+            "location": source.location,
+            "revision": source.revision,
+            "is_local": not source.location or is_local(source.location),
+            "commit": place_commit(traces[0].source) if traces else "",
+        }
+    return origins
 
 
 def _reward_fingerprint(recipe: Recipe, reward: RewardModel | None) -> str:

@@ -144,6 +144,7 @@ def evaluate_run(
         "stages": [record.to_dict() for record in run.records],
         "updates": int(run.state.step),
         "tokens": {"data": run.data_tokens, "own": run.own_tokens},
+        "origins": experiment.origins,
         "perplexity": {},
         "chain_accuracy": {},
         "step_accuracy": {},

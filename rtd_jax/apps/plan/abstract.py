@@ -61,6 +61,7 @@ def architecture(path: str) -> DecoderConfig:
     if (Path(path).expanduser() / "config.json").is_file():
         return load_config(Path(path).expanduser())
     table = read_json(ARCHITECTURES)
+    path = path.partition("@")[0]  # all revisions of a name have its sizes
     if path not in table:
         raise ValueError(
             f"the sizes of {path!r} are not known here; give a folder with its config.json, or one of "

@@ -34,7 +34,13 @@ class JaxBackend:
         self._text, self._sampling = text, sampling
         mesh = make_mesh(settings.mesh)
         self._batch_size = round_up(settings.batch_size, row_ways(mesh))
-        runtime = ModelSettings(settings.path, settings.param_dtype, settings.compute_dtype, sharding=settings.sharding)
+        runtime = ModelSettings(
+            settings.path,
+            settings.param_dtype,
+            settings.compute_dtype,
+            sharding=settings.sharding,
+            revision=settings.revision,
+        )
         self._teacher = open_model(runtime, mesh)
 
     def identity(self) -> dict[str, Any]:

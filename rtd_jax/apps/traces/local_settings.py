@@ -17,6 +17,7 @@ class JaxSettings:
     sharding: Literal["fsdp", "tensor"] = "tensor"  # what travels: "fsdp" weights, "tensor" activations
     batch_size: int = 64  # chains decoded together; an interrupted run loses at most so many
     mesh: MeshSettings = MeshSettings()
+    revision: str = ""  # of `path` on the hub: commit, tag or branch; "" is the newest. A local folder has none
 
     def __post_init__(self) -> None:
         check_ranges(self, batch_size="[1, 1e6]")

@@ -34,7 +34,7 @@ class SelectionSettings:
     sound: bool = False  # keep only chains without a false step, as the step judge reads their arithmetic
     per_problem: int = 0  # chains kept for one problem at most; 0 keeps all
     max_depth_share: float = 1.0  # share of all kept chains that one depth (1, 2, 3, 4, 5+) may have
-    tokenizer: str = ""  # Hugging Face folder: a chain with tokens that it does not know is unparsable; "": no check
+    tokenizer: str = ""  # folder or hub name: a chain with tokens that it does not know is unparsable; "": no check
 
     def __post_init__(self) -> None:
         check_ranges(self, per_problem="[0, 1e6]", max_depth_share="(0, 1]")
