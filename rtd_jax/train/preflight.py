@@ -124,10 +124,9 @@ def model_checks(
     form = outcome("chat template", lambda: _template(models))
     checks += form
     checks += outcome("form of text", lambda: _form_of_text(models))
-    checks += outcome("token ids", lambda: _token_ids(models))
-    if form[0].status != "fail":
-        checks += outcome("end of a chain", lambda: _end_of_chain(models))
-    return checks
+    has_end = form[0].status != "fail"
+    checks += outcome("token ids", lambda: _token_ids(models, models.end if has_end else None))
+    return checks + (outcome("end of a chain", lambda: _end_of_chain(models)) if has_end else [])
 
 
 def _teacher_weights(models: _Models) -> Finding:
@@ -228,8 +227,12 @@ def _stops(directory: Path, config: DecoderConfig) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*as_ids(config.eos_token_id), *generation)))
 
 
-def _token_ids(models: _Models) -> Finding:
-    """Compares the ids that each folder's files give to the beginning, the end and the padding of texts."""
+def _token_ids(models: _Models, end: int | None) -> Finding:
+    """Compares the ids that each folder's files give to the beginning, the end and the padding of texts.
+
+    Args:
+      end: the token that ends a chain, of which `_end_of_chain` says more; None where there is none.
+    """
     folders = [(models.teacher.directory, models.teacher.config, models.teacher.tokenizer)]
     if models.folder is not None:
         folders.append((models.folder, models.student, models.student_tokenizer))
@@ -251,7 +254,7 @@ def _token_ids(models: _Models) -> Finding:
                     "its id where other programs read them"
                 )
         stops, eos = _stops(directory, config), tokenizer.eos_token_id
-        is_the_end = directory == models.teacher.directory and eos == models.end  # of which another check says more
+        is_the_end = directory == models.teacher.directory and eos == end
         if stops and eos is not None and eos not in stops and not is_the_end:
             warnings.append(
                 f"{directory}: by config.json and generation_config.json generations stop at {models.named(stops)}, "

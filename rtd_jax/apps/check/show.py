@@ -13,6 +13,7 @@ from rtd_jax.base.console import printable, wide_console
 from rtd_jax.train.preflight import Check
 
 _STYLES = {"ok": "green", "warn": "bold yellow", "fail": "bold red"}
+_BAR = "│"  # between tokens, of which many have "|" in them
 _MARGIN = 12  # columns for the name of a segment and its labels
 _LEGEND = (
     "Tokens between bars, each above its id. The student learns to predict the tokens of rows with labels; "
@@ -65,8 +66,8 @@ def _rows(segment: Segment, room: int) -> Iterator[tuple[Text, Text]]:
             yield texts, ids
             texts, ids = Text(), Text()
         style = ("bold green" if number % 2 else "green") if token.has_label else "dim"
-        texts.append(word + " " * (width - cell_len(word)), style).append("|", "dim")
-        ids.append(f"{code:<{width}}", "dim").append("|", "dim")
+        texts.append(word + " " * (width - cell_len(word)), style).append(_BAR, "dim")
+        ids.append(f"{code:<{width}}{_BAR}", "dim")
     if segment.boundary is not None:
         mark = f" <- boundary {segment.boundary}"
         if texts.cell_len + len(mark) > room:
