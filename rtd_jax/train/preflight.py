@@ -135,15 +135,17 @@ def _teacher_weights(models: _Models) -> Finding:
         return f"not read: the teacher's outputs come from teacher.cache {recipe.teacher.cache}", ()
     if not models.has_teacher_weights:
         return "", (f"the weights of {recipe.teacher.path} are not here yet; a run downloads them when it starts",)
+    if recipe.student.init == "pruned":
+        check_weights(recipe.student, teacher)  # says what for
     check_params(teacher.directory, teacher.config)
     return f"{parameter_count(teacher.config):,} numbers, named and shaped as config.json says", ()
 
 
 def _student_weights(models: _Models) -> Finding:
-    check_weights(models.recipe.student, models.teacher)
     count = f"{parameter_count(models.student):,} numbers"
     if models.folder is None:
         return f"{count}, from no checkpoint of its own (student.init is {models.recipe.student.init!r})", ()
+    check_weights(models.recipe.student, models.teacher)
     check_params(models.folder, models.student)
     return f"{count}, named and shaped as config.json says", ()
 
