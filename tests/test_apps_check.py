@@ -32,7 +32,7 @@ from rtd_jax.apps.command.table import COMMANDS
 from rtd_jax.base.settings import build
 from rtd_jax.data.trace import Trace
 from rtd_jax.train.preflight import Check
-from rtd_jax.train.recipe import Recipe
+from rtd_jax.train.recipe import Recipe, StudentSettings
 from rtd_jax.train.splits import encode_split
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,14 +109,28 @@ def test_a_damaged_copy_of_the_bundled_teacher_is_told_what_is_wrong(tmp_path):
     found = examine(chat)
     assert ("chat template", "fail") in unwell(found.checks)
     assert "has no chat template; use format kind 'plain'" in line_of(found.checks, "chat template")
-    assert ("data", "fail") in unwell(found.checks)
+    assert found.unreached == "end of a chain, chains"
+    assert found.chains == []
 
     llama3_like().save_pretrained(teacher)
     found = examine(rtd_tiny(teacher))
     assert ("tokenizer", "fail") in unwell(found.checks)
     assert "need an embedding of" in line_of(found.checks, "tokenizer")
-    assert found.unreached == "chat template, token ids, chains"
-    assert "not checked because of what fails: chat template, token ids, chains" in printed(found)
+    assert found.unreached == "vocabulary rows, chat template, token ids, chains"
+    assert "not checked because of what fails: vocabulary rows, chat template, token ids, chains" in printed(found)
+
+    shutil.copytree(BUNDLED, teacher, dirs_exist_ok=True)
+    content = json.loads((teacher / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["apples"], vocabulary["balls"] = vocabulary["balls"], vocabulary["apples"]
+    (teacher / "tokenizer.json").write_text(json.dumps(content))
+    recipe = rtd_tiny()
+    student = StudentSettings("pretrained", str(teacher), compute_dtype="float32")
+    found = examine(dataclasses.replace(recipe, student=student), count=1)
+    assert unwell(found.checks) == [("same tokenizer", "fail")]
+    assert "2 ids differ, first id " in line_of(found.checks, "same tokenizer")
+    assert found.unreached.startswith("special tokens, ")
+    assert len(found.chains) == 1
 
 
 def test_what_stands_on_a_failure_is_said_not_to_be_checked(broken):

@@ -28,6 +28,12 @@ from rtd_jax.train.splits import Chains, encode_split, load_splits
 from rtd_jax.train.student import student_config, student_model
 
 Made = TypeVar("Made")
+# Checks of models that others stand on, and what cannot be looked at where one of them fails.
+_LOST_WITH = {
+    "tokenizer": "vocabulary rows, chat template, token ids, chains",
+    "same tokenizer": "special tokens, chat template, token ids, end of a chain",
+    "chat template": "end of a chain, chains",
+}
 
 
 @dataclass(frozen=True)
@@ -107,10 +113,10 @@ def examine(recipe: Recipe, count: int = 3) -> Findings:
     if student is None:
         return Findings(checks, [], "weights, tokenizers, chains, memory")
     checks += model_checks(recipe, teacher, student, has_teacher_weights=_has_weights(recipe, teacher))
-    unreached, chains = "", []
-    if any(check.name == "tokenizer" and check.status == "fail" for check in checks):
-        unreached = "chat template, token ids, chains"
-    else:
+    chains: list[ShownChain] = []
+    failed = {check.name for check in checks if check.status == "fail"}
+    unreached = next((lost for name, lost in _LOST_WITH.items() if name in failed), "")
+    if "chains" not in unreached:
         found, chains = _chains(recipe, teacher, student, count)
         checks += found
     checks += outcome("memory", lambda: _memory(recipe, teacher))
