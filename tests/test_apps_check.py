@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import importlib
 import io
+import json
 import shutil
 import subprocess
 import sys
