@@ -23,7 +23,6 @@ import numpy as np
 import optax
 from measure import ROOT, markdown_table, peak_device_memory, random_batch, report, run_worker, write_section
 
-from rtd_jax.apps.plan.abstract import ARCHITECTURES, Abstract, abstract_step
 from rtd_jax.apps.plan.plan import GIB, ideal_flops
 from rtd_jax.apps.plan.program import memory
 from rtd_jax.apps.plan.targets import A100, H100
@@ -35,6 +34,7 @@ from rtd_jax.methods import LossSettings
 from rtd_jax.methods.term import Objective, Setup
 from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.model import DecoderModel
+from rtd_jax.train.abstract import ARCHITECTURES, Abstract, abstract_step
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import TrainState, create_state

@@ -16,7 +16,6 @@ import optax
 from measure import ROOT, machine, markdown_table, random_batch, write_section
 from rtd_overhead import LENGTH, ROWS, SIZES, VOCAB, models
 
-from rtd_jax.apps.plan.abstract import abstract_step
 from rtd_jax.apps.plan.program import matmul_flops
 from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings, make_mesh
@@ -28,6 +27,7 @@ from rtd_jax.steps.classifier import BoundaryClassifier, find_boundaries
 from rtd_jax.steps.detector import detect_batch
 from rtd_jax.steps.head import HeadSettings, Scale, boundary_logits, init_head
 from rtd_jax.steps.token_states import unit_states
+from rtd_jax.train.abstract import abstract_step
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import create_state
 from rtd_jax.train.update import make_train_step

@@ -20,8 +20,8 @@ from accelerator import CASES, PEAKS, recipe_of
 from measure import ROOT, markdown_table, write_section
 from profile_step import OTHER, PARTS, matmuls, part_of, parts_of_instructions
 
-from rtd_jax.apps.plan.abstract import abstract_step
 from rtd_jax.base.sharding import MeshSettings, make_mesh
+from rtd_jax.train.abstract import abstract_step
 
 # What a kernel's name says, first match first.
 KINDS = (

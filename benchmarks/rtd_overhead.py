@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import optax
 from measure import ROOT, machine, markdown_table, random_batch, write_section
 
-from rtd_jax.apps.plan.abstract import abstract_step
 from rtd_jax.apps.plan.program import matmul_flops
 from rtd_jax.base.boundaries import shifted_labels
 from rtd_jax.base.means import Mean
@@ -26,6 +25,7 @@ from rtd_jax.methods import LossSettings
 from rtd_jax.methods.term import Setup
 from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.model import DecoderModel
+from rtd_jax.train.abstract import abstract_step
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import create_state
 from rtd_jax.train.update import apply_update, make_train_step

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rtd_jax.apps.plan.abstract import abstract_step, architecture
 from rtd_jax.apps.plan.cost import Plan
 from rtd_jax.apps.plan.drawing import Draw, drawing_rows, plan_drawing
 from rtd_jax.apps.plan.plan import ideal_flops, plan, print_plan, verdict
@@ -23,6 +22,7 @@ from rtd_jax.apps.plan.targets import find_target
 from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.eval.decoding.placement import for_writing
+from rtd_jax.train.abstract import abstract_step, architecture
 from rtd_jax.train.recipe import Recipe, TeacherSettings
 
 ROOT = Path(__file__).resolve().parents[1]

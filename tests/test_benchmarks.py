@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rtd_jax.apps.plan.abstract import ARCHITECTURES
 from rtd_jax.base.files import read_json, write_json
+from rtd_jax.train.abstract import ARCHITECTURES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

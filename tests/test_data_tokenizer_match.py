@@ -7,7 +7,7 @@ from llama3_like import RESERVED, llama3_like
 from transformers import AutoTokenizer
 
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
-from rtd_jax.data.tokenizer_match import compare_tokenizers, tokenizer_fingerprint
+from rtd_jax.data.tokenizer_match import compare_special_tokens, compare_tokenizers, tokenizer_fingerprint
 
 LLAMA31 = ["<|finetune_right_pad_id|>", *RESERVED[:2], "<|eom_id|>"]  # the same ids, given names or shifted
 
@@ -96,3 +96,18 @@ def test_other_merges_normalizer_or_pre_tokenizer_are_refused(bpe):
 def test_another_kind_of_tokenizer_says_so(bpe):
     with pytest.raises(ValueError, match="choose a student of the teacher's family"):
         compare_tokenizers(bpe, tiny_tokenizer())
+
+
+def test_special_tokens_are_compared_by_what_they_do(bpe):
+    other = llama3_like()
+    assert compare_special_tokens(bpe, other) == []
+    other.pad_token, other.unk_token = "<|end_of_text|>", "<|eot_id|>"
+    assert compare_special_tokens(bpe, other, "big", "small") == [
+        "pad_token is None in big, '<|end_of_text|>' in small",
+        "unk_token is None in big, '<|eot_id|>' in small",
+    ]
+    other = llama3_like()
+    word = next(token for token in other.get_vocab() if token.isalpha() and len(token) > 3)
+    other.add_special_tokens({"additional_special_tokens": [word]})
+    assert compare_special_tokens(bpe, other) == [f"1 tokens are special in student, but not in teacher: {word!r}"]
+    assert compare_special_tokens(other, bpe) == [f"1 tokens are special in teacher, but not in student: {word!r}"]

@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from rtd_jax.apps.boundaries import BoundaryRecipe
+from rtd_jax.apps.check.check import CheckSettings
 from rtd_jax.apps.command.help import config_text, help_text, unread_overrides
 from rtd_jax.apps.command.parse import define_flags
 from rtd_jax.apps.command.table import COMMANDS
@@ -122,6 +123,7 @@ def groups_of(cls: type) -> set[type]:
         DiagnoseSettings,
         JudgeSettings,
         PlanSettings,
+        CheckSettings,
         SegmentSettings,
         CompressSettings,
         ExportSettings,

@@ -12,6 +12,7 @@ import pytest
 from absl import flags
 from test_settings import CONFIGS, built, groups_of, recipe_type, tiny
 
+from rtd_jax.apps.check.check import CheckSettings
 from rtd_jax.apps.command.parse import define_flags, read_flags
 from rtd_jax.apps.command.table import COMMANDS, RunFlags
 from rtd_jax.apps.diagnose.diagnose import DiagnoseSettings
@@ -53,6 +54,7 @@ LEGAL = {
         "OnPolicySettings": "fraction",  # none
         "OpenAISettings": "requests_per_minute retries",  # no limit; none
         "OptimizerSettings": "warmup_updates final_fraction b1 b2 weight_decay",
+        "CheckSettings": "chains",  # none are shown
         "PlanSettings": "dollars_per_device_hour",
         "PretrainRecipe": "shot_fraction seed",
         "Recipe": "seed",
@@ -93,7 +95,7 @@ def examples() -> dict[type, typing.Any]:
         collect(build(recipe_type(name), importlib.import_module(f"configs.{name}").get_config().to_dict()))
     for settings in (EvaluateSettings(("x",)), DiagnoseSettings("x", "y"), SegmentSettings("x", "y", "z")):
         collect(settings)
-    collect((JudgeSettings("x"), PlanSettings(), RunFlags()))
+    collect((JudgeSettings("x"), PlanSettings(), CheckSettings(), RunFlags()))
     return found
 
 
@@ -137,7 +139,7 @@ def test_nonsense_is_refused_by_name_in_every_number_of_every_dataclass():
 
 def test_every_settings_dataclass_is_tried():
     recipes = {recipe_type(name) for name in CONFIGS}
-    flag_groups = {EvaluateSettings, DiagnoseSettings, JudgeSettings, PlanSettings, SegmentSettings}
+    flag_groups = {EvaluateSettings, DiagnoseSettings, JudgeSettings, PlanSettings, CheckSettings, SegmentSettings}
     tried = set(examples())
     for cls in recipes | flag_groups:
         missing = {group for group in groups_of(cls) if numbers_of(group)} - tried

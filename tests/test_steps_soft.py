@@ -13,7 +13,6 @@ from configs.rtd_tiny import get_config
 from rtd_jax.apps.cache import cache_teacher
 from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.distill.stages import Run
-from rtd_jax.apps.plan.abstract import abstract_step
 from rtd_jax.base.boundaries import mean_states, step_states, window_weights
 from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings
@@ -34,6 +33,7 @@ from rtd_jax.steps.soft import (
 from rtd_jax.teacher.identity import CacheSettings
 from rtd_jax.teacher.online import teacher_outputs
 from rtd_jax.teacher.records import key_of
+from rtd_jax.train.abstract import abstract_step
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.optimizer import OptimizerSettings

@@ -12,13 +12,13 @@ from tiny_run import one_device_mesh, recipe, write_teacher
 from rtd_jax.apps.distill.ensemble import initial_states
 from rtd_jax.apps.distill.prepare import Experiment, prepare
 from rtd_jax.apps.distill.run import train
-from rtd_jax.apps.plan.abstract import abstract_step
 from rtd_jax.base.settings import build, unread_settings
 from rtd_jax.base.sharding import make_mesh
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.pruning import prune_model
 from rtd_jax.models.weights import parameter_count
+from rtd_jax.train.abstract import abstract_step
 from rtd_jax.train.checkpoints import numbered
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.recipe import LossSettings, Recipe, StudentSettings, TeacherSettings

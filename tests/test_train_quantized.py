@@ -12,11 +12,11 @@ from tiny_run import recipe, write_teacher
 
 from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.distill.run import train
-from rtd_jax.apps.plan.abstract import abstract_step
 from rtd_jax.base.sharding import make_mesh
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.quantized_folders import quantization_of
 from rtd_jax.models.schemes import Scheme, as_params, rounded
+from rtd_jax.train.abstract import abstract_step
 from rtd_jax.train.checkpoints import numbered
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.recipe import LossSettings, OnPolicySettings, StudentSettings

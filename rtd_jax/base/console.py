@@ -80,7 +80,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_column(Text(printable(column)), justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*(Text(printable(str(cell))) for cell in row))
+    wide_console().print(table)
+
+
+def wide_console() -> Console:
+    """The terminal; outside of one, a file of 160 columns, because in a log nothing forces a cell to be cut."""
     console = Console()
-    if not console.is_terminal and console.width < 160:  # in a log file nothing forces a cell to be cut
+    if not console.is_terminal and console.width < 160:
         console = Console(width=160, file=console.file)
-    console.print(table)
+    return console

@@ -78,6 +78,35 @@ def compare_tokenizers(
     return notes
 
 
+def compare_special_tokens(
+    teacher: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
+    teacher_name: str = "teacher",
+    student_name: str = "student",
+) -> list[str]:
+    """Notes on special tokens that two tokenizers of the same ids use differently; empty where there are none.
+
+    Compared are the tokens of padding and of what is unknown, and which tokens are special at all: these are left out
+    of decoded text. `compare_tokenizers` compares how sequences begin and end.
+    """
+    notes: list[str] = []
+    for role in ("pad_token", "unk_token"):
+        ours, theirs = getattr(teacher, role), getattr(student, role)
+        if ours != theirs:
+            notes.append(f"{role} is {ours!r} in {teacher_name}, {theirs!r} in {student_name}")
+    special = [
+        {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        for tokenizer in (teacher, student)
+    ]
+    names = (teacher_name, student_name)
+    for own, other, name, without in ((*special, *names), (*special[::-1], *names[::-1])):
+        only = sorted(token for token in own - other if not _RESERVED.fullmatch(token))
+        if only:
+            listed = ", ".join(map(repr, only[:_SHOWN])) + (", ..." if len(only) > _SHOWN else "")
+            notes.append(f"{len(only)} tokens are special in {name}, but not in {without}: {listed}")
+    return notes
+
+
 def _content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no fast form; save it with a tokenizer.json")

@@ -44,6 +44,11 @@ def special_ids(hf: dict[str, Any]) -> dict[str, Any]:
     return {key: token_ids(key, hf[key]) for key in _SPECIAL if key in hf}
 
 
+def as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The ids of a special token as config.json gives it: one, several, or none."""
+    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """The description of a model. Hashable, so it can be a static argument of jit.

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +124,46 @@ def load_params(
       ValueError: tensors are missing, left over, wrongly shaped or not floats, or files are missing or damaged; with
         their names.
     """
-    directory = Path(directory)
+    rows = table(config)
+    sharding_of = {} if shardings is None else flatten_dict(shardings)
+    with _opened(Path(directory), config) as (readers, files):
+        if config.tied_embeddings and HEAD.name in readers:
+            _check_equal(files[HEAD.name], readers[HEAD.name], readers[EMBEDDING.name], config)
+        chosen = range(config.layers) if layers is None else layers
+        finite: dict[str, jax.Array] = {}
+        params = unflatten_dict(
+            {row.path: _load(row, config, dtype, sharding_of.get(row.path), readers, chosen, finite) for row in rows}
+        )
+    _check_finite({name: files[name] for name, is_finite in finite.items() if not np.asarray(is_finite)})
+    return params
+
+
+def check_params(directory: str | Path, config: DecoderConfig) -> None:
+    """Checks the weights of a Hugging Face directory by the headers of its files, without reading them.
+
+    Raises:
+      ValueError: as `load_params`, but for what only the values show: some that are no finite numbers, or the head of a
+        tied model that is not its embedding.
+    """
+    with _opened(Path(directory), config):
+        pass
+
+
+@contextlib.contextmanager
+def _opened(directory: Path, config: DecoderConfig) -> Iterator[tuple[dict[str, Any], dict[str, Path]]]:
+    """Every weight of a directory, open for reading in slices, and the file of its first tensor; both by name.
+
+    Among them is the head of a tied model, where the files have one.
+
+    Raises:
+      ValueError: tensors are missing, left over, wrongly shaped or not floats, or files are missing or damaged; with
+        their names.
+    """
     files = tensor_files(directory)
     rows = table(config)
     storage = read_storage(directory)
     stored = {name: storage.names(weight, name) for weight in rows for name in weight.names(config)}
     _check_names(directory, set(files), {part for names in stored.values() for part in names}, config)
-    sharding_of = {} if shardings is None else flatten_dict(shardings)
     with contextlib.ExitStack() as stack:
         handles = {path: stack.enter_context(open_file(path)) for path in sorted(set(files.values()))}
 
@@ -144,14 +177,8 @@ def load_params(
 
         readers = {name: reader(name, weight) for weight in rows for name in weight.names(config)}
         if config.tied_embeddings and HEAD.name in files:
-            _check_equal(files[HEAD.name], reader(HEAD.name, HEAD), readers[EMBEDDING.name], config)
-        chosen = range(config.layers) if layers is None else layers
-        finite: dict[str, jax.Array] = {}
-        params = unflatten_dict(
-            {row.path: _load(row, config, dtype, sharding_of.get(row.path), readers, chosen, finite) for row in rows}
-        )
-    _check_finite({name: files[stored[name][0]] for name, is_finite in finite.items() if not np.asarray(is_finite)})
-    return params
+            readers[HEAD.name], stored[HEAD.name] = reader(HEAD.name, HEAD), [HEAD.name]
+        yield readers, {name: files[parts[0]] for name, parts in stored.items()}
 
 
 def _load(

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -116,7 +116,7 @@ def open_model(
     """
     directory = resolve(settings.path, settings.revision, has_weights=has_weights)
     config = load_config(directory)
-    _check_generation_config(directory / "generation_config.json", config)
+    generation_ids(directory, config)  # checks them
     return OpenModel(settings, directory, config, mesh, note)
 
 
@@ -130,15 +130,22 @@ def check_rows_of_ids(config: DecoderConfig, size: int, model: Path | str, token
         )
 
 
-def _check_generation_config(path: Path, config: DecoderConfig) -> None:
-    """Raises ValueError where a model's file on generation names a token that the model does not have."""
+def generation_ids(directory: Path, config: DecoderConfig) -> dict[str, Any]:
+    """The ids of special tokens in a folder's generation_config.json, by their keys; {} where it names none.
+
+    Raises:
+      ValueError: the file names a token that the model does not have.
+    """
+    path = directory / "generation_config.json"
     if not path.exists():
-        return
+        return {}
     content = read_object(path, "download it again, or remove it")
     try:
-        replace(config, **special_ids(content))
+        ids = special_ids(content)
+        replace(config, **ids)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    return ids
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -37,6 +37,7 @@ class Chains:
     traces: tuple[Trace, ...]
     encoded: tuple[EncodedChain, ...]
     too_long: int = 0  # chains left out, because they do not fit into a row
+    longest: int = 0  # tokens of the longest chain, those left out included; 0 of a part of a split
 
     def of_stage(self, stage: Stage, limit: int | None = None) -> "Chains":
         """The chains whose depth belongs to a stage, or the first `limit` of them."""
@@ -106,7 +107,7 @@ def encode_split(traces: Sequence[Trace], data: DataSettings, tokenizer: PreTrai
     )
     dropped = set(report.dropped)
     kept = tuple(trace for i, trace in enumerate(traces) if i not in dropped)
-    return Chains(kept, tuple(encoded), len(dropped))
+    return Chains(kept, tuple(encoded), len(dropped), report.longest)
 
 
 def encode_cut(

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from rtd_jax.base.sharding import row_sharding
 from rtd_jax.base.types import Params
 from rtd_jax.data.encoding import EncodedChain
-from rtd_jax.data.formats import TextFormat
-from rtd_jax.models.config import DecoderConfig, layers_to_copy
+from rtd_jax.data.formats import TextFormat, stop_token_ids
+from rtd_jax.models.config import DecoderConfig, as_ids, layers_to_copy
 from rtd_jax.models.from_hf import load_config, load_params, resolve
 from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.open import OpenModel
@@ -165,13 +165,23 @@ def save_student(
     A student that was trained through rounded matrices is written rounded, bit by bit what its loss saw; the floats
     that the optimizer moved are in a folder of their own, to be trained on or rounded otherwise.
 
+    The token with which its chains end is among the eos_token_id of its config.json, so that other programs stop there.
+
     Raises:
       ValueError, OSError: as `save_pretrained`.
     """
-    scheme = student.quantization
+    scheme, config = student.quantization, ending_with(student.config, stop_token_ids(tokenizer, text)[0])
     if scheme is None:
-        save_pretrained(workdir / FOLDER, student.config, params, tokenizer=tokenizer, text=text)
+        save_pretrained(workdir / FOLDER, config, params, tokenizer=tokenizer, text=text)
         return
-    save_pretrained(workdir / FLOAT_FOLDER, student.config, params, tokenizer=tokenizer, text=text)
+    save_pretrained(workdir / FLOAT_FOLDER, config, params, tokenizer=tokenizer, text=text)
     matrices = jax.jit(rounded, static_argnums=1)(params, scheme)
-    save_quantized(workdir / FOLDER, student.config, matrices, scheme, tokenizer=tokenizer, text=text)
+    save_quantized(workdir / FOLDER, config, matrices, scheme, tokenizer=tokenizer, text=text)
+
+
+def ending_with(config: DecoderConfig, token: int) -> DecoderConfig:
+    """The config, with a token among those that end a generation."""
+    known = as_ids(config.eos_token_id)
+    if token in known:
+        return config
+    return replace(config, eos_token_id=(*known, token) if known else token)

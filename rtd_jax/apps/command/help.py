@@ -35,7 +35,8 @@ def help_text(command: Command, program: str, defined: Sequence[flags.Flag]) -> 
     kept = "Training finishes its update and saves first; a second signal ends it at once. " if command.saves else ""
     again = "the same command, run again, continues" if command.resumes else "nothing is left half-written"
     lines += textwrap.wrap(
-        "exit status: 0; 2 after an error of its settings or files; 128 + the signal's number where one ends it "
+        f"exit status: {'; '.join(filter(None, ('0', command.statuses)))}; 2 after an error of its settings or files; "
+        "128 + the signal's number where one ends it "
         f"(Ctrl-C 130, SIGTERM 143, SIGHUP 129). {kept}In any case {again}.",
         width=100,
     )

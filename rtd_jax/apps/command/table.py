@@ -19,6 +19,7 @@ class Command:
     reads_all: bool = True  # whether it reads the whole recipe, so that overrides without effect are warned of
     resumes: bool = False  # whether the same command, run again, goes on where it was stopped
     saves: bool = False  # whether a signal has it save what it has
+    statuses: str = ""  # exit statuses of its own, in words
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ COMMANDS = {
         example="--config=configs/rtd_tiny.py --workdir=runs/no_coherence --config.loss.coherence_weight=0.0",
         resumes=True,
         saves=True,
+    ),
+    "check": Command(
+        "Says in seconds what is wrong with a recipe's models and data, and shows chains as the student will see them.",
+        "rtd_jax.apps.check.check:check",
+        recipe="rtd_jax.train.recipe:Recipe",
+        flags="rtd_jax.apps.check.check:CheckSettings",
+        example="--config=configs/rtd_tiny.py --html=runs/check.html",
+        statuses="1 where a check fails",
     ),
     "ensemble": Command(
         "Distills several students that differ in their seed alone, as one program. Run it again to resume.",

@@ -19,8 +19,8 @@ from rtd_jax.base.types import Array, Batch, Params
 from rtd_jax.data.encoding import EncodedChain, chains_fingerprint
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.data.sources import is_local, load_traces
-from rtd_jax.data.tokenizer_match import compare_tokenizers, vocab_size
-from rtd_jax.data.trace import Trace, problem_key
+from rtd_jax.data.tokenizer_match import vocab_size
+from rtd_jax.data.trace import Trace
 from rtd_jax.eval.evaluate import ChainEvaluator, DecodingSettings, first_of_each_depth
 from rtd_jax.eval.judge.judge import RULES
 from rtd_jax.eval.ready import check_evaluation
@@ -30,19 +30,20 @@ from rtd_jax.methods.own_chains import JUDGE
 from rtd_jax.methods.term import Objective
 from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.model import DecoderModel
-from rtd_jax.models.open import OpenModel, check_rows_of_ids, load_tokenizer, open_model
+from rtd_jax.models.open import OpenModel, open_model
 from rtd_jax.steps.detector import Detector
 from rtd_jax.steps.select import soft_of
 from rtd_jax.teacher.cache import TeacherCache
 from rtd_jax.teacher.records import key_of
 from rtd_jax.teacher.reward_head import RewardModel, load_head
 from rtd_jax.train.cache_identity import cache_identity, teacher_fingerprint
-from rtd_jax.train.curriculum import Stage, few_problems, stages
+from rtd_jax.train.curriculum import Stage, stages
 from rtd_jax.train.optimizer import make_optimizer
+from rtd_jax.train.preflight import chain_checks, model_checks, settle
 from rtd_jax.train.recipe import Recipe, StudentSettings, TeacherSettings
 from rtd_jax.train.splits import Chains, encode_split, load_splits, make_detector, make_windows, prefixed_chains
 from rtd_jax.train.state import TrainState, create_state, state_shardings
-from rtd_jax.train.student import check_weights, initial_student, start_folder, student_config, student_model
+from rtd_jax.train.student import initial_student, start_folder, student_config, student_model
 from rtd_jax.train.update import TeacherSource, TrainStep, make_train_step
 
 
@@ -138,17 +139,16 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
                 check_rows(rows, mesh, recipe.micro_batches, f"batch_size x {name} of on_policy =")
     has_weights = not recipe.is_served or recipe.student.init in ("teacher_layers", "pruned")
     teacher = open_model(recipe.teacher, mesh, note, has_weights=has_weights)
-    config = _checked_config(recipe, teacher)
+    config = student_config(recipe.student, teacher.config)
+    settle(model_checks(recipe, teacher, config, has_teacher_weights=has_weights), note)
     note("reading and tokenising the chains")
     detector = make_detector(recipe, teacher)
     train, validation = load_splits(recipe.data, teacher.tokenizer, detector, make_windows(recipe, teacher))
     problems = _test_problems(recipe, teacher, detector)
     plan = tuple(stages(recipe.curriculum))
-    _check_chains(recipe, plan, {"training": train, "validation": validation}, note)
-    of_stages = {stage.name: train.of_stage(stage).traces for stage in plan}
-    problems_of = {name: len({problem_key(trace.prompt) for trace in traces}) for name, traces in of_stages.items()}
-    if warning := few_problems(problems_of, recipe.curriculum):
-        note(warning)
+    splits, sizes = {"training": train, "validation": validation}, {"teacher": teacher.config, "student": config}
+    settle(chain_checks(recipe, plan, splits, sizes, teacher.tokenizer), note)
+    _check_drift(recipe, validation)
     cache, reward = None, None
     if recipe.teacher.cache:
         cache = TeacherCache(Path(recipe.teacher.cache).expanduser(), cache_identity(recipe, teacher))
@@ -217,18 +217,6 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
     )
     state, kept_S = _initial_state(recipe, student, teacher, objective, optimizer, train.encoded)
     return replace(experiment, kept_S=kept_S), state
-
-
-def _checked_config(recipe: Recipe, teacher: OpenModel) -> DecoderConfig:
-    """The student's sizes. Raises ValueError where the models' vocabularies or tokenizers do not fit together."""
-    config = student_config(recipe.student, teacher.config)
-    check_weights(recipe.student, teacher)
-    if recipe.student.init == "pretrained":
-        folder = start_folder(recipe.student)
-        for line in compare_tokenizers(teacher.tokenizer, load_tokenizer(folder), str(teacher.directory), str(folder)):
-            teacher.note(line)
-    check_rows_of_ids(config, teacher.vocab_size, "the student", teacher.directory)
-    return config
 
 
 def _origins(recipe: Recipe, teacher: OpenModel, splits: Mapping[str, Sequence[Trace]]) -> dict[str, Any]:
@@ -312,30 +300,17 @@ def _check_cached(recipe: Recipe, teacher: OpenModel, cache: TeacherCache, train
         )
 
 
-def _check_chains(
-    recipe: Recipe, plan: Sequence[Stage], splits: Mapping[str, Chains], note: Callable[[str], None]
-) -> None:
-    """Raises ValueError where a stage has no chain. Notes how many chains were left out."""
-    for split, chains in splits.items():
-        for stage in plan:
-            if not chains.of_stage(stage, 1).traces:
-                depths = sorted({trace.depth for trace in chains.traces})
-                raise ValueError(
-                    f"curriculum stage {stage.name} has no {split} chain: the chains have {depths} steps. Set "
-                    f"curriculum.depths to depths that exist, e.g. {tuple(depths[:5])}, or add data"
-                )
-        if split == "validation" and recipe.evaluation.drift_problems:
-            # A map is fitted on one half of the chains and used on the other.
-            count = len(first_of_each_depth(chains.traces, recipe.evaluation.drift_problems))
-            if count < 2:
-                raise ValueError(
-                    f"evaluation.drift_problems is {recipe.evaluation.drift_problems}, but drift is measured on two "
-                    f"validation chains at least, and there is {count}; set it to 0, or add data"
-                )
-        if chains.too_long:
-            note(
-                f"{split}: {chains.too_long} chains longer than a row of {recipe.data.row_length} tokens were left out"
-            )
+def _check_drift(recipe: Recipe, validation: Chains) -> None:
+    """Raises ValueError where drift is to be measured, and there are too few validation chains for it."""
+    if not recipe.evaluation.drift_problems:
+        return
+    # A map is fitted on one half of the chains and used on the other.
+    count = len(first_of_each_depth(validation.traces, recipe.evaluation.drift_problems))
+    if count < 2:
+        raise ValueError(
+            f"evaluation.drift_problems is {recipe.evaluation.drift_problems}, but drift is measured on two validation "
+            f"chains at least, and there is {count}; set it to 0, or add data"
+        )
 
 
 def _initial_state(

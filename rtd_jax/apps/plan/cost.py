@@ -1,6 +1,5 @@
 """One program, compiled for hardware that is not here, and what a call of it costs."""
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -60,9 +59,3 @@ def compile_plan(name: str, program: jax.stages.Traced, resident: float, devices
         wire += collective.wire_bytes(devices) * collective.times
     flops = matmul_flops(program.jaxpr.jaxpr) / devices
     return Plan(name, seconds, memory(compiled), resident, flops, hlo.bytes_moved(), by_kind, wire)
-
-
-def bytes_on_device(leaf: jax.ShapeDtypeStruct) -> float:
-    """Bytes of a device's part of an array, given as a shape with its sharding."""
-    assert leaf.sharding is not None
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -8,8 +8,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from rtd_jax.apps.plan.abstract import Abstract, abstract_step
-from rtd_jax.apps.plan.cost import Plan, bytes_on_device, compile_plan, traced
+from rtd_jax.apps.plan.cost import Plan, compile_plan, traced
 from rtd_jax.apps.plan.drawing import Draw, DrawingPlan, abstract_queue, drawing_rows, plan_drawing, writing
 from rtd_jax.apps.plan.program import matmul_flops
 from rtd_jax.apps.plan.targets import Target, find_target, prepare_backends
@@ -23,6 +22,7 @@ from rtd_jax.eval.decoding.placement import for_writing
 from rtd_jax.methods.own_chains import OnPolicySettings
 from rtd_jax.methods.term import reads_of
 from rtd_jax.models.config import DecoderConfig
+from rtd_jax.train.abstract import Abstract, abstract_step, bytes_on_device
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.update import make_term_eval
 

@@ -66,14 +66,19 @@ def write_figure(out: Path, name: str, title: str, caption: str, draw: Draw) -> 
 
 def write_page(out: Path, template: str, filters: Mapping[str, Callable] | None = None, **values: Any) -> Path:
     """Fills a template of this folder and writes it as <out>/report.html. Returns the page's path."""
+    return write_html(out / "report.html", template, filters, **values)
+
+
+def write_html(path: Path, template: str, filters: Mapping[str, Callable] | None = None, **values: Any) -> Path:
+    """Fills a template of this folder and writes it as the file `path`, which it returns."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= filters or {}
     text = environment.get_template(template).render(light=LIGHT, **values)
-    with replacing(out / "report.html") as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    return out / "report.html"
+    return path
 
 
 def _figure(draw: Draw, colours: Colours) -> Figure:

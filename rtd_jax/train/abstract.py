@@ -1,5 +1,6 @@
 """A recipe's train state, teacher and batch as shapes with shardings. Nothing is allocated."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from rtd_jax.train.state import TrainState, create_state, state_shardings
 from rtd_jax.train.student import student_config, student_model
 from rtd_jax.train.update import TeacherSource, make_train_step
 
-ARCHITECTURES = Path(__file__).resolve().parents[2] / "bundled" / "architectures.json"
+ARCHITECTURES = Path(__file__).resolve().parents[1] / "bundled" / "architectures.json"
 MAX_BOUNDARIES = 17  # boundary slots of a chain: 16 steps and the prompt's end. A real run counts them in the data
 
 
@@ -111,6 +112,12 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:
     return Abstract(
         teacher, teacher_sizes, student, vocab_size, objective, _placed(state, shardings), source, batch, own, step
     )
+
+
+def bytes_on_device(leaf: jax.ShapeDtypeStruct) -> float:
+    """Bytes of a device's part of an array, given as a shape with its sharding."""
+    assert leaf.sharding is not None
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def _cached_outputs(recipe: Recipe, width: int, objective: Objective, mesh: Mesh) -> TeacherOutputs:

@@ -1,0 +1,1 @@
+"""What is wrong with a recipe's models and data, said before it is run."""
