@@ -67,14 +67,15 @@ def test_licences_and_the_card_are_downloaded_with_the_model(hub):
     def wanted(name: str, **changes) -> bool:
         hub.calls.clear()
         resolve("org/name", **changes)
-        patterns = hub.calls[0][1]["allow_patterns"]
-        return bool(list(huggingface_hub.utils.filter_repo_objects([name], allow_patterns=patterns)))
+        patterns = {key: hub.calls[0][1][key] for key in ("allow_patterns", "ignore_patterns")}
+        return bool(list(huggingface_hub.utils.filter_repo_objects([name], **patterns)))
 
     for name in ("README.md", "LICENSE", "LICENSE.txt", "LICENCE.md", "license.txt", "NOTICE", "USE_POLICY.md"):
         assert wanted(name), name
     assert wanted("model-00001-of-00002.safetensors")
     assert not wanted("model-00001-of-00002.safetensors", has_weights=False)
-    for name in ("pytorch_model.bin", "modeling_evil.py", "original/consolidated.00.pth"):
+    second = ("consolidated.safetensors", "original/model.safetensors")  # the same weights in another layout
+    for name in ("pytorch_model.bin", "modeling_evil.py", "original/consolidated.00.pth", *second):
         assert not wanted(name), name
 
 

@@ -27,6 +27,8 @@ from rtd_jax.models.weights import EMBEDDING, HEAD, Weight, table
 
 _ROWS_COMPARED = 4096  # of two matrices at one time
 MODEL_CARD = "README.md"
+# The same weights once more, in the layout of who made them: Mistral's and Llama's, as large as the model.
+_SECOND_COPIES = ("consolidated*.safetensors", "original/*")
 # Small files that say on what terms a model is given, which `apps/export` carries over.
 LICENCE_FILES = ("LICEN[SC]E*", "[Ll]icen[sc]e*", "COPYING*", "NOTICE*", "[Nn]otice*", "USE_POLICY*")
 
@@ -63,14 +65,14 @@ def _snapshot(asked: HubName, has_weights: bool) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     needed = ["config.json", *TOKENIZER_FILES, *(["*.safetensors", INDEX_FILE] if has_weights else [])]
-    name, revision = asked.name, asked.revision or None
+    asks = {"revision": asked.revision or None, "ignore_patterns": list(_SECOND_COPIES)}
     try:
         try:
-            found = snapshot_download(name, revision=revision, allow_patterns=[*needed, MODEL_CARD, *LICENCE_FILES])
+            found = snapshot_download(asked.name, allow_patterns=[*needed, MODEL_CARD, *LICENCE_FILES], **asks)
         except LocalEntryNotFoundError as incomplete:
             # Without a connection a snapshot without its card and licence is refused, but a model runs without them.
             try:
-                found = snapshot_download(name, revision=revision, allow_patterns=needed, local_files_only=True)
+                found = snapshot_download(asked.name, allow_patterns=needed, local_files_only=True, **asks)
             except LocalEntryNotFoundError:
                 raise incomplete from incomplete.__cause__  # which says why the hub was not reached
         return Path(found)
