@@ -94,13 +94,13 @@ def compare_special_tokens(
         ours, theirs = getattr(teacher, role), getattr(student, role)
         if ours != theirs:
             notes.append(f"{role} is {ours!r} in {teacher_name}, {theirs!r} in {student_name}")
-    special = [
-        {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        for tokenizer in (teacher, student)
-    ]
-    names = (teacher_name, student_name)
-    for own, other, name, without in ((*special, *names), (*special[::-1], *names[::-1])):
-        only = sorted(token for token in own - other if not _RESERVED.fullmatch(token))
+    sides = (teacher_name, teacher), (student_name, student)
+    special = {
+        name: {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        for name, tokenizer in sides
+    }
+    for name, without in ((teacher_name, student_name), (student_name, teacher_name)):
+        only = sorted(token for token in special[name] - special[without] if not _RESERVED.fullmatch(token))
         if only:
             listed = ", ".join(map(repr, only[:_SHOWN])) + (", ..." if len(only) > _SHOWN else "")
             notes.append(f"{len(only)} tokens are special in {name}, but not in {without}: {listed}")

@@ -362,8 +362,8 @@ def _curriculum(recipe: Recipe, plan: Sequence[Stage], splits: Mapping[str, Chai
     }
     warning = few_problems(problems, recipe.curriculum)
     of_depth = Counter(trace.depth for trace in traces)
-    depths = ", ".join(f"{of_depth[depth]:,} of {depth}" for depth in sorted(of_depth))
-    return f"stages {', '.join(stage.name for stage in plan)}; training chains by steps: {depths}", (
+    counts = ", ".join(f"{of_depth[depth]:,} of {depth}" for depth in sorted(of_depth))
+    return f"stages {', '.join(stage.name for stage in plan)}; training chains by steps: {counts}", (
         [warning] if warning else []
     )
 
