@@ -41,7 +41,13 @@ from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.splits import Chains, encode_split, load_splits, make_detector, make_windows, prefixed_chains
 from rtd_jax.train.state import TrainState, create_state, state_shardings
-from rtd_jax.train.student import check_weights, initial_student, student_config, student_model
+from rtd_jax.train.student import (
+    check_weights,
+    frozen_fingerprint,
+    initial_student,
+    student_config,
+    student_model,
+)
 from rtd_jax.train.update import TeacherSource, TrainStep, make_train_step
 
 
@@ -213,7 +219,8 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         },
     )
     state, kept_S = _initial_state(recipe, student, teacher, objective, optimizer, train.encoded)
-    return replace(experiment, kept_S=kept_S), state
+    fingerprints = experiment.fingerprints | {"frozen_base": frozen_fingerprint(state.params["student"])}
+    return replace(experiment, kept_S=kept_S, fingerprints=fingerprints), state
 
 
 def _checked_config(recipe: Recipe, teacher: OpenModel) -> DecoderConfig:
