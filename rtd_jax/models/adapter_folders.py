@@ -36,8 +36,8 @@ def save_adapter(
     if found != shapes:
         wrong = next(path for path in {**shapes, **found} if shapes.get(path) != found.get(path))
         raise ValueError(
-            f"adapter {'.'.join(wrong)} has shape {found.get(wrong)}, its settings make it {shapes.get(wrong)}; save an "
-            "adapter with its own settings and config"
+            f"adapter {'.'.join(wrong)} has shape {found.get(wrong)}, its settings make it {shapes.get(wrong)}; save it "
+            "with its own settings"
         )
     layers = range(config.layers)
     entries = [float_entry(row, layer, arrays[row.path], config) for layer in layers for row in settings.rows]

@@ -3,8 +3,8 @@
     y = x W + (alpha / rank) (x A) B        A [inputs, rank], B [rank, outputs]
 
 Hu et al. 2021 (arXiv:2106.09685); over integers in place of W, Dettmers et al. 2023 (QLoRA, arXiv:2305.14314). W and
-A B are never added up in training. A begins uniform in +-1 / sqrt(inputs), B at zero, as in `peft`. The params of such a
-model are {"base": those of the frozen model, "adapter": A and B of each matrix}, and only the second part has gradients
+A B are never added up in training. A begins uniform in +-1 / sqrt(inputs), B at zero, as in `peft`. The params of such
+a model are {"base": those of the frozen model, "adapter": A and B of each matrix}; only the second part has gradients
 and moments.
 """
 
@@ -55,7 +55,7 @@ class AdapterSettings:
         return tuple(replace(row, rank=self.rank) for name in chosen for row in ADAPTER_TABLE[name])
 
     def check(self, config: DecoderConfig) -> None:
-        """Raises ValueError where the rank is more than a matrix has rows or columns: a full matrix would be smaller."""
+        """Raises ValueError where a matrix has fewer rows or columns than the rank."""
         for a, b in zip(self.rows[::2], self.rows[1::2], strict=True):
             most = min(a.hf_shape(config)[1], b.hf_shape(config)[0])
             if self.rank > most:

@@ -182,8 +182,8 @@ def parameter_count(config: DecoderConfig) -> int:
 def logical_axes(params: Params) -> dict[str, Any]:
     """For a params tree (or its abstract form), the same nested dict with a tuple of axis names at each leaf.
 
-    Names: 'layers', 'vocab', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'norm', 'rank'. Tuples are pytrees themselves:
-    map over this tree with `is_leaf=lambda x: isinstance(x, tuple)`.
+    Names: 'layers', 'vocab', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'norm', 'rank'. Tuples are pytrees
+    themselves: map over this tree with `is_leaf=lambda x: isinstance(x, tuple)`.
 
     Raises:
       ValueError: a leaf is no weight of the table.

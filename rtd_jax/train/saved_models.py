@@ -183,7 +183,7 @@ def _load_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh:
 
 def _frozen_base(path: Path, meta: dict[str, Any], recipe: Recipe, teacher: OpenModel, shardings: Params) -> Params:
     """The weights under the adapter of a checkpoint. Raises ValueError where they are not those that it was made on."""
-    way_out = f"a finished run has its student as a Hugging Face folder too: give {path.parents[2] / FOLDER}"
+    way_out = f"give the run's student as a Hugging Face folder, {path.parents[2] / FOLDER}"
     try:
         base = read_weights(recipe.student, teacher, shardings)
     except ValueError as error:
@@ -191,6 +191,7 @@ def _frozen_base(path: Path, meta: dict[str, Any], recipe: Recipe, teacher: Open
     before, now = str(meta["fingerprints"].get("frozen_base", "")), frozen_fingerprint({BASE: base, ADAPTER: {}})
     if before != now:
         raise ValueError(
-            f"{path} was made with another frozen base (fingerprint {before[:12]}, now {now[:12]}); restore it; {way_out}"
+            f"{path} was made with another frozen base (fingerprint {before[:12]}, now {now[:12]}); restore it, or "
+            f"{way_out}"
         )
     return base
