@@ -61,8 +61,10 @@ def opened(folder, variant: str, settings: AdapterSettings = ALL):
     return reference, DecoderModel(config, adapter=settings), params
 
 
-@pytest.mark.parametrize("variant", ["gqa", "qwen2", "smollm3_listed"])
-@pytest.mark.parametrize("matrices", [tuple(ADAPTER_TABLE), ("v", "down")])
+@pytest.mark.parametrize(
+    ("variant", "matrices"),
+    [("smollm3_listed", tuple(ADAPTER_TABLE)), ("qwen2", tuple(ADAPTER_TABLE)), ("gqa", ("v", "down"))],
+)
 def test_values_and_gradients_equal_those_of_dense_matrices(variant, matrices, tmp_path):
     settings = dataclasses.replace(ALL, matrices=matrices)
     _, model, params = opened(tmp_path, variant, settings)
@@ -90,7 +92,7 @@ def test_values_and_gradients_equal_those_of_dense_matrices(variant, matrices, t
     )
 
 
-@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("base_dtype", ["float32", "int8", "int4"])
 def test_an_adapter_begins_without_effect_and_a_merged_model_computes_the_same(base_dtype, tmp_path):
     """Of the model on rows, and of prefill and decode, which run the same layers with a cache."""
     _, model, params = opened(tmp_path, "gqa", dataclasses.replace(ALL, base_dtype=base_dtype))
@@ -113,7 +115,7 @@ def test_an_adapter_begins_without_effect_and_a_merged_model_computes_the_same(b
     np.testing.assert_allclose(state, want[:, 5], atol=2e-4)
 
 
-@pytest.mark.parametrize("variant", ["gqa", "mqa_with_wide_heads", "qwen2", "qwen3", "smollm3_listed", "mistral"])
+@pytest.mark.parametrize("variant", ["mqa_with_wide_heads", "qwen2", "qwen3", "smollm3_listed"])
 def test_peft_loads_the_folder_and_gives_our_logits(variant, tmp_path):
     matrices = tuple(ADAPTER_TABLE) if variant != "qwen3" else ("q", "o", "up")
     settings = dataclasses.replace(ALL, matrices=matrices)
