@@ -153,6 +153,7 @@ VALUES = {
     "about": ("{'gsm8k': 'x'}",),
     "loss.layers": ("evenly:2", "1:2,2:4"),
     "only": ("('kd',)", "('rtd',)"),
+    "adapter.matrices": ("('q', 'v')", "('o',)"),
     **{
         f"task_methods.{task}": ("('kd',)", "('rtd',)")
         for task in ("cups", "larger_student", "lift", "smaller_student", "ten", "fifteen")
@@ -195,8 +196,12 @@ def needed_with(setting: Setting, text: str, recipe: typing.Any) -> tuple[str, .
     """Overrides without which this value of the setting would be refused."""
     group, _, name = setting.key.rpartition(".")
     if group == "student" and name in ("init", "path", "revision", "share", *SIZES):
-        kinds = {"path": "pretrained", "revision": "pretrained", "share": "pruned"}
-        return STUDENTS[text if name == "init" else kinds.get(name, "random")]
+        by_name = {"path": "pretrained", "revision": "pretrained", "share": "pruned"}
+        return (*STUDENTS[text if name == "init" else by_name.get(name, "random")], "student.adapter.rank=0")
+    if setting.key == "student.quantization":
+        return ("student.adapter.rank=0",)
+    if setting.key == "student.adapter.rank":
+        return (*STUDENTS["pretrained"], "student.quantization=none")
     if group.startswith("methods.") and name in ("compress", "overrides"):  # a run is made smaller or trained
         others = [x for x in recipe.methods if f"methods.{x}" != group and not recipe.method(x).begins_with]
         begins = recipe.method(group.removeprefix("methods.")).begins_with or others[0]

@@ -33,6 +33,7 @@ NONSENSE = {int: (-(10**9), -1, 0, 10**12), float: (-1e9, -1.0, 0.0, 1e12, math.
 # What of this is legal after all, by value and dataclass; everything else is refused.
 LEGAL = {
     0: {
+        "AdapterSettings": "rank",  # none
         "BoundaryRecipe": "layers examples",
         "CacheSettings": "layers",
         # 0 switches a threshold, a context of examples, a wait or a rule off.

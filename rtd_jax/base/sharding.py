@@ -32,6 +32,7 @@ FSDP: LogicalToMesh = {
     "mlp": "tensor",
     "head_dim": None,
     "norm": None,
+    "rank": None,
     "student_width": "fsdp",
     "teacher_width": "tensor",
 }

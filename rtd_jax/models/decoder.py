@@ -9,7 +9,7 @@ Sources: Touvron et al. 2023 (arXiv:2302.13971), Llama 3 (arXiv:2407.21783), GQA
 (arXiv:2310.06825), Qwen2 (arXiv:2407.10671), Qwen3 (arXiv:2505.09388), NoPE layers (arXiv:2501.18795).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,10 +19,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from rtd_jax.models.adapters import AdapterSettings
 from rtd_jax.models.config import DecoderConfig
-from rtd_jax.models.quantized import as_float
+from rtd_jax.models.quantized import ROUNDED, as_float
 from rtd_jax.models.schemes import Scheme, fake_rounded, fake_rounded_layer
-from rtd_jax.models.weights import EMBEDDING
+from rtd_jax.models.weights import EMBEDDING, ROWS, axis_sizes
 
 # What the forward pass stores of a layer for the backward pass: with "none" everything, so that nothing is recomputed;
 # with "full" the layer's input alone; with "dots" its input and the projections, but not the attention scores.
@@ -50,8 +51,14 @@ class Computation:
     attention: AttentionKernel = "auto"  # implementation of jax.nn.dot_product_attention; see `attention_kernel`
     streamed: bool = False  # layers stay in host memory, and each is copied to the device when it runs
     quantization: Scheme | None = None  # compute with float weights as this would round them; gradients go through
+    adapter: AdapterSettings | None = None  # beside frozen weights; the params then have two parts (see `adapters`)
 
     def __post_init__(self) -> None:
+        if self.adapter is not None and (self.adapter.rank < 1 or self.quantization is not None):
+            raise ValueError(
+                f"adapter has rank {self.adapter.rank} and quantization is {self.quantization}; expected a rank from 1 "
+                "and no quantization: the weights under an adapter are not trained"
+            )
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat {self.remat!r} is not a policy; use one of {', '.join(REMAT_POLICIES)}")
         if self.attention not in get_args(AttentionKernel):
@@ -198,10 +205,41 @@ def attend_cached(q_BHE: jax.Array, k_BGLE: jax.Array, v_BGLE: jax.Array, seen_B
     return mixed_BGRE.reshape(batch, heads, head_dim)
 
 
-class Attention(nnx.Module):
+class LowRank(nnx.Module):
+    """x A B alpha / rank: what an adapter adds to the product of x and one matrix."""
+
+    def __init__(self, adapter: AdapterSettings, inputs: Sequence[int], outputs: Sequence[int], dtype: jnp.dtype):
+        self.a = _zeros(dtype, (*inputs, adapter.rank))
+        self.b = _zeros(dtype, (adapter.rank, *outputs))
+        self.scale = adapter.scale
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        a, b = _weight(self.a, x.dtype), _weight(self.b, x.dtype)
+        return jnp.tensordot(self.scale * jnp.tensordot(x, a, a.ndim - 1), b, 1)
+
+
+class Adapted(nnx.Module):
+    """A module with matrices as its attributes, which may each have an adapter."""
+
+    def add_adapters(self, kind: str, config: DecoderConfig, adapter: AdapterSettings | None, dtype: jnp.dtype) -> None:
+        """Makes an attribute such as `q_adapter` for each of the adapter's matrices in layers.<kind>."""
+        sizes = axis_sizes(config)
+        for name in () if adapter is None else adapter.matrices:
+            row = ROWS.get(("layers", kind, name))
+            if row is not None:
+                outputs, inputs = ([sizes[axis] for axis in group] for group in row.hf_axes)
+                setattr(self, f"{name}_adapter", LowRank(adapter, inputs, outputs, dtype))
+
+    def adapted(self, name: str, x: jax.Array, product: jax.Array) -> jax.Array:
+        """The product of x and a matrix, with what the matrix's adapter adds to it; as it is without one."""
+        own = getattr(self, f"{name}_adapter", None)
+        return product if own is None else product + own(x)
+
+
+class Attention(Adapted):
     """Grouped-query attention: projections around `attend`, which attends within the row or to a cache."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, adapter: AdapterSettings | None):
         width, head_dim = config.width, config.head_dim
         self.q = _zeros(dtype, (width, config.heads, head_dim))
         self.k = _zeros(dtype, (width, config.kv_heads, head_dim))
@@ -216,6 +254,7 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(head_dim, config.norm_eps, dtype)
             self.k_norm = RMSNorm(head_dim, config.norm_eps, dtype)
+        self.add_adapters("attention", config, adapter, dtype)
         self.config = config
 
     def __call__(
@@ -223,9 +262,9 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Any, jax.Array]:
         """The output [B, L, D], the layer's cache, and what `o` reads [B, L, H, E]."""
         dtype, config = x_BLD.dtype, self.config
-        q_BLHE = jnp.einsum("BLD,DHE->BLHE", x_BLD, _weight(self.q, dtype))
-        k_BLGE = jnp.einsum("BLD,DGE->BLGE", x_BLD, _weight(self.k, dtype))
-        v_BLGE = jnp.einsum("BLD,DGE->BLGE", x_BLD, _weight(self.v, dtype))
+        q_BLHE = self.adapted("q", x_BLD, jnp.einsum("BLD,DHE->BLHE", x_BLD, _weight(self.q, dtype)))
+        k_BLGE = self.adapted("k", x_BLD, jnp.einsum("BLD,DGE->BLGE", x_BLD, _weight(self.k, dtype)))
+        v_BLGE = self.adapted("v", x_BLD, jnp.einsum("BLD,DGE->BLGE", x_BLD, _weight(self.v, dtype)))
         if config.qkv_bias:
             q_BLHE = q_BLHE + _weight(self.q_bias, dtype)
             k_BLGE = k_BLGE + _weight(self.k_bias, dtype)
@@ -233,16 +272,17 @@ class Attention(nnx.Module):
         if config.qk_norm:
             q_BLHE, k_BLGE = self.q_norm(q_BLHE), self.k_norm(k_BLGE)
         mixed_BLHE, cache = attend(rotate(q_BLHE, angles), rotate(k_BLGE, angles), v_BLGE)
-        out_BLD = jnp.einsum("BLHE,HED->BLD", mixed_BLHE, _weight(self.o, dtype))
+        product_BLD = jnp.einsum("BLHE,HED->BLD", mixed_BLHE, _weight(self.o, dtype))
+        out_BLD = self.adapted("o", mixed_BLHE, product_BLD)
         if config.output_bias:
             out_BLD = out_BLD + _weight(self.o_bias, dtype)
         return out_BLD, cache, mixed_BLHE
 
 
-class SwiGLU(nnx.Module):
+class SwiGLU(Adapted):
     """(silu(x gate) * (x up)) down."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, adapter: AdapterSettings | None):
         self.gate = _zeros(dtype, (config.width, config.mlp_width))
         self.up = _zeros(dtype, (config.width, config.mlp_width))
         self.down = _zeros(dtype, (config.mlp_width, config.width))
@@ -251,17 +291,18 @@ class SwiGLU(nnx.Module):
             self.gate_bias = _zeros(dtype, (config.mlp_width,))
             self.up_bias = _zeros(dtype, (config.mlp_width,))
             self.down_bias = _zeros(dtype, (config.width,))
+        self.add_adapters("mlp", config, adapter, dtype)
 
     def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The output [B, L, D], and what `down` reads, of each token [B * L, F]."""
         dtype = x_BLD.dtype
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])  # on one token axis XLA's backward pass is twice as fast on CPUs
-        gate_TF = x_TD @ _weight(self.gate, dtype)
-        up_TF = x_TD @ _weight(self.up, dtype)
+        gate_TF = self.adapted("gate", x_TD, x_TD @ _weight(self.gate, dtype))
+        up_TF = self.adapted("up", x_TD, x_TD @ _weight(self.up, dtype))
         if self.has_bias:
             gate_TF, up_TF = gate_TF + _weight(self.gate_bias, dtype), up_TF + _weight(self.up_bias, dtype)
         neurons_TF = jax.nn.silu(gate_TF) * up_TF
-        change_TD = neurons_TF @ _weight(self.down, dtype)
+        change_TD = self.adapted("down", neurons_TF, neurons_TF @ _weight(self.down, dtype))
         if self.has_bias:
             change_TD = change_TD + _weight(self.down_bias, dtype)
         return change_TD.reshape(x_BLD.shape), neurons_TF
@@ -270,11 +311,11 @@ class SwiGLU(nnx.Module):
 class Block(nnx.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype):
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, adapter: AdapterSettings | None = None):
         self.attention_norm = RMSNorm(config.width, config.norm_eps, dtype)
-        self.attention = Attention(config, dtype)
+        self.attention = Attention(config, dtype, adapter)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps, dtype)
-        self.mlp = SwiGLU(config, dtype)
+        self.mlp = SwiGLU(config, dtype, adapter)
 
     def __call__(
         self, x_BLD: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend
@@ -298,7 +339,7 @@ class Decoder(nnx.Module):
     def __init__(self, computation: Computation, dtype: jnp.dtype):
         self.computation, config = computation, computation.config
         self.embedding = _zeros(dtype, (config.vocab_size, config.width))
-        stacked = nnx.vmap(lambda _: Block(config, dtype), in_axes=0, out_axes=0)
+        stacked = nnx.vmap(lambda _: Block(config, dtype, computation.adapter), in_axes=0, out_axes=0)
         self.layers = stacked(jnp.arange(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps, dtype)
         if not config.tied_embeddings:
@@ -316,7 +357,10 @@ class Decoder(nnx.Module):
 
             return run_layer(x_BLD, index, weights, attend)[0]
 
-        policy = REMAT_POLICIES[self.computation.remat]
+        adapter, policy = self.computation.adapter, REMAT_POLICIES[self.computation.remat]
+        if policy is None and adapter is not None and adapter.base_dtype in ROUNDED:
+            # Stored for the backward pass, the floats of all frozen layers would take the room that integers save.
+            policy = jax.checkpoint_policies.dots_saveable
         if policy is not None:
             # Inside a scan XLA cannot merge the recomputation with the first computation anyway, so the barriers that
             # prevent_cse adds would only cost time.

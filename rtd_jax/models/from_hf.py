@@ -18,7 +18,7 @@ from rtd_jax.base.hub import HubName, check_local, hub_name, refusal
 from rtd_jax.base.types import Params
 from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.quantization_config import storage_of
-from rtd_jax.models.quantized import INT8, quantize_weight
+from rtd_jax.models.quantized import ROUNDED, quantize_weight
 from rtd_jax.models.quantized_folders import read_storage
 from rtd_jax.models.quantized_tensors import QuantizedTensor
 from rtd_jax.models.to_hf import INDEX_FILE, TOKENIZER_FILES
@@ -117,7 +117,7 @@ def load_params(
 
     Args:
       config: the directory's own.
-      dtype: of the params; with "int8", matrices are `QArray`s (see `quantized`).
+      dtype: of the params; with "int8" or "int4", matrices are `QArray`s (see `quantized`).
       shardings: a tree of `jax.sharding.Sharding` like the params; None puts everything on the default device.
       layers: read only these layers, counted from 0, for a shallower model; its config is
         `dataclasses.replace(config, layers=len(layers))`. None reads all.
@@ -197,11 +197,12 @@ def _load(
     Writes into `finite` for each tensor whether all of its values are, as an array that nobody has waited for.
     """
     raw_sharding = _hf_sharding(weight, sharding.qvalue if isinstance(sharding, QArray) else sharding)
-    float_dtype = "bfloat16" if dtype == INT8 else dtype  # norms are not quantised
+    float_dtype = "bfloat16" if dtype in ROUNDED else dtype  # norms are not quantised
 
     def convert(raw: jax.Array) -> Any:
         array = weight.from_hf(raw, config)
-        return quantize_weight(array, weight) if dtype == INT8 and weight.inputs else array.astype(float_dtype)
+        is_rounded = dtype in ROUNDED and weight.inputs
+        return quantize_weight(array, weight, dtype) if is_rounded else array.astype(float_dtype)
 
     def is_finite(raw: jax.Array) -> jax.Array:
         return jnp.all(jnp.isfinite(raw.astype(float_dtype)))  # in the dtype that it is kept in, which may be narrower

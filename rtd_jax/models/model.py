@@ -14,11 +14,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qwix import QArray
 
 from rtd_jax.base.types import Array, Params
+from rtd_jax.models.adapters import frozen, init_adapter, merged, with_adapter
 from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.decoder import Computation, Decoder, KVCache
 from rtd_jax.models.quantized import INT8, as_float, quantize_params
 from rtd_jax.models.schemes import Scheme, as_params, fake_rounded, rounded
-from rtd_jax.models.weights import EMBEDDING, HEAD, is_bias, is_norm
+from rtd_jax.models.weights import ADAPTER, BASE, EMBEDDING, HEAD, is_bias, is_norm
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,23 @@ class DecoderModel(Computation):
     """A decoder without its weights. Hashable: pass it to jit as a static argument, and the params as a traced one."""
 
     def init(self, key: jax.Array, dtype: str = "float32") -> Params:
-        """Random params: normal with standard deviation `config.init_std`, norms at one."""
+        """Random params: normal with standard deviation `config.init_std`, norms at one.
+
+        With an adapter, the base is random in `adapter.base_dtype`, and the adapter as it begins, in float32.
+        """
+        if self.adapter is not None:
+            base_key, adapter_key = jax.random.split(key)
+            base = frozen(self._without_adapter.init(base_key), self.adapter.base_dtype)
+            return {BASE: base, ADAPTER: init_adapter(self.adapter, self.config, adapter_key)}
         return _random_params(self, dtype, key)
 
     def abstract_params(self, dtype: str = "float32") -> Params:
         """Shapes and dtypes of the params, as jax.ShapeDtypeStruct leaves; allocates nothing.
 
-        With "int8", matrices are `QArray`s and norms are bfloat16.
+        With "int8", matrices are `QArray`s and norms are bfloat16. With an adapter they are those of `init`.
         """
+        if self.adapter is not None:
+            return jax.eval_shape(self.init, jax.random.key(0))
         if dtype == INT8:
             return jax.eval_shape(quantize_params, self.abstract_params("bfloat16"))
         return nnx.to_pure_dict(_abstract(self, dtype)[1])
@@ -74,6 +84,7 @@ class DecoderModel(Computation):
 
     def head(self, params: Params) -> jax.Array:
         """The matrix from hidden states to logits, [D, V], in the dtype of the params (of int8: `compute_dtype`)."""
+        params = params if self.adapter is None else params[BASE]
         head = params["embedding"] if self.config.tied_embeddings else params["head"]
         if self.quantization is not None:
             head = fake_rounded(head, EMBEDDING if self.config.tied_embeddings else HEAD, self.quantization)
@@ -87,7 +98,12 @@ class DecoderModel(Computation):
         return jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
 
     def deployed(self, params: Params) -> tuple["DecoderModel", Params]:
-        """The model without its `quantization`, and the params that it computes with, rounded once for all uses."""
+        """The model without its `quantization` or `adapter`, and params with which it computes the same.
+
+        They are rounded, or merged with the adapter, once for all uses. Traceable.
+        """
+        if self.adapter is not None:
+            return self._without_adapter, merged(params, self.adapter, self.compute_dtype)
         if self.quantization is None:
             return self, params
         return dataclasses.replace(self, quantization=None), _rounded_once(params, self.config, self.quantization)
@@ -140,7 +156,12 @@ class DecoderModel(Computation):
                 f"length of a text beyond {self.config.rope.longest_row:,} tokens; use shorter rows"
             )
 
+    @property
+    def _without_adapter(self) -> "DecoderModel":
+        return dataclasses.replace(self, adapter=None)
+
     def _module(self, params: Params) -> Decoder:
+        params = params if self.adapter is None else with_adapter(params)
         return nnx.merge(_abstract(self, "float32")[0], params)
 
 

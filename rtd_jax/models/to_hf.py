@@ -20,6 +20,8 @@ from rtd_jax.models.weights import Weight, table
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # a folder of `peft`
 MAX_SHARD_BYTES = 4 * 2**30  # of one safetensors file; a larger model has several, and an index
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -76,8 +78,13 @@ def write_folder(
     *,
     tokenizer: Any = None,
     text: TextFormat | None = None,
+    files: tuple[str, str] = (CONFIG_FILE, WEIGHTS_FILE),
 ) -> Path:
-    """`save_pretrained` of any tensors, with the `content` of config.json."""
+    """`save_pretrained` of any tensors.
+
+    Args:
+      content: of the first of `files`; tensors are in the second, or in several where a large model's are.
+    """
     directory = Path(directory).resolve()
     if jax.process_index() != 0:
         for entry in entries:
@@ -86,8 +93,8 @@ def write_folder(
     check_replaceable(directory)
     try:
         with replacing_folder(directory) as partial:
-            write_json(partial / "config.json", content)
-            _write_tensors(partial, entries)
+            write_json(partial / files[0], content)
+            _write_tensors(partial, entries, files[1])
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(partial))
             if text is not None:
@@ -152,17 +159,18 @@ def in_order(config: DecoderConfig) -> list[tuple[Weight, int]]:
     return [single[0], *per_layer, *single[1:]]
 
 
-def _write_tensors(directory: Path, entries: list[Entry]) -> None:
-    """Writes one safetensors file, or several of at most MAX_SHARD_BYTES and their index."""
+def _write_tensors(directory: Path, entries: list[Entry], single: str) -> None:
+    """Writes one safetensors file; a model's into several of at most MAX_SHARD_BYTES and their index."""
     shards: list[list[Entry]] = [[]]
     for entry in entries:
-        if shards[-1] and sum(other.size for other in shards[-1]) + entry.size > MAX_SHARD_BYTES:
+        is_full = sum(other.size for other in shards[-1]) + entry.size > MAX_SHARD_BYTES
+        if single == WEIGHTS_FILE and shards[-1] and is_full:
             shards.append([])
         shards[-1].append(entry)
     weight_map: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(shards, start=1):
-        file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = single if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         arrays = {name: tensor for entry in shard for name, tensor in entry.to_host().items()}
         save_file(arrays, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, file)
@@ -175,9 +183,10 @@ def check_replaceable(directory: Path) -> None:
     """Raises ValueError where `save_pretrained` would have to remove what is no part of a model."""
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: is a file; give another directory")
-    known = {"config.json", INDEX_FILE, *TOKENIZER_FILES}
+    known = {CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES}
     names = {path.name for path in directory.glob("*") if not (path.is_file() and path.match("model*.safetensors"))}
-    if names - known:
+    is_adapter = {path.name for path in directory.glob("*")} <= {ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE}
+    if names - known and not is_adapter:
         raise ValueError(
             f"{directory}: holds {min(names - known)}, which is no part of a Hugging Face model, and saving replaces "
             "the whole directory; give an empty or new one"

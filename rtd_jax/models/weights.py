@@ -29,6 +29,7 @@ class Weight:
     hf_axes: tuple[tuple[str, ...], ...]  # of the Hugging Face tensor, each a product of ours
     inputs: tuple[str, ...]  # axes that its matrix product sums over; none for a norm or a bias
     needs: str = ""  # flag of the config without which a model does not have it; "" where all have it
+    rank: int = 0  # length of the axis 'rank', which adapters have
 
     @property
     def stacked(self) -> bool:
@@ -46,17 +47,17 @@ class Weight:
 
     def shape(self, config: DecoderConfig) -> tuple[int, ...]:
         """Shape of the array in the params."""
-        sizes = axis_sizes(config)
+        sizes = self._sizes(config)
         return tuple(sizes[axis] for axis in self.axes)
 
     def hf_shape(self, config: DecoderConfig) -> tuple[int, ...]:
         """Shape of one tensor in the checkpoint."""
-        sizes = axis_sizes(config)
+        sizes = self._sizes(config)
         return tuple(int(np.prod([sizes[axis] for axis in group])) for group in self.hf_axes)
 
     def from_hf(self, tensor: AnyArray, config: DecoderConfig) -> AnyArray:
         """Converts a tensor of the checkpoint to the layout of one layer's params."""
-        sizes, flat = axis_sizes(config), self._flat
+        sizes, flat = self._sizes(config), self._flat
         return tensor.reshape([sizes[axis] for axis in flat]).transpose([flat.index(axis) for axis in self.param_axes])
 
     def to_hf(self, array: AnyArray, config: DecoderConfig) -> AnyArray:
@@ -73,6 +74,9 @@ class Weight:
         flat = self._flat
         tensor = matrix.reshape([shape[self.param_axes.index(axis)] for axis in flat])
         return tensor.transpose([flat.index(axis) for axis in self.param_axes])
+
+    def _sizes(self, config: DecoderConfig) -> dict[str, int]:
+        return axis_sizes(config) | {"rank": self.rank}
 
     @property
     def _flat(self) -> tuple[str, ...]:
@@ -115,6 +119,22 @@ TABLE: tuple[Weight, ...] = (
     _row("norm.scale", "model.norm", "norm", inputs=""),
     _row("head", "lm_head", "embed vocab", "vocab embed"),
 )
+
+
+def _low_rank(weight: Weight) -> tuple[Weight, Weight]:
+    """The two thin matrices A and B that an adapter has beside a matrix, under the names of `peft`."""
+    outputs, inputs = weight.hf_axes
+    place = (*weight.path[:-1], f"{weight.path[-1]}_adapter")
+    name = f"base_model.model.{weight.name.removesuffix('.weight')}"
+    return (
+        Weight((*place, "a"), f"{name}.lora_A.weight", (*inputs, "rank"), (("rank",), inputs), inputs),
+        Weight((*place, "b"), f"{name}.lora_B.weight", ("rank", *outputs), (outputs, ("rank",)), ("rank",)),
+    )
+
+
+# The rows of an adapter, (A, B) by the short name of the matrix that it changes: every matrix of the layers.
+ADAPTER_TABLE = {x.path[-1]: _low_rank(x) for x in TABLE if x.stacked and x.inputs}
+BASE, ADAPTER = "base", "adapter"  # the two parts of the params of a model with an adapter
 
 EMBEDDING, HEAD = TABLE[0], TABLE[-1]
 ROWS = {weight.path: weight for weight in TABLE}
@@ -162,13 +182,15 @@ def parameter_count(config: DecoderConfig) -> int:
 def logical_axes(params: Params) -> dict[str, Any]:
     """For a params tree (or its abstract form), the same nested dict with a tuple of axis names at each leaf.
 
-    Names: 'layers', 'vocab', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'norm'. Tuples are pytrees themselves:
-    map over this tree with `is_leaf=lambda x: isinstance(x, tuple)`.
+    Names: 'layers', 'vocab', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'norm', 'rank'. Tuples are pytrees
+    themselves: map over this tree with `is_leaf=lambda x: isinstance(x, tuple)`.
 
     Raises:
       ValueError: a leaf is no weight of the table.
     """
-    axes = {weight.path: weight.axes for weight in TABLE}
+    if set(params) == {BASE, ADAPTER}:
+        return {part: logical_axes(params[part]) for part in params}
+    axes = {weight.path: weight.axes for weight in (*TABLE, *(row for pair in ADAPTER_TABLE.values() for row in pair))}
 
     def name_axes(path: tuple[str, ...], array: Any) -> tuple[str, ...]:
         if path not in axes or len(axes[path]) != np.ndim(array):

@@ -117,7 +117,7 @@ def abstract_step(recipe: Recipe, mesh: Mesh) -> Abstract:
 def bytes_on_device(leaf: jax.ShapeDtypeStruct) -> float:
     """Bytes of a device's part of an array, given as a shape with its sharding."""
     assert leaf.sharding is not None
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.itemsize_bits(leaf.dtype) / 8
 
 
 def _cached_outputs(recipe: Recipe, width: int, objective: Objective, mesh: Mesh) -> TeacherOutputs:

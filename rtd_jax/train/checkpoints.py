@@ -3,7 +3,8 @@
     <workdir>/checkpoints/stages/<n>        kept for ever; `--config.resume_from` takes one
     <workdir>/checkpoints/rolling/<update>  the newest few
 
-Each holds the state, which can be restored on any mesh, and `meta`: the position in the data, the stage records, the
+Each holds the state, which can be restored on any mesh, without the frozen base of a student with an adapter, which is
+read from where it came from again, and `meta`: the position in the data, the stage records, the
 settings, and the fingerprints of teacher, tokenizer and data. `meta` has a digest of each array of the state, and one
 of itself, so a changed bit, or a state beside the `meta` of another checkpoint, is refused. Orbax writes under a
 temporary name and renames, so a run that is killed while it saves still has the checkpoint before.
@@ -31,7 +32,7 @@ from rtd_jax.base.settings import build, defaults
 from rtd_jax.base.types import Params
 from rtd_jax.train.array_digests import array_digests
 from rtd_jax.train.curriculum import StageRecord
-from rtd_jax.train.state import TrainState
+from rtd_jax.train.state import TrainState, with_base, without_base
 
 T = TypeVar("T")
 
@@ -156,6 +157,7 @@ class Checkpoints:
     def _save(self, kind: str, name: int, state: TrainState, meta: dict[str, Any]) -> None:
         folder = self._root / kind
         path = folder / str(name)
+        state = state._replace(params=without_base(state.params))
         try:
             arrays = array_digests(state) if self._digest else {}
             content = {"format": FORMAT, "update": int(state.step), **meta, "arrays": arrays}
@@ -234,15 +236,18 @@ def read_meta(path: Path) -> dict[str, Any]:
 def restore_state(path: Path, like: TrainState) -> TrainState:
     """The state of a checkpoint, with the shapes, dtypes and shardings of `like`: arrays or jax.ShapeDtypeStruct.
 
+    The frozen base of a student with an adapter is that of `like`, whoever calls this compares it by its fingerprint.
+
     Raises:
       ValueError: the checkpoint is damaged, or holds arrays of other names or shapes; names the newest one before it
         that can be restored.
     """
 
     def restored(path: Path) -> TrainState:
-        state = jax.block_until_ready(_restore(path, ocp.args.StandardRestore(like)))
+        trained = like._replace(params=without_base(like.params))
+        state = jax.block_until_ready(_restore(path, ocp.args.StandardRestore(trained)))
         _check_arrays(path, state)
-        return state
+        return state._replace(params=with_base(state.params, like.params))
 
     return _or_offer_older(path, restored)
 

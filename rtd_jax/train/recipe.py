@@ -12,6 +12,7 @@ from rtd_jax.data.sources import SourceSettings
 from rtd_jax.methods import LossSettings
 from rtd_jax.methods.own_chains import OnPolicySettings, RewardSettings
 from rtd_jax.methods.term import Objective, Setup
+from rtd_jax.models.adapters import AdapterSettings
 from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.decoder import AttentionKernel, Remat
 from rtd_jax.models.open import FloatDtype, ModelSettings
@@ -51,7 +52,7 @@ class TeacherSettings(ModelSettings):
 
 @dataclass(frozen=True)
 class StudentSettings:
-    """Where the student comes from. Params are float32; the optimizer needs the digits.
+    """Where the student comes from. Params that are trained are float32; the optimizer needs the digits.
 
     `init`: "random" takes the sizes below; "teacher_layers" copies `layers` evenly spaced layers of the teacher, and
     its embeddings; "pretrained" loads `path`; "pruned" keeps what matters most of the teacher's weights on training
@@ -76,6 +77,7 @@ class StudentSettings:
     symmetric: bool = True  # no zero points; False for int8 and int4 only
     quantize_head: bool = False  # round the embedding and the head too
     revision: str = ""  # of `path` on the hub: commit, tag or branch; "" is the newest. A local folder has none
+    adapter: AdapterSettings = AdapterSettings()  # train low-rank matrices beside frozen weights
 
     def __post_init__(self) -> None:
         check_ranges(self, **dict.fromkeys(SIZES, "[0, 1e6]"), share="[0, 1)", calibration_chains="[1, 1e6]")
@@ -93,6 +95,17 @@ class StudentSettings:
                 f"init={self.init!r} "
                 + (f"needs {needs}" if missing else f"does not read {', '.join(unused)}; leave them out")
             )
+        if self.adapter.rank and self.init == "random":
+            raise ValueError(
+                f"adapter.rank is {self.adapter.rank}, but init is 'random': what is frozen under an adapter must have "
+                "learned something; set adapter.rank=0, or init='pretrained', 'teacher_layers' or 'pruned'"
+            )
+        if self.adapter.rank and self.scheme is not None:
+            raise ValueError(
+                f"adapter.rank is {self.adapter.rank} and quantization {self.quantization!r}, which trains the weights "
+                "that an adapter freezes; set adapter.rank=0, or quantization='none' (adapter.base_dtype rounds the "
+                "frozen weights)"
+            )
 
     @property
     def scheme(self) -> Scheme | None:
@@ -106,6 +119,11 @@ class StudentSettings:
         if self.quantization == "none":
             unread |= dict.fromkeys(("group_size", "symmetric", "quantize_head"), "student.quantization is 'none'")
         return unread
+
+    @property
+    def frozen_dtype(self) -> str:
+        """Of the weights that the student begins with, as they are in memory: float32 where they are trained."""
+        return self.adapter.base_dtype if self.adapter.rank else "float32"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,14 +20,15 @@ from rtd_jax.methods.term import Setup
 from rtd_jax.models.fingerprint import weights_fingerprint
 from rtd_jax.models.from_hf import resolve
 from rtd_jax.models.model import DecoderModel
-from rtd_jax.models.open import FloatDtype, ModelSettings, WeightDtype, open_model
+from rtd_jax.models.open import FloatDtype, ModelSettings, OpenModel, WeightDtype, open_model
 from rtd_jax.models.quantized import INT8, quantize_params
 from rtd_jax.models.text_record import read_text_format
 from rtd_jax.models.weight_files import weight_files
-from rtd_jax.models.weights import logical_axes
+from rtd_jax.models.weights import ADAPTER, BASE, logical_axes
 from rtd_jax.train.checkpoints import numbered, read_meta, restore_params
 from rtd_jax.train.recipe import Recipe
-from rtd_jax.train.student import student_config
+from rtd_jax.train.state import without_base
+from rtd_jax.train.student import FOLDER, frozen_fingerprint, read_weights, student_config
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,12 +149,16 @@ def _load_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh:
             f"{path} was trained with models that are not where they were ({error}). A finished run has its student as "
             f"a Hugging Face folder too: give {path.parents[2] / 'student'}"
         ) from error
-    model = DecoderModel(config, compute_dtype, activation_sharding=row_sharding(mesh))
+    adapter = recipe.student.adapter if recipe.student.adapter.rank else None
+    model = DecoderModel(config, compute_dtype, activation_sharding=row_sharding(mesh), adapter=adapter)
     objective = recipe.objective(config, teacher.config, config.vocab_size)
     learned = jax.eval_shape(lambda: objective.init_params(jax.random.key(0), config.width, teacher.config.width))
     abstract: Params = {"student": model.abstract_params(), **learned}
     axes = {"student": logical_axes(abstract["student"]), **objective.param_axes()}
-    restored = restore_params(path, abstract, param_shardings(abstract, axes, mesh))
+    shardings = param_shardings(abstract, axes, mesh)
+    restored = restore_params(path, without_base(abstract), without_base(shardings))
+    if adapter is not None:
+        restored["student"] |= {BASE: _frozen_base(path, meta, recipe, teacher, shardings["student"][BASE])}
     model, params = replace(model, quantization=recipe.student.scheme).deployed(restored["student"])
     if dtype == INT8:
         params = jax.jit(quantize_params)(params)
@@ -174,3 +180,19 @@ def _load_stage(path: Path, dtype: WeightDtype, compute_dtype: FloatDtype, mesh:
         step_state=recipe.loss.step_state,
         teacher_fingerprint=meta["fingerprints"].get("teacher", ""),
     )
+
+
+def _frozen_base(path: Path, meta: dict[str, Any], recipe: Recipe, teacher: OpenModel, shardings: Params) -> Params:
+    """The weights under the adapter of a checkpoint. Raises ValueError where they are not those that it was made on."""
+    way_out = f"give the run's student as a Hugging Face folder, {path.parents[2] / FOLDER}"
+    try:
+        base = read_weights(recipe.student, teacher, shardings)
+    except ValueError as error:
+        raise ValueError(f"{path} holds an adapter without the weights under it: {error}; {way_out}") from error
+    before, now = str(meta["fingerprints"].get("frozen_base", "")), frozen_fingerprint({BASE: base, ADAPTER: {}})
+    if before != now:
+        raise ValueError(
+            f"{path} was made with another frozen base (fingerprint {before[:12]}, now {now[:12]}); restore it, or "
+            f"{way_out}"
+        )
+    return base

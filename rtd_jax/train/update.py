@@ -15,7 +15,7 @@ from rtd_jax.base.types import Array, Batch, Params, StepState, StudentOutputs, 
 from rtd_jax.methods.term import Coefficients, Objective, Outputs, Reads, Term, reads_of, weighted_sum
 from rtd_jax.models.model import DecoderModel
 from rtd_jax.teacher.online import student_outputs, teacher_outputs
-from rtd_jax.train.state import TrainState, state_shardings
+from rtd_jax.train.state import TrainState, state_shardings, with_base, without_base
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ def make_update(
         denominators = objective.denominators(batch, own)
         weights, cached = (None, source) if isinstance(source, TeacherOutputs) else (source, None)
         gradients, metrics = accumulate(
-            lambda params, part: loss_of(params, weights, part, coefficients, denominators),
-            state.params,
+            lambda trained, part: loss_of(with_base(trained, state.params), weights, part, coefficients, denominators),
+            without_base(state.params),
             split_rows((batch, cached, own), settings.micro_batches, mesh),
-            None if mesh is None else state_shardings(state, optimizer, mesh, axes).params,
+            None if mesh is None else without_base(state_shardings(state, optimizer, mesh, axes).params),
         )
         state, metrics = apply_update(optimizer, state, gradients, metrics)
         if mesh is not None:
@@ -245,8 +245,9 @@ def apply_update(
     optimizer: optax.GradientTransformation, state: TrainState, gradients: Any, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
     """One optimizer update; adds the gradient's norm to the metrics, and makes `loss` count once per update."""
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    trained = without_base(state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+    params = with_base(optax.apply_updates(trained, updates), state.params)
     one = jnp.ones(())
     metrics |= {"loss": Mean(metrics["loss"].sum, one), "grad_norm": Mean(optax.tree.norm(gradients), one)}
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics

@@ -51,6 +51,9 @@ def check_ensemble(recipe: EnsembleRecipe) -> None:
         f"on_policy.fraction is not 0, and {draws}": bool(recipe.own_rows),
         f"micro_batches is {recipe.micro_batches}, not 1": recipe.micro_batches > 1,
         "optimizer.offload is True": recipe.optimizer.offload,
+        "student.adapter.rank is not 0, and each member would hold the frozen weights": bool(
+            recipe.student.adapter.rank
+        ),
         "resume_from is given": bool(recipe.resume_from),
         "there are several processes": jax.process_count() > 1,
     }

@@ -171,7 +171,8 @@ class Ensemble:
             run = Run(state, self._clock, [member.record], curve=member.curve, data_tokens=member.tokens)
             experiment = dataclasses.replace(self._experiment, recipe=member.recipe)
             student, text = state.params["student"], member.recipe.data.text
-            save_student(member.folder, experiment.student, student, experiment.tokenizer, text)
+            settings = member.recipe.student
+            save_student(member.folder, settings, experiment.student, student, experiment.tokenizer, text)
             report = evaluate_run(experiment, run, display, member.folder, known)
             if before[i] is not None:
                 report["drift"]["own_before"] = before[i]

@@ -43,7 +43,13 @@ from rtd_jax.train.preflight import chain_checks, model_checks, settle
 from rtd_jax.train.recipe import Recipe, StudentSettings, TeacherSettings
 from rtd_jax.train.splits import Chains, encode_split, load_splits, make_detector, make_windows, prefixed_chains
 from rtd_jax.train.state import TrainState, create_state, state_shardings
-from rtd_jax.train.student import initial_student, start_folder, student_config, student_model
+from rtd_jax.train.student import (
+    frozen_fingerprint,
+    initial_student,
+    start_folder,
+    student_config,
+    student_model,
+)
 from rtd_jax.train.update import TeacherSource, TrainStep, make_train_step
 
 
@@ -216,7 +222,8 @@ def prepare(recipe: Recipe, note: Callable[[str], None] = print) -> tuple[Experi
         origins=_origins(recipe, teacher, {"train": train.traces, "validation": validation.traces, "test": problems}),
     )
     state, kept_S = _initial_state(recipe, student, teacher, objective, optimizer, train.encoded)
-    return replace(experiment, kept_S=kept_S), state
+    fingerprints = experiment.fingerprints | {"frozen_base": frozen_fingerprint(state.params["student"])}
+    return replace(experiment, kept_S=kept_S, fingerprints=fingerprints), state
 
 
 def _origins(recipe: Recipe, teacher: OpenModel, splits: Mapping[str, Sequence[Trace]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from rtd_jax.base.lock import one_writer
 from rtd_jax.base.types import Params
 from rtd_jax.eval.evaluate import decoding_notes
 from rtd_jax.models.model import DecoderModel
+from rtd_jax.models.weights import ADAPTER
 from rtd_jax.train.checkpoints import Checkpoints, check_same_settings, read_meta, restore_state
 from rtd_jax.train.clock import Clock
 from rtd_jax.train.metrics import MetricsLog
@@ -67,7 +68,7 @@ def train(recipe: Recipe, workdir: Path) -> Path:
         display.note("writing the student as a Hugging Face folder, then evaluating by greedy decoding")
         with clock.span("evaluation"):
             student, params = experiment.student, run.state.params["student"]
-            save_student(workdir, student, params, experiment.tokenizer, recipe.data.text)
+            save_student(workdir, recipe.student, student, params, experiment.tokenizer, recipe.data.text)
             report = evaluate_run(experiment, run, display, workdir)
     if own_before is not None:
         report["drift"]["own_before"] = own_before
@@ -116,7 +117,8 @@ def check_same_origin(path: Path, meta: dict[str, Any], experiment: Experiment, 
     Args:
       is_own: whether it is of the same run; another run may have had other data.
     """
-    for name in ("teacher", "tokenizer", "student_config", *(("data", "cache", "reward") if is_own else ())):
+    of_data = ("data", "cache", "reward") if is_own else ()
+    for name in ("teacher", "tokenizer", "student_config", "frozen_base", *of_data):
         before, now = str(meta["fingerprints"].get(name, "")), experiment.fingerprints[name]
         if before != now:
             raise ValueError(
@@ -181,9 +183,11 @@ def _summary(experiment: Experiment, run: Run, workdir: Path) -> str:
     teacher = "from its cache" if experiment.cache else "not needed"
     if experiment.teacher is not None:
         teacher = f"{millions(experiment.teacher_params)} params"
-    step = int(run.state.step)
+    step, trained = int(run.state.step), ""
+    if experiment.student.adapter is not None:
+        trained = f" of which {millions(run.state.params['student'][ADAPTER])} are trained,"
     return (
         f"{f'resuming at update {step}' if step else 'starting'} in {workdir}: teacher {teacher}, student "
-        f"{millions(run.state.params['student'])}, {len(experiment.train.encoded)} training chains, mesh "
+        f"{millions(run.state.params['student'])},{trained} {len(experiment.train.encoded)} training chains, mesh "
         f"{' x '.join(f'{name} {size}' for name, size in experiment.mesh.shape.items())} on {jax.devices()[0].platform}"
     )

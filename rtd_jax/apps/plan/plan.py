@@ -18,7 +18,7 @@ from rtd_jax.base.settings import check_ranges
 from rtd_jax.base.sharding import make_mesh
 from rtd_jax.data.by_length import round_up
 from rtd_jax.eval.decoding import PROMPT_MULTIPLE, GenerateSettings
-from rtd_jax.eval.decoding.placement import for_writing
+from rtd_jax.eval.decoding.placement import deployed_shapes, for_writing
 from rtd_jax.methods.own_chains import OnPolicySettings
 from rtd_jax.methods.term import reads_of
 from rtd_jax.models.config import DecoderConfig
@@ -123,13 +123,15 @@ def ideal_flops(recipe: Recipe, teacher: DecoderConfig | None, student: DecoderC
     """FLOPs that an update needs at least, over all devices; a multiply-add counts as two.
 
     The teacher runs forward only, with 2 FLOPs per weight and token, and not at all where it is cached. The student
-    runs forward and backward, with 6. Attention is counted as by Chowdhery et al. 2022 (PaLM, appendix B): 4 x layers x
+    runs forward and backward, with 6; with 4 where its weights are frozen and have no gradient, beside an adapter whose
+    own arithmetic is not counted. Attention is counted as by Chowdhery et al. 2022 (PaLM, appendix B): 4 x layers x
     heads x head_dim x length per token and forward pass. That the causal mask saves half of it is not counted.
     """
     length = recipe.data.row_length
     tokens = recipe.batch_size * length
     teacher_flops = 0.0 if teacher is None else _forward_flops(teacher, length)
-    return tokens * (teacher_flops + 3 * _forward_flops(student, length))
+    student_flops = (2 if recipe.student.adapter.rank else 3) * _forward_flops(student, length)
+    return tokens * (teacher_flops + student_flops)
 
 
 def _forward_flops(config: DecoderConfig, length: int) -> float:
@@ -147,6 +149,8 @@ def _decoding(recipe: Recipe, abstract: Abstract) -> tuple[jax.stages.Traced, tu
     settings = GenerateSettings(new_tokens, (0,), abstract.vocab_size, batch)
     prompt_length = round_up(max(1, recipe.data.row_length - new_tokens), PROMPT_MULTIPLE)
     params = abstract.state.params["student"] if is_cached else abstract.source
+    if is_cached and model.adapter is not None:  # a merged copy, beside the state
+        model, params = deployed_shapes(model, params, mesh)
     return traced(writing(model, settings, mesh), params, abstract_queue(batch, prompt_length, mesh))
 
 

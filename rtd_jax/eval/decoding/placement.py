@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh
 
-from rtd_jax.base.sharding import TENSOR, activation_sharding, param_shardings
+from rtd_jax.base.sharding import FSDP, TENSOR, LogicalToMesh, activation_sharding, param_shardings
 from rtd_jax.base.types import Params
 from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.weights import logical_axes
@@ -23,12 +24,25 @@ def for_writing(model: DecoderModel, params: Params, mesh: Mesh) -> tuple[Decode
     Args:
       params: of the model; shapes with shardings give shapes with shardings.
     """
-    placed = dataclasses.replace(model, activation_sharding=activation_sharding(mesh, TENSOR), quantization=None)
+    sharding = activation_sharding(mesh, TENSOR)
+    placed = dataclasses.replace(model, activation_sharding=sharding, quantization=None, adapter=None)
     if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
-        shapes = jax.eval_shape(lambda params: _cast(params, model.compute_dtype), params)
-        target = param_shardings(params, logical_axes(params), mesh, TENSOR)
-        return placed, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, target)
+        return placed, _shapes(
+            lambda params: _cast(model.deployed(params)[1], model.compute_dtype), params, mesh, TENSOR
+        )
     return placed, _copied(model.deployed(params)[1], model.compute_dtype, mesh)
+
+
+def deployed_shapes(model: DecoderModel, params: Params, mesh: Mesh) -> tuple[DecoderModel, Params]:
+    """`DecoderModel.deployed` of params as shapes with shardings: shapes, spread by the table FSDP."""
+    deployed = dataclasses.replace(model, quantization=None, adapter=None)
+    return deployed, _shapes(lambda params: model.deployed(params)[1], params, mesh, FSDP)
+
+
+def _shapes(function: Callable[[Params], Params], params: Params, mesh: Mesh, table: LogicalToMesh) -> Params:
+    shapes = jax.eval_shape(function, params)
+    target = param_shardings(shapes, logical_axes(shapes), mesh, table)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, target)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
