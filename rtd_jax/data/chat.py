@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -50,7 +51,7 @@ def apply_template(
             "or an instruct model's tokenizer"
         )
     conversation = [{"role": role, "content": text} for role, text in messages]
-    variables = {"date_string": DATE} | template_switches(thinking)
+    variables: dict[str, Any] = {"date_string": DATE, **template_switches(thinking)}
     try:
         template = tokenizer.get_chat_template()
         check_template(template, json.dumps({**tokenizer.special_tokens_map, **variables}, default=str), name)

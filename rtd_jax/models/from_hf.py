@@ -65,7 +65,7 @@ def _snapshot(asked: HubName, has_weights: bool) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     needed = ["config.json", *TOKENIZER_FILES, *(["*.safetensors", INDEX_FILE] if has_weights else [])]
-    asks = {"revision": asked.revision or None, "ignore_patterns": list(_SECOND_COPIES)}
+    asks: dict[str, Any] = {"revision": asked.revision or None, "ignore_patterns": list(_SECOND_COPIES)}
     try:
         try:
             found = snapshot_download(asked.name, allow_patterns=[*needed, MODEL_CARD, *LICENCE_FILES], **asks)

@@ -148,7 +148,7 @@ def _decoding(recipe: Recipe, abstract: Abstract) -> tuple[jax.stages.Traced, tu
     model = abstract.teacher or abstract.student
     settings = GenerateSettings(new_tokens, (0,), abstract.vocab_size, batch)
     prompt_length = round_up(max(1, recipe.data.row_length - new_tokens), PROMPT_MULTIPLE)
-    params = abstract.state.params["student"] if is_cached else abstract.source
+    params: Any = abstract.state.params["student"] if is_cached else abstract.source
     if is_cached and model.adapter is not None:  # a merged copy, beside the state
         model, params = deployed_shapes(model, params, mesh)
     return traced(writing(model, settings, mesh), params, abstract_queue(batch, prompt_length, mesh))
