@@ -48,7 +48,8 @@ def resolve(name_or_dir: str | Path, *, has_weights: bool = True) -> Path:
 
     try:
         patterns = ["config.json", *TOKENIZER_FILES, *(["*.safetensors", INDEX_FILE] if has_weights else [])]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        # Mistral's repositories hold every weight a second time, in a file that no index names.
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["consolidated*"]))
     except Exception as error:  # the hub's client raises its own, the HTTP library's and the system's errors
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise ValueError(
