@@ -151,7 +151,7 @@ class RopeConfig:
         original = beside("original_max_position_embeddings", whole) if kind in _SCALED_FROM else None
         original = positions if original is None else original
         given = {key: rope[key] for key in _FACTORS[kind] if rope.get(key) is not None}
-        factors = {key: positive(f"{spelling}.{key}", value) for key, value in given.items()}
+        factors: dict[str, Any] = {key: positive(f"{spelling}.{key}", value) for key, value in given.items()}
         if kind == "yarn":
             factors.setdefault("factor", positions / original)
             _check_attn_factor(rope, spelling, factors)
@@ -199,7 +199,7 @@ def _attention_factor(rope: dict[str, Any], spelling: str, factor: float) -> flo
     def scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    weights = [rope.get(key) for key in ("mscale", "mscale_all_dim")]
+    weights: list[Any] = [rope.get(key) for key in ("mscale", "mscale_all_dim")]
     for key, value in zip(("mscale", "mscale_all_dim"), weights, strict=True):
         if value is not None and (type(value) not in (int, float) or not 0 <= value <= 1e6):
             raise ValueError(f"{spelling}.{key} is {shown(value)}; expected a number of at least 0")
