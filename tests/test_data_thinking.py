@@ -41,6 +41,20 @@ def test_a_generation_prompt_that_begins_thoughts_is_continued():
     assert rendered.text == "<|im_start|>user\n2?<|im_end|><|im_start|>assistant\n<think>\nSo.\n</think>\n2<|im_end|>"
 
 
+def test_a_generation_prompt_that_begins_thoughts_which_a_message_ends_is_continued():
+    """As Qwen3-Thinking-2507's: both the generation prompt and a message without thoughts begin them."""
+    tokenizer = qwen3_like()
+    begins = (
+        "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+    )
+    assert begins in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(begins, "{{- '<think>\n' }}")
+    rendered = render(tokenizer, "2 and 3?", "So.\n</think>\n\n5", TextFormat("chat", thinking="on"))
+    assert rendered.text == USER + "<think>\nSo.\n</think>\n\n5<|im_end|>"
+    with pytest.raises(ValueError, match="set thinking to 'on' for completions with thoughts, or use"):
+        render(tokenizer, "2 and 3?", "5", TextFormat("chat", thinking="off"))
+
+
 @pytest.mark.parametrize("thinking", ["", "off"])
 def test_a_template_whose_thoughts_are_not_chosen_says_how_to(thinking):
     tokenizer = qwen3_like()

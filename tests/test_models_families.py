@@ -150,6 +150,24 @@ def test_switches_that_cannot_be_are_refused(changes, message):
         DecoderConfig.from_hf(BASE | changes)
 
 
+def test_a_window_that_is_switched_off_is_not_read():
+    off = {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 0, "max_window_layers": None}
+    assert DecoderConfig.from_hf(BASE | off).window is None
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+def test_a_factor_of_yarn_on_which_readers_disagree_is_refused(spelling):
+    """That of DeepSeek-R1-0528-Qwen3-8B: with it vLLM multiplies by 1, and transformers by 0.1 ln 4 + 1."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    hf = BASE | {"model_type": "qwen3", "rope_theta": 1e6}
+    message = rf"{spelling}.attn_factor is 0.878249: vLLM multiplies cosine and sine by 1 .* by 1.13863; put the one"
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig.from_hf(hf | {spelling: rope | {"attn_factor": 0.8782488562869419}})
+    chosen = DecoderConfig.from_hf(hf | {spelling: rope | {"attn_factor": 0.8782488562869419, "attention_factor": 1.0}})
+    assert chosen.rope.attention_factor == 1.0
+    assert DecoderConfig.from_hf(hf | {spelling: rope | {"attn_factor": 1}}).rope.attention_factor > 1.1
+
+
 def test_sizes_and_layers_must_fit():
     plain = DecoderConfig(16, 8, 8, 3, 1, 1, 8)
     for changes, message in (

@@ -7,14 +7,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
+from qwen3_like import qwen3_like
+from tokenizers import pre_tokenizers
 
 import rtd_jax.models.open
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
-from rtd_jax.data.tokenizer_match import tokenizer_fingerprint
+from rtd_jax.data.tokenizer_match import compare_tokenizers, tokenizer_fingerprint
 from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.from_hf import resolve
 from rtd_jax.models.model import DecoderModel
-from rtd_jax.models.open import ModelSettings, OpenModel, open_model
+from rtd_jax.models.open import ModelSettings, OpenModel, load_tokenizer, open_model
 from rtd_jax.models.to_hf import save_pretrained
 from rtd_jax.train.saved_models import load_model
 
@@ -118,6 +122,47 @@ def test_a_damaged_file_of_a_tokenizer_is_named(directory, name, content):
     (directory / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"^{directory}/{name}: "):
         _ = opened(directory).tokenizer
+
+
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [
+        ("llama", "GPT2Tokenizer"),  # SmolLM2's folders
+        ("llama", "PreTrainedTokenizerFast"),
+        ("qwen2", "LlamaTokenizerFast"),  # DeepSeek-R1-Distill-Qwen's
+        ("qwen2", "Qwen2Tokenizer"),
+        ("smollm3", "GPT2TokenizerFast"),
+    ],
+)
+def test_a_tokenizer_splits_text_as_its_file_says_and_not_as_its_class_does(directory, family, named):
+    tokenizer = qwen3_like()
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    core = tokenizer.backend_tokenizer
+    core.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps({"model_type": family}))
+    path = directory / "tokenizer_config.json"
+    content = json.loads(path.read_text()) | {"tokenizer_class": named}
+    path.write_text(json.dumps({key: value for key, value in content.items() if key != "backend"}))
+
+    found, text = load_tokenizer(directory), "Mia has 113 apples and 21.<|im_end|>"
+    ids = found(text, add_special_tokens=False)["input_ids"]
+    assert found.convert_ids_to_tokens(ids)[3:7] == core.encode(text).tokens[3:7]
+    assert ids == core.encode(text).ids
+    assert found.decode(ids) == text
+    compare_tokenizers(tokenizer, found)
+    assert (found.eos_token, found.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert found.chat_template == tokenizer.chat_template
+
+
+def test_a_second_copy_of_the_weights_is_not_downloaded(tmp_path, monkeypatch):
+    """Mistral's repositories have one under a name of their own."""
+    patterns: dict[str, list[str]] = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _, **asked: patterns.update(asked) or str(tmp_path))
+    assert resolve("mistralai/Mistral-7B-v0.3") == tmp_path
+    offered = ["config.json", "consolidated.safetensors", "model-00001-of-00003.safetensors", "pytorch_model.bin"]
+    taken = list(filter_repo_objects(offered, **patterns))
+    assert taken == ["config.json", "model-00001-of-00003.safetensors"]
 
 
 @pytest.mark.parametrize("change", [{"use_cache": None}, {"attention_dropout": "0"}])

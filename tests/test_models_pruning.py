@@ -1,11 +1,13 @@
 """What a pruned model keeps, and that what is kept computes what it computed before."""
 
+import json
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 
 from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.models.config import DecoderConfig
@@ -196,6 +198,20 @@ def test_a_share_is_reached_within_some_percent(share, sizes):
 
 def test_sizes_alone_are_taken_as_they_are():
     assert pruned_config(CONFIG, width=24, kv_heads=1) == replace(CONFIG, width=24, heads=2, kv_heads=1)
+
+
+def test_transformers_reads_the_width_of_a_pruned_llama(tmp_path):
+    """It refuses a Llama, and no other family, whose width is not a multiple of its query heads."""
+    whole = DecoderConfig(128_256, 3072, 8192, layers=28, heads=24, kv_heads=8, head_dim=128)  # Llama-3.2-3B
+    for share in (0.4, 0.45, 0.5, 0.7):
+        found = pruned_config(whole, share)
+        assert found.width % 24 == 0
+        (tmp_path / "config.json").write_text(json.dumps(found.to_hf()))
+        assert transformers.AutoConfig.from_pretrained(tmp_path).hidden_size == found.width
+    for sizes in ({"width": 2176}, {"kv_heads": 7}, {"width": 2176, "share": 0.5}):
+        with pytest.raises(ValueError, match=r"^width is \d+, no multiple of the 2[14] query heads"):
+            pruned_config(whole, **sizes)
+    assert pruned_config(replace(whole, family="mistral"), width=2176).width == 2176
 
 
 @pytest.mark.parametrize(

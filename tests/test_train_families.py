@@ -15,13 +15,17 @@ from qwen3_like import write_qwen3
 from tiny_run import recipe
 
 from rtd_jax.apps.distill.run import train
+from rtd_jax.apps.pretrain import SizeSettings, model_config
 from rtd_jax.data.formats import TextFormat
+from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.methods.own_chains import OnPolicySettings
+from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.text_record import read_text_format
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.recipe import EvaluationSettings, LossSettings, StudentSettings
+from rtd_jax.train.student import student_config
 
 TEXT = TextFormat("chat", thinking="off")
 WINDOWS = {"use_sliding_window": True, "sliding_window": 4 * WINDOW}
@@ -54,6 +58,16 @@ def short_run(teacher, student: StudentSettings):
         evaluation=EvaluationSettings(problems_per_depth=1, max_new_tokens=8, batch_size=4),
     )
     return replace(short, data=replace(short.data, text=TEXT, row_length=320, chains_per_row=1))
+
+
+def test_a_llama_that_transformers_would_not_read_is_refused_before_it_is_trained():
+    teacher = DecoderConfig(16, 8, 8, layers=2, heads=1, kv_heads=1, head_dim=8)
+    sizes = StudentSettings("random", layers=1, width=20, mlp_width=8, heads=3, kv_heads=3, head_dim=8)
+    with pytest.raises(ValueError, match=r"^student.width is 20, no multiple of the 3 query heads: .*llama; give"):
+        student_config(sizes, teacher)
+    assert student_config(sizes, replace(teacher, family="mistral")).width == 20
+    with pytest.raises(ValueError, match=r"^width is 20, no multiple of the 3 query heads"):
+        model_config(SizeSettings(layers=1, width=20, mlp_width=8, heads=3, kv_heads=3, head_dim=8), tiny_tokenizer())
 
 
 @pytest.mark.slow

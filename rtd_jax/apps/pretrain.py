@@ -239,7 +239,7 @@ def _save_or_end(recipe: PretrainRecipe, checkpoints: Checkpoints, last: int, lo
 def model_config(sizes: SizeSettings, tokenizer: PreTrainedTokenizerBase) -> DecoderConfig:
     """A Llama of these sizes over this tokenizer, embeddings tied."""
     shape = dataclasses.asdict(sizes)
-    return DecoderConfig(
+    config = DecoderConfig(
         vocab_size=vocab_size(tokenizer),
         norm_eps=1e-5,
         rope=RopeConfig(theta=shape.pop("rope_theta")),
@@ -248,6 +248,8 @@ def model_config(sizes: SizeSettings, tokenizer: PreTrainedTokenizerBase) -> Dec
         eos_token_id=tokenizer.eos_token_id,
         **shape,
     )
+    config.check_readable()
+    return config
 
 
 def _loader(

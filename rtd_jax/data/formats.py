@@ -19,6 +19,7 @@ from rtd_jax.base.settings import SettingError
 from rtd_jax.data.chat import apply_template
 
 _SENTINEL = "@@completion@@"
+_BEGUN = "<think>"
 _NO_THOUGHTS = re.compile(r"<think>\s*</think>\s*")
 
 
@@ -162,11 +163,11 @@ def render(
     space = before[len(opening) :] if before.startswith(opening) else ""
     fits = before == opening or space.isspace() or (thinking == "on" and _is_open_to_thoughts(opening, before))
     if not sentinel or not fits:
-        thinks = "<think>" in opening + before
+        choices = "'off', or to 'on'" if not _begins_thoughts(opening) else "'on'"
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} does not continue its generation prompt: it ends with "
             f"{opening[-40:]!r}, but an assistant's message begins after {before[-40:]!r}; "
-            + ("set thinking to 'off', or to 'on' for completions with thoughts, or " if thinks else "")
+            + (f"set thinking to {choices} for completions with thoughts, or " if _BEGUN in opening + before else "")
             + "use format kind 'plain'"
         )
     # White space after the end-of-turn token is never generated, because decoding stops at that token.
@@ -181,8 +182,13 @@ def _is_open_to_thoughts(opening: str, before: str) -> bool:
     thoughts that its generation prompt has (DeepSeek-R1). A completion that has thoughts follows the prompt.
     """
     if before.startswith(opening):
-        return _NO_THOUGHTS.fullmatch(before[len(opening) :]) is not None
-    return opening.startswith(before) and opening[len(before) :].strip() == "<think>"
+        begun = _BEGUN if _begins_thoughts(opening) else ""  # Qwen3-Thinking-2507 begins them, and then ends them
+        return _NO_THOUGHTS.fullmatch(begun + before[len(opening) :]) is not None
+    return opening.startswith(before) and opening[len(before) :].strip() == _BEGUN
+
+
+def _begins_thoughts(opening: str) -> bool:
+    return opening.rstrip().endswith(_BEGUN)
 
 
 def solved_examples(text_format: TextFormat, examples: Iterable[tuple[str, str]]) -> str:

@@ -165,6 +165,14 @@ class DecoderConfig:
             window=self.window if windowed else None,
         )
 
+    def check_readable(self) -> None:
+        """Raises ValueError where transformers would not read a folder of such a model. It begins with the size."""
+        if FAMILIES[self.family].whole_heads and self.width % self.heads:
+            raise ValueError(
+                f"width is {self.width}, no multiple of the {self.heads} query heads: transformers reads no such "
+                f"{self.family}; give a multiple of {self.heads}"
+            )
+
     @property
     def identity(self) -> str:
         """A text that is equal for equal descriptions, by which a checkpoint knows them.

@@ -25,12 +25,13 @@ class Family:
     windows: Literal["none", "all", "by_layer"] = "none"  # layers that `sliding_window` is about
     unrotated: bool = False  # whether config.json says which layers have no rotary embedding
     usual_theta: float = 10_000.0  # the rotary base where config.json gives none
+    whole_heads: bool = False  # transformers reads no folder whose width is not a multiple of its query heads
 
 
 _BIASES = {"attention_bias": ("qkv_bias", "output_bias")}
 FAMILIES: dict[str, Family] = {
     # Llama 1 to 3.3, SmolLM and SmolLM2, TinyLlama, Yi, DeepSeek's first distillations: a Llama in config.json too.
-    "llama": Family("LlamaForCausalLM", switches=_BIASES | {"mlp_bias": ("mlp_bias",)}),
+    "llama": Family("LlamaForCausalLM", switches=_BIASES | {"mlp_bias": ("mlp_bias",)}, whole_heads=True),
     # 7B, Nemo (heads narrower than width / heads), Small.
     "mistral": Family(
         "MistralForCausalLM",
@@ -140,25 +141,28 @@ def _windows(
     """The tokens that a windowed layer sees, and which layers are windowed; (None, ()) where none is."""
     if family.windows == "none":
         return None, ()
-    window = hf.get("sliding_window", 4096)
-    window = None if window is None else whole("sliding_window", window)
+    switch = family.windows == "all" or flag("use_sliding_window", hf.get("use_sliding_window", False))
+    given = hf.get("sliding_window", 4096)
+    window = whole("sliding_window", given) if switch and given is not None else None  # unread where it is off
     if family.windows == "all":
         return window, tuple(range(layers)) if window else ()
-    switched_on = flag("use_sliding_window", hf.get("use_sliding_window", False)) and window is not None
+    switched_on = window is not None
     kinds = hf.get("layer_types")
+    if kinds is None and not switched_on:
+        return None, ()
     if kinds is None:
         first = hf.get("max_window_layers", 28)
         if type(first) is not int or first < 0:
             raise ValueError(f"max_window_layers is {shown(first)}; expected a number of layers")
         windowed = unrotated if family.unrotated else tuple(range(first, layers))
-        return (window, windowed) if switched_on and windowed else (None, ())
+        return (window, windowed) if windowed else (None, ())
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (_FULL, _SLIDING) for kind in kinds):
         raise ValueError(f"layer_types is {shown(kinds)}; expected {layers} of {_FULL!r} and {_SLIDING!r}")
     windowed = tuple(layer for layer, kind in enumerate(kinds) if kind == _SLIDING)
     if windowed and not switched_on:
         raise ValueError(
             f"layer_types has {_SLIDING!r}, but use_sliding_window is {hf.get('use_sliding_window', False)} and "
-            f"sliding_window {window}; make all layers {_FULL!r}, or switch the window on"
+            f"sliding_window {given}; make all layers {_FULL!r}, or switch the window on"
         )
     return (window, windowed) if windowed else (None, ())
 

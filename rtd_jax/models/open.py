@@ -1,13 +1,15 @@
 """The one way to open a model: its files, what they say about it, and its weights when they are first used."""
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from jax.sharding import Mesh
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rtd_jax.base.files import read_object
 from rtd_jax.base.hub import snapshot_commit
@@ -149,14 +151,14 @@ def generation_ids(directory: Path, config: DecoderConfig) -> dict[str, Any]:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a Hugging Face folder. Code in the folder is never run.
+    """The fast tokenizer of a Hugging Face folder, as its tokenizer.json has it. Code in the folder is never run.
 
     Raises:
       ValueError: there is no tokenizer, a file of it is missing or damaged, or it is a slow one, which gives no
         character offsets.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+        tokenizer = _as_written(AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False), directory)
     except Exception as error:
         for path in (directory / name for name in TOKENIZER_FILES if name.endswith(".json")):
             if path.exists():
@@ -179,6 +181,33 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             "the chat template; put the file of the original tokenizer beside tokenizer.json"
         )
     return tokenizer
+
+
+def _as_written(tokenizer: PreTrainedTokenizerBase, directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of tokenizer.json, where transformers has made another one of it.
+
+    transformers 5 builds some classes (GPT2Tokenizer, LlamaTokenizer, Qwen2Tokenizer) anew from the vocabulary and the
+    merges alone, and splits text as the class does: the digits of SmolLM2's numbers would be read as other tokens than
+    the model was trained on, without a word.
+    """
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        return tokenizer
+    if tokenizer.is_fast and _splitting(tokenizer.backend_tokenizer) == _splitting(Tokenizer.from_file(str(path))):
+        return tokenizer
+    written = PreTrainedTokenizerFast.from_pretrained(str(directory))
+    for role in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        # What a class takes for its own where tokenizer_config.json names none.
+        if getattr(written, role) is None and getattr(tokenizer, role) in written.get_vocab():
+            setattr(written, role, getattr(tokenizer, role))
+    return written
+
+
+def _splitting(tokenizer: Tokenizer) -> dict[str, Any]:
+    """How text becomes tokens, beside the vocabulary, and tokens text."""
+    whole = json.loads(tokenizer.to_str())
+    model = {key: value for key, value in whole["model"].items() if key not in ("vocab", "merges")}
+    return {"model": model, **{part: whole.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")}}
 
 
 def _config_fails(directory: Path) -> bool:

@@ -33,6 +33,7 @@ from rtd_jax.data.encoding import EncodedChain
 from rtd_jax.data.packing import fixed_batches
 from rtd_jax.models.calibration import embed, layer_inputs, layer_params
 from rtd_jax.models.config import DecoderConfig
+from rtd_jax.models.families import FAMILIES
 from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.weights import parameter_count, table
 
@@ -92,11 +93,12 @@ def pruned_config(
     Sizes that are given, not 0, are taken as they are. Of the others, `layers` and `kv_heads` stay those of `config`;
     with a share, `width` and `mlp_width` are scaled together to multiples of 8 (of 128 from a width of 1024 on), and
     then `mlp_width` is chosen again to come nearest to the share. Without a share they stay too. `head_dim` and the
-    query heads of a group are never changed.
+    query heads of a group are never changed. The width of a Llama is a multiple of its query heads.
 
     Raises:
-      ValueError: a share outside of (0, 1), a size above that of `config`, nothing to prune, or a share that the given
-        sizes leave nothing to be reached with. It begins with the name of the argument.
+      ValueError: a share outside of (0, 1), a size above that of `config`, nothing to prune, a share that the given
+        sizes leave nothing to be reached with, or a width that transformers does not read. It begins with the name of
+        the argument.
     """
     given = {"layers": layers, "width": width, "mlp_width": mlp_width, "kv_heads": kv_heads}
     for name, size in given.items():
@@ -118,6 +120,7 @@ def pruned_config(
     if not share:
         if base == config:
             raise ValueError("share is 0, and no size is smaller than the model's: nothing would be pruned; give one")
+        base.check_readable()
         return base
     if not 0 < share < 1:
         raise ValueError(f"share is {share}; expected a number above 0 and below 1, of the model's parameters")
@@ -135,7 +138,9 @@ def pruned_config(
         neurons = min(_sizes(config, config.mlp_width), key=lambda one: abs(one - ideal))
         return replace(base, width=size, mlp_width=mlp_width or neurons)
 
-    found = nearest([scaled(size) for size in ([width] if width else _sizes(config, config.width))])
+    heads = base.heads if FAMILIES[config.family].whole_heads else 1
+    widths = [size for size in _sizes(config, config.width) if size % heads == 0] or [config.width]
+    found = nearest([scaled(size) for size in ([width] if width else widths)])
     if not mlp_width:
         found = nearest([replace(found, mlp_width=size) for size in _sizes(config, config.mlp_width)])
     if found == config:
@@ -148,6 +153,7 @@ def pruned_config(
             f"{found.mlp_width}); give a share near {parameter_count(found) / parameter_count(config):.2f}"
             f"{', or other sizes' if others else ''}"
         )
+    found.check_readable()
     return found
 
 

@@ -154,6 +154,7 @@ class RopeConfig:
         factors: dict[str, Any] = {key: positive(f"{spelling}.{key}", value) for key, value in given.items()}
         if kind == "yarn":
             factors.setdefault("factor", positions / original)
+            _check_attn_factor(rope, spelling, factors)
             factors.setdefault("attention_factor", _attention_factor(rope, spelling, factors["factor"]))
             truncate = flag(f"{spelling}.truncate", rope.get("truncate", True))
             return cls(theta, kind, original_max_positions=original, truncate=truncate, **factors)
@@ -174,6 +175,22 @@ class RopeConfig:
             "rope_scaling": None if self.kind == "default" else scaling,
             "rope_parameters": {"rope_theta": self.theta, **scaling},
         }
+
+
+def _check_attn_factor(rope: dict[str, Any], spelling: str, factors: dict[str, float]) -> None:
+    """Raises ValueError where readers disagree by what cosine and sine are multiplied.
+
+    DeepSeek-R1-0528-Qwen3-8B has an `attn_factor`: vLLM multiplies its own factor with it, transformers passes over it.
+    """
+    if rope.get("attn_factor") is None or "attention_factor" in factors:
+        return
+    own = _attention_factor(rope, spelling, factors["factor"])
+    if (times := positive(f"{spelling}.attn_factor", rope["attn_factor"])) != 1.0:
+        raise ValueError(
+            f"{spelling}.attn_factor is {times:.6g}: vLLM multiplies cosine and sine by {own * times:.6g} for it, and "
+            f"transformers, which does not read it, by {own:.6g}; put the one that the model was trained with as "
+            "attention_factor in its place"
+        )
 
 
 def _attention_factor(rope: dict[str, Any], spelling: str, factor: float) -> float:

@@ -72,7 +72,12 @@ def student_config(student: StudentSettings, teacher: DecoderConfig) -> DecoderC
     if sizes["layers"] > 0:
         few = sizes["layers"] <= teacher.layers
         teacher = teacher.of_layers(layers_to_copy(teacher.layers, sizes["layers"]) if few else (0,) * sizes["layers"])
-    return replace(teacher, **sizes)
+    config = replace(teacher, **sizes)
+    try:
+        config.check_readable()
+    except ValueError as error:
+        raise ValueError(f"student.{error}") from error
+    return config
 
 
 def student_model(settings: StudentSettings, config: DecoderConfig, mesh: Mesh) -> DecoderModel:
