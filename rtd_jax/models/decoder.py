@@ -223,8 +223,10 @@ class Adapted(nnx.Module):
 
     def add_adapters(self, kind: str, config: DecoderConfig, adapter: AdapterSettings | None, dtype: jnp.dtype) -> None:
         """Makes an attribute such as `q_adapter` for each of the adapter's matrices in layers.<kind>."""
+        if adapter is None:
+            return
         sizes = axis_sizes(config)
-        for name in () if adapter is None else adapter.matrices:
+        for name in adapter.matrices:
             row = ROWS.get(("layers", kind, name))
             if row is not None:
                 outputs, inputs = ([sizes[axis] for axis in group] for group in row.hf_axes)
