@@ -36,7 +36,7 @@ def save_adapter(
     if found != shapes:
         wrong = next(path for path in {**shapes, **found} if shapes.get(path) != found.get(path))
         raise ValueError(
-            f"adapter {'.'.join(wrong)} has shape {found.get(wrong)}, its settings make it {shapes.get(wrong)}; save it "
+            f"{'.'.join(wrong)} has shape {found.get(wrong)}, its settings make it {shapes.get(wrong)}; save it "
             "with its own settings"
         )
     layers = range(config.layers)
