@@ -21,6 +21,6 @@ def with_adapter(c: ConfigDict) -> ConfigDict:
     """A recipe with an adapter, and what fits it."""
     c.teacher.param_dtype = "int8"  # 71 GB over the mesh; in bfloat16 141
     c.student.adapter.rank = 16  # 42 million trained parameters of 8 billion
-    c.micro_batches = 4  # rows at one time: 16
+    c.micro_batches = 4  # 16 rows at one time
     c.optimizer.learning_rate = 2e-4  # peak; adapters take about ten times what all weights take
     return c

@@ -42,8 +42,8 @@ def save_adapter(
     if found != shapes:
         wrong = next(path for path in {**shapes, **found} if shapes.get(path) != found.get(path))
         raise ValueError(
-            f"adapter {'.'.join(wrong)} has shape {found.get(wrong)}, its settings make it {shapes.get(wrong)}; save "
-            "it with its own settings"
+            f"{'.'.join(wrong)} has shape {found.get(wrong)}, its settings make it {shapes.get(wrong)}; save it "
+            "with its own settings"
         )
     layers = range(config.layers)
     entries = [float_entry(row, layer, arrays[row.path], config) for layer in layers for row in settings.rows]
