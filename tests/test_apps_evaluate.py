@@ -251,11 +251,12 @@ def test_rows_in_the_schemas_of_the_hub_copies():
 def test_where_the_hub_would_be_asked(monkeypatch):
     asked = []
 
-    def read(settings, place):
+    def read(settings, asked_of):
         asked.append((settings.location, settings.subset, settings.split, settings.revision))
         question = {"question": "q", "choices": {"text": ["a", "b", "c"], "label": ["A", "B", "C"]}, "answerKey": "C"}
         math = {"problem": "p", "level": "Level 5", "type": settings.subset, "solution": "$\\boxed{1}$"}
         row = question if "arc" in settings.location else math
+        place = f"{asked_of.name}/{settings.subset}/{settings.split}"
         return iter([(f"{place}:1", row), (f"{place}:2", row)])
 
     monkeypatch.setattr("rtd_jax.data.sources._read_hub", read)

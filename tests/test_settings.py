@@ -198,6 +198,9 @@ def needed_with(setting: Setting, text: str, recipe: typing.Any) -> tuple[str, .
     if group == "student" and name in ("init", "path", "revision", "share", *SIZES):
         by_name = {"path": "pretrained", "revision": "pretrained", "share": "pruned"}
         return (*STUDENTS[text if name == "init" else by_name.get(name, "random")], "student.adapter.rank=0")
+    if setting.key == "teacher.served_model" and recipe.teacher.cache:  # a server gives predictions alone
+        of_states = ("loss.alignment_weight=0", "loss.coherence_weight=0", "curriculum.enabled=False")
+        return (*of_states, "loss.temperature=1")
     if setting.key == "student.quantization":
         return ("student.adapter.rank=0",)
     if setting.key == "student.adapter.rank":
@@ -242,6 +245,8 @@ def test_every_setting_can_be_overridden_on_the_command_line(name):
         if setting.key == "baseline":
             text = next(name for name in recipe.methods if name != recipe.baseline)
         needed = [x for x in needed_with(setting, text, recipe) if not x.startswith(f"{setting.key}=")]
+        if getattr(getattr(recipe, "teacher", None), "cache", "") and not setting.key.startswith("teacher."):
+            needed.append("teacher.cache=")  # what a cache has not, such as the student's own chains, is refused
         changed = found_in(built(name, *needed, f"{setting.key}={text}"), setting.key)
         plain = dataclasses.asdict(changed[0]) if setting.key == "phases" else changed
         assert str((plain,) if setting.key == "phases" else plain) == text, setting.key
