@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from huggingface_hub.utils import filter_repo_objects
 from qwen3_like import qwen3_like
 from tokenizers import pre_tokenizers
 
@@ -16,7 +15,6 @@ from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.data.tiny_tokenizer import tiny_tokenizer
 from rtd_jax.data.tokenizer_match import compare_tokenizers, tokenizer_fingerprint
 from rtd_jax.models.config import DecoderConfig
-from rtd_jax.models.from_hf import resolve
 from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.open import ModelSettings, OpenModel, load_tokenizer, open_model
 from rtd_jax.models.to_hf import save_pretrained
@@ -153,16 +151,6 @@ def test_a_tokenizer_splits_text_as_its_file_says_and_not_as_its_class_does(dire
     compare_tokenizers(tokenizer, found)
     assert (found.eos_token, found.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert found.chat_template == tokenizer.chat_template
-
-
-def test_a_second_copy_of_the_weights_is_not_downloaded(tmp_path, monkeypatch):
-    """Mistral's repositories have one under a name of their own."""
-    patterns: dict[str, list[str]] = {}
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _, **asked: patterns.update(asked) or str(tmp_path))
-    assert resolve("mistralai/Mistral-7B-v0.3") == tmp_path
-    offered = ["config.json", "consolidated.safetensors", "model-00001-of-00003.safetensors", "pytorch_model.bin"]
-    taken = list(filter_repo_objects(offered, **patterns))
-    assert taken == ["config.json", "model-00001-of-00003.safetensors"]
 
 
 @pytest.mark.parametrize("change", [{"use_cache": None}, {"attention_dropout": "0"}])
