@@ -330,7 +330,7 @@ def test_a_name_that_is_nowhere_is_one_line_before_anything_is_loaded(teacher, t
     assert done.returncode == 2
     assert "loading" not in done.stdout
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: nobody/no-such-model: neither a local directory nor a model the hub would give")
+    assert line.startswith("error: nobody/no-such-model: neither a local directory nor a model ")
     assert not list(tmp_path.glob("out/*"))
 
 
