@@ -250,8 +250,8 @@ def test_a_student_that_stops_elsewhere_is_saved_with_the_end_of_its_chains(brok
     line = next(check.line for check in of_models(recipe) if check.name == "end of a chain")
     assert "the student is saved with 4 beside these in its eos_token_id" in line
     config = load_config(broken / "student")
-    model = DecoderModel(config)
-    save_student(tmp_path, model, load_params(broken / "student", config), opened(recipe).tokenizer, CHAT)
+    model, params = DecoderModel(config), load_params(broken / "student", config)
+    save_student(tmp_path, recipe.student, model, params, opened(recipe).tokenizer, CHAT)
     assert load_config(tmp_path / "student").eos_token_id == (1, 4)
     again = load_config(tmp_path / "student")
     assert ending_with(again, 4) is again
