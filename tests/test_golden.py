@@ -185,7 +185,8 @@ def whole_of(workdir: Path) -> dict[str, Any]:
     report = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
     return {
         "metrics": metrics_of(workdir),
-        "report": without_times({key: item for key, item in report.items() if key != "settings"}),
+        # Neither settings nor where models and data came from, which are paths.
+        "report": without_times({key: item for key, item in report.items() if key not in ("settings", "origins")}),
         "generations": lines_of(workdir / "generations.jsonl"),
     }
 

