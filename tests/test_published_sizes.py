@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rtd_jax.apps.plan.abstract import ARCHITECTURES
 from rtd_jax.base.settings import build
 from rtd_jax.base.sharding import MeshSettings, make_mesh
 from rtd_jax.base.types import Batch
 from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.model import DecoderModel
+from rtd_jax.train.abstract import ARCHITECTURES
 from rtd_jax.train.optimizer import make_optimizer
 from rtd_jax.train.recipe import Recipe
 from rtd_jax.train.state import create_state, state_shardings

@@ -20,7 +20,6 @@ from tiny_run import recipe, write_teacher
 from rtd_jax.apps.distill.ensemble_recipe import EnsembleRecipe, NoEnsemble, check_ensemble
 from rtd_jax.apps.distill.prepare import prepare
 from rtd_jax.apps.distill.run import train
-from rtd_jax.apps.plan.abstract import abstract_step
 from rtd_jax.apps.plan.plan import ideal_flops
 from rtd_jax.apps.pretrain import SizeSettings, model_config
 from rtd_jax.base.settings import unread_settings
@@ -32,7 +31,7 @@ from rtd_jax.models.adapters import AdapterSettings
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.to_hf import save_pretrained
-from rtd_jax.train.abstract import bytes_on_device
+from rtd_jax.train.abstract import abstract_step, bytes_on_device
 from rtd_jax.train.checkpoints import numbered
 from rtd_jax.train.curriculum import CurriculumSettings
 from rtd_jax.train.recipe import StudentSettings
