@@ -19,7 +19,7 @@ from qwix import QArray
 from rtd_jax.base.sharding import MeshSettings, make_mesh, param_shardings
 from rtd_jax.models.adapter_folders import save_adapter
 from rtd_jax.models.adapters import AdapterSettings, frozen, init_adapter, merged
-from rtd_jax.models.decoder import Computation
+from rtd_jax.models.computation import Computation
 from rtd_jax.models.from_hf import load_config, load_params
 from rtd_jax.models.model import DecoderModel
 from rtd_jax.models.quantized import as_float

@@ -12,8 +12,8 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from rtd_jax.base.types import Batch
 from rtd_jax.models import decoder as llama_module
+from rtd_jax.models.attention import attention_kernel
 from rtd_jax.models.config import DecoderConfig
-from rtd_jax.models.decoder import attention_kernel
 from rtd_jax.models.model import DecoderModel
 from rtd_jax.teacher.online import student_outputs
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rtd_jax.models.computation import REMAT_POLICIES
 from rtd_jax.models.config import DecoderConfig
-from rtd_jax.models.decoder import REMAT_POLICIES
 from rtd_jax.models.model import DecoderModel, chain_mask
 from rtd_jax.models.rope import RopeConfig
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rtd_jax.base.types import Array, Params
+from rtd_jax.models.attention import attend_row, layer_angles, rope_angles
 from rtd_jax.models.config import DecoderConfig
-from rtd_jax.models.decoder import Block, LayerInputs, attend_row, layer_angles, rope_angles
+from rtd_jax.models.layers import Block, LayerInputs
 from rtd_jax.models.model import DecoderModel, chain_mask
 from rtd_jax.models.quantized import as_float
 

@@ -15,8 +15,9 @@ from qwix import QArray
 
 from rtd_jax.base.types import Array, Params
 from rtd_jax.models.adapters import frozen, init_adapter, merged, with_adapter
+from rtd_jax.models.computation import Computation
 from rtd_jax.models.config import DecoderConfig
-from rtd_jax.models.decoder import Computation, Decoder, KVCache
+from rtd_jax.models.decoder import Decoder, KVCache
 from rtd_jax.models.quantized import INT8, as_float, quantize_params
 from rtd_jax.models.schemes import Scheme, as_params, fake_rounded, rounded
 from rtd_jax.models.weights import ADAPTER, BASE, EMBEDDING, HEAD, is_bias, is_norm

@@ -17,8 +17,8 @@ from rtd_jax.base.settings import check_filled
 from rtd_jax.base.sharding import TABLES, activation_sharding, in_host_memory, param_shardings
 from rtd_jax.base.types import Params
 from rtd_jax.data.tokenizer_match import tokenizer_fingerprint, vocab_size
+from rtd_jax.models.computation import AttentionKernel
 from rtd_jax.models.config import DecoderConfig, special_ids
-from rtd_jax.models.decoder import AttentionKernel
 from rtd_jax.models.fingerprint import Fingerprint, weights_fingerprint
 from rtd_jax.models.from_hf import load_config, load_params, resolve
 from rtd_jax.models.model import DecoderModel

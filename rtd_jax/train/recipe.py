@@ -13,8 +13,8 @@ from rtd_jax.methods import LossSettings
 from rtd_jax.methods.own_chains import OnPolicySettings, RewardSettings
 from rtd_jax.methods.term import Objective, Setup
 from rtd_jax.models.adapters import AdapterSettings
+from rtd_jax.models.computation import AttentionKernel, Remat
 from rtd_jax.models.config import DecoderConfig
-from rtd_jax.models.decoder import AttentionKernel, Remat
 from rtd_jax.models.open import FloatDtype, ModelSettings
 from rtd_jax.models.pruning import PRUNED_SIZES
 from rtd_jax.models.schemes import QType, Scheme
