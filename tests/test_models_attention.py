@@ -11,7 +11,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from rtd_jax.base.types import Batch
-from rtd_jax.models import decoder as llama_module
+from rtd_jax.models import attention
 from rtd_jax.models.attention import attention_kernel
 from rtd_jax.models.config import DecoderConfig
 from rtd_jax.models.model import DecoderModel
@@ -24,7 +24,7 @@ CALL = "__cudnn$fmhaScaleBiasSoftmax"
 @pytest.fixture
 def a100(monkeypatch):
     """What JAX asks of the machine before it calls cuDNN, answered as an A100 would."""
-    monkeypatch.setattr(llama_module, "_on_nvidia_ampere", lambda: True)
+    monkeypatch.setattr(attention, "_on_nvidia_ampere", lambda: True)
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 90_800)
     for name in ("check_compute_capability", "is_cuda_compute_capability_equal"):
         monkeypatch.setattr(cudnn, name, lambda capability: capability == "8.0")
